@@ -1,0 +1,277 @@
+"""Wrappers that turn any robot env into one where one step is one decision of a token policy.
+
+``env -> ActionChunk -> ActionTokens -> (Monitor) -> EpisodeControl``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+Statistics = Mapping[str, Any]
+
+
+def bin_centers(n_bins: int = 256) -> np.ndarray:
+    """
+    Centres of OpenVLA's action bins.
+
+    ``n_bins`` edges over [-1, 1] enclose ``n_bins - 1`` bins, so the two highest tokens share the last centre
+    (https://github.com/openvla/openvla, ``ActionTokenizer``). The middle centre is exactly 0 for an even ``n_bins``:
+    with the rounding error of a plain mean a "zero" rotation would re-anchor LIBERO's controller at every step.
+
+    :param n_bins: number of tokens of one action dimension
+    :return: float64 array of shape ``(n_bins - 1,)``
+    """
+    edges = np.linspace(-1.0, 1.0, n_bins)
+    centers = (edges[:-1] + edges[1:]) / 2.0
+    if n_bins % 2 == 0:
+        centers[(n_bins - 1) // 2] = 0.0
+    return centers
+
+
+def _bounds(statistics: Statistics, action_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    low = np.asarray(statistics["q01"], dtype=np.float64)
+    high = np.asarray(statistics["q99"], dtype=np.float64)
+    mask = np.asarray(statistics.get("mask", np.ones_like(low, dtype=bool)), dtype=bool)
+    for name, value in (("q01", low), ("q99", high), ("mask", mask)):
+        if value.shape != (action_dim,):
+            raise ValueError(f"statistics[{name!r}] must have shape ({action_dim},), one entry an action dimension, got {value.shape}.")
+    return low, high, mask
+
+
+def encode_actions(actions: np.ndarray, statistics: Statistics | None = None, n_bins: int = 256) -> np.ndarray:
+    """
+    Continuous actions to action tokens, OpenVLA's binning.
+
+    :param actions: float array of shape ``(..., D)``; in [-1, 1], or in the data set's units if ``statistics`` are given
+    :param statistics: ``{"q01": (D,), "q99": (D,), "mask": (D,)}`` of the data set the policy was trained on
+    :param n_bins: number of tokens of one action dimension
+    :return: int64 array of the same shape, tokens in ``[0, n_bins - 1]``
+    """
+    x = np.asarray(actions, dtype=np.float64)
+    if statistics is not None:
+        low, high, mask = _bounds(statistics, x.shape[-1])
+        x = np.where(mask, 2.0 * (x - low) / (high - low + 1e-8) - 1.0, x)
+    edges = np.linspace(-1.0, 1.0, n_bins)
+    return np.clip(np.digitize(np.clip(x, -1.0, 1.0), edges) - 1, 0, n_bins - 1).astype(np.int64)
+
+
+def decode_tokens(tokens: np.ndarray, statistics: Statistics | None = None, n_bins: int = 256) -> np.ndarray:
+    """
+    Action tokens to continuous actions, the inverse of :func:`encode_actions` up to half a bin.
+
+    :param tokens: integer array of shape ``(..., D)``
+    :param statistics: see :func:`encode_actions`; the un-normalisation is OpenVLA's ``0.5 (x + 1) (q99 - q01 + 1e-8) + q01``
+    :param n_bins: number of tokens of one action dimension
+    :return: float32 array of the same shape
+    """
+    x = bin_centers(n_bins)[np.minimum(np.asarray(tokens, dtype=np.int64), n_bins - 2)]
+    if statistics is not None:
+        low, high, mask = _bounds(statistics, x.shape[-1])
+        x = np.where(mask, 0.5 * (x + 1.0) * (high - low + 1e-8) + low, x)
+    return x.astype(np.float32)
+
+
+class ActionChunk(gym.Wrapper):
+    """
+    One step of this env is one decision: a chunk of actions that are executed one after the other.
+
+    A finished episode ends inside the chunk; ``info["n_executed"]`` says how many actions ran. Rewards are summed. An env
+    whose observations are costly may offer a boolean attribute ``observe``: it is False for all but the last action of
+    a chunk, because nobody looks at the observations between two decisions.
+
+    :param env: env with a one-dimensional Box action space
+    :param chunk_size: number of actions in a chunk
+    """
+
+    def __init__(self, env: gym.Env, chunk_size: int = 8):
+        super().__init__(env)
+        space = env.action_space
+        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+            raise ValueError(f"ActionChunk needs a Box action space of shape (D,), got {space}. Wrap the raw env, before ActionTokens.")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+        self.chunk_size = chunk_size
+        repeat = (chunk_size, 1)
+        self.action_space = spaces.Box(np.tile(space.low, repeat), np.tile(space.high, repeat), dtype=space.dtype.type)  # type: ignore[arg-type,union-attr]
+        self._lazy = hasattr(env.unwrapped, "observe")
+
+    def step(self, action: np.ndarray) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        """
+        :param action: float array of shape ``(chunk_size, D)``
+        :return: observation after the chunk, summed reward, terminated, truncated, info of the last executed action
+        """
+        actions = np.asarray(action)
+        if actions.shape != self.action_space.shape:
+            raise ValueError(f"ActionChunk expects actions of shape {self.action_space.shape}, got {actions.shape}.")
+        total = 0.0
+        try:
+            for i, one in enumerate(actions):
+                if self._lazy:
+                    self.env.unwrapped.observe = i == self.chunk_size - 1  # type: ignore[attr-defined]
+                obs, reward, terminated, truncated, info = self.env.step(one)
+                total += float(reward)
+                if terminated or truncated:
+                    break
+        finally:
+            if self._lazy:
+                self.env.unwrapped.observe = True  # type: ignore[attr-defined]
+        info["n_executed"] = i + 1
+        return obs, total, terminated, truncated, info
+
+    def expert_action(self) -> np.ndarray:
+        """
+        The scripted expert's next chunk from the present state.
+
+        :return: float32 array of shape ``(chunk_size, D)``
+        :raises AttributeError: if the env has no scripted expert
+        """
+        return self.env.unwrapped.expert_chunk(self.chunk_size)  # type: ignore[attr-defined]
+
+
+class ActionTokens(gym.ActionWrapper):
+    """
+    Box actions as tokens: ``MultiDiscrete([n_bins] * size)``, OpenVLA's binning.
+
+    :param env: env with a Box action space in [-1, 1] of shape ``(D,)`` or ``(K, D)`` (after :class:`ActionChunk`)
+    :param n_bins: number of tokens of one action dimension
+    :param statistics: un-normalisation statistics of the policy's checkpoint, see :func:`encode_actions`; None if the
+        policy's bins cover the env's own [-1, 1]
+    """
+
+    def __init__(self, env: gym.Env, n_bins: int = 256, statistics: Statistics | None = None):
+        super().__init__(env)
+        space = env.action_space
+        if not isinstance(space, spaces.Box) or len(space.shape) not in (1, 2):
+            raise ValueError(f"ActionTokens needs a Box action space of shape (D,) or (K, D), got {space}.")
+        if n_bins < 2:
+            raise ValueError(f"n_bins must be at least 2, got {n_bins}.")
+        if not (np.all(space.low == -1.0) and np.all(space.high == 1.0)):
+            raise ValueError(
+                f"ActionTokens needs actions in [-1, 1], got low {space.low.min()} and high {space.high.max()}. "
+                "Wrap the env in gymnasium.wrappers.RescaleAction(env, -1.0, 1.0) first."
+            )
+        self.n_bins = n_bins
+        self.statistics = dict(statistics) if statistics is not None else None
+        self._shape = space.shape
+        self.action_dim = space.shape[-1]
+        if self.statistics is not None:
+            _bounds(self.statistics, self.action_dim)
+        self.action_space = spaces.MultiDiscrete(np.full(int(np.prod(space.shape)), n_bins))
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """
+        :param actions: float array of shape ``(..., K, D)`` (``(..., D)`` without chunks)
+        :return: int64 tokens of shape ``(..., K * D)``
+        """
+        tokens = encode_actions(actions, self.statistics, self.n_bins)
+        return tokens.reshape(*tokens.shape[: tokens.ndim - len(self._shape)], -1)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """
+        :param tokens: integer array of shape ``(..., K * D)``
+        :return: float32 actions of shape ``(..., K, D)`` (``(..., D)`` without chunks)
+        """
+        tokens = np.asarray(tokens)
+        return decode_tokens(tokens.reshape(*tokens.shape[:-1], *self._shape), self.statistics, self.n_bins)
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        """Tokens to the wrapped env's action."""
+        return np.clip(self.decode(action), -1.0, 1.0)
+
+    def step(self, action: np.ndarray) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        """
+        As the wrapped env's, with ``info["n_executed_tokens"]``: so many of the first tokens of ``action`` were executed.
+
+        :param action: integer array of shape ``(K * D,)``
+        """
+        obs, reward, terminated, truncated, info = self.env.step(self.action(action))
+        info["n_executed_tokens"] = info.get("n_executed", 1) * self.action_dim
+        return obs, reward, terminated, truncated, info
+
+    def expert_action(self) -> np.ndarray:
+        """
+        The scripted expert's next action as tokens.
+
+        :return: int64 array of shape ``(K * D,)``
+        """
+        return self.encode(self.env.get_wrapper_attr("expert_action")())
+
+
+class EpisodeControl(gym.Wrapper):
+    """
+    Lets the learner decide which episode a worker of a VecEnv plays next.
+
+    SB3's vectorised envs reset by themselves and drop seed and options there. The learner announces the next episode
+    with ``vec_env.env_method("set_next_reset", ..., indices=[i])`` before the present one ends; the worker then goes on
+    without waiting. A frozen worker costs nothing until it is thawed. Untouched, this wrapper does nothing.
+
+    :param env: env to wrap, outermost (after ``Monitor``)
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self._next: tuple[int | None, dict[str, Any] | None, Any] | None = None
+        self._freeze_next = False
+        self._frozen = False
+        self._tag: Any = None
+        self._obs: Any = None
+
+    def set_next_reset(
+        self, seed: int | None = None, options: dict[str, Any] | None = None, tag: Any = None, frozen: bool = False
+    ) -> None:
+        """
+        Say what the next ``reset`` of this env does (auto-reset included).
+
+        :param seed: its seed
+        :param options: its options
+        :param tag: given back as ``info["episode_tag"]`` at that reset and at every step of the episode
+        :param frozen: do not start an episode: the env stands still, at no cost, until :meth:`thaw`
+        """
+        self._next = (seed, options, tag)
+        self._freeze_next = frozen
+
+    def thaw(self) -> tuple[Any, dict[str, Any]]:
+        """
+        End the freeze and start the episode that :meth:`set_next_reset` announced.
+
+        :return: observation and info of the reset
+        """
+        self._frozen = False
+        self._freeze_next = False
+        return self.reset()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset; an explicit ``seed`` or ``options`` wins over the announced one."""
+        if self._freeze_next and self._obs is not None:
+            self._frozen, self._freeze_next = True, False
+            return self._obs, {"frozen": True, "episode_tag": None}
+        self._frozen = False
+        if self._next is not None:
+            next_seed, next_options, self._tag = self._next
+            seed = next_seed if seed is None else seed
+            options = next_options if options is None else options
+            self._next = None
+        else:
+            self._tag = None
+        self._obs, info = self.env.reset(seed=seed, options=options)
+        info["episode_tag"] = self._tag
+        return self._obs, info
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        """As the wrapped env's; a no-op while frozen."""
+        if self._frozen:
+            return self._obs, 0.0, False, False, {"frozen": True, "episode_tag": None}
+        self._obs, reward, terminated, truncated, info = self.env.step(action)
+        info["episode_tag"] = self._tag
+        return self._obs, reward, terminated, truncated, info
+
+    def expert_action(self) -> Any:
+        """The wrapped env's expert label; while frozen the last action of the space's sample shape is not needed, zeros."""
+        if self._frozen:
+            return np.zeros(self.action_space.shape, dtype=self.action_space.dtype)
+        return self.env.get_wrapper_attr("expert_action")()
