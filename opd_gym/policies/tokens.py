@@ -1,0 +1,339 @@
+"""One view of every action distribution: a sequence of T tokens.
+
+A vision-language-action policy emits T categorical tokens over V bins. Every distribution of Stable-Baselines3 can be
+read the same way (a Discrete action is one token, a Gaussian action dimension is one continuous token), so losses,
+buffers and teachers are written once, against the two classes below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution, SquashedDiagGaussianDistribution, TanhBijector
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.distributions import Bernoulli, Categorical, Normal
+
+LOG_2PI = math.log(2.0 * math.pi)
+
+
+class TokenDistribution(Distribution):
+    """
+    T independent categorical tokens over V bins each.
+
+    ``log_prob`` and ``entropy`` keep Stable-Baselines3's contract (one number per sample); the per-token values are
+    beside them.
+
+    :param logits: Unnormalised logits of shape (batch, T, V)
+    """
+
+    distribution: Categorical
+
+    def __init__(self, logits: th.Tensor | None = None):
+        super().__init__()
+        if logits is not None:
+            self.proba_distribution(logits)
+
+    def proba_distribution_net(self, latent_dim: int, n_tokens: int, n_bins: int) -> nn.Module:
+        """
+        :param latent_dim: Size of the features of one sample
+        :param n_tokens: Number of tokens T
+        :param n_bins: Number of bins V
+        :return: A layer that gives the logits (batch, T, V)
+        """
+        return nn.Sequential(nn.Linear(latent_dim, n_tokens * n_bins), nn.Unflatten(1, (n_tokens, n_bins)))
+
+    def proba_distribution(self, logits: th.Tensor) -> TokenDistribution:
+        if logits.dim() != 3:
+            raise ValueError(f"Expected logits of shape (batch, tokens, bins), got {tuple(logits.shape)}.")
+        self.distribution = Categorical(logits=logits)
+        return self
+
+    @property
+    def logits(self) -> th.Tensor:
+        """Log-probabilities of all bins, (batch, T, V)."""
+        return self.distribution.logits
+
+    def token_log_prob(self, actions: th.Tensor) -> th.Tensor:
+        """
+        :param actions: Tokens of shape (batch, T)
+        :return: Log-probability of each token, (batch, T)
+        """
+        return self.logits.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
+
+    def token_entropy(self) -> th.Tensor:
+        """
+        :return: Entropy of each token, (batch, T)
+        """
+        return self.distribution.entropy()
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        return self.token_log_prob(actions).sum(dim=1)
+
+    def entropy(self) -> th.Tensor:
+        return self.token_entropy().sum(dim=1)
+
+    def sample(self) -> th.Tensor:
+        return self.distribution.sample()
+
+    def mode(self) -> th.Tensor:
+        return self.logits.argmax(dim=-1)
+
+    def actions_from_params(self, logits: th.Tensor, deterministic: bool = False) -> th.Tensor:
+        return self.proba_distribution(logits).get_actions(deterministic=deterministic)
+
+    def log_prob_from_params(self, logits: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        actions = self.actions_from_params(logits)
+        return actions, self.log_prob(actions)
+
+
+@dataclass(frozen=True)
+class CategoricalTokens:
+    """
+    T categorical tokens, padded to a common number of bins V.
+
+    :param log_probs: Normalised log-probabilities (batch, T, V); bins that a token does not have are ``-inf``
+    """
+
+    log_probs: th.Tensor
+
+    def log_prob(self, tokens: th.Tensor) -> th.Tensor:
+        """
+        :param tokens: (batch, T)
+        :return: Log-probability of each token, (batch, T)
+        """
+        return self.log_probs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self) -> th.Tensor:
+        """
+        :return: Entropy of each token, (batch, T)
+        """
+        # A padded bin would give 0 * -inf = NaN, in the value and in the gradient
+        finite = self.log_probs.masked_fill(th.isneginf(self.log_probs), 0.0)
+        return -(self.log_probs.exp() * finite).sum(dim=-1)
+
+    def mode(self) -> th.Tensor:
+        """
+        :return: Most likely tokens, (batch, T)
+        """
+        return self.log_probs.argmax(dim=-1)
+
+    def sample(self) -> th.Tensor:
+        """
+        :return: Sampled tokens, (batch, T)
+        """
+        return Categorical(logits=self.log_probs, validate_args=False).sample()
+
+    def temper(self, temperature: float) -> CategoricalTokens:
+        """
+        :param temperature: Divides the logits
+        :return: The tempered distribution
+        """
+        return CategoricalTokens(th.log_softmax(self.log_probs / temperature, dim=-1))
+
+    def detach(self) -> CategoricalTokens:
+        """
+        :return: The same values without gradient
+        """
+        return CategoricalTokens(self.log_probs.detach())
+
+    def flatten(self) -> th.Tensor:
+        """
+        :return: One row per sample, (batch, T * V)
+        """
+        return self.log_probs.flatten(1)
+
+
+@dataclass(frozen=True)
+class GaussianTokens:
+    """
+    T independent Gaussian tokens, one per action dimension.
+
+    :param mean: (batch, T), before squashing
+    :param log_std: (batch, T), before squashing
+    :param squashed: Whether actions are the tanh of these Gaussians
+    """
+
+    mean: th.Tensor
+    log_std: th.Tensor
+    squashed: bool = False
+
+    def log_prob(self, tokens: th.Tensor) -> th.Tensor:
+        """
+        :param tokens: Actions in the coordinates of the policy, after squashing, (batch, T)
+        :return: Log-density of each token, (batch, T)
+        """
+        value = TanhBijector.inverse(tokens) if self.squashed else tokens
+        log_prob = -0.5 * ((value - self.mean) / self.log_std.exp()) ** 2 - self.log_std - 0.5 * LOG_2PI
+        if self.squashed:
+            # log(1 - tanh(x)^2), in the form that stays finite for saturated actions
+            log_prob = log_prob - 2.0 * (math.log(2.0) - value - nn.functional.softplus(-2.0 * value))
+        return log_prob
+
+    def entropy(self) -> th.Tensor:
+        """
+        Entropy before squashing: the squashed entropy has no closed form.
+
+        :return: Entropy of each token, (batch, T)
+        """
+        return self.log_std + 0.5 * (1.0 + LOG_2PI)
+
+    def mode(self) -> th.Tensor:
+        """
+        :return: Deterministic actions, after squashing, (batch, T)
+        """
+        return th.tanh(self.mean) if self.squashed else self.mean
+
+    def sample(self) -> th.Tensor:
+        """
+        :return: Sampled actions, after squashing, (batch, T)
+        """
+        value = self.mean + self.log_std.exp() * th.randn_like(self.mean)
+        return th.tanh(value) if self.squashed else value
+
+    def temper(self, temperature: float) -> GaussianTokens:
+        """
+        :param temperature: Multiplies the variance: ``p(x) ** (1 / temperature)``, normalised
+        :return: The tempered distribution
+        """
+        return GaussianTokens(self.mean, self.log_std + 0.5 * math.log(temperature), self.squashed)
+
+    def detach(self) -> GaussianTokens:
+        """
+        :return: The same values without gradient
+        """
+        return GaussianTokens(self.mean.detach(), self.log_std.detach(), self.squashed)
+
+    def flatten(self) -> th.Tensor:
+        """
+        :return: One row per sample, (batch, 2 * T): means, then log standard deviations
+        """
+        return th.cat([self.mean, self.log_std], dim=1)
+
+
+TokenView = CategoricalTokens | GaussianTokens
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """
+    Shape of the token view of an action space: enough to store a distribution as one flat array and to read it back.
+
+    :param n_tokens: Number of tokens T
+    :param n_bins: Number of bins V (the largest, where tokens differ); 0 for Gaussian tokens
+    :param squashed: Whether Gaussian tokens are squashed by a tanh
+    """
+
+    n_tokens: int
+    n_bins: int
+    squashed: bool = False
+
+    @property
+    def flat_size(self) -> int:
+        """Length of one flattened distribution."""
+        return self.n_tokens * (self.n_bins or 2)
+
+    @property
+    def storage_dtype(self) -> type[np.floating[Any]]:
+        """Half precision for the many bins of categorical tokens, single for the two numbers of a Gaussian."""
+        return np.float16 if self.n_bins else np.float32
+
+    def from_flat(self, flat: th.Tensor) -> TokenView:
+        """
+        :param flat: Flattened distributions (batch, ``flat_size``)
+        :return: The view that ``flatten()`` was called on
+        """
+        if self.n_bins:
+            log_probs = flat.float().reshape(len(flat), self.n_tokens, self.n_bins)
+            # Half precision leaves the probabilities off their sum of 1 by about 1e-3
+            return CategoricalTokens(th.log_softmax(log_probs, dim=-1))
+        mean, log_std = flat.float().chunk(2, dim=1)
+        return GaussianTokens(mean, log_std, self.squashed)
+
+
+def token_spec(action_space: spaces.Space, squashed: bool = False) -> TokenSpec:
+    """
+    Token view of an action space.
+
+    :param action_space: Discrete, MultiDiscrete, MultiBinary or Box
+    :param squashed: Whether a Box policy squashes its actions
+    :return: Its specification
+    """
+    if isinstance(action_space, spaces.Discrete):
+        return TokenSpec(1, int(action_space.n))
+    if isinstance(action_space, spaces.MultiDiscrete):
+        return TokenSpec(int(action_space.nvec.size), int(action_space.nvec.max()))
+    if isinstance(action_space, spaces.MultiBinary):
+        return TokenSpec(int(np.prod(action_space.shape)), 2)
+    if isinstance(action_space, spaces.Box):
+        return TokenSpec(int(np.prod(action_space.shape)), 0, squashed)
+    raise ValueError(f"Expected a Discrete, MultiDiscrete, MultiBinary or Box action space, got {action_space}.")
+
+
+def token_view(dist: Distribution) -> TokenView:
+    """
+    Read any distribution of Stable-Baselines3 (or sb3-contrib's maskable ones) as a sequence of tokens.
+
+    Gradients flow through.
+
+    :param dist: Distribution with its parameters set
+    :return: The canonical view
+    """
+    # sb3-contrib names the list of a maskable multi-categorical in the plural
+    inner = getattr(dist, "distribution", None)
+    inner = getattr(dist, "distributions", None) if inner is None else inner
+    if isinstance(inner, Categorical):
+        log_probs = inner.logits
+        return CategoricalTokens(log_probs if log_probs.dim() == 3 else log_probs.unsqueeze(1))
+    if isinstance(inner, list) and inner and isinstance(inner[0], Categorical):
+        n_bins = max(d.logits.shape[-1] for d in inner)
+        padded = [nn.functional.pad(d.logits, (0, n_bins - d.logits.shape[-1]), value=-math.inf) for d in inner]
+        return CategoricalTokens(th.stack(padded, dim=1))
+    if isinstance(inner, Bernoulli):
+        log_probs = [nn.functional.logsigmoid(-inner.logits), nn.functional.logsigmoid(inner.logits)]
+        return CategoricalTokens(th.stack(log_probs, dim=-1))
+    if isinstance(inner, Normal):
+        squashed = isinstance(dist, SquashedDiagGaussianDistribution) or getattr(dist, "bijector", None) is not None
+        return GaussianTokens(inner.mean, inner.stddev.log(), squashed)
+    raise ValueError(
+        f"Cannot read {type(dist).__name__} (holding {type(inner).__name__}) as tokens: expected a categorical, "
+        "multi-categorical, Bernoulli or Gaussian distribution of Stable-Baselines3, or a TokenDistribution."
+    )
+
+
+def distribution_and_values(policy: ActorCriticPolicy, obs: PyTorchObs) -> tuple[Distribution, th.Tensor]:
+    """
+    Action distribution and state values of a batch of observations.
+
+    A policy may define ``distribution_and_values(obs)`` to share one pass through its body.
+
+    :param policy: Actor-critic policy
+    :param obs: Observations
+    :return: The distribution and the values (batch, 1)
+    """
+    shared_pass: Callable[..., tuple[Distribution, th.Tensor]] | None = getattr(policy, "distribution_and_values", None)
+    if shared_pass is not None:
+        return shared_pass(obs)
+    return policy.get_distribution(obs), policy.predict_values(obs)
+
+
+def policy_token_log_probs(
+    policy: ActorCriticPolicy, obs: PyTorchObs, actions: th.Tensor
+) -> tuple[th.Tensor, th.Tensor, Distribution]:
+    """
+    Per-token log-probabilities of actions under any actor-critic policy.
+
+    :param policy: Actor-critic policy
+    :param obs: Observations
+    :param actions: Actions in the action space of the policy, one row per observation
+    :return: values (batch, 1), token log-probabilities (batch, T), and the distribution
+    """
+    dist, values = distribution_and_values(policy, obs)
+    return values, token_view(dist).log_prob(actions.reshape(len(actions), -1)), dist
