@@ -297,8 +297,8 @@ def token_view(dist: Distribution) -> TokenView:
         padded = [nn.functional.pad(d.logits, (0, n_bins - d.logits.shape[-1]), value=-math.inf) for d in inner]
         return CategoricalTokens(th.stack(padded, dim=1))
     if isinstance(inner, Bernoulli):
-        log_probs = [nn.functional.logsigmoid(-inner.logits), nn.functional.logsigmoid(inner.logits)]
-        return CategoricalTokens(th.stack(log_probs, dim=-1))
+        both = [nn.functional.logsigmoid(-inner.logits), nn.functional.logsigmoid(inner.logits)]
+        return CategoricalTokens(th.stack(both, dim=-1))
     if isinstance(inner, Normal):
         squashed = isinstance(dist, SquashedDiagGaussianDistribution) or getattr(dist, "bijector", None) is not None
         return GaussianTokens(inner.mean, inner.stddev.log(), squashed)

@@ -1,0 +1,457 @@
+"""What algorithms store: the rollout buffer that all of them share, and the replay of states for exact distillation."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
+from stable_baselines3.common.utils import get_device
+
+from opd_gym.policies.tokens import TokenSpec, token_spec
+
+# An observation, or one array per observation of a batch: an array for plain spaces, a dict of arrays for Dict spaces
+ObsArray = np.ndarray | dict[str, np.ndarray]
+
+
+class TeacherRolloutSamples(NamedTuple):
+    """
+    A minibatch. The first six fields are those of Stable-Baselines3.
+
+    :param observations: Observations
+    :param actions: Actions, in the dtype of the action space (Box: float32)
+    :param old_values: Values at collection, (batch,)
+    :param old_log_prob: Log-probabilities of the actions at collection, summed over all tokens, (batch,)
+    :param advantages: (batch,)
+    :param returns: (batch,)
+    :param old_token_log_probs: Log-probabilities of the tokens at collection, (batch, T)
+    :param token_mask: 1 for tokens that were executed, (batch, T)
+    :param teacher_log_probs: Teacher's log-probabilities of the same tokens, (batch, T); zeros without a teacher
+    :param teacher_distribution: Teacher's flattened distributions, (batch, flat size); empty where not stored
+    :param rows: Rows of the flattened buffer, (batch,)
+    """
+
+    observations: th.Tensor | dict[str, th.Tensor]
+    actions: th.Tensor
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    old_token_log_probs: th.Tensor
+    token_mask: th.Tensor
+    teacher_log_probs: th.Tensor
+    teacher_distribution: th.Tensor
+    rows: np.ndarray
+
+
+class TeacherRolloutBuffer(RolloutBuffer):
+    """
+    Rollout buffer of every algorithm here, for plain and Dict observations.
+
+    Beside what Stable-Baselines3 stores it holds, per step and env: token log-probabilities, the mask of executed
+    tokens, the teacher's log-probabilities and (where asked for) full distribution, a privileged teacher's actions,
+    the ids of group and episode, and the outcome of finished episodes. It grows when a rollout is longer than expected,
+    so episodes of any length fit; :meth:`finish` cuts it to what was filled and flattens it env by env.
+
+    :param buffer_size: Expected number of steps of a rollout
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param device: Device of the minibatches
+    :param gae_lambda: Bias-variance trade-off of generalised advantage estimation
+    :param gamma: Discount factor
+    :param n_envs: Number of parallel environments
+    :param store_distribution: Store the teacher's full distributions
+    """
+
+    observations: Any
+    advantages: np.ndarray
+    returns: np.ndarray
+    token_log_probs: np.ndarray
+    token_mask: np.ndarray
+    teacher_log_probs: np.ndarray
+    teacher_distributions: np.ndarray
+    teacher_actions: np.ndarray
+    group_ids: np.ndarray
+    episode_ids: np.ndarray
+    successes: np.ndarray
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        gae_lambda: float = 1.0,
+        gamma: float = 0.99,
+        n_envs: int = 1,
+        store_distribution: bool = False,
+    ):
+        self.spec = token_spec(action_space)
+        self.store_distribution = store_distribution
+        self.expected_size = buffer_size
+        super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
+
+    def _fields(self) -> dict[str, tuple[tuple[int, ...], Any, float]]:
+        """Shape of one entry, dtype and fill value of every array but the observations."""
+        n_tokens = self.spec.n_tokens
+        return {
+            "actions": ((self.action_dim,), self.action_space.dtype, 0),
+            "rewards": ((), np.float32, 0),
+            "episode_starts": ((), np.float32, 0),
+            "values": ((), np.float32, 0),
+            "token_log_probs": ((n_tokens,), np.float32, 0),
+            "token_mask": ((n_tokens,), np.float32, 0),
+            "teacher_actions": ((n_tokens,), np.float32, np.nan),
+            "group_ids": ((), np.int64, -1),
+            "episode_ids": ((), np.int64, -1),
+            "successes": ((), np.float32, np.nan),
+        }
+
+    def reset(self) -> None:
+        """Forget everything and allocate room for the expected number of steps."""
+        self.buffer_size = self.expected_size
+        head = (self.buffer_size, self.n_envs)
+        self.observations = zeros_like_space(self.observation_space, head)
+        for name, (shape, dtype, fill) in self._fields().items():
+            setattr(self, name, np.full((*head, *shape), fill, dtype=dtype))
+        self.pos = 0
+        self.full = False
+        self.generator_ready = False
+
+    def _grow(self) -> None:
+        def double(array: np.ndarray, fill: float = 0) -> np.ndarray:
+            return np.concatenate([array, np.full_like(array, fill)])
+
+        self.observations = map_obs(double, self.observations)
+        for name, (_, _, fill) in self._fields().items():
+            setattr(self, name, double(getattr(self, name), fill))
+        self.buffer_size *= 2
+
+    def add(  # type: ignore[override]
+        self,
+        obs: ObsArray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: th.Tensor,
+        token_log_probs: th.Tensor,
+        token_mask: np.ndarray,
+        group_id: np.ndarray,
+        episode_id: np.ndarray,
+        success: np.ndarray,
+        teacher_action: np.ndarray | None = None,
+    ) -> None:
+        """
+        One step of all environments; the first axis of everything is the environment.
+
+        :param obs: Observations
+        :param action: Actions
+        :param reward: Rewards
+        :param episode_start: Whether the observation is the first of an episode
+        :param value: Estimated values
+        :param token_log_probs: Log-probabilities of the sampled tokens, (n_envs, T)
+        :param token_mask: Executed tokens, (n_envs, T); all 0 for an environment that stood still
+        :param group_id: Group of each episode, -1 for none
+        :param episode_id: Episode
+        :param success: Outcome of the episodes that ended with this step, NaN for the others
+        :param teacher_action: Labels of a privileged teacher, (n_envs, T), NaN for none
+        """
+        if self.pos == self.buffer_size:
+            self._grow()
+        i = self.pos
+        store_obs(self.observations, i, obs)
+        self.actions[i] = np.asarray(action).reshape(self.n_envs, self.action_dim)
+        self.rewards[i] = reward
+        self.episode_starts[i] = episode_start
+        self.values[i] = value.detach().cpu().numpy().flatten()
+        self.token_log_probs[i] = token_log_probs.detach().cpu().numpy()
+        self.token_mask[i] = token_mask
+        self.group_ids[i] = group_id
+        self.episode_ids[i] = episode_id
+        self.successes[i] = success
+        if teacher_action is not None:
+            self.teacher_actions[i] = teacher_action
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def finish(self, last_values: th.Tensor | None = None, dones: np.ndarray | None = None) -> None:
+        """
+        End of the rollout: cut to the steps that were added, compute advantages, flatten env by env.
+
+        :param last_values: Values of the observations after the last step; None: no advantages
+        :param dones: Whether the last step ended an episode
+        """
+        self.buffer_size = self.pos
+        self.full = True
+        self.observations = map_obs(lambda array: array[: self.pos], self.observations)
+        for name in self._fields():
+            setattr(self, name, getattr(self, name)[: self.pos])
+        self.advantages = np.zeros_like(self.rewards)
+        self.returns = np.zeros_like(self.rewards)
+        if last_values is not None:
+            assert dones is not None
+            self.compute_returns_and_advantage(last_values, dones)
+        # Advantages first: flattening takes the time axis away
+        self.observations = map_obs(self.swap_and_flatten, self.observations)
+        for name in (*self._fields(), "advantages", "returns"):
+            array = getattr(self, name)
+            setattr(self, name, array.swapaxes(0, 1).reshape(-1, *array.shape[2:]))
+        n_rows = len(self.rewards)
+        self.teacher_log_probs = np.zeros((n_rows, self.spec.n_tokens), dtype=np.float32)
+        flat_size = self.spec.flat_size if self.store_distribution else 0
+        self.teacher_distributions = np.zeros((n_rows, flat_size), dtype=self.spec.storage_dtype)
+        self.generator_ready = True
+
+    def set_teacher(self, rows: np.ndarray, log_probs: th.Tensor, distributions: th.Tensor | None = None) -> None:
+        """
+        Attach the teacher's opinion to rows of the finished rollout.
+
+        :param rows: Rows of the flattened buffer
+        :param log_probs: Teacher's log-probabilities of the sampled tokens, (rows, T)
+        :param distributions: Teacher's flattened distributions
+        """
+        self.teacher_log_probs[rows] = log_probs.detach().cpu().numpy()
+        if self.store_distribution and distributions is not None:
+            self.teacher_distributions[rows] = distributions.detach().cpu().numpy()
+
+    def valid_rows(self) -> np.ndarray:
+        """
+        :return: Rows with at least one executed token (an environment that stood still has none)
+        """
+        return np.flatnonzero(self.token_mask.any(axis=1))
+
+    def get(self, batch_size: int | None = None, rows: np.ndarray | None = None) -> Generator[Any, None, None]:
+        """
+        Shuffled minibatches of the finished rollout.
+
+        :param batch_size: Number of rows in a minibatch; None: all in one
+        :param rows: Rows to draw from, in this order where given; None: all valid rows, shuffled
+        :return: Minibatches of :class:`TeacherRolloutSamples`
+        """
+        assert self.generator_ready, "finish() must be called before get()"
+        indices = np.random.permutation(self.valid_rows()) if rows is None else rows
+        step = batch_size or max(len(indices), 1)
+        for start in range(0, len(indices), step):
+            yield self._get_samples(indices[start : start + step])
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        token_log_probs = self.token_log_probs[batch_inds]
+        return TeacherRolloutSamples(
+            observations=map_obs(lambda array: self.to_torch(array[batch_inds]), self.observations),
+            actions=self.to_torch(self.actions[batch_inds]),
+            old_values=self.to_torch(self.values[batch_inds]),
+            old_log_prob=self.to_torch(token_log_probs.sum(axis=1)),
+            advantages=self.to_torch(self.advantages[batch_inds]),
+            returns=self.to_torch(self.returns[batch_inds]),
+            old_token_log_probs=self.to_torch(token_log_probs),
+            token_mask=self.to_torch(self.token_mask[batch_inds]),
+            teacher_log_probs=self.to_torch(self.teacher_log_probs[batch_inds]),
+            teacher_distribution=self.to_torch(self.teacher_distributions[batch_inds]),
+            rows=batch_inds,
+        )
+
+
+class StateReplay:
+    """
+    Ring buffer of states with the teacher's distribution, so that an exact divergence can be descended on all states
+    visited so far: the objective is an expectation over states alone, and a frozen teacher's opinion does not age.
+
+    Memory grows by doubling up to ``capacity`` and observations keep the dtype of their space (images: uint8).
+
+    :param capacity: Largest number of states; the oldest are overwritten
+    :param observation_space: Observation space
+    :param spec: Token specification of the teacher's distributions
+    :param device: Device of the samples
+    """
+
+    def __init__(
+        self, capacity: int, observation_space: spaces.Space, spec: TokenSpec, device: th.device | str = "auto"
+    ):
+        if capacity < 1:
+            raise ValueError(f"Expected a positive capacity of the state replay, got {capacity}.")
+        self.capacity = capacity
+        self.observation_space = observation_space
+        self.spec = spec
+        self.device = get_device(device)
+        self.size = 0
+        self._next = 0
+        self._allocate(min(capacity, 1024))
+
+    @staticmethod
+    def bytes_per_state(observation_space: spaces.Space, spec: TokenSpec) -> int:
+        """
+        :param observation_space: Observation space
+        :param spec: Token specification
+        :return: Memory that one state takes
+        """
+        sizes: list[int] = []
+        map_obs(lambda array: sizes.append(array.nbytes), zeros_like_space(observation_space, (1,)))
+        return sum(sizes) + spec.flat_size * np.dtype(spec.storage_dtype).itemsize + spec.n_tokens
+
+    def _allocate(self, n: int) -> None:
+        self.observations = zeros_like_space(self.observation_space, (n,))
+        self.distributions = np.zeros((n, self.spec.flat_size), dtype=self.spec.storage_dtype)
+        self.masks = np.zeros((n, self.spec.n_tokens), dtype=bool)
+
+    def _grow(self, n: int) -> None:
+        allocated = len(self.masks)
+        if n <= allocated:
+            return
+        old_obs, old_distributions, old_masks = self.observations, self.distributions, self.masks
+        self._allocate(min(max(n, 2 * allocated), self.capacity))
+        rows = np.arange(self.size)
+        store_obs(self.observations, rows, map_obs(lambda array: array[: self.size], old_obs))
+        self.distributions[rows] = old_distributions[: self.size]
+        self.masks[rows] = old_masks[: self.size]
+
+    def add(self, observations: ObsArray, distributions: np.ndarray, masks: np.ndarray) -> None:
+        """
+        :param observations: Observations, (n, ...)
+        :param distributions: Teacher's flattened distributions, (n, flat size)
+        :param masks: Tokens that count, (n, T)
+        """
+        keep = slice(max(len(masks) - self.capacity, 0), None)
+        observations = map_obs(lambda array: array[keep], observations)
+        distributions, masks = distributions[keep], masks[keep]
+        n = len(masks)
+        self._grow(min(self.size + n, self.capacity))
+        rows = (self._next + np.arange(n)) % self.capacity
+        store_obs(self.observations, rows, observations)
+        self.distributions[rows] = distributions
+        self.masks[rows] = masks > 0
+        self._next = (self._next + n) % self.capacity
+        self.size = min(self.size + n, self.capacity)
+
+    def sample(self, batch_size: int) -> tuple[Any, th.Tensor, th.Tensor]:
+        """
+        States drawn uniformly, with replacement.
+
+        :param batch_size: Number of states
+        :return: observations, flattened teacher distributions, token masks
+        """
+        rows = np.random.randint(0, self.size, size=batch_size)
+        return (
+            map_obs(lambda array: th.as_tensor(array[rows], device=self.device), self.observations),
+            th.as_tensor(self.distributions[rows], device=self.device),
+            th.as_tensor(self.masks[rows], device=self.device).float(),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """
+        Write all states to an ``.npz`` file, atomically.
+
+        :param path: File to write
+        """
+        oldest_first = np.roll(np.arange(self.size), -self._next if self.size == self.capacity else 0)
+        observations = self.observations if isinstance(self.observations, dict) else {"": self.observations}
+        arrays = {f"obs/{key}": array[oldest_first] for key, array in observations.items()}
+        arrays |= {"distributions": self.distributions[oldest_first], "masks": self.masks[oldest_first]}
+        path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """
+        Add the states of a file that :meth:`save` wrote.
+
+        :param path: File to read
+        """
+        with np.load(path) as arrays:
+            found = {name[len("obs/") :]: arrays[name] for name in arrays.files if name.startswith("obs/")}
+            observations: ObsArray = found if isinstance(self.observations, dict) else found[""]
+            if arrays["distributions"].shape[1] != self.spec.flat_size:
+                raise ValueError(
+                    f"The state replay in {path} holds distributions of {arrays['distributions'].shape[1]} numbers, "
+                    f"this model needs {self.spec.flat_size}: it belongs to another action space."
+                )
+            self.add(observations, arrays["distributions"], arrays["masks"])
+
+
+def map_obs(function: Callable[[np.ndarray], Any], obs: Any) -> Any:
+    """
+    Apply a function to the array of a plain observation or to each array of a Dict observation.
+
+    :param function: Function of one array
+    :param obs: Observation
+    :return: Results in the same structure
+    """
+    return {key: function(array) for key, array in obs.items()} if isinstance(obs, dict) else function(obs)
+
+
+def store_obs(target: Any, index: Any, obs: Any) -> None:
+    """
+    ``target[index] = obs`` for plain and Dict observations.
+
+    :param target: Arrays to write to
+    :param index: Where to write
+    :param obs: Observations to write
+    """
+    if isinstance(target, dict):
+        for key, array in target.items():
+            array[index] = np.asarray(obs[key]).reshape(array[index].shape)
+    else:
+        # Discrete observations come as (n,) and are kept as (n, 1)
+        target[index] = np.asarray(obs).reshape(target[index].shape)
+
+
+def zeros_like_space(space: spaces.Space, head: tuple[int, ...]) -> Any:
+    """
+    :param space: Plain or Dict observation space
+    :param head: Leading shape
+    :return: Zeros in the shape and dtype of the space's observations
+    """
+    if isinstance(space, spaces.Dict):
+        return {key: zeros_like_space(sub_space, head) for key, sub_space in space.spaces.items()}
+    return np.zeros((*head, *get_obs_shape(space)), dtype=space.dtype)  # type: ignore[misc]
+
+
+def random_shift(
+    images: th.Tensor, per_sample: bool = True, channels_first: bool = True, pad: float = 1 / 16
+) -> th.Tensor:
+    """
+    Shift images by a random number of pixels, replicating the border (DrQ, https://arxiv.org/abs/2004.13649).
+
+    :param images: (batch, C, H, W), or (batch, H, W, C), of any dtype
+    :param per_sample: One shift per image; False: the same for the whole batch
+    :param channels_first: Which of the two layouts
+    :param pad: Largest shift, as a fraction of height and width (4 pixels of 64)
+    :return: Shifted images
+    """
+    height, width = images.shape[2:] if channels_first else images.shape[1:3]
+    batch = len(images)
+    n_shifts = batch if per_sample else 1
+
+    def shifted(size: int) -> th.Tensor:
+        reach = max(round(pad * size), 1)
+        shift = th.randint(-reach, reach + 1, (n_shifts, 1), device=images.device)
+        # Clamped indices replicate the border without a padded copy
+        return (th.arange(size, device=images.device) + shift).clamp(0, size - 1)
+
+    rows, columns = shifted(height), shifted(width)
+    if not per_sample:
+        dims = (2, 3) if channels_first else (1, 2)
+        return images.index_select(dims[0], rows[0]).index_select(dims[1], columns[0])
+    sample = th.arange(batch, device=images.device).view(-1, 1, 1)
+    if channels_first:
+        return images.movedim(1, -1)[sample, rows.unsqueeze(2), columns.unsqueeze(1)].movedim(-1, 1)
+    return images[sample, rows.unsqueeze(2), columns.unsqueeze(1)]
+
+
+def action_tokens(actions: np.ndarray, action_space: spaces.Space) -> np.ndarray:
+    """
+    Actions as rows of tokens.
+
+    :param actions: Actions, one per environment
+    :param action_space: Their space
+    :return: (n, T)
+    """
+    return np.asarray(actions).reshape(len(actions), get_action_dim(action_space))
