@@ -1,0 +1,188 @@
+"""Pure geometry for the scripted experts: no simulator, only numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import acos, atan2, cos, pi, sin, sqrt
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+def wrap_half_turn(angle: float) -> float:
+    """
+    Fold an angle into [-pi/2, pi/2): a parallel gripper is the same after half a turn.
+
+    :param angle: Angle in rad
+    :return: The equivalent angle of a gripper with two equal fingers
+    """
+    return (angle + pi / 2) % pi - pi / 2
+
+
+def yaw_rotation(yaw: float) -> Array:
+    """
+    Rotation matrix about the world's vertical axis.
+
+    :param yaw: Angle in rad
+    :return: 3 x 3 rotation matrix
+    """
+    c, s = cos(yaw), sin(yaw)
+    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+
+
+def rotation_vector(rotation: Array) -> Array:
+    """
+    Axis times angle of a rotation matrix.
+
+    :param rotation: 3 x 3 rotation matrix
+    :return: Rotation vector, its norm in [0, pi]
+    """
+    skew = np.array(
+        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
+    )
+    angle = acos(min(1.0, max(-1.0, (float(np.trace(rotation)) - 1.0) / 2.0)))
+    norm = sqrt(float(skew @ skew))
+    if norm < 1e-6:
+        if angle < 1.0:
+            return 0.5 * skew
+        # Half a turn: the skew part vanishes and the axis is read off the symmetric part.
+        axis = np.sqrt(np.clip((np.diag(rotation) + 1.0) / 2.0, 0.0, None))
+        largest = int(np.argmax(axis))
+        axis = np.where(rotation[largest] < 0.0, -axis, axis)
+        axis[largest] = abs(axis[largest])
+        return np.asarray(angle * axis / np.linalg.norm(axis))
+    return np.asarray(skew * (angle / norm))
+
+
+def box_points(half: Array, spacing: float = 0.006, most: int = 14) -> Array:
+    """
+    Points of a regular grid on the surface of a box.
+
+    :param half: Half extents
+    :param spacing: Wanted distance between neighbouring points in m
+    :param most: Largest number of points along an edge
+    :return: (n, 3) points in the frame of the box
+    """
+    counts = [int(np.clip(np.ceil(2.0 * h / spacing) + 1, 2, most)) for h in half]
+    grids = np.meshgrid(*(np.linspace(-h, h, n) for h, n in zip(half, counts, strict=True)), indexing="ij")
+    points = np.stack([g.ravel() for g in grids], axis=1)
+    surface = (np.abs(np.abs(points) - half) < 1e-9).any(axis=1)
+    return np.asarray(points[surface])
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """
+    A grasp from above.
+
+    :param position: Where the point between the finger pads should be
+    :param yaw: Angle of the closing axis, 0 is the arm's rest pose (closing along the world's y axis)
+    :param width: What is between the pads, in m
+    :param margin: How far off along the closing axis the gripper may descend without touching the object
+    :param preopen: Gap below which the fingers count as not open
+    """
+
+    position: Array
+    yaw: float
+    width: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Gripper:
+    """
+    Dimensions of the parallel gripper that the planners need (defaults: Panda hand in robosuite).
+
+    :param stroke: Largest gap between the pads
+    :param pad_below: How far the pads reach below the grip site
+    :param pad_above: How far the pads reach above the grip site
+    :param pad_half_width: Half the width of a pad
+    :param depth: How deep an object may reach up between the fingers, measured from the grip site
+    """
+
+    stroke: float = 0.078
+    pad_below: float = 0.005
+    pad_above: float = 0.012
+    pad_half_width: float = 0.008
+    depth: float = 0.021
+
+
+def closing_axis(yaw: float) -> Array:
+    """
+    Horizontal direction in which the fingers close.
+
+    :param yaw: Yaw of the gripper, 0 in the arm's rest pose
+    :return: Unit vector (x, y)
+    """
+    return np.array([-sin(yaw), cos(yaw)])
+
+
+def yaw_of_closing_axis(axis: Array) -> float:
+    """
+    Yaw at which the fingers close along a horizontal direction.
+
+    :param axis: Direction (x, y), sign and length are free
+    :return: Yaw in [-pi/2, pi/2)
+    """
+    return wrap_half_turn(atan2(-float(axis[0]), float(axis[1])))
+
+
+def grasp_height(bottom: float, top: float, gripper: Gripper) -> float:
+    """
+    Height of the grip site: as deep as the hand allows at tall objects, the middle at flat ones.
+
+    :param bottom: Lowest point of the object
+    :param top: Highest point of the object
+    :param gripper: Dimensions of the gripper
+    :return: Height in m
+    """
+    middle = 0.5 * (bottom + top) - 0.5 * (gripper.pad_above - gripper.pad_below)
+    return max(min(middle, top - 0.008), top - gripper.depth, bottom + gripper.pad_below + 0.002)
+
+
+def plan_top_grasp(points: Array, current_yaw: float, gripper: Gripper, n_yaws: int = 12) -> Grasp:
+    """
+    Grasp an object of any pose from above, from points on its surface.
+
+    The yaw of the rest pose wins wherever the object fits between the fingers there, so that most grasps need no
+    rotation at all; the current yaw has a bonus, so that the choice does not flip on the way.
+
+    :param points: (n, 3) points on the surface of the object in the world
+    :param current_yaw: Yaw of the gripper now
+    :param gripper: Dimensions of the gripper
+    :param n_yaws: Number of yaws tried between -90 and +90 degrees
+    :return: The best grasp; its width exceeds the stroke if none fits
+    """
+    bottom, top = float(points[:, 2].min()), float(points[:, 2].max())
+    height = grasp_height(bottom, top, gripper)
+    between = points[(points[:, 2] > height - 0.012) & (points[:, 2] < height + 0.016)]
+    # The hand sinks over everything above the pads, so the part above must fit as well as what is between them.
+    above = points[points[:, 2] > height - gripper.pad_below - 0.004]
+    if len(between) < 4:
+        between = above if len(above) >= 4 else points
+    best: Grasp | None = None
+    best_cost = np.inf
+    for k in range(n_yaws):
+        yaw = wrap_half_turn(k * pi / n_yaws)
+        axis = closing_axis(yaw)
+        across = np.array([axis[1], -axis[0]])
+        along = between[:, :2] @ axis
+        side = between[:, :2] @ across
+        centre_side = 0.5 * float(side.max() + side.min())
+        window = along[np.abs(side - centre_side) < gripper.pad_half_width + 0.006]
+        if len(window) < 2:
+            window = along
+        low, high = float(window.min()), float(window.max())
+        width = high - low
+        centre = 0.5 * (low + high)
+        margin = 0.5 * (gripper.stroke - width)
+        cost = abs(yaw) + 0.4 * abs(wrap_half_turn(yaw - current_yaw))
+        cost += 40.0 * max(0.0, width - 0.066) + (100.0 if margin < 0.002 else 0.0) + 2.0 * width
+        if cost < best_cost:
+            xy = centre * axis + centre_side * across
+            best_cost = cost
+            best = Grasp(np.array([xy[0], xy[1], height]), yaw, width, max(margin, 0.003))
+    assert best is not None
+    return best

@@ -1,0 +1,144 @@
+"""Pick an object up from above and put it somewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from opd_gym.envs.experts.geometry import Array, Grasp, Gripper, closing_axis, plan_top_grasp
+from opd_gym.envs.experts.scene import Scene
+from opd_gym.envs.experts.servo import CLOSE, OPEN, Target
+
+GraspPlanner = Callable[[Scene, int], Grasp]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """
+    Where an object should be let go.
+
+    :param xy: Wanted position of the object's root body
+    :param height: Height of the object's lowest point at which the gripper opens
+    :param clearance: How far above ``height`` the lowest point travels until it is over the target
+    :param tolerance: Horizontal error at which the gripper may open
+    :param cone: Horizontal distance within which the object must be at full ``clearance`` or descending
+    """
+
+    xy: Array
+    height: float
+    clearance: float
+    tolerance: float
+    yaw: float | None = None
+
+
+class PickPlace:
+    """
+    Stateless pick and place: approach down a funnel, close, lift, carry, lower, open.
+
+    The phase is read off the state alone: where the object is relative to the gripper, whether both pads touch it,
+    how far the fingers are apart.
+
+    :param name: Name of the object
+    :param placement: Gives the placement for the current state
+    :param planner: Gives the grasp for the current state, the default is a grasp from above of the whole object
+    :param hover: Height above the grasp from which the gripper descends
+    """
+
+    def __init__(
+        self,
+        name: str,
+        placement: Callable[[Scene], Placement],
+        planner: GraspPlanner | None = None,
+        hover: float = 0.09,
+        gripper: Gripper | None = None,
+    ) -> None:
+        self.name = name
+        self.placement = placement
+        self.gripper = gripper or Gripper()
+        self.planner = planner or self._plan
+        self.hover = hover
+
+    def _plan(self, scene: Scene, body: int) -> Grasp:
+        return plan_top_grasp(scene.points(body), scene.yaw, self.gripper)
+
+    def __call__(self, scene: Scene) -> Target:
+        """
+        What to do in the current state.
+
+        :param scene: Current state
+        """
+        body = scene.body(self.name)
+        grasp = self.planner(scene, body)
+        offset = grasp.position - scene.eef
+        axis = closing_axis(scene.yaw)
+        along = abs(float(offset[:2] @ axis))
+        across = abs(float(offset[0] * axis[1] - offset[1] * axis[0]))
+        distances = scene.pad_distances(body)
+        touching = max(distances) < 0.001
+        placement = self.placement(scene)
+        points = scene.points(body)
+        bottom = float(points[:, 2].min())
+        position = scene.position(self.name)
+        to_place = placement.xy - position[:2]
+        away = float(np.linalg.norm(to_place))
+
+        if touching and scene.gap < self.gripper.stroke:
+            over_target = away < placement.tolerance
+            if over_target and bottom < placement.height + 0.01:
+                # Let go without moving up: rising would leave the release zone before the fingers are open.
+                lower = min(0.0, placement.height - bottom)
+                return Target(scene.eef + np.array([0.0, 0.0, lower]), OPEN, None)
+            if scene.finger_speed > 0.03 and offset[2] > -0.03:
+                # The fingers are still closing: lifting now would slip.
+                return Target(self._hold(scene, grasp), CLOSE, None)
+            return self._carry(scene, placement, bottom, to_place, away)
+        aligned = abs(scene_yaw_error(scene, grasp.yaw)) < 0.3
+        near = along < 0.03 and across < 0.022 and abs(offset[2]) < 0.022
+        closing = scene.gap < self.gripper.stroke - 0.003
+        between = scene.gap > 0.6 * min(grasp.width, self.gripper.stroke) and scene.gap > 0.004
+        ready = along < grasp.margin and across < 0.012 and abs(offset[2]) < 0.008
+        if aligned and near and between and (closing or ready):
+            return Target(self._hold(scene, grasp), CLOSE, None)
+        return self._approach(scene, grasp, along, across)
+
+    def _hold(self, scene: Scene, grasp: Grasp) -> Array:
+        """Stay, but let the height settle: sideways motion while closing would push the object."""
+        return np.array([scene.eef[0], scene.eef[1], grasp.position[2]])
+
+    def _approach(self, scene: Scene, grasp: Grasp, along: float, across: float) -> Target:
+        offset = grasp.position - scene.eef
+        distance = float(np.linalg.norm(offset[:2]))
+        # Funnel: full height far away, down to the grasp where the fingers pass left and right of the object.
+        slack = 0.0 if along < 0.8 * grasp.margin and across < 0.014 else max(0.0, distance - 0.005)
+        rise = min(self.hover, 4.0 * slack)
+        if scene.gap < min(self.gripper.stroke - 0.004, grasp.width + 0.012) or abs(
+            scene_yaw_error(scene, grasp.yaw)
+        ) > 0.2:
+            rise = max(rise, 0.6 * self.hover)
+        height = grasp.position[2] + rise
+        below = height - float(scene.eef[2])
+        # Too low to move sideways: go up first.
+        freedom = float(np.clip(1.0 - (below - 0.015) / 0.03, 0.0, 1.0))
+        xy = scene.eef[:2] + freedom * offset[:2]
+        return Target(np.array([xy[0], xy[1], height]), OPEN, grasp.yaw)
+
+    def _carry(self, scene: Scene, placement: Placement, bottom: float, to_place: Array, away: float) -> Target:
+        rise = float(np.clip(3.0 * (away - 0.6 * placement.tolerance), 0.0, placement.clearance))
+        height = placement.height + rise
+        below = height - bottom
+        freedom = float(np.clip(1.0 - (below - 0.03) / 0.06, 0.0, 1.0))
+        xy = scene.eef[:2] + freedom * to_place
+        z = float(scene.eef[2]) + below
+        return Target(np.array([xy[0], xy[1], z]), CLOSE, placement.yaw)
+
+
+def scene_yaw_error(scene: Scene, yaw: float) -> float:
+    """
+    Missing rotation of the gripper about the vertical axis.
+
+    :param scene: Current state
+    :param yaw: Wanted yaw
+    """
+    return float((yaw - scene.yaw + np.pi / 2) % np.pi - np.pi / 2)

@@ -1,0 +1,159 @@
+"""What a scripted expert sees: poses, surfaces and contacts as a pure function of the simulator's (qpos, qvel)."""
+
+from __future__ import annotations
+
+from math import atan2
+from typing import Any
+
+import mujoco
+import numpy as np
+
+from opd_gym.envs.experts.geometry import Array, box_points
+
+
+class Scene:
+    """
+    Read-only view of one LIBERO domain.
+
+    Everything is computed on a private ``MjData`` from a copy of qpos and qvel: robosuite's own ``data`` lags one
+    physics sub-step behind after a step and is up to date after a restored state, so reading it would make an expert's
+    action depend on how a state was reached. The simulation itself is never touched.
+
+    :param domain: LIBERO's domain (``ControlEnv(...).env``)
+    """
+
+    def __init__(self, domain: Any) -> None:
+        self.domain = domain
+        self._sim: Any = None
+        self.update()
+
+    def _bind(self) -> None:
+        """Look up ids; repeated when robosuite's hard reset has compiled another model."""
+        self._sim = self.domain.sim
+        self.model: Any = getattr(self._sim.model, "_model", self._sim.model)
+        self.data = mujoco.MjData(self.model)
+        robot = self.domain.robots[0]
+        self._eef_site = int(robot.eef_site_id)
+        fingers = [int(i) for i in robot._ref_gripper_joint_pos_indexes]
+        finger_velocities = [int(i) for i in robot._ref_gripper_joint_vel_indexes]
+        if len(fingers) != 2:
+            raise ValueError(f"The scripted experts need a gripper with two finger joints, this robot has {len(fingers)}.")
+        self._fingers, self._finger_velocities = fingers, finger_velocities
+        pads = robot.gripper.important_geoms
+        self._pads = [self._geom(pads["left_fingerpad"][0]), self._geom(pads["right_fingerpad"][0])]
+        self._points: dict[int, Array] = {}
+        self._geoms: dict[int, list[int]] = {}
+        # The arm's rest pose defines "not rotated": LIBERO's episodes start there, slightly tilted.
+        self.data.qpos[:] = self.model.qpos0
+        self.data.qpos[robot._ref_joint_pos_indexes] = robot.init_qpos
+        mujoco.mj_kinematics(self.model, self.data)
+        self.rest_rotation = self.data.site_xmat[self._eef_site].reshape(3, 3).copy()
+
+    def _geom(self, name: str) -> int:
+        return int(mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_GEOM, name))
+
+    def update(self) -> None:
+        """Take over the current state of the simulation."""
+        if self._sim is not self.domain.sim:
+            self._bind()
+        source = self._sim.data
+        self.data.qpos[:] = source.qpos
+        self.data.qvel[:] = source.qvel
+        mujoco.mj_kinematics(self.model, self.data)
+        self.eef: Array = self.data.site_xpos[self._eef_site].copy()
+        self.eef_rotation: Array = self.data.site_xmat[self._eef_site].reshape(3, 3).copy()
+        self.gap = float(abs(self.data.qpos[self._fingers[0]]) + abs(self.data.qpos[self._fingers[1]]))
+        self.finger_speed = float(np.abs(self.data.qvel[self._finger_velocities]).max())
+        relative = self.eef_rotation @ self.rest_rotation.T
+        self.yaw = atan2(float(relative[1, 0] - relative[0, 1]), float(relative[0, 0] + relative[1, 1]))
+
+    def body(self, name: str) -> int:
+        """
+        Id of the root body of an object or fixture.
+
+        :param name: Name of the instance in the task's BDDL file
+        """
+        return int(self.domain.obj_body_id[name])
+
+    def position(self, name: str) -> Array:
+        """
+        Position of an object's root body, the one that LIBERO's predicates look at.
+
+        :param name: Name of the instance
+        """
+        return np.asarray(self.data.xpos[self.body(name)].copy())
+
+    def site(self, name: str) -> tuple[Array, Array]:
+        """
+        Pose of a site.
+
+        :param name: Name of the site
+        :return: Position and rotation matrix
+        """
+        index = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_SITE, name)
+        if index < 0:
+            raise KeyError(f"The simulation has no site {name!r}.")
+        return self.data.site_xpos[index].copy(), self.data.site_xmat[index].reshape(3, 3).copy()
+
+    def joint(self, name: str) -> float:
+        """
+        Position of a hinge or slide joint.
+
+        :param name: Name of the joint
+        """
+        index = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_JOINT, name)
+        if index < 0:
+            raise KeyError(f"The simulation has no joint {name!r}.")
+        return float(self.data.qpos[self.model.jnt_qposadr[index]])
+
+    def collision_geoms(self, body: int) -> list[int]:
+        """
+        Geoms of one body that can touch something.
+
+        :param body: Body id
+        """
+        if body not in self._geoms:
+            start, count = int(self.model.body_geomadr[body]), int(self.model.body_geomnum[body])
+            self._geoms[body] = [
+                g for g in range(start, start + count) if self.model.geom_contype[g] or self.model.geom_conaffinity[g]
+            ]
+        return self._geoms[body]
+
+    def _body_points(self, body: int) -> Array:
+        if body not in self._points:
+            clouds = []
+            for geom in self.collision_geoms(body):
+                box = self.model.geom_aabb[geom]
+                rotation = np.empty(9)
+                mujoco.mju_quat2Mat(rotation, self.model.geom_quat[geom])
+                local = box_points(np.asarray(box[3:])) + box[:3]
+                clouds.append(local @ rotation.reshape(3, 3).T + self.model.geom_pos[geom])
+            if not clouds:
+                raise ValueError(f"Body {self.model.body(body).name!r} has no geometry that could be grasped.")
+            self._points[body] = np.concatenate(clouds)
+        return self._points[body]
+
+    def points(self, body: int) -> Array:
+        """
+        Points on the collision surface of a rigid body.
+
+        :param body: Body id
+        :return: (n, 3) points in the world
+        """
+        rotation = self.data.xmat[body].reshape(3, 3)
+        return np.asarray(self._body_points(body) @ rotation.T + self.data.xpos[body])
+
+    def pad_distances(self, body: int, most: float = 0.02) -> tuple[float, float]:
+        """
+        Distance of each finger pad to a body; zero or less is contact.
+
+        :param body: Body id
+        :param most: Distances beyond this are not resolved
+        """
+        result = []
+        for pad in self._pads:
+            nearest = most
+            for geom in self.collision_geoms(body):
+                nearest = min(nearest, float(mujoco.mj_geomDistance(self.model, self.data, pad, geom, most, None)))
+            result.append(nearest)
+        return result[0], result[1]
