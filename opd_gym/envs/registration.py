@@ -1,0 +1,121 @@
+"""One table of every environment id, and the vectorised envs that the algorithms train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+from opd_gym.envs.libero.suites import CLASSIC_SUITES, N_TASKS, SUITES
+from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl, Statistics
+
+_LIBERO = "opd_gym.envs.libero.env:LiberoEnv"
+
+
+def _camel(suite: str) -> str:
+    return "".join(word.capitalize() for word in suite.split("_"))
+
+
+def _table() -> dict[str, dict[str, Any]]:
+    table = {f"{_camel(suite)}-v0": {"suite": suite} for suite in SUITES}
+    for suite in CLASSIC_SUITES:
+        table |= {f"{_camel(suite)}Task{i}-v0": {"suite": suite, "task_ids": (i,)} for i in range(N_TASKS[suite])}
+    return table
+
+
+LIBERO_IDS = _table()
+
+# The chunk that the published policies of a benchmark decode at once; ids that are not here act step by step.
+CHUNK_SIZES = {env_id: 8 for env_id in LIBERO_IDS}
+
+
+def register_envs() -> None:
+    """Register every environment id; called when ``opd_gym`` is imported."""
+    for env_id, kwargs in LIBERO_IDS.items():
+        if env_id not in gym.registry:
+            gym.register(env_id, entry_point=_LIBERO, kwargs=dict(kwargs))
+
+
+def bare_id(env_id: str) -> str:
+    """
+    :param env_id: an environment id, with or without the module to import (``opd_gym:LiberoObject-v0``)
+    :return: the id without the module
+    """
+    return env_id.split(":")[-1]
+
+
+def make_env_fn(
+    env_id: str,
+    env_kwargs: dict[str, Any] | None = None,
+    chunk_size: int | None = None,
+    tokens: bool | None = None,
+    n_bins: int = 256,
+    statistics: Statistics | None = None,
+    wrapper: Callable[[gym.Env], gym.Env] | None = None,
+) -> Callable[[], gym.Env]:
+    """
+    A function that builds one worker's env: ``env -> wrapper -> ActionChunk -> ActionTokens -> Monitor -> EpisodeControl``.
+
+    :param env_id: registered id
+    :param env_kwargs: keyword arguments of the env
+    :param chunk_size: actions in a chunk; None for what the benchmark's policies use, 0 for no chunks
+    :param tokens: whether actions are tokens; None: as for ``chunk_size``
+    :param n_bins: tokens of an action dimension
+    :param statistics: un-normalisation statistics, see :class:`ActionTokens`
+    :param wrapper: a further wrapper, next to the env
+    :return: the function; it can be sent to another process
+    """
+    known = CHUNK_SIZES.get(bare_id(env_id))
+    chunk = known if chunk_size is None else chunk_size
+    tokenised = bool(known) if tokens is None else tokens
+
+    def build() -> gym.Env:
+        import opd_gym  # noqa: F401  (a fresh worker process has not registered the ids yet)
+
+        env = gym.make(env_id, **(env_kwargs or {}))
+        if wrapper is not None:
+            env = wrapper(env)
+        if chunk:
+            env = ActionChunk(env, chunk)
+        if tokenised:
+            env = ActionTokens(env, n_bins, statistics)
+        return EpisodeControl(Monitor(env))
+
+    return build
+
+
+def make_vec(
+    env_id: str,
+    n_envs: int = 1,
+    seed: int | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    chunk_size: int | None = None,
+    tokens: bool | None = None,
+    n_bins: int = 256,
+    statistics: Statistics | None = None,
+    wrapper: Callable[[gym.Env], gym.Env] | None = None,
+    vec_env_cls: type[VecEnv] | None = None,
+) -> VecEnv:
+    """
+    The vectorised env that the algorithms of this library train on, one process a worker.
+
+    On a benchmark's ids (LIBERO) one step is one decision of a policy that emits a chunk of action tokens.
+
+    :param env_id: registered id, for instance ``LiberoObject-v0``
+    :param n_envs: number of workers
+    :param seed: worker i gets ``seed + i``
+    :param env_kwargs: see :func:`make_env_fn`, as for the arguments that follow
+    :param vec_env_cls: None for processes where there are several workers
+    :return: the vectorised env
+    :raises ValueError: ``n_envs`` below 1
+    """
+    if n_envs < 1:
+        raise ValueError(f"n_envs must be at least 1, got {n_envs}.")
+    build = make_env_fn(env_id, env_kwargs, chunk_size, tokens, n_bins, statistics, wrapper)
+    cls = vec_env_cls or (SubprocVecEnv if n_envs > 1 and bare_id(env_id) in CHUNK_SIZES else DummyVecEnv)
+    env = cls([build] * n_envs)  # type: ignore[call-arg]
+    env.seed(seed)
+    return env
