@@ -81,7 +81,6 @@ class Grasp:
     :param yaw: Angle of the closing axis, 0 is the arm's rest pose (closing along the world's y axis)
     :param width: What is between the pads, in m
     :param margin: How far off along the closing axis the gripper may descend without touching the object
-    :param preopen: Gap below which the fingers count as not open
     """
 
     position: Array
@@ -100,6 +99,9 @@ class Gripper:
     :param pad_above: How far the pads reach above the grip site
     :param pad_half_width: Half the width of a pad
     :param depth: How deep an object may reach up between the fingers, measured from the grip site
+    :param hand_bottom: Lowest point of the hand above the grip site
+    :param hand_along: Half the hand's extent along the closing axis
+    :param hand_across: Half the hand's extent across it
     """
 
     stroke: float = 0.078
@@ -107,6 +109,9 @@ class Gripper:
     pad_above: float = 0.012
     pad_half_width: float = 0.008
     depth: float = 0.021
+    hand_bottom: float = 0.024
+    hand_along: float = 0.108
+    hand_across: float = 0.037
 
 
 def closing_axis(yaw: float) -> Array:
@@ -142,7 +147,35 @@ def grasp_height(bottom: float, top: float, gripper: Gripper) -> float:
     return max(min(middle, top - 0.008), top - gripper.depth, bottom + gripper.pad_below + 0.002)
 
 
-def plan_top_grasp(points: Array, current_yaw: float, gripper: Gripper, n_yaws: int = 12) -> Grasp:
+def hand_hits(obstacles: Array, position: Array, yaw: float, gripper: Gripper) -> int:
+    """
+    How many obstacle points are where the hand or an open finger would be, or above.
+
+    :param obstacles: (n, 3) points in the world
+    :param position: Grip site
+    :param yaw: Yaw of the gripper
+    :param gripper: Dimensions of the gripper
+    :return: Number of points that are hit by a gripper coming straight down
+    """
+    if len(obstacles) == 0:
+        return 0
+    axis = closing_axis(yaw)
+    relative = obstacles - position
+    along = np.abs(relative[:, :2] @ axis)
+    across = np.abs(relative[:, 0] * axis[1] - relative[:, 1] * axis[0])
+    hand = (relative[:, 2] > gripper.hand_bottom) & (along < gripper.hand_along) & (across < gripper.hand_across)
+    finger = (relative[:, 2] > -gripper.pad_below) & (across < gripper.pad_half_width + 0.004)
+    finger &= (along > 0.5 * gripper.stroke - 0.004) & (along < 0.5 * gripper.stroke + 0.014)
+    return int((hand | finger).sum())
+
+
+def plan_top_grasp(
+    points: Array,
+    current_yaw: float,
+    gripper: Gripper,
+    obstacles: Array | None = None,
+    n_yaws: int = 12,
+) -> Grasp:
     """
     Grasp an object of any pose from above, from points on its surface.
 
@@ -152,6 +185,7 @@ def plan_top_grasp(points: Array, current_yaw: float, gripper: Gripper, n_yaws: 
     :param points: (n, 3) points on the surface of the object in the world
     :param current_yaw: Yaw of the gripper now
     :param gripper: Dimensions of the gripper
+    :param obstacles: (m, 3) points of other objects that the hand should not come down on
     :param n_yaws: Number of yaws tried between -90 and +90 degrees
     :return: The best grasp; its width exceeds the stroke if none fits
     """
@@ -162,6 +196,10 @@ def plan_top_grasp(points: Array, current_yaw: float, gripper: Gripper, n_yaws: 
     above = points[points[:, 2] > height - gripper.pad_below - 0.004]
     if len(between) < 4:
         between = above if len(above) >= 4 else points
+    near = np.empty((0, 3))
+    if obstacles is not None and len(obstacles):
+        close = np.abs(obstacles[:, :2] - between[:, :2].mean(axis=0)).max(axis=1) < gripper.hand_along + 0.05
+        near = obstacles[close & (obstacles[:, 2] > height - gripper.pad_below)]
     best: Grasp | None = None
     best_cost = np.inf
     for k in range(n_yaws):
@@ -170,19 +208,30 @@ def plan_top_grasp(points: Array, current_yaw: float, gripper: Gripper, n_yaws: 
         across = np.array([axis[1], -axis[0]])
         along = between[:, :2] @ axis
         side = between[:, :2] @ across
-        centre_side = 0.5 * float(side.max() + side.min())
-        window = along[np.abs(side - centre_side) < gripper.pad_half_width + 0.006]
-        if len(window) < 2:
-            window = along
-        low, high = float(window.min()), float(window.max())
-        width = high - low
-        centre = 0.5 * (low + high)
-        margin = 0.5 * (gripper.stroke - width)
-        cost = abs(yaw) + 0.4 * abs(wrap_half_turn(yaw - current_yaw))
-        cost += 40.0 * max(0.0, width - 0.066) + (100.0 if margin < 0.002 else 0.0) + 2.0 * width
-        if cost < best_cost:
-            xy = centre * axis + centre_side * across
-            best_cost = cost
-            best = Grasp(np.array([xy[0], xy[1], height]), yaw, width, max(margin, 0.003))
+        side_low, side_high = float(side.min()), float(side.max())
+        room = max(0.0, 0.5 * (side_high - side_low) - 0.012)
+        turn_cost = abs(yaw) + 0.4 * abs(wrap_half_turn(yaw - current_yaw))
+        # Gripping off centre is only worth it where a neighbour is in the way.
+        for shift in (0.0, 0.012, -0.012, 0.024, -0.024) if len(near) else (0.0,):
+            if abs(shift) > room:
+                continue
+            centre_side = 0.5 * (side_high + side_low) + shift
+            window = along[np.abs(side - centre_side) < gripper.pad_half_width + 0.006]
+            if len(window) < 2:
+                window = along
+            low, high = float(window.min()), float(window.max())
+            width = high - low
+            margin = 0.5 * (gripper.stroke - width)
+            cost = turn_cost + 12.0 * abs(shift) + 2.0 * width
+            cost += 40.0 * max(0.0, width - 0.066) + (100.0 if margin < 0.002 else 0.0)
+            if cost >= best_cost:
+                continue
+            xy = 0.5 * (low + high) * axis + centre_side * across
+            position = np.array([xy[0], xy[1], height])
+            hits = hand_hits(near, position, yaw, gripper)
+            cost += 2.0 + 0.05 * min(hits, 40) if hits else 0.0
+            if cost < best_cost:
+                best_cost = cost
+                best = Grasp(position, yaw, width, max(margin, 0.003))
     assert best is not None
     return best

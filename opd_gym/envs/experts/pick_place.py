@@ -61,7 +61,22 @@ class PickPlace:
         self.hover = hover
 
     def _plan(self, scene: Scene, body: int) -> Grasp:
-        return plan_top_grasp(scene.points(body), scene.yaw, self.gripper)
+        others = scene.obstacles(self.name)
+        obstacles = np.concatenate(others) if others else None
+        return plan_top_grasp(scene.points(body), scene.yaw, self.gripper, obstacles)
+
+    def _travel_height(self, scene: Scene, grasp: Grasp) -> float:
+        """Height of the grip site at which the hand passes over everything between here and the grasp."""
+        height = float(grasp.position[2]) + self.hover
+        start, way = scene.eef[:2], grasp.position[:2] - scene.eef[:2]
+        length = float(way @ way) + 1e-9
+        for points in scene.obstacles(self.name):
+            fraction = np.clip((points[:, :2] - start) @ way / length, 0.0, 1.0)
+            distance = np.linalg.norm(start + fraction[:, None] * way - points[:, :2], axis=1)
+            passed = points[distance < self.gripper.hand_along, 2]
+            if len(passed):
+                height = max(height, float(passed.max()) - 0.005)
+        return height
 
     def __call__(self, scene: Scene) -> Target:
         """
@@ -112,11 +127,12 @@ class PickPlace:
         distance = float(np.linalg.norm(offset[:2]))
         # Funnel: full height far away, down to the grasp where the fingers pass left and right of the object.
         slack = 0.0 if along < 0.8 * grasp.margin and across < 0.014 else max(0.0, distance - 0.005)
-        rise = min(self.hover, 4.0 * slack)
+        hover = self._travel_height(scene, grasp) - float(grasp.position[2])
+        rise = min(hover, 5.0 * slack)
         if scene.gap < min(self.gripper.stroke - 0.004, grasp.width + 0.012) or abs(
             scene_yaw_error(scene, grasp.yaw)
         ) > 0.2:
-            rise = max(rise, 0.6 * self.hover)
+            rise = max(rise, 0.6 * hover)
         height = grasp.position[2] + rise
         below = height - float(scene.eef[2])
         # Too low to move sideways: go up first.

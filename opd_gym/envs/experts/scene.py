@@ -41,8 +41,9 @@ class Scene:
         self._fingers, self._finger_velocities = fingers, finger_velocities
         pads = robot.gripper.important_geoms
         self._pads = [self._geom(pads["left_fingerpad"][0]), self._geom(pads["right_fingerpad"][0])]
-        self._points: dict[int, Array] = {}
+        self._points: dict[tuple[int, float], Array] = {}
         self._geoms: dict[int, list[int]] = {}
+        self._obstacle_bodies = self._find_obstacle_bodies()
         # The arm's rest pose defines "not rotated": LIBERO's episodes start there, slightly tilted.
         self.data.qpos[:] = self.model.qpos0
         self.data.qpos[robot._ref_joint_pos_indexes] = robot.init_qpos
@@ -119,29 +120,62 @@ class Scene:
             ]
         return self._geoms[body]
 
-    def _body_points(self, body: int) -> Array:
-        if body not in self._points:
+    def _find_obstacle_bodies(self) -> list[tuple[str, list[int]]]:
+        """Rigid bodies of each object and fixture that can be in the way; the table's or floor's are not."""
+        found = []
+        for name in [*self.domain.objects_dict, *self.domain.fixtures_dict]:
+            if name not in self.domain.obj_body_id:
+                continue
+            root = self.body(name)
+            bodies = []
+            for body in range(root, self.model.nbody):
+                ancestor = body
+                while ancestor > root:
+                    ancestor = int(self.model.body_parentid[ancestor])
+                if ancestor == root and self.collision_geoms(body):
+                    bodies.append(body)
+            if bodies:
+                found.append((name, bodies))
+        return found
+
+    def obstacles(self, *excluded: str) -> list[Array]:
+        """
+        Coarse surface points of everything that can be in the way.
+
+        :param excluded: Names of the objects that do not count
+        :return: One (n, 3) array of world points for each rigid body
+        """
+        return [
+            self.points(body, spacing=0.02)
+            for name, bodies in self._obstacle_bodies
+            if name not in excluded
+            for body in bodies
+        ]
+
+    def _body_points(self, body: int, spacing: float) -> Array:
+        if (body, spacing) not in self._points:
             clouds = []
             for geom in self.collision_geoms(body):
                 box = self.model.geom_aabb[geom]
                 rotation = np.empty(9)
                 mujoco.mju_quat2Mat(rotation, self.model.geom_quat[geom])
-                local = box_points(np.asarray(box[3:])) + box[:3]
+                local = box_points(np.asarray(box[3:]), spacing) + box[:3]
                 clouds.append(local @ rotation.reshape(3, 3).T + self.model.geom_pos[geom])
             if not clouds:
                 raise ValueError(f"Body {self.model.body(body).name!r} has no geometry that could be grasped.")
-            self._points[body] = np.concatenate(clouds)
-        return self._points[body]
+            self._points[body, spacing] = np.concatenate(clouds)
+        return self._points[body, spacing]
 
-    def points(self, body: int) -> Array:
+    def points(self, body: int, spacing: float = 0.006) -> Array:
         """
         Points on the collision surface of a rigid body.
 
         :param body: Body id
+        :param spacing: Distance between neighbouring points in m
         :return: (n, 3) points in the world
         """
         rotation = self.data.xmat[body].reshape(3, 3)
-        return np.asarray(self._body_points(body) @ rotation.T + self.data.xpos[body])
+        return np.asarray(self._body_points(body, spacing) @ rotation.T + self.data.xpos[body])
 
     def pad_distances(self, body: int, most: float = 0.02) -> tuple[float, float]:
         """
