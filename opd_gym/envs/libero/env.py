@@ -234,6 +234,10 @@ class LiberoEnv(gym.Env):
             "instruction": self._instruction.copy(),
         }
 
+    def current_observation(self) -> dict[str, np.ndarray]:
+        """The present state's observation, drawn now (after steps with ``observe`` off, for instance)."""
+        return self._observation(render=True)
+
     def _info(self, success: bool) -> dict[str, Any]:
         return {
             "task_id": self._task_id,
@@ -249,6 +253,14 @@ class LiberoEnv(gym.Env):
         if self.render_mode is None:
             return None
         return self.simulator.render(("agentview",), RENDER_SIZE)[0]
+
+    def expert_action(self) -> np.ndarray:
+        """
+        What the task's scripted expert does in the present state.
+
+        :return: float32 array of shape ``(7,)``
+        """
+        return self.simulator.expert_action()
 
     def expert_chunk(self, chunk_size: int) -> np.ndarray:
         """

@@ -178,6 +178,19 @@ class Simulator:
         self._stepper.state = snapshot.controller
         self.domain._post_process()
 
+    def expert_action(self) -> np.ndarray:
+        """
+        What the task's scripted expert does in the present state.
+
+        :return: float32 array of shape ``(7,)``
+        :raises ValueError: there is no expert for this task
+        """
+        if self._expert is None:
+            from opd_gym.envs.experts import make_expert
+
+            self._expert = make_expert(self.domain)
+        return self._expert()
+
     def expert_chunk(self, chunk_size: int) -> np.ndarray:
         """
         What the task's scripted expert does in the next steps: simulated ahead, then taken back.
@@ -185,14 +198,10 @@ class Simulator:
         :param chunk_size: number of steps
         :return: float32 array of shape ``(chunk_size, 7)``
         """
-        if self._expert is None:
-            from opd_gym.envs.experts import make_expert
-
-            self._expert = make_expert(self.domain)
         before = self.snapshot()
         actions = np.empty((chunk_size, 7), dtype=np.float32)
         for i in range(chunk_size):
-            actions[i] = self._expert()
+            actions[i] = self.expert_action()
             self.step(actions[i])
         self.restore(before)
         return actions

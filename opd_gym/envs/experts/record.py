@@ -1,0 +1,102 @@
+"""Demonstrations by the scripted experts, recorded at the states where a chunked policy could have to decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opd_gym.envs.libero.env import LiberoEnv
+from opd_gym.envs.wrappers import decode_tokens, encode_actions
+
+
+@dataclass
+class RecordedEpisode:
+    """
+    One episode of demonstration.
+
+    :param observations: key -> array of shape ``(T, ...)``
+    :param action_chunks: float32 ``(T, K, D)``: what the expert does in the K steps that follow each observation
+    :param actions: float32 ``(T, D)``: the first of them
+    :param task_id: the task
+    :param seed: seed of the reset
+    :param success: whether the episode ended in success
+    """
+
+    observations: dict[str, np.ndarray]
+    action_chunks: np.ndarray
+    actions: np.ndarray
+    task_id: int
+    seed: int
+    success: bool
+
+
+def _perturbation(rng: np.random.Generator) -> tuple[int, np.ndarray]:
+    """A burst of one random action: a push, in a third of the cases a twist, in a third the gripper's other state."""
+    action = np.zeros(7, dtype=np.float32)
+    action[:3] = rng.uniform(-1.0, 1.0, 3)
+    if rng.random() < 0.33:
+        action[3:6] = rng.uniform(-0.3, 0.3, 3)
+    action[6] = rng.choice([-1.0, 1.0]) if rng.random() < 0.33 else 0.0
+    return int(rng.integers(2, 9)), action
+
+
+def record_episode(
+    env: LiberoEnv, seed: int, task_id: int, chunk_size: int = 8, stride: int = 1, perturbation: float = 0.0
+) -> RecordedEpisode:
+    """
+    Let the scripted expert play one episode and label it with chunks of its own following actions.
+
+    With ``perturbation`` the expert is now and then pushed off its way and has to recover (noise injection in the
+    manner of DART, https://arxiv.org/abs/1703.09327), so that a policy learns from states that it will itself cause.
+    Only states are recorded after which ``chunk_size`` steps of the expert's own follow: a push is never a label.
+
+    :param env: raw LIBERO env
+    :param seed: seed of the reset and of the perturbations
+    :param task_id: the task
+    :param chunk_size: length of the chunks
+    :param stride: record every so many steps
+    :param perturbation: probability of a push at a step
+    :return: the episode
+    """
+    rng = np.random.default_rng(seed)
+    env.observe = True
+    env.reset(seed=seed, options={"task_id": task_id})
+    observations: list[tuple[int, dict[str, np.ndarray]]] = []
+    actions: list[np.ndarray] = []
+    clean: list[bool] = []
+    left, push, rest = 0, np.zeros(7, dtype=np.float32), 0
+    done = success = False
+    while not done:
+        step = len(actions)
+        if left == 0 and rest == 0 and rng.random() < perturbation:
+            left, push = _perturbation(rng)
+            rest = chunk_size + int(rng.integers(8, 25))
+        if left == 0 and step % stride == 0:
+            observations.append((step, env.current_observation()))
+        # As a token policy would execute it.
+        action = decode_tokens(encode_actions(env.expert_action() if left == 0 else push))
+        if left > 0 and push[6] == 0.0 and actions:
+            action[6] = actions[-1][6]
+        actions.append(action)
+        clean.append(left == 0)
+        left, rest = max(left - 1, 0), max(rest - 1, 0) if left <= 1 else rest
+        env.observe = False
+        _, _, terminated, truncated, info = env.step(action)
+        done, success = terminated or truncated, bool(info["is_success"])
+    env.observe = True
+    # The expert stands still once it has succeeded: the last action is repeated.
+    executed = np.stack(actions + [actions[-1]] * chunk_size)
+    is_clean = np.array(clean + [True] * chunk_size)
+    kept = [(step, obs) for step, obs in observations if is_clean[step : step + chunk_size].all()]
+    chunks = np.stack([executed[step : step + chunk_size] for step, _ in kept]).astype(np.float32)
+    keys: list[Any] = list(kept[0][1])
+    return RecordedEpisode(
+        observations={key: np.stack([obs[key] for _, obs in kept]) for key in keys},
+        action_chunks=chunks,
+        actions=chunks[:, 0],
+        task_id=task_id,
+        seed=seed,
+        success=success,
+    )
