@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
+from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.utils import get_device
 
 from opd_gym.policies.tokens import TokenSpec, token_spec
@@ -444,14 +444,3 @@ def random_shift(
     if channels_first:
         return images.movedim(1, -1)[sample, rows.unsqueeze(2), columns.unsqueeze(1)].movedim(-1, 1)
     return images[sample, rows.unsqueeze(2), columns.unsqueeze(1)]
-
-
-def action_tokens(actions: np.ndarray, action_space: spaces.Space) -> np.ndarray:
-    """
-    Actions as rows of tokens.
-
-    :param actions: Actions, one per environment
-    :param action_space: Their space
-    :return: (n, T)
-    """
-    return np.asarray(actions).reshape(len(actions), get_action_dim(action_space))

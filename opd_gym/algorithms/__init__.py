@@ -1,0 +1,1 @@
+"""Algorithms: on-policy distillation and what it is compared with."""

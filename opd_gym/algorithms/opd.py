@@ -1,0 +1,333 @@
+"""On-policy distillation: the student acts, the teacher scores what it might have done, the student follows."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+
+from opd_gym.algorithms.base import RolloutAlgorithm
+from opd_gym.algorithms.buffers import StateReplay, map_obs, random_shift
+from opd_gym.algorithms.losses import (
+    DIVERGENCES,
+    DistillationMetrics,
+    Divergence,
+    exact_opd_loss,
+    sampled_opd_loss,
+)
+from opd_gym.algorithms.teachers import Teacher, make_teacher
+
+SelfOPD = TypeVar("SelfOPD", bound="OPD")
+
+# What `state_replay=True` may take of the memory
+REPLAY_BYTES = 2**30
+
+
+class OPD(RolloutAlgorithm):
+    """
+    On-Policy Distillation (OPD), after VLA-OPD: https://arxiv.org/abs/2603.26666
+
+    Each iteration the student acts for ``n_steps`` decisions in every worker, the frozen teacher gives its distribution
+    in the states that the student came to (its own mistakes included), and the student descends the divergence between
+    the two. The environment's reward is not used, and episodes need not be complete, so no worker waits for another.
+
+    ``estimator="exact"`` (the default) sums the divergence over all bins, or takes the closed form for Gaussians. It is
+    an expectation over states alone, so every state visited so far remains a valid target: they are kept with the
+    teacher's opinion (``state_replay``), and each iteration takes ``gradient_steps`` minibatches from all of them.
+
+    ``estimator="sampled"`` is Eq. 6 and 7 of the paper to the letter: REINFORCE with the token's own log-ratio as
+    advantage, one update per rollout, no replay.
+
+    :param policy: The policy model to use (VLAPolicy, MlpPolicy, CnnPolicy, MultiInputPolicy, or a class)
+    :param env: The environment to learn from: an id, an env, or a vectorised env
+    :param teacher: The directory of a VLA checkpoint, the zip of any model of Stable-Baselines3 or sb3-contrib, a name
+        in the zoo, "expert" for the env's scripted expert, or a live policy; None: the teacher that the zoo has for
+        this env
+    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
+    :param n_steps: Number of decisions of each worker per iteration
+    :param batch_size: Minibatch size
+    :param divergence: "reverse_kl" (the paper's), "forward_kl", "hard_ce" (cross-entropy on the teacher's mode) or
+        "jsd"
+    :param estimator: "exact" or "sampled" ("sampled" estimates the reverse KL only)
+    :param group_size: Number of consecutive episodes that start from the same state (where workers can be told)
+    :param state_replay: Whether to keep all states visited so far, or how many at most; True: as many as fit in 1 GiB;
+        None: with the exact estimator, and not with the sampled one
+    :param gradient_steps: Minibatches per iteration, with state replay
+    :param n_epochs: Passes over the rollout per iteration, with the exact estimator and no state replay
+    :param temperature: Temperature of the student's actions while it collects; the divergence compares the
+        distributions without it
+    :param max_grad_norm: The maximum value for the gradient clipping
+    :param augmentation: "random_shift" shifts each image of a minibatch by up to 1/16 of its size, "random_shift_batch"
+        all images of a minibatch alike (cheaper); None for none
+    :param weight_decay: Weight decay of AdamW
+    :param teacher_kwargs: How to read the teacher, see ``opd_gym.algorithms.teachers`` (``temperature`` for Q-values,
+        ``std`` for deterministic continuous actions, ``smoothing`` and ``floor`` for labels)
+    :param stats_window_size: Number of episodes that the reported success rate, length and reward are averaged over
+    :param tensorboard_log: The log location for tensorboard (if None, no logging)
+    :param policy_kwargs: Additional arguments to be passed to the policy on creation
+    :param verbose: 0 for no output, 1 for info messages, 2 for debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    """
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str | None,
+        teacher: Any = None,
+        learning_rate: float | Schedule = 5e-4,
+        n_steps: int = 32,
+        batch_size: int = 128,
+        divergence: Divergence = "reverse_kl",
+        estimator: Literal["exact", "sampled"] = "exact",
+        group_size: int = 8,
+        state_replay: bool | int | None = None,
+        gradient_steps: int = 40,
+        n_epochs: int = 2,
+        temperature: float = 1.0,
+        max_grad_norm: float = 1.0,
+        augmentation: Literal["random_shift", "random_shift_batch"] | None = None,
+        weight_decay: float = 1e-4,
+        teacher_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"Expected divergence to be one of {DIVERGENCES}, got {divergence!r}.")
+        if estimator not in ("exact", "sampled"):
+            raise ValueError(f'Expected estimator to be "exact" or "sampled", got {estimator!r}.')
+        if augmentation not in (None, "random_shift", "random_shift_batch"):
+            raise ValueError(
+                f'Expected augmentation to be None, "random_shift" or "random_shift_batch", got {augmentation!r}.'
+            )
+        if estimator == "sampled":
+            if divergence != "reverse_kl":
+                raise ValueError(
+                    f'estimator="sampled" scores the student\'s own samples, which estimates the reverse KL; got '
+                    f'divergence={divergence!r}. Use estimator="exact" for it.'
+                )
+            if state_replay:
+                raise ValueError(
+                    'estimator="sampled" is on-policy: old states come with actions of an old student. Use '
+                    'state_replay=False, or estimator="exact".'
+                )
+            if temperature != 1.0:
+                raise ValueError(
+                    'estimator="sampled" needs actions of the policy itself: expected temperature=1.0, '
+                    f"got {temperature}."
+                )
+            if augmentation is not None:
+                raise ValueError(
+                    'estimator="sampled" scores the observations that were acted on: use augmentation=None.'
+                )
+        for name, value in (("batch_size", batch_size), ("gradient_steps", gradient_steps), ("n_epochs", n_epochs)):
+            if value < 1:
+                raise ValueError(f"Expected {name} to be at least 1, got {value}.")
+        self.teacher = teacher
+        self.teacher_kwargs = teacher_kwargs or {}
+        self.batch_size = batch_size
+        self.divergence = divergence
+        self.estimator = estimator
+        self.state_replay = estimator == "exact" if state_replay is None else state_replay
+        self.gradient_steps = gradient_steps
+        self.n_epochs = n_epochs
+        self.augmentation = augmentation
+        self.replay_buffer: StateReplay | None = None
+        self._teacher: Teacher | None = None
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            max_grad_norm=max_grad_norm,
+            temperature=temperature,
+            group_size=group_size,
+            rollout_buffer_kwargs={"store_distribution": estimator == "exact"},
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs={
+                "optimizer_class": th.optim.AdamW,
+                "optimizer_kwargs": {"weight_decay": weight_decay},
+                **(policy_kwargs or {}),
+            },
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        if _init_setup_model:
+            self._setup_model()
+            self._setup_teacher()
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.replay_buffer = None
+        if self.state_replay:
+            spec = self.token_spec
+            capacity = int(self.state_replay)
+            if self.state_replay is True:
+                capacity = max(REPLAY_BYTES // StateReplay.bytes_per_state(self.observation_space, spec), 1)
+            self.replay_buffer = StateReplay(capacity, self.observation_space, spec, self.device)
+
+    def _setup_teacher(self) -> None:
+        """Resolve the teacher's specification; a loaded model needs it only when it goes on learning."""
+        assert self.env is not None
+        if self.teacher is self.policy:
+            raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
+        self._teacher = make_teacher(self.teacher, self.env, self.policy, **self.teacher_kwargs)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self._teacher is None and self.env is not None:
+            self._setup_teacher()
+        return super()._setup_learn(*args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------------ rollout
+
+    def _label_step(self) -> np.ndarray | None:
+        assert self._teacher is not None and self.env is not None
+        if not self._teacher.privileged:
+            return None
+        labels = np.full((self.n_envs, self.token_spec.n_tokens), np.nan, dtype=np.float32)
+        workers = np.flatnonzero(~self._standing_still)
+        # All workers simulate ahead at once: a vectorised env sends to all of them before it waits for the first
+        labels[workers] = self._teacher.label(self.env, workers)
+        return labels
+
+    def _end_rollout(self) -> None:
+        """The teacher gives its opinion on every state of the rollout, in large batches."""
+        assert self._teacher is not None
+        buffer = self.rollout_buffer
+        for samples in buffer.get(self.batch_size, rows=buffer.valid_rows()):
+            labels = th.as_tensor(buffer.teacher_actions[samples.rows], device=self.device)
+            teacher = self._teacher.distribution(samples.observations, labels)
+            tokens = samples.actions.reshape(len(samples.rows), -1)
+            log_probs = teacher.log_prob(tokens)
+            if bool(th.isnan(log_probs).any()):
+                raise FloatingPointError(
+                    f"The teacher's log-probabilities are NaN in iteration {self._n_iterations}: check its weights and "
+                    "that it is given the observations that it was trained on."
+                )
+            buffer.set_teacher(samples.rows, log_probs, teacher.flatten() if buffer.store_distribution else None)
+        if self.replay_buffer is not None:
+            rows = buffer.valid_rows()
+            observations = map_obs(lambda array: array[rows], buffer.observations)
+            self.replay_buffer.add(observations, buffer.teacher_distributions[rows], buffer.token_mask[rows])
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def train(self) -> None:
+        """
+        Update policy using the currently gathered rollout buffer (and the replayed states).
+        """
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        if self.estimator == "sampled":
+            metrics, grad_norms = self._train_sampled()
+        else:
+            metrics, grad_norms = self._train_exact()
+        self._record_metrics(metrics)
+        self.logger.record("train/grad_norm", float(np.mean(grad_norms)))
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if self.replay_buffer is not None:
+            self.logger.record("train/replayed_states", self.replay_buffer.size)
+
+    def _train_exact(self) -> tuple[list[DistillationMetrics], list[float]]:
+        """Descend the divergence of the two distributions, on replayed states or on those of this rollout."""
+        metrics, grad_norms = [], []
+        for observations, distributions, mask in self._exact_batches():
+            student = self._student(self._augment(observations))
+            teacher = self.token_spec.from_flat(distributions)
+            loss, batch_metrics = exact_opd_loss(student, teacher, mask, self.divergence)
+            loss.backward()
+            grad_norms.append(self._gradient_step())
+            metrics.append(batch_metrics)
+        return metrics, grad_norms
+
+    def _exact_batches(self) -> Any:
+        if self.replay_buffer is not None:
+            for _ in range(self.gradient_steps):
+                yield self.replay_buffer.sample(self.batch_size)
+        else:
+            for _ in range(self.n_epochs):
+                for samples in self.rollout_buffer.get(self.batch_size):
+                    yield samples.observations, samples.teacher_distribution, samples.token_mask
+
+    def _train_sampled(self) -> tuple[list[DistillationMetrics], list[float]]:
+        """One update (Algorithm 1 of the paper), its gradient accumulated over minibatches."""
+        buffer = self.rollout_buffer
+        n_trajectories = len(np.unique(buffer.episode_ids[buffer.valid_rows()]))
+        metrics = []
+        for samples in buffer.get(self.batch_size):
+            student = self._student(samples.observations)
+            log_probs = student.log_prob(samples.actions.reshape(len(samples.rows), -1))
+            loss, batch_metrics = sampled_opd_loss(
+                log_probs, samples.teacher_log_probs, samples.token_mask, n_trajectories, student.entropy()
+            )
+            loss.backward()
+            metrics.append(batch_metrics)
+        return metrics, [self._gradient_step()]
+
+    def _augment(self, observations: Any) -> Any:
+        if self.augmentation is None:
+            return observations
+        per_sample = self.augmentation == "random_shift"
+
+        def augment(array: th.Tensor, space: spaces.Space) -> th.Tensor:
+            if not (isinstance(space, spaces.Box) and is_image_space(space)):
+                return array
+            return random_shift(array, per_sample, is_image_space_channels_first(space))
+
+        if isinstance(self.observation_space, spaces.Dict):
+            return {key: augment(observations[key], space) for key, space in self.observation_space.spaces.items()}
+        return augment(observations, self.observation_space)
+
+    def learn(
+        self: SelfOPD,
+        total_timesteps: int | None = None,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = "OPD",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfOPD:
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    # ------------------------------------------------------------------------------------------------------ saving
+
+    def _excluded_save_params(self) -> list[str]:
+        # A live teacher would be pickled with all its weights; a specification (a string) is saved
+        live = [] if self.teacher is None or isinstance(self.teacher, (str, os.PathLike)) else ["teacher"]
+        return [*super()._excluded_save_params(), "_teacher", *live]
+
+    def save_replay_buffer(self, path: str | os.PathLike[str]) -> None:
+        """
+        Save the states visited so far, which ``save()`` leaves out.
+
+        :param path: File to write
+        """
+        if self.replay_buffer is None:
+            raise ValueError("This model keeps no states: it was made with state_replay=False.")
+        self.replay_buffer.save(path)
+
+    def load_replay_buffer(self, path: str | os.PathLike[str]) -> None:
+        """
+        Add the states of a file that :meth:`save_replay_buffer` wrote.
+
+        :param path: File to read
+        """
+        if self.replay_buffer is None:
+            raise ValueError("This model keeps no states: make it with state_replay=True.")
+        self.replay_buffer.load(path)

@@ -1,0 +1,536 @@
+"""Teachers: from a specification (a string, mostly) to something that has an opinion on every token in every state."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pathlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.vec_env import VecEnv
+
+from opd_gym.algorithms.losses import hermite_nodes
+from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens, TokenSpec, TokenView, token_spec, token_view
+
+
+class Teacher(ABC):
+    """
+    A frozen source of token distributions in the student's own token space.
+
+    A privileged teacher looks at the simulator and not at the observation: it is asked for a label in every state
+    before the step is taken, and its distribution is made from the label.
+    """
+
+    privileged: bool = False
+
+    @abstractmethod
+    def distribution(self, observations: PyTorchObs, labels: th.Tensor) -> TokenView:
+        """
+        :param observations: Observations of the student's env
+        :param labels: Labels of a privileged teacher in these states, (batch, T); NaN for any other teacher
+        :return: The teacher's distribution, without gradient
+        """
+
+    def label(self, env: VecEnv, workers: np.ndarray) -> np.ndarray:
+        """
+        Labels of a privileged teacher for the present states.
+
+        :param env: The student's env
+        :param workers: Workers to ask
+        :return: (len(workers), T)
+        """
+        raise NotImplementedError
+
+
+class PolicyTeacher(Teacher):
+    """
+    A frozen policy of Stable-Baselines3, sb3-contrib or this library.
+
+    - Actor-critic policies and SAC-like actors give their own distribution.
+    - Q-networks (DQN, QR-DQN) give ``softmax(Q / temperature)``.
+    - Deterministic policies (TD3, DDPG, ARS) give their action, smoothed as a privileged teacher's label is.
+
+    A student that does not squash its Gaussian gets a squashed teacher as the Gaussian of the same mean and variance.
+
+    :param policy: The policy
+    :param env: The student's env
+    :param student: The student's policy
+    :param temperature: Of the softmax over Q-values
+    :param std: Standard deviation given to deterministic continuous actions, as a fraction of half the action's range
+    :param smoothing: See :class:`LabelSmoothing`
+    :param floor: See :class:`LabelSmoothing`
+    """
+
+    def __init__(
+        self,
+        policy: BasePolicy,
+        env: VecEnv,
+        student: BasePolicy,
+        temperature: float = 1.0,
+        std: float = 0.1,
+        smoothing: float = 1.0,
+        floor: float = 0.01,
+    ):
+        if policy is student:
+            raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
+        if not temperature > 0.0:
+            raise ValueError(f"Expected a positive temperature of the teacher, got {temperature}.")
+        check_action_spaces(policy.action_space, env.action_space)
+        check_statistics(policy, env, student)
+        self._adapt = observation_adapter(policy.observation_space, env.observation_space)
+        self.policy = policy
+        self.temperature = temperature
+        self.action_space = env.action_space
+        self.spec = token_spec(env.action_space, squashed=student.squash_output)
+        self._smooth = LabelSmoothing(self.spec, env.action_space, False, std, smoothing, floor)
+        self._read = self._reader()
+        if student.squash_output and not policy.squash_output:
+            raise ValueError(
+                "The student squashes its actions by a tanh and the teacher does not: a Gaussian over all numbers has "
+                "no counterpart inside the bounds. Use a student without squash_output, or a squashed teacher (SAC)."
+            )
+
+    def _reader(self) -> Callable[[PyTorchObs], TokenView]:
+        policy: Any = self.policy
+        if hasattr(policy, "lstm_actor"):
+            raise ValueError(
+                "The teacher is recurrent (RecurrentPPO): its opinion depends on the history, and states are labelled "
+                "one by one. Use a teacher without memory."
+            )
+        if hasattr(policy, "get_distribution"):
+            return lambda obs: token_view(policy.get_distribution(obs))
+        if hasattr(getattr(policy, "actor", None), "get_action_dist_params"):
+            return self._read_squashed_actor
+        if hasattr(policy, "q_net"):
+            return lambda obs: self._softmax(policy.q_net(obs))
+        if hasattr(policy, "quantile_net"):
+            return lambda obs: self._softmax(policy.quantile_net(obs).mean(dim=1))
+        return self._read_deterministic
+
+    def _softmax(self, q_values: th.Tensor) -> TokenView:
+        return CategoricalTokens(th.log_softmax(q_values / self.temperature, dim=-1).unsqueeze(1))
+
+    def _read_squashed_actor(self, obs: PyTorchObs) -> TokenView:
+        actor: Any = self.policy.actor
+        mean, log_std, kwargs = actor.get_action_dist_params(obs)
+        return token_view(actor.action_dist.proba_distribution(mean, log_std, **kwargs))
+
+    def _read_deterministic(self, obs: PyTorchObs) -> TokenView:
+        actions = self.policy._predict(obs, deterministic=True)
+        actions = actions.reshape(len(actions), -1).float()
+        if isinstance(self.action_space, spaces.Box) and self.policy.squash_output:
+            low, high = (
+                actions.new_tensor(bound).flatten() for bound in (self.action_space.low, self.action_space.high)
+            )
+            actions = low + 0.5 * (actions + 1.0) * (high - low)
+        return self._smooth(actions)
+
+    @th.no_grad()
+    def distribution(self, observations: PyTorchObs, labels: th.Tensor) -> TokenView:
+        self.policy.set_training_mode(False)
+        view = self._read(self._adapt(observations))
+        if isinstance(view, GaussianTokens) and view.squashed and not self.spec.squashed:
+            return unsquash(view, self.action_space)
+        return view.detach()
+
+
+class ExpertTeacher(Teacher):
+    """
+    A scripted expert that sees the simulator's state: ``expert_action()`` of the env.
+
+    :param env: The student's env
+    :param student: The student's policy
+    :param std: Standard deviation given to continuous labels, as a fraction of half the action's range
+    :param smoothing: See :class:`LabelSmoothing`
+    :param floor: See :class:`LabelSmoothing`
+    """
+
+    privileged = True
+
+    def __init__(self, env: VecEnv, student: BasePolicy, std: float = 0.1, smoothing: float = 1.0, floor: float = 0.01):
+        if not env.has_attr("expert_action"):
+            raise ValueError(
+                'teacher="expert" needs an env with a scripted expert: a method expert_action() that returns the '
+                f"action to take in the present state. {_env_id(env) or 'This env'} has none."
+            )
+        self.spec = token_spec(env.action_space, squashed=student.squash_output)
+        # Bins of a tokenised number have neighbours; the values of any other discrete action are only names
+        ordered = self.spec.n_bins > 0 and env.has_attr("n_bins")
+        self._smooth = LabelSmoothing(self.spec, env.action_space, ordered, std, smoothing, floor)
+
+    def label(self, env: VecEnv, workers: np.ndarray) -> np.ndarray:
+        try:
+            actions = env.env_method("expert_action", indices=[int(worker) for worker in workers])
+        except AttributeError as error:
+            raise ValueError(
+                f'teacher="expert": the env has no scripted expert ({error}). Use another teacher.'
+            ) from error
+        labels = np.asarray(actions, dtype=np.float32).reshape(len(actions), -1)
+        if labels.shape[1] != self.spec.n_tokens:
+            raise ValueError(
+                f"expert_action() returned {labels.shape[1]} numbers, the action space has {self.spec.n_tokens} tokens."
+            )
+        return labels
+
+    @th.no_grad()
+    def distribution(self, observations: PyTorchObs, labels: th.Tensor) -> TokenView:
+        return self._smooth(labels)
+
+
+class LabelSmoothing:
+    """
+    From one action to a distribution around it.
+
+    Categorical tokens get ``floor`` spread over all bins (a reverse KL needs some probability everywhere) and the rest
+    on the label: on the label alone, or, where bins are ordered, in the shape of a Gaussian over its neighbours.
+    Continuous tokens get a Gaussian.
+
+    :param spec: Token specification
+    :param action_space: The env's action space
+    :param ordered: Whether neighbouring bins are similar actions
+    :param std: Standard deviation for continuous actions, as a fraction of half the action's range
+    :param smoothing: Standard deviation over ordered bins, in bins
+    :param floor: Probability spread over all bins
+    """
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        action_space: spaces.Space,
+        ordered: bool,
+        std: float = 0.1,
+        smoothing: float = 1.0,
+        floor: float = 0.01,
+    ):
+        if not std > 0.0 or not smoothing >= 0.0 or not 0.0 < floor < 1.0:
+            raise ValueError(
+                "Expected std > 0, smoothing >= 0 and 0 < floor < 1, "
+                f"got std={std}, smoothing={smoothing}, floor={floor}."
+            )
+        self.spec = spec
+        if spec.n_bins:
+            n_bins = np.full(spec.n_tokens, spec.n_bins)
+            if isinstance(action_space, spaces.MultiDiscrete):
+                n_bins = action_space.nvec.flatten()
+            self.log_probs = th.as_tensor(
+                np.stack([self._table(n, spec.n_bins, ordered * smoothing, floor) for n in n_bins])
+            )
+        else:
+            assert isinstance(action_space, spaces.Box)
+            self.low, self.high = (th.as_tensor(b.flatten()).float() for b in (action_space.low, action_space.high))
+            self.std = std
+
+    @staticmethod
+    def _table(n_bins: int, width: int, sigma: float, floor: float) -> np.ndarray:
+        """Log-probabilities of every bin for every label, (width, width), -inf where a token has fewer bins."""
+        bins = np.arange(n_bins)
+        distance = (bins[:, None] - bins[None, :]).astype(np.float64)
+        kernel = np.exp(-0.5 * (distance / sigma) ** 2) if sigma > 0.0 else (distance == 0).astype(np.float64)
+        probabilities = (1.0 - floor) * kernel / kernel.sum(axis=1, keepdims=True) + floor / n_bins
+        table = np.full((width, width), -np.inf, dtype=np.float32)
+        table[:n_bins, :n_bins] = np.log(probabilities)
+        return table
+
+    def __call__(self, labels: th.Tensor) -> TokenView:
+        """
+        :param labels: Actions, (batch, T)
+        :return: Distributions around them
+        """
+        if self.spec.n_bins:
+            tables = self.log_probs.to(labels.device)
+            return CategoricalTokens(tables[th.arange(self.spec.n_tokens, device=labels.device), labels.long()])
+        low, high = self.low.to(labels.device), self.high.to(labels.device)
+        half_range = 0.5 * (high - low)
+        if not self.spec.squashed:
+            return GaussianTokens(labels, (self.std * half_range).log().expand_as(labels))
+        # In the coordinates before the tanh; an action on the bound itself would lie at infinity
+        squashed = ((labels - low) / half_range - 1.0).clamp(-1.0 + self.std**2, 1.0 - self.std**2)
+        return GaussianTokens(th.atanh(squashed), (self.std / (1.0 - squashed**2)).log(), squashed=True)
+
+
+def unsquash(view: GaussianTokens, action_space: spaces.Space) -> GaussianTokens:
+    """
+    The Gaussian with the mean and the variance of a squashed Gaussian, in the units of the action space.
+
+    Of all Gaussians it is the closest to the squashed one in forward KL. Moments by Gauss-Hermite quadrature; the
+    standard deviation is at least 1 % of half the range, for a saturated tanh has none left.
+
+    :param view: Squashed Gaussian over [-1, 1]
+    :param action_space: The env's action space
+    :return: Gaussian over actions
+    """
+    assert isinstance(action_space, spaces.Box)
+    nodes, weights = hermite_nodes(view.mean)
+    samples = th.tanh(view.mean.unsqueeze(-1) + view.log_std.exp().unsqueeze(-1) * nodes)
+    mean = (samples * weights).sum(dim=-1)
+    std = ((samples - mean.unsqueeze(-1)) ** 2 * weights).sum(dim=-1).sqrt().clamp(min=0.01)
+    low, high = (mean.new_tensor(bound).flatten() for bound in (action_space.low, action_space.high))
+    half_range = 0.5 * (high - low)
+    return GaussianTokens(low + (mean + 1.0) * half_range, (std * half_range).log())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a specification to a teacher
+
+
+def make_teacher(spec: Any, env: VecEnv, student: BasePolicy, **kwargs: Any) -> Teacher:
+    """
+    Build a teacher and check that it fits the student: action space, bins, statistics, observations.
+
+    :param spec: The directory of a VLA checkpoint; the zip of any model of Stable-Baselines3, sb3-contrib or this
+        library; the name of a checkpoint of the zoo; "expert" for the env's scripted expert; a live policy or model; a
+        :class:`Teacher`; None for the teacher that the zoo has for this env
+    :param env: The student's env
+    :param student: The student's policy
+    :param kwargs: Arguments of :class:`PolicyTeacher` or :class:`ExpertTeacher`
+    :return: The teacher
+    """
+    if isinstance(spec, Teacher):
+        return spec
+    if isinstance(spec, str) and spec == "expert":
+        return ExpertTeacher(env, student, **kwargs)
+    if isinstance(spec, BaseAlgorithm):
+        spec = spec.policy
+    if isinstance(spec, BasePolicy):
+        return PolicyTeacher(spec, env, student, **kwargs)
+    if spec is not None and not isinstance(spec, (str, os.PathLike)):
+        raise ValueError(
+            'Expected teacher to be a path, the name of a checkpoint of the zoo, "expert", a policy, a model or None, '
+            f"got {type(spec).__name__}."
+        )
+    path = find_teacher(spec, env)
+    # Building networks draws random numbers; the student's run must not depend on the kind of its teacher
+    with preserved_rng():
+        policy = load_vla(path, env) if path.is_dir() else load_policy(path)
+    return PolicyTeacher(policy.to(student.device), env, student, **kwargs)
+
+
+def find_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.Path:
+    """
+    Where a teacher's weights are.
+
+    :param spec: Path, name in the zoo, or None for the zoo's teacher of this env
+    :param env: The student's env
+    :return: An existing file or directory
+    """
+    zoo: Any = importlib.import_module("opd_gym.zoo")
+    if spec is None:
+        env_id = _env_id(env)
+        found = zoo.find_teacher(env_id) if env_id and hasattr(zoo, "find_teacher") else None
+        if found is None:
+            raise ValueError(
+                f"No teacher given, and the zoo has none for {env_id or 'this env'}. Pass teacher=: the directory of a "
+                'VLA checkpoint, the zip of a model of Stable-Baselines3 or sb3-contrib, "expert" where the env has a '
+                "scripted expert, or a policy."
+            )
+        return pathlib.Path(found)
+    path = pathlib.Path(spec).expanduser()
+    for candidate in (path, path.with_name(f"{path.name}.zip")):
+        if candidate.exists():
+            return candidate
+    found = zoo.find_checkpoint(os.fspath(spec)) if hasattr(zoo, "find_checkpoint") else None
+    if found is None:
+        raise FileNotFoundError(
+            f"Teacher {os.fspath(spec)!r} not found: it is neither a directory nor a zip file nor the name of a "
+            'checkpoint of the zoo. Expected one of these, or "expert".'
+        )
+    return pathlib.Path(found)
+
+
+def load_vla(directory: pathlib.Path, env: VecEnv) -> BasePolicy:
+    """
+    Load a VLA checkpoint.
+
+    :param directory: Directory of ``config.json`` and ``model.safetensors``
+    :param env: The student's env
+    :return: The policy
+    """
+    from opd_gym.policies.vla import VLAPolicy
+
+    try:
+        return VLAPolicy(env.observation_space, env.action_space, _no_learning, checkpoint=directory)
+    except ValueError as error:
+        raise ValueError(f"Teacher {directory} does not fit the student's env. {error}") from error
+
+
+def load_policy(path: pathlib.Path) -> BasePolicy:
+    """
+    Load the policy of any algorithm from its zip file.
+
+    The zip names the class of the policy, so the class of the algorithm is not needed (nor its replay buffer).
+
+    :param path: Zip file that ``save()`` of an algorithm wrote
+    :return: The policy
+    """
+    try:
+        data, params, _ = load_from_zip_file(path, device="cpu")
+    except ValueError as error:
+        raise ValueError(
+            f"Teacher {path} is not the zip of a Stable-Baselines3 model (as model.save() writes it): {error}"
+        ) from error
+    if data is None or "policy_class" not in data or "policy" not in params:
+        raise ValueError(
+            f"Teacher {path} holds no policy: expected the zip that a Stable-Baselines3 model's save() writes."
+        )
+    policy_class, kwargs = data["policy_class"], dict(data.get("policy_kwargs") or {})
+    accepted = inspect.signature(policy_class.__init__).parameters
+    if "lr_schedule" in accepted:
+        kwargs["lr_schedule"] = _no_learning
+    if "use_sde" in accepted and data.get("use_sde"):
+        kwargs["use_sde"] = True
+    kwargs.pop("device", None)
+    policy = policy_class(data["observation_space"], data["action_space"], **kwargs)
+    policy.load_state_dict(params["policy"])
+    return policy
+
+
+def _no_learning(progress_remaining: float) -> float:
+    del progress_remaining
+    return 0.0
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave the global random generators as they were."""
+    states = random.getstate(), np.random.get_state(), th.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        th.set_rng_state(states[2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compatibility
+
+
+def check_action_spaces(teacher: spaces.Space, student: spaces.Space) -> None:
+    """
+    Refuse a teacher whose tokens mean something else than the student's.
+
+    :param teacher: Teacher's action space
+    :param student: Student's action space
+    """
+    remedy = (
+        "Teacher and student must act in the same space: train one of them again, or wrap the env as the teacher's was."
+    )
+    if type(teacher) is not type(student):
+        raise ValueError(f"The teacher's action space is {teacher}, the student's {student}. {remedy}")
+    same = teacher == student
+    if isinstance(teacher, spaces.MultiDiscrete) and isinstance(student, spaces.MultiDiscrete) and not same:
+        if teacher.nvec.shape != student.nvec.shape:
+            raise ValueError(
+                f"The teacher acts with {teacher.nvec.size} tokens, the student with {student.nvec.size}: chunk size "
+                f"or number of action dimensions differ. {remedy}"
+            )
+        raise ValueError(
+            f"The teacher's tokens have {_summary(teacher.nvec)} bins, the student's {_summary(student.nvec)}. {remedy}"
+        )
+    if isinstance(teacher, spaces.Box) and isinstance(student, spaces.Box):
+        # Bounds, not types: float32 and float64 boxes of one robot are the same actions
+        same = teacher.shape == student.shape and bool(
+            np.allclose(teacher.low, student.low) and np.allclose(teacher.high, student.high)
+        )
+    if not same:
+        raise ValueError(f"The teacher's action space is {teacher}, the student's {student}. {remedy}")
+
+
+def check_statistics(teacher: BasePolicy, env: VecEnv, student: BasePolicy) -> None:
+    """
+    Refuse a teacher whose action tokens are un-normalised by other statistics than the student's.
+
+    :param teacher: Teacher's policy
+    :param env: The student's env
+    :param student: Student's policy
+    """
+    if not hasattr(teacher, "statistics"):
+        return
+    others = {}
+    if hasattr(student, "statistics"):
+        others["the student"] = student.statistics
+    if env.has_attr("statistics"):
+        others["the env (ActionTokens)"] = env.get_attr("statistics")[0]
+    for name, statistics in others.items():
+        if not _same_statistics(teacher.statistics, statistics):
+            raise ValueError(
+                f"The teacher's action tokens are un-normalised by other statistics than those of {name}, so one token "
+                f"means two actions. Teacher: {teacher.statistics}; {name}: {statistics}. Build env and student with "
+                "the teacher's statistics (ActionTokens(env, statistics=...))."
+            )
+
+
+def _same_statistics(a: Any, b: Any) -> bool:
+    if not a or not b:
+        return not a and not b
+    mask = np.ones_like(a["q01"], dtype=bool)
+    return all(
+        np.shape(a.get(key, mask)) == np.shape(b.get(key, mask)) and np.allclose(a.get(key, mask), b.get(key, mask))
+        for key in ("q01", "q99", "mask")
+    )
+
+
+def _summary(nvec: np.ndarray) -> str:
+    return str(nvec.flat[0]) if len(set(nvec.flat)) == 1 else str(nvec.tolist())
+
+
+def observation_adapter(teacher: spaces.Space, env: spaces.Space) -> Callable[[Any], Any]:
+    """
+    How the teacher is shown the student's observations: the part of them that it knows, images in its own layout.
+
+    :param teacher: Teacher's observation space
+    :param env: Observation space of the student's env
+    :return: Function from the student's to the teacher's observations
+    """
+    if isinstance(teacher, spaces.Dict):
+        if not isinstance(env, spaces.Dict):
+            raise ValueError(
+                f"The teacher expects a Dict observation of {sorted(teacher.spaces)}, the env gives {env}."
+            )
+        missing = sorted(set(teacher.spaces) - set(env.spaces))
+        if missing:
+            raise ValueError(
+                f"The teacher observes {sorted(teacher.spaces)}, of which the env does not give {missing} (it gives "
+                f"{sorted(env.spaces)}). Use an env that does, or another teacher."
+            )
+        adapters = {key: _array_adapter(space, env.spaces[key], f"`{key}`") for key, space in teacher.spaces.items()}
+        return lambda obs: {key: adapt(obs[key]) for key, adapt in adapters.items()}
+    return _array_adapter(teacher, env, "the observation")
+
+
+def _array_adapter(teacher: spaces.Space, env: spaces.Space, name: str) -> Callable[[Any], Any]:
+    # Bounds are not compared: they do not change what the numbers mean
+    if type(teacher) is type(env) and teacher.shape == env.shape and teacher.dtype == env.dtype:
+        if isinstance(teacher, spaces.Box) or teacher == env:
+            return lambda array: array
+    elif (
+        isinstance(teacher, spaces.Box)
+        and isinstance(env, spaces.Box)
+        and is_image_space(teacher)
+        and is_image_space(env)
+    ):
+        source, target = (1, -1) if is_image_space_channels_first(env) else (-1, 1)
+        if np.moveaxis(np.empty((1, *env.shape)), source, target).shape[1:] == teacher.shape:
+            return lambda array: array.movedim(source, target)
+    raise ValueError(
+        f"The teacher expects {name} as {teacher}, the student's env gives {env}. Build the env as the teacher's was "
+        "(image size, frame stack, wrappers), or use another teacher."
+    )
+
+
+def _env_id(env: VecEnv) -> str | None:
+    spec = env.get_attr("spec")[0] if env.has_attr("spec") else None
+    return None if spec is None else spec.id
