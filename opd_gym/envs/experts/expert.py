@@ -43,25 +43,34 @@ def _into_basket(site: str, basket: str) -> Callable[[Scene], Placement]:
     def placement(scene: Scene) -> Placement:
         centre, _ = scene.site(site)
         rim = float(scene.points(scene.body(basket))[:, 2].max())
-        return Placement(centre[:2], rim - 0.005, 0.03, 0.03)
+        return Placement(centre[:2], rim - 0.005, 0.03, 0.03, basket)
 
     return placement
 
 
-def _skill(domain: Any) -> Skill:
+def _onto_object(name: str) -> Callable[[Scene], Placement]:
+    def placement(scene: Scene) -> Placement:
+        centre = scene.position(name)
+        points = scene.points(scene.body(name))
+        # The surface in the middle, not the brim: that is where a bowl stands on a plate.
+        inside = points[np.linalg.norm(points[:, :2] - centre[:2], axis=1) < 0.03]
+        surface = float(inside[:, 2].max()) if len(inside) else float(points[:, 2].max())
+        return Placement(centre[:2], surface + 0.004, 0.05, 0.015, name)
+
+    return placement
+
+
+def _skill(domain: Any) -> Skill | None:
     goal = domain.parsed_problem["goal_state"]
-    (state,) = goal
-    return PickPlace(state[1], _into_basket(state[2], state[2].replace("_contain_region", "")))
-
-
-def supports(parsed_problem: dict[str, Any]) -> bool:
-    """
-    Whether there is a scripted expert for a task.
-
-    :param parsed_problem: The parsed BDDL file (``domain.parsed_problem``)
-    """
-    goal = parsed_problem["goal_state"]
-    return len(goal) == 1 and goal[0][0] == "in" and goal[0][2].endswith("contain_region")
+    if len(goal) != 1:
+        return None
+    predicate, *arguments = goal[0]
+    objects = domain.objects_dict
+    if predicate == "in" and arguments[1].endswith("_contain_region"):
+        return PickPlace(arguments[0], _into_basket(arguments[1], arguments[1].removesuffix("_contain_region")))
+    if predicate == "on" and arguments[0] in objects and arguments[1] in objects:
+        return PickPlace(arguments[0], _onto_object(arguments[1]))
+    return None
 
 
 def make_expert(domain: Any) -> Expert:
@@ -70,4 +79,10 @@ def make_expert(domain: Any) -> Expert:
 
     :param domain: LIBERO's domain (``ControlEnv(...).env``)
     """
-    return Expert(domain, _skill(domain))
+    skill = _skill(domain)
+    if skill is None:
+        raise NotImplementedError(
+            f"There is no scripted expert for the goal {domain.parsed_problem['goal_state']}. "
+            "Use another task, or a learnt policy as the teacher."
+        )
+    return Expert(domain, skill)

@@ -235,3 +235,59 @@ def plan_top_grasp(
                 best = Grasp(position, yaw, width, max(margin, 0.003))
     assert best is not None
     return best
+
+
+def plan_rim_grasp(
+    points: Array,
+    current_yaw: float,
+    current_xy: Array,
+    gripper: Gripper,
+    obstacles: Array | None = None,
+    n_angles: int = 24,
+) -> Grasp | None:
+    """
+    Grasp an upright, hollow, round object (a bowl) by its rim, one finger inside.
+
+    :param points: (n, 3) points on the surface of the object in the world
+    :param current_yaw: Yaw of the gripper now
+    :param current_xy: Position of the gripper now; the nearer side of the rim is preferred
+    :param gripper: Dimensions of the gripper
+    :param obstacles: (m, 3) points of other objects that the hand should not come down on
+    :param n_angles: Number of places on the rim that are tried
+    :return: The best grasp, or None if the object is not hollow and round from above
+    """
+    top = float(points[:, 2].max())
+    rim = points[points[:, 2] > top - 0.01][:, :2]
+    centre = 0.5 * (rim.max(axis=0) + rim.min(axis=0))
+    height = top - 0.012
+    wall = points[np.abs(points[:, 2] - height) < 0.008][:, :2] - centre
+    if len(wall) < n_angles:
+        return None
+    radii = np.linalg.norm(wall, axis=1)
+    radius = float(radii.mean())
+    if float(radii.min()) < 0.6 * radius or radius < 0.02:
+        return None
+    angles = np.arctan2(wall[:, 1], wall[:, 0])
+    near = np.empty((0, 3))
+    if obstacles is not None and len(obstacles):
+        close = np.abs(obstacles[:, :2] - centre).max(axis=1) < gripper.hand_along + radius + 0.02
+        near = obstacles[close & (obstacles[:, 2] > height - gripper.pad_below)]
+    best: Grasp | None = None
+    best_cost = np.inf
+    for k in range(n_angles):
+        angle = 2.0 * pi * k / n_angles
+        outwards = np.array([cos(angle), sin(angle)])
+        window = radii[np.abs((angles - angle + pi) % (2.0 * pi) - pi) < 0.25]
+        if len(window) == 0:
+            continue
+        xy = centre + float(window.mean()) * outwards
+        yaw = yaw_of_closing_axis(outwards)
+        position = np.array([xy[0], xy[1], height])
+        cost = abs(yaw) + 0.4 * abs(wrap_half_turn(yaw - current_yaw))
+        cost += 3.0 * float(np.linalg.norm(xy - current_xy))
+        hits = hand_hits(near, position, yaw, gripper)
+        cost += 2.0 + 0.05 * min(hits, 40) if hits else 0.0
+        if cost < best_cost:
+            best_cost = cost
+            best = Grasp(position, yaw, float(window.max() - window.min()), 0.012)
+    return best

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opd_gym.envs.experts.geometry import Array, Grasp, Gripper, closing_axis, plan_top_grasp
+from opd_gym.envs.experts.geometry import Array, Grasp, Gripper, closing_axis, plan_rim_grasp, plan_top_grasp
 from opd_gym.envs.experts.scene import Scene
 from opd_gym.envs.experts.servo import CLOSE, OPEN, Target
 
@@ -21,15 +21,17 @@ class Placement:
 
     :param xy: Wanted position of the object's root body
     :param height: Height of the object's lowest point at which the gripper opens
-    :param clearance: How far above ``height`` the lowest point travels until it is over the target
+    :param clearance: How far above ``height`` the lowest point travels at least until it is over the target
+    :param container: Name of the object or fixture that it is put on or in
     :param tolerance: Horizontal error at which the gripper may open
-    :param cone: Horizontal distance within which the object must be at full ``clearance`` or descending
+    :param yaw: Wanted yaw of the gripper, None for any
     """
 
     xy: Array
     height: float
     clearance: float
     tolerance: float
+    container: str = ""
     yaw: float | None = None
 
 
@@ -63,20 +65,18 @@ class PickPlace:
     def _plan(self, scene: Scene, body: int) -> Grasp:
         others = scene.obstacles(self.name)
         obstacles = np.concatenate(others) if others else None
-        return plan_top_grasp(scene.points(body), scene.yaw, self.gripper, obstacles)
+        points = scene.points(body)
+        grasp = plan_top_grasp(points, scene.yaw, self.gripper, obstacles)
+        if grasp.width > self.gripper.stroke - 0.002:
+            rim = plan_rim_grasp(points, scene.yaw, scene.eef[:2], self.gripper, obstacles)
+            return grasp if rim is None else rim
+        return grasp
 
     def _travel_height(self, scene: Scene, grasp: Grasp) -> float:
         """Height of the grip site at which the hand passes over everything between here and the grasp."""
-        height = float(grasp.position[2]) + self.hover
-        start, way = scene.eef[:2], grasp.position[:2] - scene.eef[:2]
-        length = float(way @ way) + 1e-9
-        for points in scene.obstacles(self.name):
-            fraction = np.clip((points[:, :2] - start) @ way / length, 0.0, 1.0)
-            distance = np.linalg.norm(start + fraction[:, None] * way - points[:, :2], axis=1)
-            passed = points[distance < self.gripper.hand_along, 2]
-            if len(passed):
-                height = max(height, float(passed.max()) - 0.005)
-        return height
+        way = grasp.position[:2] - scene.eef[:2]
+        highest = highest_on_way(scene.obstacles(self.name), scene.eef[:2], way, self.gripper.hand_along)
+        return max(float(grasp.position[2]) + self.hover, highest - 0.005)
 
     def __call__(self, scene: Scene) -> Target:
         """
@@ -108,11 +108,11 @@ class PickPlace:
             if scene.finger_speed > 0.03 and offset[2] > -0.03:
                 # The fingers are still closing: lifting now would slip.
                 return Target(self._hold(scene, grasp), CLOSE, None)
-            return self._carry(scene, placement, bottom, to_place, away)
+            return self._carry(scene, placement, points, to_place, away)
         aligned = abs(scene_yaw_error(scene, grasp.yaw)) < 0.3
         near = along < 0.03 and across < 0.022 and abs(offset[2]) < 0.022
         closing = scene.gap < self.gripper.stroke - 0.003
-        between = scene.gap > 0.6 * min(grasp.width, self.gripper.stroke) and scene.gap > 0.004
+        between = scene.gap > 0.6 * min(grasp.width, self.gripper.stroke)
         ready = along < grasp.margin and across < 0.012 and abs(offset[2]) < 0.008
         if aligned and near and between and (closing or ready):
             return Target(self._hold(scene, grasp), CLOSE, None)
@@ -140,14 +140,42 @@ class PickPlace:
         xy = scene.eef[:2] + freedom * offset[:2]
         return Target(np.array([xy[0], xy[1], height]), OPEN, grasp.yaw)
 
-    def _carry(self, scene: Scene, placement: Placement, bottom: float, to_place: Array, away: float) -> Target:
-        rise = float(np.clip(3.0 * (away - 0.6 * placement.tolerance), 0.0, placement.clearance))
+    def _carry(self, scene: Scene, placement: Placement, points: Array, to_place: Array, away: float) -> Target:
+        bottom = float(points[:, 2].min())
+        clearance = placement.clearance
+        centre = 0.5 * (points[:, :2].max(axis=0) + points[:, :2].min(axis=0))
+        radius = 0.5 * float((points[:, :2].max(axis=0) - points[:, :2].min(axis=0)).max()) + 0.02
+        highest = highest_on_way(scene.obstacles(self.name, placement.container), centre, to_place, radius)
+        clearance = max(clearance, highest + 0.015 - placement.height)
+        rise = float(np.clip(3.0 * (away - 0.6 * placement.tolerance), 0.0, clearance))
         height = placement.height + rise
         below = height - bottom
         freedom = float(np.clip(1.0 - (below - 0.03) / 0.06, 0.0, 1.0))
         xy = scene.eef[:2] + freedom * to_place
         z = float(scene.eef[2]) + below
         return Target(np.array([xy[0], xy[1], z]), CLOSE, placement.yaw)
+
+
+def highest_on_way(obstacles: list[Array], start: Array, way: Array, radius: float) -> float:
+    """
+    Height of the highest obstacle near a straight way.
+
+    :param obstacles: (n, 3) world points of each obstacle
+    :param start: Where the way begins (x, y)
+    :param way: From there to its end
+    :param radius: How near counts
+    :return: Height in m, minus infinity if nothing is near
+    """
+    length = float(way @ way) + 1e-9
+    highest = -np.inf
+    for points in obstacles:
+        relative = points[:, :2] - start
+        fraction = np.clip(relative @ way / length, 0.0, 1.0)
+        distance = np.linalg.norm(relative - fraction[:, None] * way, axis=1)
+        passed = points[distance < radius, 2]
+        if len(passed):
+            highest = max(highest, float(passed.max()))
+    return highest
 
 
 def scene_yaw_error(scene: Scene, yaw: float) -> float:
