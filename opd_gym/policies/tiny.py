@@ -26,6 +26,7 @@ class TinyVLAConfig(VLAConfig):
     :param intermediate_size: width of the feed-forward layers
     :param stem_channels: channels of the convolutions that turn a picture into tokens
     :param grid_size: a picture becomes about ``grid_size`` x ``grid_size`` tokens
+    :param summary_size: width of the summary of all pictures from which the action queries start
     :param vocab_size: number of rows of the hashed word embedding
     :param word_size: width of the word embedding
     :param token_rank: width of the features from which the bins of one token are predicted
@@ -35,12 +36,13 @@ class TinyVLAConfig(VLAConfig):
 
     def __init__(
         self,
-        hidden_size: int = 192,
-        num_hidden_layers: int = 3,
-        num_attention_heads: int = 6,
-        intermediate_size: int = 768,
-        stem_channels: list[int] | tuple[int, ...] = (32, 64, 128, 128),
+        hidden_size: int = 128,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 4,
+        intermediate_size: int = 512,
+        stem_channels: list[int] | tuple[int, ...] = (64, 128, 160),
         grid_size: int = 4,
+        summary_size: int = 384,
         vocab_size: int = 4096,
         word_size: int = 64,
         token_rank: int = 64,
@@ -52,6 +54,7 @@ class TinyVLAConfig(VLAConfig):
         self.intermediate_size = intermediate_size
         self.stem_channels = list(stem_channels)
         self.grid_size = grid_size
+        self.summary_size = summary_size
         self.vocab_size = vocab_size
         self.word_size = word_size
         self.token_rank = token_rank
@@ -114,35 +117,35 @@ class WordEmbedding(nn.Module):
 
 class ImageStem(nn.Module):
     """
-    Convolutions from a picture to a grid of tokens. The instruction scales and shifts the channels (FiLM), so that the
-    tokens tell the named object from the others before the transformer sees them.
+    Patches and convolutions from a picture to a grid of features. The instruction scales and shifts the channels
+    (FiLM), so that the features tell the named object from the others before the transformer sees them.
     """
 
     def __init__(self, config: TinyVLAConfig):
         super().__init__()
         channels = config.stem_channels
-        # The first convolution takes the larger stride of larger pictures: the cost of the rest stays the same.
-        first = max(1, min(config.image_size) // (config.grid_size * 2 ** (len(channels) - 1)))
-        strides = [first] + [2] * (len(channels) - 1)
-        layers: list[nn.Module] = []
-        size = list(config.image_size)
-        n_in = 3
-        for n_out, stride in zip(channels, strides, strict=True):
-            kernel = max(3, 2 * stride - 1)
-            layers += [nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2), nn.GroupNorm(8, n_out), nn.SiLU()]
-            size = [math.ceil(s / stride) for s in size]
-            n_in = n_out
+        # Larger pictures get larger patches: the cost of the rest stays the same.
+        patch = min(config.image_size) // (config.grid_size * 2 ** (len(channels) - 1))
+        layers: list[nn.Module] = [nn.Conv2d(3, channels[0], patch, patch)]
+        grid = [size // patch for size in config.image_size]
+        for n_in, n_out in zip(channels[:-1], channels[1:], strict=True):
+            layers += [nn.GroupNorm(8, n_in), nn.SiLU(), nn.Conv2d(n_in, n_out, 3, stride=2, padding=1)]
+            grid = [math.ceil(size / 2) for size in grid]
+        layers += [nn.GroupNorm(8, channels[-1]), nn.SiLU()]
         self.layers = nn.Sequential(*layers)
-        self.film = nn.Linear(config.word_size, 2 * n_in)
-        self.project = nn.Linear(n_in, config.hidden_size)
-        self.position = nn.Embedding(size[0] * size[1], config.hidden_size)
+        self.film = nn.Linear(config.word_size, 2 * channels[-1])
+        self.n_cells = grid[0] * grid[1]
 
-    def forward(self, image: th.Tensor, instruction: th.Tensor) -> th.Tensor:
+    def forward(self, image: th.Tensor, sentence: th.Tensor) -> th.Tensor:
+        """
+        :param image: uint8 ``(B, 3, H, W)``
+        :param sentence: ``(B, word_size)``
+        :return: ``(B, n_cells, channels)``
+        """
         x = (image.float() / 127.5 - 1.0).contiguous(memory_format=th.channels_last)
-        x = self.layers(x)
-        scale, shift = self.film(instruction)[:, :, None, None].chunk(2, dim=1)
-        x = F.silu(x * (1.0 + scale) + shift)
-        return self.project(x.flatten(2).transpose(1, 2)) + self.position.weight
+        scale, shift = self.film(sentence)[:, :, None, None].chunk(2, dim=1)
+        x = F.silu(self.layers(x) * (1.0 + scale) + shift)
+        return x.flatten(2).transpose(1, 2)
 
 
 class Layer(nn.Module):
@@ -179,7 +182,8 @@ class TinyVLAModel(VLABody):
     """
     Tokens of each picture, of the instruction's words and of proprioception go through one small bidirectional
     transformer together with one query for each action of the chunk; from a query's output come the bins of all
-    dimensions of that action, in parallel.
+    dimensions of that action, in parallel. The queries start from a summary in which every cell of the
+    grids has weights of its own: where exactly an object is gets lost in averages over cells.
 
     :param config: its configuration
     """
@@ -195,6 +199,12 @@ class TinyVLAModel(VLABody):
         self.word_position = nn.Embedding(config.instruction_length, width)
         self.sentence = nn.Linear(config.word_size, config.word_size)
         self.stems = nn.ModuleDict({key: ImageStem(config) for key in config.image_keys})
+        channels = config.stem_channels[-1]
+        n_cells = sum(stem.n_cells for stem in self.stems.values())  # type: ignore[misc]
+        self.cell_project = nn.Linear(channels, width)
+        self.cell_position = nn.Embedding(n_cells, width)
+        self.summary = nn.Linear(n_cells * channels, config.summary_size)
+        self.summary_to_queries = nn.Linear(config.summary_size, config.chunk_size * width)
         self.proprio = nn.Linear(config.proprio_dim, width) if config.proprio_dim else None
         self.queries = nn.Embedding(config.chunk_size, width)
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
@@ -225,12 +235,15 @@ class TinyVLAModel(VLABody):
         batch, n_words = word_mask.shape
         sentence = F.silu(self.sentence(words.sum(dim=1) / word_mask.sum(dim=1, keepdim=True).clamp(min=1)))
         word_tokens = self.word_project(words) + self.word_position.weight[:n_words]
-        others = [self.stems[key](images[key], sentence) for key in self.config.image_keys]
+        cells = th.cat([self.stems[key](images[key], sentence) for key in self.config.image_keys], dim=1)
+        summary = F.silu(self.summary(cells.flatten(1)))
+        n_queries = self.config.chunk_size
+        queries = self.queries.weight + self.summary_to_queries(summary).view(batch, n_queries, -1)
+        tokens = [word_tokens, self.cell_project(cells) + self.cell_position.weight]
         if self.proprio is not None:
             assert proprio is not None
-            others.append(self.proprio(proprio)[:, None])
-        n_queries = self.config.chunk_size
-        x = th.cat([word_tokens, *others, self.queries.weight.expand(batch, -1, -1)], dim=1)
+            tokens.append(self.proprio(proprio)[:, None])
+        x = th.cat([*tokens, queries], dim=1)
         mask = None
         if not bool(word_mask.all()):
             mask = F.pad(word_mask, (0, x.shape[1] - n_words), value=True)[:, None, None]

@@ -1,0 +1,562 @@
+"""Demonstrations: LIBERO's own HDF5 format on disk, observations and labels of decisions in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from torch.nn import functional as F
+
+from opd_gym.envs.wrappers import encode_actions
+
+# Names of LIBERO's files for the cameras of our observations.
+CAMERA_DATASETS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
+
+PathLike = str | os.PathLike[str]
+
+
+def encode_instruction(instruction: str, length: int = 128) -> np.ndarray:
+    """
+    :param instruction: any text; what does not fit is cut off between two characters
+    :param length: number of bytes
+    :return: uint8 array of ``length`` UTF-8 bytes, zero padded
+    """
+    # Decoding what was cut with "ignore" drops a character that was cut in half.
+    text = instruction.encode("utf-8")[:length].decode("utf-8", errors="ignore").encode("utf-8")
+    encoded = np.zeros(length, dtype=np.uint8)
+    encoded[: len(text)] = np.frombuffer(text, dtype=np.uint8)
+    return encoded
+
+
+def decode_instruction(encoded: np.ndarray) -> str:
+    """
+    :param encoded: uint8 array of UTF-8 bytes, zero padded
+    :return: the text
+    """
+    return bytes(np.asarray(encoded, dtype=np.uint8)).rstrip(b"\0").decode("utf-8")
+
+
+def axis_angle_to_quat(axis_angle: np.ndarray) -> np.ndarray:
+    """
+    Inverse of robosuite's ``quat2axisangle``, whose angles run over [0, 2 pi]: the quaternion's sign is kept.
+
+    :param axis_angle: ``(..., 3)``
+    :return: quaternions ``(..., 4)``, xyzw
+    """
+    axis_angle = np.asarray(axis_angle, dtype=np.float64)
+    angle = np.linalg.norm(axis_angle, axis=-1, keepdims=True)
+    # sin(a / 2) / a, also at a = 0.
+    return np.concatenate([axis_angle * 0.5 * np.sinc(angle / (2.0 * np.pi)), np.cos(angle / 2.0)], axis=-1)
+
+
+def quat_to_axis_angle(quat: np.ndarray) -> np.ndarray:
+    """
+    As robosuite's ``quat2axisangle``.
+
+    :param quat: ``(..., 4)``, xyzw
+    :return: ``(..., 3)``, angles in [0, 2 pi]
+    """
+    quat = np.asarray(quat, dtype=np.float64)
+    norm = np.linalg.norm(quat[..., :3], axis=-1, keepdims=True)
+    angle = 2.0 * np.arctan2(norm, quat[..., 3:])
+    return np.where(norm > 0.0, quat[..., :3] * angle / np.maximum(norm, 1e-12), 0.0)
+
+
+def resize_images(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """
+    :param images: uint8 ``(N, H, W, 3)``
+    :param size: height and width wanted
+    :return: uint8 ``(N, *size, 3)``; the mean over areas where the picture shrinks by whole factors, else antialiased
+        bilinear
+    """
+    height, width = images.shape[1:3]
+    if (height, width) == size:
+        return images
+    parts = []
+    # In parts, because the floating-point copy of a long episode is large.
+    for start in range(0, len(images), 256):
+        x = th.as_tensor(images[start : start + 256]).permute(0, 3, 1, 2).float()
+        if height % size[0] == 0 and width % size[1] == 0:
+            x = F.avg_pool2d(x, (height // size[0], width // size[1]))
+        else:
+            x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+        parts.append(x.round().clamp(0, 255).to(th.uint8).permute(0, 2, 3, 1).numpy())
+    return np.ascontiguousarray(np.concatenate(parts))
+
+
+@dataclass
+class Episode:
+    """
+    One demonstration of T steps, or of T decisions if ``action_chunks`` is given.
+
+    :param observations: arrays ``(T, ...)``: upright uint8 pictures (H, W, 3) by camera, and ``proprio`` (end-effector
+        position 3, quaternion xyzw 4, gripper 2)
+    :param actions: ``(T, D)``, the action taken in each observation (the first one of the chunk at decisions)
+    :param action_chunks: ``(T, K, D)``, a label of K actions for each observation, where it is not simply the actions
+        that follow (an expert's labels of a policy's own states)
+    :param instruction: what was to be done; None if it is the file's
+    :param states: ``(T, S)`` flattened simulator states
+    :param joint_states: ``(T, 7)``
+    :param rewards: ``(T,)``; by default 1 at the end of the episode if it was a success
+    :param success: whether the task was solved
+    :param attrs: further attributes of the episode, numbers or text
+    """
+
+    observations: Mapping[str, np.ndarray]
+    actions: np.ndarray
+    action_chunks: np.ndarray | None = None
+    instruction: str | None = None
+    states: np.ndarray | None = None
+    joint_states: np.ndarray | None = None
+    rewards: np.ndarray | None = None
+    success: bool = True
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.actions = np.asarray(self.actions, dtype=np.float32)
+        if self.actions.ndim != 2 or len(self.actions) == 0:
+            raise ValueError(f"actions of an episode must have shape (T, D) with T > 0, got {self.actions.shape}.")
+        arrays = {f"observations[{key!r}]": value for key, value in self.observations.items()}
+        for name in ("action_chunks", "states", "joint_states", "rewards"):
+            if getattr(self, name) is not None:
+                arrays[name] = getattr(self, name)
+        for name, value in arrays.items():
+            if len(value) != len(self.actions):
+                raise ValueError(f"{name} has {len(value)} rows, the episode has {len(self.actions)} actions.")
+        if self.action_chunks is not None:
+            self.action_chunks = np.asarray(self.action_chunks, dtype=np.float32)
+            if self.action_chunks.ndim != 3 or self.action_chunks.shape[2] != self.actions.shape[1]:
+                raise ValueError(
+                    f"action_chunks must have shape (T, K, {self.actions.shape[1]}), got {self.action_chunks.shape}."
+                )
+
+
+def write_demonstrations(
+    path: PathLike,
+    episodes: Sequence[Episode],
+    instruction: str,
+    env_args: Mapping[str, Any] | None = None,
+    problem_info: Mapping[str, Any] | None = None,
+    bddl_file_name: str = "",
+    compression: str | None = "gzip",
+) -> None:
+    """
+    Write episodes of one task in LIBERO's HDF5 format; an interrupted write leaves an old file untouched.
+
+    Pictures are stored as LIBERO stores them (upside down, ``macros_image_convention = "opengl"``), so that other
+    readers of LIBERO data read this file too.
+
+    :param path: the file, by LIBERO's convention ``<task name>_demo.hdf5``
+    :param episodes: the demonstrations
+    :param instruction: the task's instruction
+    :param env_args: description of the env, stored as JSON
+    :param problem_info: LIBERO's description of the problem, stored as JSON with the instruction
+    :param bddl_file_name: the task's definition
+    :param compression: of the pictures; None reads faster
+    """
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with h5py.File(temporary, "w") as file:
+            data = file.create_group("data")
+            data.attrs["problem_info"] = json.dumps({**(problem_info or {}), "language_instruction": instruction})
+            data.attrs["env_args"] = json.dumps(dict(env_args or {}))
+            data.attrs["env_name"] = str((env_args or {}).get("env_name", ""))
+            data.attrs["bddl_file_name"] = str(bddl_file_name)
+            data.attrs["macros_image_convention"] = "opengl"
+            data.attrs["num_demos"] = len(episodes)
+            data.attrs["total"] = sum(len(episode.actions) for episode in episodes)
+            for i, episode in enumerate(episodes):
+                _write_episode(data.create_group(f"demo_{i}"), episode, compression)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_episode(group: h5py.Group, episode: Episode, compression: str | None) -> None:
+    n = len(episode.actions)
+    obs = group.create_group("obs")
+    for key, value in episode.observations.items():
+        value = np.asarray(value)
+        if key == "proprio":
+            proprio = np.asarray(value, dtype=np.float64)
+            if proprio.shape != (n, 9):
+                raise ValueError(
+                    f"proprio must have shape ({n}, 9), end-effector position 3, quaternion 4, gripper 2; "
+                    f"got {proprio.shape}."
+                )
+            orientation = quat_to_axis_angle(proprio[:, 3:7])
+            obs["ee_pos"] = proprio[:, :3]
+            obs["ee_ori"] = orientation
+            obs["ee_states"] = np.concatenate([proprio[:, :3], orientation], axis=1)
+            obs["gripper_states"] = proprio[:, 7:]
+            group["robot_states"] = np.concatenate([proprio[:, 7:], proprio[:, :7]], axis=1)
+        elif value.dtype == np.uint8 and value.ndim == 4:
+            name = CAMERA_DATASETS.get(key, f"{key}_rgb")
+            chunks = (1, *value.shape[1:]) if compression else None
+            obs.create_dataset(name, data=value[:, ::-1], compression=compression, chunks=chunks)
+        elif key != "instruction":
+            raise ValueError(
+                f"Observation {key!r} of shape {value.shape} and type {value.dtype} has no place in LIBERO's format."
+            )
+    if episode.joint_states is not None:
+        obs["joint_states"] = episode.joint_states
+    group["actions"] = episode.actions.astype(np.float64)
+    if episode.action_chunks is not None:
+        group["action_chunks"] = episode.action_chunks
+    if episode.states is not None:
+        group["states"] = episode.states
+        group.attrs["init_state"] = episode.states[0]
+    rewards = np.zeros(n, dtype=np.uint8)
+    rewards[-1] = episode.success
+    group["rewards"] = rewards if episode.rewards is None else np.asarray(episode.rewards)
+    dones = np.zeros(n, dtype=np.uint8)
+    dones[-1] = 1
+    group["dones"] = dones
+    group.attrs["num_samples"] = n
+    group.attrs["success"] = bool(episode.success)
+    if episode.instruction is not None:
+        group.attrs["language_instruction"] = episode.instruction
+    for key, attribute in episode.attrs.items():
+        group.attrs[key] = attribute
+
+
+def _instruction_of(file: h5py.File) -> str:
+    info = file["data"].attrs.get("problem_info")
+    if info is None:
+        raise ValueError(f"{file.filename} has no attribute data.problem_info: it is not a LIBERO demonstration file.")
+    text = json.loads(info)["language_instruction"]
+    # LIBERO's own files hold either one text or a list of its pieces, sometimes in quotation marks.
+    return (text if isinstance(text, str) else "".join(text)).strip().strip('"')
+
+
+def _proprio_of(group: h5py.Group) -> np.ndarray:
+    if "robot_states" in group:
+        robot = group["robot_states"][()]
+        if robot.shape[1] == 9:
+            return np.concatenate([robot[:, 2:], robot[:, :2]], axis=1).astype(np.float32)
+    obs = group["obs"]
+    position = obs["ee_pos"][()] if "ee_pos" in obs else obs["ee_states"][:, :3]
+    orientation = obs["ee_ori"][()] if "ee_ori" in obs else obs["ee_states"][:, 3:]
+    if orientation.shape[1] == 3:
+        orientation = axis_angle_to_quat(orientation)
+    return np.concatenate([position, orientation, obs["gripper_states"][()]], axis=1).astype(np.float32)
+
+
+def read_demonstrations(
+    path: PathLike, n_demos: int | None = None, cameras: Sequence[str] | None = None
+) -> Iterator[Episode]:
+    """
+    Read the episodes of one LIBERO HDF5 file, official ones or those of :func:`write_demonstrations`.
+
+    :param path: the file
+    :param n_demos: only the first so many
+    :param cameras: only these pictures; by default all there are
+    :return: episodes with upright pictures in their stored size
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"Demonstration file {path} does not exist.")
+    with h5py.File(path, "r") as file:
+        if "data" not in file:
+            raise ValueError(f"{path} has no group `data`: it is not a LIBERO demonstration file.")
+        instruction = _instruction_of(file)
+        flipped = str(file["data"].attrs.get("macros_image_convention", "opengl")) == "opengl"
+        names = sorted(
+            (name for name in file["data"] if re.fullmatch(r"demo_\d+", name)), key=lambda name: int(name[5:])
+        )
+        if not names or (n_demos is not None and len(names) < n_demos):
+            raise ValueError(f"{path} holds {len(names)} demonstrations, expected {n_demos or 'at least one'}.")
+        for name in names[:n_demos]:
+            group = file["data"][name]
+            keys = {dataset: key for key, dataset in CAMERA_DATASETS.items()}
+            found = {keys.get(d, d[: -len("_rgb")]): d for d in group["obs"] if d.endswith("_rgb")}
+            missing = [camera for camera in cameras or () if camera not in found]
+            if missing:
+                raise ValueError(f"{path} has no pictures of {missing}; it has {sorted(found)}.")
+            observations: dict[str, np.ndarray] = {}
+            for key in cameras if cameras is not None else sorted(found):
+                images = group["obs"][found[key]][()]
+                observations[key] = np.ascontiguousarray(images[:, ::-1]) if flipped else images
+            observations["proprio"] = _proprio_of(group)
+            rewards = group["rewards"][()] if "rewards" in group else None
+            yield Episode(
+                observations,
+                group["actions"][()],
+                action_chunks=group["action_chunks"][()] if "action_chunks" in group else None,
+                instruction=str(group.attrs.get("language_instruction", instruction)),
+                states=group["states"][()] if "states" in group else None,
+                joint_states=group["obs"]["joint_states"][()] if "joint_states" in group["obs"] else None,
+                rewards=rewards,
+                success=bool(group.attrs.get("success", rewards is None or rewards[-1] > 0)),
+                attrs={k: v for k, v in group.attrs.items() if k not in ("model_file", "init_state")},
+            )
+
+
+def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
+    """
+    :param paths: HDF5 files or directories of them
+    :return: the files, in the order given, directories sorted by name
+    """
+    files: list[Path] = []
+    for item in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        path = Path(item).expanduser()
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix in (".hdf5", ".h5") and not p.name.startswith("."))
+            if not inside:
+                raise FileNotFoundError(f"No .hdf5 files in {path}.")
+            files += inside
+        else:
+            files.append(path)
+    if not files:
+        raise ValueError("No demonstration files given.")
+    return files
+
+
+class Demonstrations:
+    """
+    Observations with the actions that were shown for them, one row per time step (or decision).
+
+    For chunked policies ``actions`` is ``(N, K, D)``: the next K actions, the episode's last action repeated beyond
+    its end, where ``mask`` is False. For other policies ``actions`` is whatever the env takes, ``(N, ...)``, and
+    ``mask`` is None. ``demonstrations[indices]`` gives some of the rows.
+
+    :param observations: arrays ``(N, ...)`` by key, or one array
+    :param actions: labels
+    :param mask: ``(N, K)``, False where a label is padding
+    :param episodes: ``(N,)`` number of the episode of each row; by default each row is its own
+    :param observation_space: by default read off the arrays
+    :param action_space: by default read off the arrays; pass it for actions that are not chunks
+    """
+
+    def __init__(
+        self,
+        observations: np.ndarray | Mapping[str, np.ndarray],
+        actions: np.ndarray,
+        mask: np.ndarray | None = None,
+        episodes: np.ndarray | None = None,
+        observation_space: spaces.Space | None = None,
+        action_space: spaces.Space | None = None,
+    ):
+        self.observations = dict(observations) if isinstance(observations, Mapping) else np.asarray(observations)
+        self.actions = np.asarray(actions)
+        self.mask = mask
+        n = len(self.actions)
+        self.episodes = np.arange(n) if episodes is None else np.asarray(episodes)
+        arrays = self.observations if isinstance(self.observations, dict) else {"observations": self.observations}
+        for name, array in [*arrays.items(), ("episodes", self.episodes)]:
+            if len(array) != n:
+                raise ValueError(f"{name} has {len(array)} rows, there are {n} actions.")
+        if n == 0:
+            raise ValueError("There are no demonstrations.")
+        if mask is not None and mask.shape != self.actions.shape[:2]:
+            raise ValueError(f"mask must have shape {self.actions.shape[:2]}, got {mask.shape}.")
+        self._observation_space = observation_space
+        self._action_space = action_space
+
+    @classmethod
+    def from_episodes(
+        cls,
+        episodes: Sequence[Episode] | Iterator[Episode],
+        chunk_size: int = 8,
+        image_size: int | tuple[int, int] | None = None,
+        instruction_length: int = 128,
+        stride: int = 1,
+        action_offset: int = 0,
+    ) -> Demonstrations:
+        """
+        :param episodes: episodes; every one needs an instruction
+        :param chunk_size: number of actions K of a label
+        :param image_size: height and width; by default as they are
+        :param instruction_length: number of bytes of the instruction
+        :param stride: keep every so many time steps (episodes with ``action_chunks`` are kept whole)
+        :param action_offset: the label of the observation at t starts with the action at t + offset. LIBERO's official
+            files hold the observation AFTER each action: there 1 is exact, 0 is what others train with
+        """
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        observations: dict[str, list[np.ndarray]] = {}
+        actions, masks, numbers = [], [], []
+        for number, episode in enumerate(episodes):
+            if episode.instruction is None:
+                raise ValueError(f"Episode {number} has no instruction.")
+            chunks, mask = _chunk_labels(episode, chunk_size, action_offset)
+            keep = slice(None, None, 1 if episode.action_chunks is not None else stride)
+            actions.append(chunks[keep])
+            masks.append(mask[keep])
+            n = len(actions[-1])
+            numbers.append(np.full(n, number))
+            rows = {key: np.asarray(value)[keep] for key, value in episode.observations.items()}
+            for key, value in rows.items():
+                if value.dtype == np.uint8 and value.ndim == 4 and size is not None:
+                    rows[key] = resize_images(value, size)
+            rows["instruction"] = np.tile(encode_instruction(episode.instruction, instruction_length), (n, 1))
+            if observations and set(rows) != set(observations):
+                raise ValueError(f"Episode {number} has observations {sorted(rows)}, expected {sorted(observations)}.")
+            for key, value in rows.items():
+                if key in observations and value.shape[1:] != observations[key][0].shape[1:]:
+                    raise ValueError(
+                        f"`{key}` of episode {number} has shape {value.shape[1:]}, expected "
+                        f"{observations[key][0].shape[1:]}. Pass image_size to bring pictures to one size."
+                    )
+                observations.setdefault(key, []).append(value)
+        if not actions:
+            raise ValueError("There are no demonstrations.")
+        joined = {}
+        for key in list(observations):
+            # One key after the other, so that not all pictures are in memory twice.
+            joined[key] = np.concatenate(observations.pop(key))
+        return cls(joined, np.concatenate(actions), np.concatenate(masks), np.concatenate(numbers))
+
+    @classmethod
+    def from_hdf5(
+        cls,
+        paths: PathLike | Sequence[PathLike],
+        n_demos: int | None = None,
+        cameras: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Demonstrations:
+        """
+        :param paths: LIBERO HDF5 files, or directories of them; one file per task
+        :param n_demos: number of demonstrations of each file; by default all
+        :param cameras: cameras to read; by default all
+        :param kwargs: see :meth:`from_episodes`
+        """
+        files = find_files(paths)
+        return cls.from_episodes((e for file in files for e in read_demonstrations(file, n_demos, cameras)), **kwargs)
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    @property
+    def n_episodes(self) -> int:
+        """Number of episodes."""
+        return len(np.unique(self.episodes))
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether labels are chunks of continuous actions, (N, K, D)."""
+        return self.actions.ndim == 3 and np.issubdtype(self.actions.dtype, np.floating)
+
+    @property
+    def observation_space(self) -> spaces.Space:
+        """Space of one observation."""
+        if self._observation_space is not None:
+            return self._observation_space
+        if isinstance(self.observations, dict):
+            return spaces.Dict({key: _space_of(value) for key, value in self.observations.items()})
+        return _space_of(self.observations)
+
+    def action_space(self, n_bins: int | None = None) -> spaces.Space:
+        """
+        :param n_bins: for token policies: chunks as ``MultiDiscrete([n_bins] * K * D)``
+        :return: space of one action
+        """
+        if n_bins is not None and self.is_chunked:
+            return spaces.MultiDiscrete(np.full(int(np.prod(self.actions.shape[1:])), n_bins))
+        if self._action_space is not None:
+            return self._action_space
+        if self.is_chunked:
+            return spaces.Box(-1.0, 1.0, self.actions.shape[1:], np.float32)
+        if np.issubdtype(self.actions.dtype, np.integer) and self.actions.ndim == 1:
+            return spaces.Discrete(int(self.actions.max()) + 1)
+        if np.issubdtype(self.actions.dtype, np.integer):
+            return spaces.MultiDiscrete(self.actions.max(axis=0) + 1)
+        bound = np.maximum(np.abs(self.actions).max(axis=0), 1e-6).astype(np.float32)
+        return spaces.Box(-bound, bound, dtype=np.float32)
+
+    def tokens(self, n_bins: int = 256, statistics: Mapping[str, Any] | None = None) -> np.ndarray:
+        """
+        :param n_bins: number of bins of one action dimension
+        :param statistics: see :func:`opd_gym.envs.wrappers.encode_actions`
+        :return: int64 ``(N, K * D)``
+        """
+        return encode_actions(self.actions, statistics, n_bins).reshape(len(self), -1)
+
+    def token_mask(self) -> np.ndarray | None:
+        """
+        :return: boolean ``(N, K * D)``, False where a token is padding beyond the end of its episode
+        """
+        return None if self.mask is None else np.repeat(self.mask, self.actions.shape[2], axis=1)
+
+    def __getitem__(self, indices: np.ndarray | slice) -> Demonstrations:
+        """
+        :param indices: rows
+        :return: the demonstrations of these rows
+        """
+        observations = (
+            {key: value[indices] for key, value in self.observations.items()}
+            if isinstance(self.observations, dict)
+            else self.observations[indices]
+        )
+        mask = None if self.mask is None else self.mask[indices]
+        return Demonstrations(
+            observations,
+            self.actions[indices],
+            mask,
+            self.episodes[indices],
+            self._observation_space,
+            self._action_space,
+        )
+
+    def __add__(self, other: Demonstrations) -> Demonstrations:
+        """All rows of both, as DAgger aggregates them."""
+        if isinstance(self.observations, dict) != isinstance(other.observations, dict) or (
+            isinstance(self.observations, dict) and set(self.observations) != set(other.observations)
+        ):
+            raise ValueError("Only demonstrations with the same observation keys can be added.")
+        if self.actions.shape[1:] != other.actions.shape[1:]:
+            raise ValueError(f"Labels have shapes {self.actions.shape[1:]} and {other.actions.shape[1:]}.")
+        observations = (
+            {key: np.concatenate([value, other.observations[key]]) for key, value in self.observations.items()}
+            if isinstance(self.observations, dict)
+            else np.concatenate([self.observations, other.observations])
+        )
+        mask = None if self.mask is None or other.mask is None else np.concatenate([self.mask, other.mask])
+        episodes = np.concatenate([self.episodes, other.episodes + self.episodes.max() + 1])
+        actions = np.concatenate([self.actions, other.actions])
+        return Demonstrations(observations, actions, mask, episodes, self._observation_space, self._action_space)
+
+    def split(self, fraction: float, seed: int | None = None) -> tuple[Demonstrations, Demonstrations]:
+        """
+        Split by episodes: rows of one episode look alike, so a split by rows would validate on what was learned.
+
+        :param fraction: part of the episodes for validation, at least one episode
+        :param seed: of the draw
+        :return: training and validation part
+        """
+        numbers = np.unique(self.episodes)
+        n_validation = max(1, round(fraction * len(numbers)))
+        if not 0.0 < fraction < 1.0 or n_validation >= len(numbers):
+            raise ValueError(f"Cannot set {fraction} of {len(numbers)} episodes aside for validation.")
+        chosen = np.random.default_rng(seed).permutation(numbers)[:n_validation]
+        validation = np.isin(self.episodes, chosen)
+        return self[np.flatnonzero(~validation)], self[np.flatnonzero(validation)]
+
+
+def _chunk_labels(episode: Episode, chunk_size: int, action_offset: int) -> tuple[np.ndarray, np.ndarray]:
+    n = len(episode.actions)
+    if episode.action_chunks is not None:
+        if episode.action_chunks.shape[1] < chunk_size:
+            raise ValueError(
+                f"The file's labels are chunks of {episode.action_chunks.shape[1]} actions, chunk_size is {chunk_size}."
+            )
+        return episode.action_chunks[:, :chunk_size], np.ones((n, chunk_size), dtype=bool)
+    steps = np.arange(n)[:, None] + np.arange(chunk_size) + action_offset
+    return episode.actions[np.minimum(steps, n - 1)], steps < n
+
+
+def _space_of(array: np.ndarray) -> spaces.Space:
+    shape = array.shape[1:]
+    if array.dtype == np.uint8:
+        return spaces.Box(0, 255, shape, np.uint8)
+    return spaces.Box(-np.inf, np.inf, shape, np.float32)
