@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -269,7 +270,7 @@ class OPD(RolloutAlgorithm):
         """One update (Algorithm 1 of the paper), its gradient accumulated over minibatches."""
         buffer = self.rollout_buffer
         n_trajectories = len(np.unique(buffer.episode_ids[buffer.valid_rows()]))
-        metrics = []
+        metrics: list[DistillationMetrics] = []
         for samples in buffer.get(self.batch_size):
             student = self._student(samples.observations)
             log_probs = student.log_prob(samples.actions.reshape(len(samples.rows), -1))
@@ -278,7 +279,9 @@ class OPD(RolloutAlgorithm):
             )
             loss.backward()
             metrics.append(batch_metrics)
-        return metrics, [self._gradient_step()]
+        # Minibatches add up to the loss of the rollout
+        total_loss = sum(m.loss for m in metrics)
+        return [replace(m, loss=total_loss) for m in metrics], [self._gradient_step()]
 
     def _augment(self, observations: Any) -> Any:
         if self.augmentation is None:

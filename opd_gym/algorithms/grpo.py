@@ -1,0 +1,264 @@
+"""Group relative policy optimisation: the outcome of an episode against other episodes from the same state."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+
+from opd_gym.algorithms.base import MAX_SEED, Episode, RolloutAlgorithm
+from opd_gym.algorithms.losses import (
+    PolicyGradientMetrics,
+    clipped_surrogate,
+    group_advantages,
+    masked_mean,
+    trajectory_weights,
+)
+
+SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
+
+
+class GRPO(RolloutAlgorithm):
+    """
+    Group Relative Policy Optimization (GRPO) with the recipe of SimpleVLA-RL (https://arxiv.org/abs/2509.09674).
+
+    Each iteration plays ``n_groups`` groups of ``group_size`` complete episodes; the episodes of a group start from the
+    same state (they are reset with the same seed). The advantage of every token of an episode is the episode's outcome,
+    minus the mean of its group, divided by the standard deviation of its group. The outcome is the success of the
+    episode (``info["is_success"]``), or its return where the env does not report success. There is no critic, no KL
+    term and no entropy bonus.
+
+    Episodes are handed out from a queue: a worker that has finished takes the next one, and stands still at no cost
+    when the queue is empty. So the envs must be wrapped in ``EpisodeControl`` (``make_vec`` does it, and so does this
+    class for a single env or an env id), must be determined by the seed of their reset, and must end their episodes.
+
+    :param policy: The policy model to use (VLAPolicy, MlpPolicy, CnnPolicy, MultiInputPolicy, or a class)
+    :param env: The environment to learn from: an id, an env, or a vectorised env
+    :param group_size: Number of episodes in a group
+    :param n_groups: Number of groups in an iteration (SimpleVLA-RL: 64)
+    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
+    :param batch_size: Minibatch size, in trajectories
+    :param micro_batch_size: Number of decisions that go through the policy at once; gradients are accumulated over the
+        trajectories of a minibatch
+    :param n_epochs: Number of epochs when optimizing the surrogate loss
+    :param clip_range: Clipping parameter below 1
+    :param clip_range_high: Clipping parameter above 1 ("clip-higher")
+    :param dynamic_sampling: Groups whose success rate is outside this range are dropped, for they teach little; where
+        outcomes are returns, groups of equal returns are dropped. None drops no group
+    :param temperature: Temperature of the policy, when it acts and when it learns; ``predict()`` is not affected
+    :param max_grad_norm: The maximum value for the gradient clipping
+    :param weight_decay: Weight decay of AdamW
+    :param stats_window_size: Number of episodes that the reported success rate, length and reward are averaged over
+    :param tensorboard_log: The log location for tensorboard (if None, no logging)
+    :param policy_kwargs: Additional arguments to be passed to the policy on creation
+    :param verbose: 0 for no output, 1 for info messages, 2 for debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    """
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str | None,
+        group_size: int = 8,
+        n_groups: int = 8,
+        learning_rate: float | Schedule = 5e-6,
+        batch_size: int = 128,
+        micro_batch_size: int = 128,
+        n_epochs: int = 1,
+        clip_range: float = 0.2,
+        clip_range_high: float = 0.28,
+        dynamic_sampling: tuple[float, float] | None = (0.1, 0.9),
+        temperature: float = 1.6,
+        max_grad_norm: float = 1.0,
+        weight_decay: float = 1e-2,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        if group_size < 2:
+            raise ValueError(
+                f"Expected group_size to be at least 2: an episode is compared with its group. Got {group_size}."
+            )
+        if dynamic_sampling is not None and not 0.0 <= dynamic_sampling[0] <= dynamic_sampling[1] <= 1.0:
+            raise ValueError(
+                f"Expected dynamic_sampling to be (low, high) within [0, 1] or None, got {dynamic_sampling}."
+            )
+        sizes = dict(n_groups=n_groups, batch_size=batch_size, micro_batch_size=micro_batch_size, n_epochs=n_epochs)
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"Expected {name} to be at least 1, got {value}.")
+        self.n_groups = n_groups
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+        self.clip_range_high = clip_range_high
+        self.dynamic_sampling = dynamic_sampling
+        self._queue: deque[Episode] = deque()
+        self._first_group = 0
+        self._just_reset = False
+        self._trajectories: list[np.ndarray] = []
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=64,  # A first guess: the buffer grows with the episodes
+            max_grad_norm=max_grad_norm,
+            temperature=temperature,
+            group_size=group_size,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs={
+                "optimizer_class": th.optim.AdamW,
+                "optimizer_kwargs": {"weight_decay": weight_decay},
+                **(policy_kwargs or {}),
+            },
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        if env is not None and not self._controls_episodes:
+            raise ValueError(
+                "GRPO starts groups of episodes from the same state, which needs every env of the vectorised env "
+                "wrapped in opd_gym.envs.wrappers.EpisodeControl. Build it with opd_gym.make_vec(env_id, n_envs), or "
+                "with make_vec_env(env_id, n_envs, wrapper_class=EpisodeControl)."
+            )
+        if _init_setup_model:
+            self._setup_model()
+
+    # ------------------------------------------------------------------------------------------------------ rollout
+
+    def _before_reset(self) -> None:
+        """Queue the groups of one iteration."""
+        for group in range(self._first_group, self._first_group + self.n_groups):
+            seed = int(self._episode_rng.integers(MAX_SEED))
+            self._queue.extend(Episode(seed, group, member) for member in range(self.group_size))
+        self._first_group += self.n_groups
+        self._just_reset = True
+        super()._before_reset()
+
+    def _next_episode(self) -> Episode | None:
+        return self._queue.popleft() if self._queue else None
+
+    def _begin_rollout(self) -> None:
+        assert self.env is not None
+        if not self._just_reset:
+            self._queue.clear()
+            self._before_reset()
+            self._last_obs = self.env.reset()  # type: ignore[assignment]
+            self._last_episode_starts = np.ones((self.n_envs,), dtype=bool)
+            for worker in range(self.n_envs):
+                self._episode_started(worker)
+        self._just_reset = False
+
+    def _rollout_done(self, n_steps: int, n_rollout_steps: int) -> bool:
+        return bool(self._standing_still.all())
+
+    def _end_rollout(self) -> None:
+        """Outcome, group and advantage of every trajectory; drop groups that teach little."""
+        buffer = self.rollout_buffer
+        rows = buffer.valid_rows()
+        # Rows of one episode follow each other: the buffer is flattened env by env
+        trajectories = np.split(rows, np.flatnonzero(np.diff(buffer.episode_ids[rows])) + 1)
+        groups = np.array([buffer.group_ids[trajectory[0]] for trajectory in trajectories])
+        successes = np.array([buffer.successes[trajectory[-1]] for trajectory in trajectories])
+        reports_success = not bool(np.isnan(successes).any())
+        returns = np.array([buffer.rewards[trajectory].sum() for trajectory in trajectories])
+        outcomes = successes if reports_success else returns
+        kept = [group for group in np.unique(groups) if self._keeps(outcomes[groups == group], reports_success)]
+        advantages = group_advantages(outcomes, groups)
+        for trajectory, advantage in zip(trajectories, advantages, strict=True):
+            buffer.advantages[trajectory] = advantage
+        self._trajectories = [t for t, group in zip(trajectories, groups, strict=True) if group in kept]
+        self.logger.record("rollout/outcome", float(outcomes.mean()))
+        self.logger.record("rollout/groups_kept", len(kept))
+        self.logger.record("rollout/groups_dropped", len(np.unique(groups)) - len(kept))
+
+    def _keeps(self, outcomes: np.ndarray, are_successes: bool) -> bool:
+        if self.dynamic_sampling is None:
+            return True
+        if are_successes:
+            return bool(self.dynamic_sampling[0] <= outcomes.mean() <= self.dynamic_sampling[1])
+        return bool(outcomes.std() > 1e-8)
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def train(self) -> None:
+        """
+        Update policy using the trajectories of the groups that were kept.
+        """
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if not self._trajectories:
+            if self.verbose >= 1:
+                print(
+                    f"GRPO, iteration {self._n_iterations}: all {self.n_groups} groups were dropped (success rates "
+                    f"outside {self.dynamic_sampling}, or equal returns). No update."
+                )
+            return
+        losses, grad_norms, entropies = [], [], []
+        metrics: list[PolicyGradientMetrics] = []
+        for _ in range(self.n_epochs):
+            order = np.random.permutation(len(self._trajectories))
+            for start in range(0, len(order), self.batch_size):
+                trajectories = [self._trajectories[i] for i in order[start : start + self.batch_size]]
+                batch_metrics, batch_entropies = self._accumulate_gradients(np.concatenate(trajectories))
+                grad_norms.append(self._gradient_step())
+                # Micro-batches add up to the loss of the minibatch
+                losses.append(sum(m.loss for m in batch_metrics))
+                metrics += batch_metrics
+                entropies += batch_entropies
+        self._record_metrics(metrics)
+        self.logger.record("train/loss", float(np.mean(losses)))
+        self.logger.record("train/entropy", float(np.mean(entropies)))
+        self.logger.record("train/grad_norm", float(np.mean(grad_norms)))
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _accumulate_gradients(self, rows: np.ndarray) -> tuple[list[PolicyGradientMetrics], list[float]]:
+        """Gradients of the surrogate over whole trajectories, a few decisions at a time."""
+        buffer = self.rollout_buffer
+        weights = np.zeros_like(buffer.token_mask)
+        weights[rows] = trajectory_weights(
+            th.as_tensor(buffer.token_mask[rows]), th.as_tensor(buffer.episode_ids[rows])
+        ).numpy()
+        metrics, entropies = [], []
+        for samples in buffer.get(self.micro_batch_size, rows=rows):
+            policy = self._student(samples.observations, self.temperature)
+            loss, micro_metrics = clipped_surrogate(
+                policy.log_prob(samples.actions.reshape(len(samples.rows), -1)),
+                samples.old_token_log_probs,
+                samples.advantages.unsqueeze(1),
+                buffer.to_torch(weights[samples.rows]),
+                self.clip_range,
+                self.clip_range_high,
+            )
+            loss.backward()
+            metrics.append(micro_metrics)
+            entropies.append(masked_mean(policy.entropy().detach(), samples.token_mask).item())
+        return metrics, entropies
+
+    def learn(
+        self: SelfGRPO,
+        total_timesteps: int | None = None,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = "GRPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfGRPO:
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_trajectories", "_queue"]

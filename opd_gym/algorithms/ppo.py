@@ -1,0 +1,224 @@
+"""Proximal policy optimisation on the shared rollout buffer."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from torch.nn import functional as F
+
+from opd_gym.algorithms.base import RolloutAlgorithm
+from opd_gym.algorithms.buffers import TeacherRolloutSamples
+from opd_gym.algorithms.losses import clipped_surrogate, masked_mean
+from opd_gym.policies.tokens import token_view
+
+SelfPPO = TypeVar("SelfPPO", bound="PPO")
+
+
+class PPO(RolloutAlgorithm):
+    """
+    Proximal Policy Optimization algorithm (PPO) (clip version): https://arxiv.org/abs/1707.06347
+
+    With ``ratio="joint"`` it computes what Stable-Baselines3's PPO computes. A policy of action tokens has dozens of
+    tokens in one decision, whose joint ratio leaves any clip range at once: ``ratio="token"`` clips each by itself.
+
+    :param policy: The policy model to use (MlpPolicy, VLAPolicy with ``value_head=True``, ...)
+    :param env: The environment to learn from: an id, an env, or a vectorised env
+    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
+    :param n_steps: Number of decisions of each worker per update
+    :param batch_size: Minibatch size
+    :param n_epochs: Number of epochs when optimizing the surrogate loss
+    :param gamma: Discount factor
+    :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator
+    :param clip_range: Clipping parameter, it can be a function of the current progress remaining (from 1 to 0)
+    :param clip_range_vf: Clipping parameter for the value function; None: no clipping
+    :param normalize_advantage: Whether to normalize or not the advantage
+    :param ent_coef: Entropy coefficient for the loss calculation
+    :param vf_coef: Value function coefficient for the loss calculation
+    :param max_grad_norm: The maximum value for the gradient clipping
+    :param ratio: "joint": one ratio per decision, "token": one per token, "auto": "token" for policies of action tokens
+    :param temperature: Temperature of the policy, when it acts and when it learns; ``predict()`` is not affected
+    :param use_sde: Whether to use generalized State Dependent Exploration (gSDE)
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE
+    :param target_kl: Limit the KL divergence between updates; None: no limit
+    :param stats_window_size: Number of episodes that the reported success rate, length and reward are averaged over
+    :param tensorboard_log: The log location for tensorboard (if None, no logging)
+    :param policy_kwargs: Additional arguments to be passed to the policy on creation
+    :param verbose: 0 for no output, 1 for info messages, 2 for debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    """
+
+    uses_critic: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.2,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        ratio: Literal["auto", "joint", "token"] = "auto",
+        temperature: float = 1.0,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        if ratio not in ("auto", "joint", "token"):
+            raise ValueError(f'Expected ratio to be "auto", "joint" or "token", got {ratio!r}.')
+        if normalize_advantage and batch_size < 2:
+            raise ValueError(f"Expected batch_size to be at least 2 with normalize_advantage, got {batch_size}.")
+        if isinstance(clip_range_vf, (int, float)) and clip_range_vf <= 0:
+            raise ValueError(f"Expected clip_range_vf to be positive, or None for no clipping, got {clip_range_vf}.")
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.ratio = ratio
+        self.target_kl = target_kl
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            max_grad_norm=max_grad_norm,
+            temperature=temperature,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+        )
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if getattr(self.policy, "value_net", self) is None:
+            raise ValueError(
+                'PPO learns a critic: pass policy_kwargs={"value_head": True}, or use GRPO, which needs none.'
+            )
+        self.clip_range = FloatSchedule(self.clip_range)
+        if self.clip_range_vf is not None:
+            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
+
+    @property
+    def _per_token(self) -> bool:
+        return self.ratio == "token" or (self.ratio == "auto" and getattr(self.policy, "requires_tokens", False))
+
+    def train(self) -> None:
+        """
+        Update policy using the currently gathered rollout buffer.
+        """
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        buffer = self.rollout_buffer
+        metrics, entropy_losses, value_losses, losses, grad_norms = [], [], [], [], []
+        continue_training = True
+
+        for epoch in range(self.n_epochs):
+            for samples in buffer.get(self.batch_size):
+                policy_loss, policy_metrics, entropy, values = self._evaluate(samples, clip_range)
+                value_loss = self._value_loss(samples, values)
+                loss = policy_loss - self.ent_coef * entropy + self.vf_coef * value_loss
+                metrics.append(policy_metrics)
+                entropy_losses.append(-entropy.item())
+                value_losses.append(value_loss.item())
+                losses.append(loss.item())
+
+                if self.target_kl is not None and policy_metrics.approx_kl > 1.5 * self.target_kl:
+                    continue_training = False
+                    if self.verbose >= 1:
+                        print(f"Early stopping at step {epoch} due to reaching max kl: {policy_metrics.approx_kl:.2f}")
+                    break
+
+                self.policy.optimizer.zero_grad()
+                loss.backward()
+                grad_norms.append(self._gradient_step())
+            if not continue_training:
+                break
+
+        self.logger.record("train/policy_gradient_loss", float(np.mean([m.loss for m in metrics])))
+        self._record_metrics(metrics)
+        self.logger.record("train/loss", losses[-1])
+        self.logger.record("train/entropy_loss", float(np.mean(entropy_losses)))
+        self.logger.record("train/value_loss", float(np.mean(value_losses)))
+        if grad_norms:
+            self.logger.record("train/grad_norm", float(np.mean(grad_norms)))
+        self.logger.record("train/explained_variance", explained_variance(buffer.values, buffer.returns))
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/clip_range", clip_range)
+
+    def _evaluate(
+        self, samples: TeacherRolloutSamples, clip_range: float
+    ) -> tuple[th.Tensor, Any, th.Tensor, th.Tensor]:
+        """Policy loss with its metrics, entropy and values of a minibatch."""
+        dist, values = self._distribution(samples.observations)
+        view = token_view(dist) if self.temperature == 1.0 else token_view(dist).temper(self.temperature)
+        mask = samples.token_mask
+        log_probs = view.log_prob(samples.actions.reshape(len(samples.rows), -1))
+        old_log_probs = samples.old_token_log_probs
+        advantages = samples.advantages
+        if self.normalize_advantage and len(advantages) > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        if self._per_token:
+            entropy = masked_mean(view.entropy(), mask)
+        else:
+            log_probs, old_log_probs = ((x * mask).sum(dim=1, keepdim=True) for x in (log_probs, old_log_probs))
+            squashed = self.policy.squash_output
+            # The entropy of a squashed Gaussian has no closed form: estimated at the sample
+            entropy = -log_probs.mean() if squashed else (view.entropy() * mask).sum(dim=1).mean()
+            mask = th.ones_like(log_probs)
+        loss, metrics = clipped_surrogate(
+            log_probs, old_log_probs, advantages.unsqueeze(1), mask / mask.sum(), clip_range
+        )
+        return loss, metrics, entropy, values.flatten()
+
+    def _value_loss(self, samples: TeacherRolloutSamples, values: th.Tensor) -> th.Tensor:
+        if self.clip_range_vf is not None:
+            clip_range_vf = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+            change = th.clamp(values - samples.old_values, -clip_range_vf, clip_range_vf)
+            values = samples.old_values + change
+        return F.mse_loss(samples.returns, values)
+
+    def learn(
+        self: SelfPPO,
+        total_timesteps: int | None = None,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = "PPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfPPO:
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
