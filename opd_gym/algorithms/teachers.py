@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import pathlib
@@ -311,14 +310,14 @@ def make_teacher(spec: Any, env: VecEnv, student: BasePolicy, **kwargs: Any) -> 
             'Expected teacher to be a path, the name of a checkpoint of the zoo, "expert", a policy, a model or None, '
             f"got {type(spec).__name__}."
         )
-    path = find_teacher(spec, env)
+    path = locate_teacher(spec, env)
     # Building networks draws random numbers; the student's run must not depend on the kind of its teacher
     with preserved_rng():
         policy = load_vla(path, env) if path.is_dir() else load_policy(path)
     return PolicyTeacher(policy.to(student.device), env, student, **kwargs)
 
 
-def find_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.Path:
+def locate_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.Path:
     """
     Where a teacher's weights are.
 
@@ -326,10 +325,12 @@ def find_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.Pa
     :param env: The student's env
     :return: An existing file or directory
     """
-    zoo: Any = importlib.import_module("opd_gym.zoo")
+    # Here, because the zoo's command line imports the algorithms
+    from opd_gym.zoo import find_checkpoint, find_teacher
+
     if spec is None:
         env_id = _env_id(env)
-        found = zoo.find_teacher(env_id) if env_id and hasattr(zoo, "find_teacher") else None
+        found = find_teacher(env_id) if env_id else None
         if found is None:
             raise ValueError(
                 f"No teacher given, and the zoo has none for {env_id or 'this env'}. Pass teacher=: the directory of a "
@@ -341,7 +342,7 @@ def find_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.Pa
     for candidate in (path, path.with_name(f"{path.name}.zip")):
         if candidate.exists():
             return candidate
-    found = zoo.find_checkpoint(os.fspath(spec)) if hasattr(zoo, "find_checkpoint") else None
+    found = find_checkpoint(os.fspath(spec))
     if found is None:
         raise FileNotFoundError(
             f"Teacher {os.fspath(spec)!r} not found: it is neither a directory nor a zip file nor the name of a "
