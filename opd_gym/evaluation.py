@@ -1,0 +1,412 @@
+"""Success rates of a policy, over exactly the episodes that were asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+# Per-process seeds of sampled evaluation episodes start here: far from the small seeds that people train with.
+SAMPLED_EVAL_SEED = 1_000_000
+
+
+class Predictor(Protocol):
+    """What is evaluated: an algorithm or a policy of Stable-Baselines3, or anything with their ``predict``."""
+
+    def predict(self, observation: Any, *, deterministic: bool = False) -> tuple[np.ndarray, Any]:
+        """
+        :param observation: batch of observations
+        :param deterministic: most likely action instead of a sample
+        :return: batch of actions, and a state that is not used
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """
+    One episode to evaluate: how the environment is reset.
+
+    :param seed: seed of the reset
+    :param options: options of the reset, on LIBERO ``task_id`` and ``init_state_id``
+    """
+
+    seed: int | None = None
+    options: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """
+    What came of one episode.
+
+    :param task_id: task, -1 where the environment has none
+    :param init_state_id: initial state, -1 where it was sampled or the environment has none
+    :param success: whether the task was solved
+    :param steps: actions executed
+    :param reward: sum of rewards
+    :param seed: seed of the reset, None if it was left to the environment
+    """
+
+    task_id: int
+    init_state_id: int
+    success: bool
+    steps: int
+    reward: float
+    seed: int | None = None
+
+
+def wilson_interval(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """
+    Wilson's score interval of a proportion; unlike the normal approximation it holds near 0 and 1.
+
+    :param k: number of successes
+    :param n: number of trials
+    :param z: quantile of the normal distribution, 1.96 for 95 %
+    :return: lower and upper bound; (0, 1) without a trial
+    """
+    if n < 0 or not 0 <= k <= n:
+        raise ValueError(f"wilson_interval expects 0 <= k <= n, got k={k}, n={n}.")
+    if n == 0:
+        return 0.0, 1.0
+    p = k / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # Rounding must not push the bounds of 0/n and n/n past 0 and 1.
+    low = 0.0 if k == 0 else (centre - half) / scale
+    high = 1.0 if k == n else (centre + half) / scale
+    return low, high
+
+
+@dataclass
+class EvaluationResult:
+    """
+    Outcome of :func:`evaluate_success`.
+
+    :param episodes: one record an episode, in the order in which they were asked for
+    :param frames: pictures of the recorded episodes, by position in ``episodes``; not saved
+    """
+
+    episodes: list[EpisodeRecord]
+    frames: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def n_success(self) -> int:
+        """Number of solved episodes."""
+        return sum(episode.success for episode in self.episodes)
+
+    @property
+    def success_rate(self) -> float:
+        """Share of solved episodes; NaN without an episode."""
+        return self.n_success / len(self.episodes) if self.episodes else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the success rate."""
+        return wilson_interval(self.n_success, len(self.episodes))
+
+    @property
+    def env_steps(self) -> int:
+        """Actions executed in all episodes."""
+        return sum(episode.steps for episode in self.episodes)
+
+    def per_task(self) -> dict[int, EvaluationResult]:
+        """
+        :return: the result of each task, by task id
+        """
+        tasks: dict[int, list[EpisodeRecord]] = defaultdict(list)
+        for episode in self.episodes:
+            tasks[episode.task_id].append(episode)
+        return {task: EvaluationResult(tasks[task]) for task in sorted(tasks)}
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        count = f"{self.n_success}/{len(self.episodes)}"
+        return f"{100 * self.success_rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({count})"
+
+    def to_markdown(self, title: str = "") -> str:
+        """
+        :param title: heading of the first column
+        :return: a table with one row a task and one for all of them
+        """
+        rows = [f"| {title or 'task'} | success | 95 % interval | episodes | mean steps |", "|---|---|---|---|---|"]
+        tasks = self.per_task()
+        named = [(str(task), result) for task, result in tasks.items()] if len(tasks) > 1 else []
+        for name, result in [*named, ("all", self)]:
+            low, high = result.interval
+            n = len(result.episodes)
+            mean_steps = result.env_steps / n if n else math.nan
+            rows.append(
+                f"| {name} | {100 * result.success_rate:.1f} % | {100 * low:.1f} to {100 * high:.1f} % "
+                f"| {n} | {mean_steps:.0f} |"
+            )
+        return "\n".join(rows) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        :return: everything but the pictures, ready for JSON
+        """
+        return {
+            "success_rate": self.success_rate if self.episodes else None,
+            "interval": list(self.interval),
+            "n_success": self.n_success,
+            "n_episodes": len(self.episodes),
+            "env_steps": self.env_steps,
+            "episodes": [asdict(episode) for episode in self.episodes],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """
+        Write the result as JSON; an interrupted write leaves the old file untouched.
+
+        :param path: file to write
+        """
+        write_atomic(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EvaluationResult:
+        """
+        :param path: file that :meth:`save` wrote
+        :return: the result, without pictures
+        """
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls([EpisodeRecord(**episode) for episode in values["episodes"]])
+
+
+def write_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """
+    Write a text file in one step: readers see the old content or the new, never a part.
+
+    :param path: file to write; its folder is created
+    :param text: content
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, because os.replace must not cross file systems.
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def eval_episodes(
+    task_ids: Iterable[int], n_per_task: int, init_states: str | Sequence[int] = "eval", seed: int = SAMPLED_EVAL_SEED
+) -> list[EpisodeSpec]:
+    """
+    Reset specs for a suite of tasks.
+
+    :param task_ids: tasks
+    :param n_per_task: episodes of each task
+    :param init_states: "eval" for the first ``n_per_task`` official initial states (of which LIBERO's classic suites
+        have 50), a sequence of their ids to go through, or "sampled" for states drawn from the seeds
+        ``seed, seed + 1, ...`` (the same ones for every task)
+    :param seed: first seed of the episodes
+    :return: one spec an episode, task by task
+    """
+    if n_per_task < 1:
+        raise ValueError(f"n_per_task must be at least 1, got {n_per_task}.")
+    ids: list[int]
+    if init_states == "eval":
+        ids = list(range(n_per_task))
+    elif init_states == "sampled":
+        ids = [-1] * n_per_task
+    elif isinstance(init_states, str):
+        raise ValueError(f'init_states must be "eval", "sampled" or ids of official states, got {init_states!r}.')
+    else:
+        given = [int(i) for i in init_states]
+        if len(set(given)) < n_per_task:
+            raise ValueError(f"{n_per_task} episodes a task need as many different initial states, got {given}.")
+        ids = given[:n_per_task]
+    return [
+        EpisodeSpec(seed=seed + i, options={"task_id": int(task), "init_state_id": init_state})
+        for task in task_ids
+        for i, init_state in enumerate(ids)
+    ]
+
+
+def _as_spec(episode: EpisodeSpec | Mapping[str, Any]) -> EpisodeSpec:
+    if isinstance(episode, EpisodeSpec):
+        return episode
+    unknown = set(episode) - {"seed", "options"}
+    if unknown:
+        raise ValueError(f"A reset spec has the keys seed and options, got {sorted(unknown)} as well.")
+    return EpisodeSpec(**episode)
+
+
+def _rows(obs: Any, rows: list[int]) -> Any:
+    return {key: value[rows] for key, value in obs.items()} if isinstance(obs, dict) else obs[rows]
+
+
+class _Queue:
+    """Hands out episodes; a worker gets tasks that it has played already, because a new task is a new simulator."""
+
+    def __init__(self, episodes: list[EpisodeSpec], n_workers: int):
+        self.episodes = episodes
+        self.pending = list(range(len(episodes)))
+        self.seen: list[set[Any]] = [set() for _ in range(n_workers)]
+
+    def _task(self, index: int) -> Any:
+        return (self.episodes[index].options or {}).get("task_id")
+
+    def take(self, worker: int) -> int | None:
+        if not self.pending:
+            return None
+        others = set().union(*(seen for i, seen in enumerate(self.seen) if i != worker))
+        index = min(self.pending, key=lambda i: (self._task(i) not in self.seen[worker], self._task(i) in others, i))
+        self.pending.remove(index)
+        self.seen[worker].add(self._task(index))
+        return index
+
+
+def evaluate_success(
+    model: Predictor,
+    env: VecEnv,
+    episodes: Iterable[EpisodeSpec | Mapping[str, Any]],
+    deterministic: bool = True,
+    progress: bool = True,
+    reward_threshold: float | None = None,
+    record: int | Collection[int] = 0,
+) -> EvaluationResult:
+    """
+    Play exactly the given episodes, each once, and count the solved ones.
+
+    A worker goes from one episode to the next without waiting for the others, and stands still when there is none left.
+
+    :param model: algorithm or policy
+    :param env: vectorised env whose workers are wrapped in ``EpisodeControl``, as :func:`opd_gym.make_vec` does it
+    :param episodes: reset specs, see :class:`EpisodeSpec` and :func:`eval_episodes`
+    :param deterministic: most likely actions instead of samples
+    :param progress: show a progress bar
+    :param reward_threshold: for envs without ``info["is_success"]``: an episode that reaches this return is a success
+    :param record: number of episodes to record, or their positions; needs an env with ``render_mode="rgb_array"``
+    :return: the result
+    """
+    specs = [_as_spec(episode) for episode in episodes]
+    if not env.has_attr("set_next_reset"):
+        raise ValueError(
+            "evaluate_success decides which episode a worker plays and needs envs wrapped in EpisodeControl. "
+            "Build the env with opd_gym.make_vec, or wrap each worker in opd_gym.envs.wrappers.EpisodeControl."
+        )
+    recorded = set(range(min(record, len(specs)))) if isinstance(record, int) else {int(i) for i in record}
+    if recorded and env.render_mode != "rgb_array":
+        raise ValueError(
+            f'Recording needs an env with render_mode="rgb_array", this one has {env.render_mode!r}. '
+            'Pass env_kwargs={"render_mode": "rgb_array"} to make_vec.'
+        )
+    if not specs:
+        return EvaluationResult([])
+
+    queue = _Queue(specs, env.num_envs)
+    records: dict[int, EpisodeRecord] = {}
+    frames: dict[int, list[np.ndarray]] = {index: [] for index in recorded}
+
+    def announce(worker: int) -> None:
+        index = queue.take(worker)
+        if index is None:
+            env.env_method("set_next_reset", frozen=True, indices=[worker])
+        else:
+            env.env_method("set_next_reset", specs[index].seed, specs[index].options, index, indices=[worker])
+
+    # A seed that was set on the VecEnv would win over that of the first episodes.
+    env.unwrapped._reset_seeds()
+    env.unwrapped._reset_options()
+    for worker in range(env.num_envs):
+        announce(worker)
+    obs = env.reset()
+    playing: list[int | None] = [info.get("episode_tag") for info in env.unwrapped.reset_infos]
+    # An env that was never reset has no observation to stand still with: its first reset began an episode.
+    astray = [i for i, info in enumerate(env.unwrapped.reset_infos) if playing[i] is None and not info.get("frozen")]
+    if astray:
+        env.env_method("reset", indices=astray)
+    for worker in range(env.num_envs):
+        if playing[worker] is not None:
+            announce(worker)
+
+    steps, returns = [0] * env.num_envs, [0.0] * env.num_envs
+    actions = np.stack([np.asarray(env.action_space.sample()) for _ in range(env.num_envs)])
+    bar = _progress_bar(len(specs), progress)
+    try:
+        while any(tag is not None for tag in playing):
+            active = [worker for worker, tag in enumerate(playing) if tag is not None]
+            for worker in active:
+                if playing[worker] in recorded:
+                    frames[playing[worker]].append(_render(env, worker))  # type: ignore[index]
+            actions[active], _ = model.predict(_rows(obs, active), deterministic=deterministic)
+            obs, rewards, dones, infos = env.step(actions)
+            for worker in active:
+                index, info = playing[worker], infos[worker]
+                assert index is not None
+                steps[worker] += int(info.get("n_executed", 1))
+                returns[worker] += float(rewards[worker])
+                if not dones[worker]:
+                    continue
+                records[index] = _record(specs[index], info, steps[worker], returns[worker], reward_threshold)
+                if index in recorded:
+                    _append_last(frames[index], info.get("terminal_observation"))
+                steps[worker], returns[worker] = 0, 0.0
+                playing[worker] = env.unwrapped.reset_infos[worker].get("episode_tag")
+                if playing[worker] is not None:
+                    announce(worker)
+                bar.update(1)
+                bar.set_postfix_str(f"success {sum(r.success for r in records.values())}/{len(records)}")
+    finally:
+        bar.close()
+    return EvaluationResult([records[index] for index in range(len(specs))], frames)
+
+
+def _progress_bar(total: int, enabled: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="evaluating", unit="episode", disable=not enabled, leave=False)
+
+
+def _record(
+    spec: EpisodeSpec, info: Mapping[str, Any], steps: int, episode_return: float, reward_threshold: float | None
+) -> EpisodeRecord:
+    if reward_threshold is not None:
+        success = episode_return >= reward_threshold
+    elif "is_success" in info:
+        success = bool(info["is_success"])
+    else:
+        raise ValueError(
+            'The env says nothing about success: no info["is_success"] at the end of an episode. '
+            "Pass reward_threshold= to count episodes with at least that return as solved."
+        )
+    options = spec.options or {}
+    return EpisodeRecord(
+        task_id=int(info.get("task_id", options.get("task_id", -1))),
+        init_state_id=int(info.get("init_state_id", options.get("init_state_id", -1))),
+        success=success,
+        steps=steps,
+        reward=episode_return,
+        seed=spec.seed,
+    )
+
+
+def _render(env: VecEnv, worker: int) -> np.ndarray:
+    return np.asarray(env.env_method("render", indices=[worker])[0], dtype=np.uint8)
+
+
+def _append_last(frames: list[np.ndarray], terminal: Any) -> None:
+    # By now the env shows the next episode: the last picture is the one in the observation, enlarged to fit.
+    if not frames or not isinstance(terminal, dict):
+        return
+    for picture in terminal.values():
+        picture = np.asarray(picture)
+        if picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[-1] == 3:
+            height, width = frames[-1].shape[:2]
+            rows = np.arange(height) * picture.shape[0] // height
+            columns = np.arange(width) * picture.shape[1] // width
+            frames.append(picture[rows][:, columns])
+            return

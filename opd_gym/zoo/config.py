@@ -1,0 +1,249 @@
+"""
+Hyperparameters in rl-zoo3's format: one YAML file an algorithm, keyed by environment id.
+
+Unlike there nothing is evaluated: ``policy_kwargs`` is a mapping, and a wrapper is an import path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import yaml
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.utils import LinearSchedule
+
+HYPERPARAMS = Path(__file__).parent / "hyperparams"
+ALGORITHMS = ("opd", "grpo", "ppo", "sft")
+
+# What concerns the environment and the run; everything else goes to the algorithm.
+RUN_KEYS = {
+    "n_timesteps": "total number of decisions of all envs",
+    "n_envs": "number of parallel envs",
+    "env_kwargs": "keyword arguments of the env",
+    "env_wrapper": "import path of a wrapper, a mapping from it to its keyword arguments, or a list of these",
+    "chunk_size": "actions per decision",
+    "tokens": "whether actions are tokens",
+    "n_bins": "tokens of one action dimension",
+    "policy": "name of the policy",
+}
+# Arguments of the algorithms that the command line sets by itself.
+_RESERVED = {"self", "env", "policy", "_init_setup_model"}
+# As in rl-zoo3: constants or, from a string like lin_5e-4, linear schedules.
+SCHEDULE_KEYS = ("learning_rate", "clip_range", "clip_range_high", "clip_range_vf")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes ``5e-4`` for a string; nobody who writes it means one."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """
+    :param text: YAML
+    :return: plain Python values; tags that would create anything else are refused
+    """
+    return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+
+
+def algorithm_class(algo: str) -> type[BaseAlgorithm]:
+    """
+    :param algo: "opd", "grpo", "ppo" or "sft"
+    :return: its class
+    """
+    if algo.lower() not in ALGORITHMS:
+        raise ValueError(f"Unknown algorithm {algo!r}. Known: {', '.join(ALGORITHMS)}.")
+    import opd_gym
+
+    return getattr(opd_gym, algo.upper())
+
+
+def algorithm_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """
+    Keyword arguments of an algorithm that a configuration may set.
+
+    :param cls: class of the algorithm
+    :return: the parameters by name; those that a ``**kwargs`` passes on to a base class are among them
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in base.__dict__ or base is object:
+            continue
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        for name, parameter in parameters.items():
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in _RESERVED:
+                found.setdefault(name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found
+
+
+def read_hyperparams(path: Path) -> dict[str, Any]:
+    """
+    :param path: YAML file of one algorithm
+    :return: its entries by environment id
+    """
+    values = parse_yaml(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must map environment ids to hyperparameters, got {type(values).__name__}.")
+    return values
+
+
+def load_hyperparams(algo: str, env_id: str, path: Path | str | None = None) -> dict[str, Any]:
+    """
+    Hyperparameters for an environment, ``default`` where it has no entry of its own.
+
+    :param algo: "opd", "grpo", "ppo" or "sft"
+    :param env_id: environment id, with or without ``opd_gym:``
+    :param path: YAML file; None for the zoo's own
+    :return: plain values, as they are in the file
+    """
+    if algo.lower() not in ALGORITHMS:
+        raise ValueError(f"Unknown algorithm {algo!r}. Known: {', '.join(ALGORITHMS)}.")
+    path = Path(path) if path is not None else HYPERPARAMS / f"{algo.lower()}.yml"
+    if not path.is_file():
+        raise FileNotFoundError(f"No hyperparameters of {algo!r}: expected them in {path}.")
+    entries = read_hyperparams(path)
+    bare = env_id.split(":")[-1]
+    for key in (bare, "default"):
+        if key in entries:
+            values = entries[key]
+            if not isinstance(values, dict):
+                raise ValueError(f"{path}, {key!r}: expected a mapping of hyperparameters, got {values!r}.")
+            return deepcopy(values)
+    raise ValueError(f"{path} has neither an entry {bare!r} nor a `default`. It has: {', '.join(map(str, entries))}.")
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """
+    Hyperparameters from the command line.
+
+    :param items: ``key:value``; the value is YAML, and ``env_kwargs.image_size:64`` reaches into a mapping
+    :return: nested values
+    """
+    values: dict[str, Any] = {}
+    for item in items:
+        key, colon, value = item.partition(":")
+        if not colon or not key:
+            raise ValueError(f"Expected key:value, for instance learning_rate:5e-4, got {item!r}.")
+        *parents, last = key.strip().split(".")
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"{item!r}: {parent!r} was given a value before; it cannot be a mapping as well.")
+        target[last] = parse_yaml(value)
+    return values
+
+
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    :param base: values
+    :param overrides: values that win; mappings are merged, not replaced
+    :return: a new dict
+    """
+    merged = deepcopy(dict(base))
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else deepcopy(value)
+    return merged
+
+
+def schedule(value: Any, key: str) -> Any:
+    """
+    :param value: a number, or ``lin_5e-4`` for a linear decrease from there to 0
+    :param key: name of the hyperparameter, for the error
+    :return: the number or the schedule
+    """
+    if not isinstance(value, str):
+        return value
+    kind, _, number = value.partition("_")
+    try:
+        start = float(number if kind == "lin" else value)
+    except ValueError:
+        raise ValueError(f"{key}: expected a number or a schedule like lin_5e-4, got {value!r}.") from None
+    return LinearSchedule(start, 0.0, 1.0) if kind == "lin" else start
+
+
+def _import_wrapper(path: str) -> Callable[..., gym.Env]:
+    module, _, name = path.replace(":", ".").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"env_wrapper: cannot import {path!r} ({error}). Expected module.ClassName.") from error
+
+
+def _apply_wrappers(env: gym.Env, wrappers: list[tuple[str, dict[str, Any]]]) -> gym.Env:
+    for path, kwargs in wrappers:
+        env = _import_wrapper(path)(env, **kwargs)
+    return env
+
+
+def wrapper_function(spec: Any) -> Callable[[gym.Env], gym.Env] | None:
+    """
+    :param spec: import path of a wrapper, a mapping from it to its keyword arguments, a list of these, or None
+    :return: a function that applies them in order and can be sent to a worker process
+    """
+    if not spec:
+        return None
+    wrappers: list[tuple[str, dict[str, Any]]] = []
+    for item in spec if isinstance(spec, list) else [spec]:
+        if isinstance(item, Mapping) and len(item) == 1:
+            ((path, kwargs),) = item.items()
+        else:
+            path, kwargs = item, {}
+        if not isinstance(path, str) or not isinstance(kwargs or {}, Mapping):
+            raise ValueError(f"env_wrapper: expected an import path or one mapped to keyword arguments, got {item!r}.")
+        _import_wrapper(path)
+        wrappers.append((path, dict(kwargs or {})))
+    return partial(_apply_wrappers, wrappers=wrappers)
+
+
+def split_hyperparams(
+    algo: str, values: Mapping[str, Any], cls: type | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Check a configuration and part it.
+
+    :param algo: name of the algorithm, for its class and for errors
+    :param values: hyperparameters, as :func:`load_hyperparams` gives them
+    :param cls: class of the algorithm; None for the one of that name
+    :return: what concerns the environment and the run, and the algorithm's keyword arguments with schedules resolved
+    """
+    parameters = algorithm_parameters(cls or algorithm_class(algo))
+    unknown = [key for key in values if key not in RUN_KEYS and key not in parameters]
+    if unknown:
+        raise ValueError(
+            f"Unknown hyperparameters of {algo}: {', '.join(map(str, unknown))}. "
+            f"Of the run: {', '.join(RUN_KEYS)}. Of the algorithm: {', '.join(parameters)}."
+        )
+    run = {key: value for key, value in values.items() if key in RUN_KEYS}
+    kwargs = {key: value for key, value in values.items() if key not in RUN_KEYS}
+    for key in ("env_kwargs", "policy_kwargs"):
+        for part in (run, kwargs):
+            if isinstance(part.get(key), str):
+                raise ValueError(
+                    f"{key}: expected a mapping, got the string {part[key]!r}. Nothing is evaluated here: write "
+                    "dict(a=1) as {a: 1}."
+                )
+    for key in SCHEDULE_KEYS:
+        if key in kwargs:
+            kwargs[key] = schedule(kwargs[key], key)
+    for key in ("n_timesteps", "n_envs", "chunk_size", "n_bins"):
+        if run.get(key) is not None:
+            if not isinstance(run[key], (int, float)) or isinstance(run[key], bool):
+                raise ValueError(f"{key}: expected a number, got {run[key]!r}.")
+            run[key] = int(run[key])
+    return run, kwargs

@@ -1,0 +1,96 @@
+"""Demonstrations recorded with the scripted expert, one LIBERO file a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import gymnasium as gym
+from tqdm import tqdm
+
+from opd_gym.envs.registration import LIBERO_IDS, bare_id
+
+# The expert fails in a few states of a hundred; a task where it does not come through at all must not go on for ever.
+MAX_ATTEMPTS_PER_EPISODE = 5
+
+
+def record_demonstrations(
+    env_id: str,
+    folder: Path,
+    episodes_per_task: int = 1,
+    task_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    chunk_size: int = 8,
+    stride: int = 1,
+    perturbation: float = 0.0,
+    image_size: int = 128,
+    visuals: str = "light",
+    progress: bool = True,
+) -> list[Path]:
+    """
+    Record successful episodes of the scripted expert in sampled initial states, in LIBERO's HDF5 format.
+
+    :param env_id: LIBERO environment id
+    :param folder: where the files go, ``<task>_demo.hdf5``
+    :param episodes_per_task: successful episodes of each task
+    :param task_ids: tasks; None for all that the env draws from
+    :param seed: seed of the first episode; the following ones count up
+    :param chunk_size: length of the labels
+    :param stride: record every so many steps
+    :param perturbation: probability of a push at a step, see :func:`opd_gym.envs.experts.record.record_episode`
+    :param image_size: side of the pictures
+    :param visuals: see ``LiberoEnv``
+    :param progress: show a progress bar
+    :return: the files
+    """
+    if bare_id(env_id) not in LIBERO_IDS:
+        raise ValueError(f"Demonstrations are recorded on LIBERO environments, got {env_id!r}. See `opd-gym list`.")
+    if episodes_per_task < 1:
+        raise ValueError(f"episodes_per_task must be at least 1, got {episodes_per_task}.")
+    from opd_gym.demonstrations import Episode, write_demonstrations
+    from opd_gym.envs.experts.record import record_episode
+    from opd_gym.envs.libero.env import LiberoEnv
+
+    env = gym.make(env_id, image_size=image_size, visuals=visuals, max_simulators=1).unwrapped
+    assert isinstance(env, LiberoEnv)
+    files = []
+    tasks = list(task_ids) if task_ids else env.task_ids
+    bar = tqdm(total=len(tasks) * episodes_per_task, desc="recording", unit="episode", disable=not progress)
+    try:
+        for task_id in tasks:
+            episodes: list[Episode] = []
+            attempt = 0
+            while len(episodes) < episodes_per_task:
+                if attempt >= MAX_ATTEMPTS_PER_EPISODE * episodes_per_task:
+                    raise ValueError(
+                        f"The scripted expert solved {len(episodes)} of {attempt} episodes of task {task_id}: "
+                        "too few to go on. Leave the task out with --task-ids."
+                    )
+                recorded = record_episode(env, seed + attempt, task_id, chunk_size, stride, perturbation)
+                attempt += 1
+                if not recorded.success:
+                    continue
+                episodes.append(
+                    Episode(
+                        {key: value for key, value in recorded.observations.items() if key != "instruction"},
+                        recorded.actions,
+                        action_chunks=recorded.action_chunks,
+                        instruction=env.instruction,
+                        attrs={"task_id": task_id, "seed": recorded.seed},
+                    )
+                )
+                bar.update(1)
+            task = env.simulator.task
+            path = Path(folder) / f"{task.name}_demo.hdf5"
+            write_demonstrations(
+                path,
+                episodes,
+                task.instruction,
+                env_args={"env_name": env_id, "stride": stride, "perturbation": perturbation},
+                bddl_file_name=task.bddl_file.name,
+            )
+            files.append(path)
+    finally:
+        bar.close()
+        env.close()
+    return files

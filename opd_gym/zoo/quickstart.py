@@ -1,0 +1,192 @@
+"""On-policy distillation on real LIBERO in minutes: success of the student before and after, a curve and a film."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
+
+from opd_gym.evaluation import EpisodeSpec, EvaluationResult, evaluate_success, write_atomic
+
+# Seconds of the budget that are for starting up, the curve and the film.
+OVERHEAD = 45.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    :param parser: parser of the command; gets the arguments of the quickstart
+    """
+    parser.add_argument("--env", default="LiberoObject-v0", help="LIBERO environment id (default: LiberoObject-v0)")
+    parser.add_argument("--minutes", type=float, default=12.0, help="time for everything (default: 12)")
+    parser.add_argument("--task-ids", type=int, nargs="+", help="tasks; default: what the hyperparameters name, or all")
+    parser.add_argument("--n-envs", type=int, help="parallel simulators; default: what the hyperparameters name")
+    parser.add_argument("--eval-episodes", type=int, default=20, help="held-out episodes, before and after each")
+    parser.add_argument("--student", help="checkpoint to start from; default: the zoo's")
+    parser.add_argument("--teacher", help="its teacher; default: the zoo's")
+    parser.add_argument("--hyperparams", nargs="+", default=[], metavar="KEY:VALUE", help="see opd-gym train")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("-f", "--folder", type=Path, default=Path("runs/quickstart"), help="where the results go")
+
+
+class TimeBudget(BaseCallback):
+    """
+    Ends the training when its time is up, with a progress bar over the time.
+
+    :param seconds: time for the training
+    """
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+        self.elapsed = 0.0
+
+    def _on_training_start(self) -> None:
+        self._began = time.monotonic()
+        form = "{desc} |{bar}| {n:.0f}/{total:.0f} s{postfix}"
+        self._bar = tqdm(total=self.seconds, desc="OPD", bar_format=form)
+
+    def _on_step(self) -> bool:
+        self.elapsed = time.monotonic() - self._began
+        self._bar.update(min(self.elapsed, self.seconds) - self._bar.n)
+        return self.elapsed < self.seconds
+
+    def _on_rollout_end(self) -> None:
+        success = list(self.model.ep_success_buffer or [])
+        episodes = list(self.model.ep_info_buffer or [])
+        shown: dict[str, Any] = {"decisions": self.model.num_timesteps, "episodes": len(episodes)}
+        if success:
+            shown["success"] = f"{100 * sum(success) / len(success):.0f} %"
+        kl = self.model.logger.name_to_value.get("train/kl")
+        if kl is not None:
+            shown["kl"] = f"{kl:.3f}"
+        self._bar.set_postfix(shown)
+
+    def _on_training_end(self) -> None:
+        self._bar.close()
+
+
+def _film(before: EvaluationResult, after: EvaluationResult) -> int | None:
+    """The episode to show: one that only the distilled student solves, if there is one."""
+    common = sorted(set(before.frames) & set(after.frames))
+    better = [i for i in common if after.episodes[i].success and not before.episodes[i].success]
+    solved = [i for i in common if after.episodes[i].success]
+    return next(iter([*better, *solved, *common]), None)
+
+
+def run(args: argparse.Namespace) -> int:
+    """
+    Evaluate the student, distil, evaluate again, and write curve, film and table.
+
+    :param args: see :func:`add_arguments`
+    :return: exit status
+    """
+    began = time.monotonic()
+    from opd_gym.zoo.config import algorithm_class, split_hyperparams
+    from opd_gym.zoo.train import (
+        TrainArgs,
+        build_env,
+        checkpoint_settings,
+        complete_hyperparams,
+        default_episodes,
+    )
+
+    overrides = list(args.hyperparams)
+    train_args = TrainArgs(
+        "opd", args.env, seed=args.seed, teacher=args.teacher, student=args.student, hyperparams=overrides
+    )
+    values = complete_hyperparams(train_args)
+    student = (values.get("policy_kwargs") or {}).get("checkpoint")
+    teacher = values.get("teacher")
+    if student is None or teacher is None:
+        role = "student" if student is None else "teacher"
+        raise ValueError(f"The zoo has no {role} for {args.env}. Pass --{role} with a checkpoint.")
+    run_values, kwargs = split_hyperparams("opd", values)
+    env_kwargs: dict[str, Any] = {"render_mode": "rgb_array"}
+    if args.task_ids:
+        env_kwargs["task_ids"] = tuple(args.task_ids)
+    settings = checkpoint_settings(Path(student))
+    print(f"Student {Path(student).name}, teacher {teacher}, on {args.env} (LIBERO's own simulator)", flush=True)
+    env = build_env(args.env, run_values, args.n_envs, args.seed, settings, **env_kwargs)
+    try:
+        model = algorithm_class("opd")(  # type: ignore[call-arg]
+            run_values.get("policy", "VLAPolicy"), env, seed=args.seed, device=args.device, **kwargs
+        )
+        args.folder.mkdir(parents=True, exist_ok=True)
+        return _distil(model, env, default_episodes(env, args.eval_episodes), args, began)
+    finally:
+        env.close()
+
+
+def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: argparse.Namespace, began: float) -> int:
+    from opd_gym.zoo.runs import make_logger, plot_learning_curve
+    from opd_gym.zoo.video import side_by_side, write_video
+
+    folder: Path = args.folder
+    tasks = [(spec.options or {}).get("task_id") for spec in episodes]
+    recorded = [i for i, task in enumerate(tasks) if task not in tasks[:i]][:4]
+
+    print(f"1/3  Success of the student before: {len(episodes)} held-out episodes", flush=True)
+    start = time.monotonic()
+    before = evaluate_success(model, env, episodes, record=recorded)
+    evaluation_time = time.monotonic() - start
+    print(f"     {before}", flush=True)
+
+    # The evaluation afterwards takes no longer: episodes that succeed are shorter.
+    seconds = 60.0 * args.minutes - (time.monotonic() - began) - evaluation_time - OVERHEAD
+    if seconds < 30.0:
+        raise ValueError(
+            f"{args.minutes} minutes are too few here: the evaluation alone took {evaluation_time:.0f} s. "
+            "Raise --minutes, or lower --eval-episodes."
+        )
+    print(f"2/3  On-policy distillation: {seconds / 60:.1f} minutes", flush=True)
+    for old in folder.glob("progress*.csv"):
+        old.unlink()
+    model.set_logger(make_logger(folder))
+    budget = TimeBudget(seconds)
+    # The budget ends it.
+    model.learn(10**9, callback=budget)
+    model.save(folder / "model.zip")
+    if hasattr(model.policy, "save_checkpoint"):
+        model.policy.save_checkpoint(folder / "policy")
+
+    print(f"3/3  Success of the student after: the same {len(episodes)} episodes", flush=True)
+    after = evaluate_success(model, env, episodes, record=recorded)
+    print(f"     {after}", flush=True)
+
+    plot_learning_curve(
+        folder,
+        title=f"OPD on {args.env}: success while training (sampled states and actions)",
+        references={"held out, before": before.success_rate, "held out, after": after.success_rate},
+    )
+    shown = _film(before, after)
+    if shown is not None:
+        frames = side_by_side(before.frames[shown], after.frames[shown], ("before", "after OPD"))
+        for suffix in (".mp4", ".gif"):
+            write_video(folder / f"before_after{suffix}", frames)
+    total = time.monotonic() - began
+    env_steps = int(getattr(model, "num_env_steps", model.num_timesteps))
+    results = {
+        "env": args.env,
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+        "train_env_steps": env_steps,
+        "train_decisions": model.num_timesteps,
+        "train_seconds": budget.elapsed,
+        "total_seconds": total,
+    }
+    write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    table = (
+        f"| {args.env}, {len(episodes)} held-out episodes | success (95 % interval) |\n|---|---|\n"
+        f"| student before | {before} |\n| after OPD | {after} |\n\n"
+        f"{env_steps} env steps of training in {budget.elapsed / 60:.1f} minutes; {total / 60:.1f} minutes in all.\n"
+    )
+    write_atomic(folder / "results.md", table)
+    print(f"\n{table}\nResults, curve and film: {folder}/", flush=True)
+    return 0

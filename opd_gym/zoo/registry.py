@@ -1,0 +1,158 @@
+"""Which trained checkpoints come with the package, and for which environments they are the default."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ZOO = Path(__file__).parent
+REGISTRY_FILE = ZOO / "checkpoints.yml"
+CHECKPOINTS = ZOO / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    One entry of ``checkpoints.yml``.
+
+    :param name: its name, and that of its directory
+    :param description: one line
+    :param teacher_for: patterns of environment ids for which it is the default teacher
+    :param student_for: patterns of environment ids for which it is the default student
+    """
+
+    name: str
+    description: str = ""
+    teacher_for: tuple[str, ...] = ()
+    student_for: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """Directory of ``config.json`` and ``model.safetensors``."""
+        return CHECKPOINTS / self.name
+
+
+def read_registry(path: Path | None = None) -> dict[str, Checkpoint]:
+    """
+    :param path: registry file; None for the package's own
+    :return: the checkpoints by name, in the order of the file
+    """
+    path = path or REGISTRY_FILE
+    values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must map names to checkpoints, got {type(values).__name__}.")
+    registry = {}
+    for name, entry in values.items():
+        entry = dict(entry or {})
+        unknown = set(entry) - {"description", "teacher_for", "student_for"}
+        if unknown:
+            raise ValueError(
+                f"{path}, {name!r}: unknown keys {sorted(unknown)}; known are description, teacher_for, student_for."
+            )
+        registry[str(name)] = Checkpoint(
+            name=str(name),
+            description=str(entry.get("description", "")),
+            teacher_for=tuple(entry.get("teacher_for") or ()),
+            student_for=tuple(entry.get("student_for") or ()),
+        )
+    return registry
+
+
+def checkpoint_names() -> list[str]:
+    """
+    :return: names of the checkpoints that come with the package
+    """
+    return list(read_registry())
+
+
+def checkpoint_path(name: str) -> Path:
+    """
+    :param name: name of a checkpoint of the zoo
+    :return: its directory (``config.json`` and ``model.safetensors``)
+    :raises ValueError: unknown name; lists the known ones
+    :raises FileNotFoundError: the registry names it, but its files are not there
+    """
+    registry = read_registry()
+    if name not in registry:
+        known = ", ".join(registry) or "none yet"
+        raise ValueError(f"The zoo has no checkpoint {name!r}, and no such path exists. Known: {known}.")
+    path = registry[name].path
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"The files of the zoo's checkpoint {name!r} are missing: expected them in {path}.")
+    return path
+
+
+def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
+    """
+    Where the weights are that somebody names.
+
+    :param spec: directory of a VLA checkpoint, zip of a model, directory of a run (its last checkpoint), or a name of
+        the zoo
+    :return: existing directory with ``config.json``, or zip file
+    :raises ValueError: it is none of these
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path
+        from opd_gym.zoo.runs import checkpoints
+
+        saved = checkpoints(path)
+        if saved:
+            return saved[-1]
+        raise ValueError(f"{path} is neither a VLA checkpoint (no config.json) nor a run with checkpoints.")
+    for candidate in (path, path.with_name(f"{path.name}.zip")):
+        if candidate.is_file():
+            return candidate
+    return checkpoint_path(os.fspath(spec))
+
+
+def _default_for(role: str, env_id: str) -> str | None:
+    # Exact ids first: a checkpoint for one task is a better default there than one for the whole suite.
+    bare = env_id.split(":")[-1]
+    entries = [(pattern, name) for name, entry in read_registry().items() for pattern in getattr(entry, role)]
+    for pattern, name in entries:
+        if pattern == bare:
+            return name
+    for pattern, name in entries:
+        if fnmatchcase(bare, pattern):
+            return name
+    return None
+
+
+def teacher_for(env_id: str) -> str | None:
+    """
+    :param env_id: environment id, with or without ``opd_gym:``
+    :return: name of the default teacher, None if the zoo has none
+    """
+    return _default_for("teacher_for", env_id)
+
+
+def student_for(env_id: str) -> str | None:
+    """
+    :param env_id: environment id, with or without ``opd_gym:``
+    :return: name of the default student to start from, None if the zoo has none
+    """
+    return _default_for("student_for", env_id)
+
+
+def find_teacher(env_id: str) -> Path | None:
+    """
+    :param env_id: environment id, with or without ``opd_gym:``
+    :return: directory of the default teacher, None if the zoo has none
+    """
+    name = teacher_for(env_id)
+    return None if name is None else checkpoint_path(name)
+
+
+def find_checkpoint(name: str) -> Path | None:
+    """
+    :param name: what may be the name of a checkpoint of the zoo
+    :return: its directory, None if the zoo has no checkpoint of that name
+    """
+    return checkpoint_path(name) if name in read_registry() else None

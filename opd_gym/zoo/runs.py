@@ -1,0 +1,227 @@
+"""Run directories: what was run, with which configuration, how far it came, and its learning curve."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, KVWriter, Logger
+
+from opd_gym.evaluation import write_atomic
+
+_CHECKPOINT = re.compile(r"model_(\d+)_steps\.zip")
+
+
+def new_run_dir(folder: str | os.PathLike[str], algo: str, env_id: str) -> Path:
+    """
+    :param folder: folder of all runs
+    :param algo: name of the algorithm
+    :param env_id: environment id
+    :return: a new directory ``folder/algo/env_id_<number>``
+    """
+    parent = Path(folder) / algo
+    parent.mkdir(parents=True, exist_ok=True)
+    # An id may name the module that registers it or a namespace (ALE/...).
+    name = env_id.split(":")[-1].replace("/", "-")
+    suffixes = [path.name[len(name) + 1 :] for path in parent.glob(f"{name}_*")]
+    number = max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0)
+    while True:
+        number += 1
+        try:
+            (parent / f"{name}_{number}").mkdir()
+        except FileExistsError:
+            continue  # another run took this number
+        return parent / f"{name}_{number}"
+
+
+def write_run_files(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping[str, Any]) -> None:
+    """
+    Write what it takes to repeat a run: ``args.yml``, ``config.yml`` and ``command.txt``.
+
+    :param run_dir: directory of the run
+    :param args: arguments of the command line
+    :param hyperparams: the complete configuration, overrides included
+    """
+    write_atomic(run_dir / "args.yml", yaml.safe_dump(_plain(args), sort_keys=False))
+    write_atomic(run_dir / "config.yml", yaml.safe_dump(_plain(hyperparams), sort_keys=False))
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n"
+    path = run_dir / "command.txt"
+    # A run that was resumed has more than one command.
+    write_atomic(path, (path.read_text(encoding="utf-8") if path.exists() else "") + command)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """
+    :param run_dir: directory of a run
+    :return: its complete checkpoints, oldest first
+    """
+    paths = list((run_dir / "checkpoints").glob("*.zip"))
+    found = [(int(match[1]), path) for path in paths if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+class RunCheckpoint(BaseCallback):
+    """
+    Keeps the last checkpoints of a run; a killed run loses what came after the last one.
+
+    It saves between two steps, so never in the middle of an update.
+
+    :param run_dir: directory of the run; checkpoints go to ``checkpoints/model_<timesteps>_steps.zip``
+    :param interval: least number of seconds between two checkpoints
+    :param keep_last: number of checkpoints to keep
+    """
+
+    def __init__(self, run_dir: Path, interval: float = 60.0, keep_last: int = 2):
+        super().__init__()
+        if keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {keep_last}.")
+        self.run_dir = run_dir
+        self.interval = interval
+        self.keep_last = keep_last
+        self._last_save = time.monotonic()
+        self._saved_at = -1
+
+    def save(self) -> None:
+        """Save the model now."""
+        if self.model.num_timesteps == self._saved_at:
+            return
+        folder = self.run_dir / "checkpoints"
+        # Atomic: the algorithms of this library replace a file only once the new one is complete.
+        self.model.save(folder / f"model_{self.model.num_timesteps}_steps.zip")
+        for old in checkpoints(self.run_dir)[: -self.keep_last]:
+            old.unlink(missing_ok=True)
+        self._last_save = time.monotonic()
+        self._saved_at = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        if time.monotonic() - self._last_save >= self.interval:
+            self.save()
+        return True
+
+    def _on_training_end(self) -> None:
+        self._saved_at = -1  # the last iteration was trained after the last checkpoint of this number of timesteps
+        self.save()
+
+
+def make_logger(run_dir: Path, verbose: int = 0) -> Logger:
+    """
+    Logger to ``progress.csv``, to TensorBoard where it is installed, and to the screen.
+
+    :param run_dir: directory of the run; the table of an earlier part of a resumed run is kept under another name
+    :param verbose: 1 to print the table as well
+    :return: the logger
+    """
+    table = run_dir / "progress.csv"
+    if table.exists():
+        number = 1 + len(list(run_dir.glob("progress.*.csv")))
+        os.replace(table, run_dir / f"progress.{number}.csv")
+    formats: list[KVWriter] = [CSVOutputFormat(str(table))]
+    try:
+        from stable_baselines3.common.logger import TensorBoardOutputFormat
+
+        formats.append(TensorBoardOutputFormat(str(run_dir)))
+    except (ImportError, AssertionError):
+        pass  # tensorboard is optional
+    if verbose:
+        formats.append(HumanOutputFormat(sys.stdout))
+    return Logger(folder=str(run_dir), output_formats=formats)
+
+
+def read_progress(run_dir: Path) -> list[dict[str, float]]:
+    """
+    :param run_dir: directory of a run
+    :return: the rows of its ``progress.csv``; of a resumed run those of all its parts, without what was done twice
+    """
+
+    def part(path: Path) -> int:
+        middle = path.name.split(".")[1]
+        return int(middle) if middle.isdigit() else sys.maxsize
+
+    rows: list[dict[str, float]] = []
+    for path in sorted(run_dir.glob("progress*.csv"), key=part):
+        with path.open(newline="", encoding="utf-8") as file:
+            new = [{key: _number(value) for key, value in row.items() if key and value} for row in csv.DictReader(file)]
+        new = [row for row in new if "time/total_timesteps" in row]
+        if new:
+            start = new[0]["time/total_timesteps"]
+            rows = [row for row in rows if row["time/total_timesteps"] < start]
+        rows.extend(new)
+    return rows
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return float("nan")
+
+
+def plot_learning_curve(
+    run_dir: Path, path: Path | None = None, title: str = "", references: Mapping[str, float] | None = None
+) -> Path | None:
+    """
+    Draw success (or return) and the distance to the teacher over env steps.
+
+    :param run_dir: directory of a run
+    :param path: picture to write; None for ``curve.png`` in the run's directory
+    :param title: title of the picture
+    :param references: success rates to draw as horizontal lines, by label
+    :return: the picture; None if there is nothing to draw or matplotlib is not installed
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    rows = read_progress(run_dir)
+    success = "rollout/success_rate" if any("rollout/success_rate" in row for row in rows) else "rollout/ep_rew_mean"
+    distance = _first_key(rows, ("train/kl", "train/reverse_kl", "train/divergence", "train/loss"))
+    panels = [key for key in (success, distance) if key and any(key in row for row in rows)]
+    if not panels:
+        return None
+    path = path or run_dir / "curve.png"
+    figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        steps_key = "time/env_steps" if all("time/env_steps" in row for row in rows) else "time/total_timesteps"
+        points = [(row[steps_key], row[key]) for row in rows if key in row]
+        axis.plot([x for x, _ in points], [y for _, y in points], marker=".", color="tab:blue")
+        axis.set_xlabel(steps_key.partition("/")[2].replace("_", " "))
+        axis.set_ylabel(key.partition("/")[2].replace("_", " "))
+        axis.grid(alpha=0.3)
+        if key == "rollout/success_rate":
+            axis.set_ylim(-0.02, 1.02)
+            for number, (label, value) in enumerate((references or {}).items()):
+                axis.axhline(value, linestyle="--", color=f"C{number + 1}", label=f"{label} {100 * value:.0f} %")
+            if references:
+                axis.legend(fontsize="small", loc="best")
+    if title:
+        figure.suptitle(title)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _first_key(rows: Sequence[Mapping[str, float]], keys: Sequence[str]) -> str | None:
+    return next((key for key in keys if any(key in row for row in rows)), None)

@@ -1,0 +1,374 @@
+"""Runs: from an algorithm, an environment id and a YAML file to a run directory that can be resumed."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import yaml
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.vec_env import VecEnv
+
+from opd_gym.envs.registration import LIBERO_IDS, bare_id, make_vec
+from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
+from opd_gym.zoo.config import (
+    algorithm_class,
+    algorithm_parameters,
+    load_hyperparams,
+    merge,
+    parse_overrides,
+    parse_yaml,
+    split_hyperparams,
+    wrapper_function,
+)
+from opd_gym.zoo.registry import resolve_checkpoint, student_for, teacher_for
+from opd_gym.zoo.runs import RunCheckpoint, checkpoints, make_logger, new_run_dir, plot_learning_curve, write_run_files
+
+EVAL_EPISODES_PER_TASK = 10
+
+
+@dataclass
+class TrainArgs:
+    """
+    What a run is started with.
+
+    :param algo: "opd", "grpo", "ppo" or "sft"
+    :param env: environment id
+    :param n_timesteps: number of decisions; None for what the YAML file says
+    :param seed: seed of everything
+    :param hyperparams: overrides, ``key:value``
+    :param config: YAML file of hyperparameters; None for the zoo's
+    :param teacher: see ``OPD``; None for what the YAML file or else the zoo says
+    :param student: checkpoint to start from; None for the zoo's default, "none" for random weights
+    :param demonstrations: files or directories, for SFT
+    :param folder: where run directories go
+    :param eval_episodes: episodes of the final evaluation; 0 for none
+    :param device: "auto", "cpu", "cuda", ...
+    :param checkpoint_interval: least number of seconds between two checkpoints
+    :param progress: show a progress bar
+    :param verbose: 1 to print the table of every iteration
+    """
+
+    algo: str
+    env: str
+    n_timesteps: int | None = None
+    seed: int = 0
+    hyperparams: list[str] = field(default_factory=list)
+    config: str | None = None
+    teacher: str | None = None
+    student: str | None = None
+    demonstrations: list[str] = field(default_factory=list)
+    folder: str = "runs"
+    eval_episodes: int = 0
+    device: str = "auto"
+    checkpoint_interval: float = 60.0
+    progress: bool = True
+    verbose: int = 0
+
+
+def checkpoint_settings(path: Path) -> dict[str, Any]:
+    """
+    What an env must be like for a checkpoint.
+
+    :param path: directory of a VLA checkpoint, or zip of a model
+    :return: ``chunk_size``, ``n_bins``, ``statistics``, ``image_size`` and ``cameras``; empty if it is no VLA
+    """
+    if path.is_dir():
+        from opd_gym.policies.vla import read_checkpoint_config
+
+        values: Mapping[str, Any] = read_checkpoint_config(path)[1].to_dict()
+    else:
+        data, _, _ = load_from_zip_file(path, device="cpu")
+        values = ((data or {}).get("policy_kwargs") or {}).get("body_kwargs") or {}
+    if not {"n_tokens", "action_dim", "n_bins"} <= set(values):
+        return {}
+    settings: dict[str, Any] = {"chunk_size": values["n_tokens"] // values["action_dim"], "n_bins": values["n_bins"]}
+    if values.get("statistics"):
+        settings["statistics"] = values["statistics"]
+    if values.get("image_size"):
+        settings["image_size"] = int(values["image_size"][0])
+    if values.get("image_keys"):
+        settings["cameras"] = tuple(values["image_keys"])
+    return settings
+
+
+def build_env(
+    env_id: str,
+    run: Mapping[str, Any] | None = None,
+    n_envs: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **env_kwargs: Any,
+) -> VecEnv:
+    """
+    The vectorised env of a configuration.
+
+    :param env_id: environment id
+    :param run: the part of the configuration about the env, see :func:`opd_gym.zoo.config.split_hyperparams`
+    :param n_envs: number of workers; None for what the configuration says
+    :param seed: seed of the workers
+    :param settings: what a checkpoint needs, see :func:`checkpoint_settings`; the configuration wins
+    :param env_kwargs: keyword arguments of the env that win over the configuration's
+    :return: the env
+    """
+    run, settings = dict(run or {}), dict(settings or {})
+    kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
+    if bare_id(env_id) in LIBERO_IDS:
+        for key in ("image_size", "cameras"):
+            if key in settings:
+                kwargs.setdefault(key, settings[key])
+    token_kwargs: dict[str, Any] = {
+        key: settings[key] for key in ("chunk_size", "n_bins", "statistics") if key in settings
+    }
+    token_kwargs.update({key: run[key] for key in ("chunk_size", "tokens", "n_bins") if run.get(key) is not None})
+    return make_vec(
+        env_id,
+        n_envs=n_envs or run.get("n_envs") or 1,
+        seed=seed,
+        env_kwargs=kwargs,
+        wrapper=wrapper_function(run.get("env_wrapper")),
+        **token_kwargs,
+    )
+
+
+def default_episodes(
+    env: VecEnv, n_episodes: int, task_ids: Sequence[int] | None = None, init_states: str = "eval"
+) -> list[EpisodeSpec]:
+    """
+    Held-out episodes: official initial states where the env has tasks, seeds that nobody trains with elsewhere.
+
+    :param env: the env
+    :param n_episodes: number of episodes, rounded up to the same number for every task
+    :param task_ids: tasks; None for all that the env draws from
+    :param init_states: "eval" or "sampled", see :func:`eval_episodes`
+    :return: reset specs
+    """
+    if not env.has_attr("task_ids"):
+        return [EpisodeSpec(seed=SAMPLED_EVAL_SEED + i) for i in range(n_episodes)]
+    tasks = list(task_ids) if task_ids else [int(task) for task in env.get_attr("task_ids", indices=0)[0]]
+    return eval_episodes(tasks, max(1, -(-n_episodes // len(tasks))), init_states)
+
+
+def default_threshold(env_id: str) -> float | None:
+    """
+    :param env_id: environment id
+    :return: return that counts as success, for envs that say nothing about it; None where the env does say
+    """
+    if bare_id(env_id) in LIBERO_IDS:
+        return None
+    return gym.spec(env_id).reward_threshold
+
+
+def load_predictor(path: Path, env: VecEnv) -> BasePolicy:
+    """
+    :param path: directory of a VLA checkpoint, or zip of a model of any algorithm
+    :param env: env that it is to act in
+    :return: the policy
+    """
+    if path.is_dir():
+        from stable_baselines3.common.utils import ConstantSchedule
+
+        from opd_gym.policies.vla import VLAPolicy
+
+        return VLAPolicy(env.observation_space, env.action_space, ConstantSchedule(0.0), checkpoint=path)
+    from opd_gym.algorithms.teachers import load_policy
+
+    return load_policy(path)
+
+
+class _Stop(BaseCallback):
+    """Ends the training at the next step after a signal: between two updates, so that the last checkpoint is whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+
+    def _on_step(self) -> bool:
+        return not self.asked
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        def ask(signum: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        try:
+            old = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # only the main thread may set handlers
+            yield
+            return
+        try:
+            yield
+        finally:
+            for signum, handler in old.items():
+                signal.signal(signum, handler)
+
+
+@dataclass
+class TrainResult:
+    """
+    Outcome of :func:`train`.
+
+    :param run_dir: directory of the run
+    :param model: the trained model
+    :param finished: False if a signal ended it early
+    :param evaluation: the final evaluation, if one was asked for
+    """
+
+    run_dir: Path
+    model: BaseAlgorithm
+    finished: bool
+    evaluation: EvaluationResult | None = None
+
+
+def read_args(run_dir: Path) -> TrainArgs:
+    """
+    :param run_dir: directory of a run
+    :return: what it was started with
+    """
+    path = run_dir / "args.yml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} is not the directory of a run: {path.name} is missing.")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {item.name for item in fields(TrainArgs)}
+    return TrainArgs(**{key: value for key, value in values.items() if key in known})
+
+
+def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
+    """
+    The configuration of a run: the YAML file, the overrides, and the checkpoints that they leave open.
+
+    :param args: what the run is started with
+    :return: plain values, as they are written to ``config.yml``
+    """
+    values = load_hyperparams(args.algo, args.env, args.config)
+    values = merge(values, parse_overrides(args.hyperparams))
+    parameters = algorithm_parameters(algorithm_class(args.algo))
+    if args.n_timesteps is not None:
+        values["n_timesteps"] = args.n_timesteps
+    if args.teacher is not None:
+        if "teacher" not in parameters:
+            raise ValueError(f"{args.algo} has no teacher. Drop --teacher, or use --algo opd.")
+        values["teacher"] = args.teacher
+    elif "teacher" in parameters and values.get("teacher") is None:
+        # None in the end means that the algorithm says what is missing.
+        values["teacher"] = teacher_for(args.env)
+    if args.demonstrations:
+        if "demonstrations" not in parameters:
+            raise ValueError(f"{args.algo} takes no demonstrations. Drop --demonstrations, or use --algo sft.")
+        values["demonstrations"] = list(args.demonstrations)
+    policy_kwargs = dict(values.get("policy_kwargs") or {})
+    if args.student == "none":
+        policy_kwargs.pop("checkpoint", None)
+    elif args.student is not None:
+        policy_kwargs["checkpoint"] = str(resolve_checkpoint(args.student))
+    elif values.get("policy") == "VLAPolicy" and "demonstrations" not in parameters:
+        student = student_for(args.env)
+        if student is not None and "checkpoint" not in policy_kwargs:
+            policy_kwargs["checkpoint"] = student
+    if policy_kwargs.get("checkpoint") is not None:
+        policy_kwargs["checkpoint"] = str(resolve_checkpoint(policy_kwargs["checkpoint"]))
+    if policy_kwargs:
+        values["policy_kwargs"] = policy_kwargs
+    return values
+
+
+def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
+    """
+    Train, keeping checkpoints, logs, the configuration and a learning curve in a run directory.
+
+    :param args: what to run
+    :param resume: directory of a run to go on with; ``args`` are then those of :func:`read_args`
+    :return: the outcome
+    """
+    cls = algorithm_class(args.algo)
+    if resume is None:
+        values = complete_hyperparams(args)
+    else:
+        values = parse_yaml((resume / "config.yml").read_text(encoding="utf-8"))
+        if args.n_timesteps is not None:
+            values["n_timesteps"] = args.n_timesteps
+    run, kwargs = split_hyperparams(args.algo, values, cls)
+    policy = run.get("policy") or "MlpPolicy"
+    start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
+    saved = checkpoints(resume) if resume is not None else []
+    weights = None
+    if start is not None and not saved and Path(start).is_file():
+        # A zip holds an SB3 policy, which is no argument of the policy's constructor.
+        kwargs["policy_kwargs"] = {key: value for key, value in kwargs["policy_kwargs"].items() if key != "checkpoint"}
+        data, weights, _ = load_from_zip_file(start, device="cpu")
+        kwargs["policy_kwargs"] = {**((data or {}).get("policy_kwargs") or {}), **kwargs["policy_kwargs"]}
+    source = saved[-1] if saved else start
+    settings = checkpoint_settings(Path(source)) if source is not None else {}
+    env = build_env(args.env, run, seed=args.seed, settings=settings)
+    try:
+        if saved:
+            model = cls.load(saved[-1], env=env, device=args.device)
+        else:
+            model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
+            if weights is not None:
+                model.policy.load_state_dict(weights["policy"])  # type: ignore[arg-type]
+        run_dir = resume or new_run_dir(args.folder, args.algo, args.env)
+        write_run_files(run_dir, asdict(args), values)
+        print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
+        model.set_logger(make_logger(run_dir, args.verbose))
+        finished = _learn(model, run_dir, run.get("n_timesteps"), args)
+        plot_learning_curve(run_dir, title=f"{args.algo} on {args.env}")
+        if not finished:
+            print(f"Stopped. Go on with: opd-gym train --resume {run_dir}", flush=True)
+            return TrainResult(run_dir, model, False)
+        model.save(run_dir / "model.zip")
+        save_checkpoint = getattr(model.policy, "save_checkpoint", None)
+        if save_checkpoint is not None:
+            save_checkpoint(run_dir / "policy")
+        result = None
+        if args.eval_episodes > 0:
+            result = evaluate_success(
+                model,
+                env,
+                default_episodes(env, args.eval_episodes),
+                progress=args.progress,
+                reward_threshold=default_threshold(args.env),
+            )
+            result.save(run_dir / "evaluation.json")
+            print(result.to_markdown())
+        return TrainResult(run_dir, model, True, result)
+    finally:
+        env.close()
+
+
+def _learn(model: BaseAlgorithm, run_dir: Path, n_timesteps: int | None, args: TrainArgs) -> bool:
+    stop = _Stop()
+    checkpoint = RunCheckpoint(run_dir, args.checkpoint_interval)
+    total = n_timesteps
+    if total is not None and model.num_timesteps > 0:
+        total -= model.num_timesteps
+        if total <= 0:
+            print(f"The run has its {n_timesteps} timesteps already. Ask for more with --n-timesteps.")
+            return True
+    began = time.monotonic()
+    with stop.on_signals():
+        try:
+            model.learn(
+                total,  # type: ignore[arg-type]
+                callback=[stop, checkpoint],
+                reset_num_timesteps=model.num_timesteps == 0,
+                progress_bar=args.progress,
+            )
+        except (EOFError, ConnectionError):
+            # Ctrl-C reaches the worker processes as well, and they are gone before the callback is asked.
+            if not stop.asked:
+                raise
+            checkpoint.save()
+    print(f"{model.num_timesteps} timesteps, {time.monotonic() - began:.0f} s", flush=True)
+    return not stop.asked

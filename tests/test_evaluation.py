@@ -1,0 +1,211 @@
+"""The evaluator plays exactly the episodes that were asked for, and its statistics are right."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+from opd_gym.envs.wrappers import EpisodeControl
+from opd_gym.evaluation import (
+    EpisodeRecord,
+    EpisodeSpec,
+    EvaluationResult,
+    eval_episodes,
+    evaluate_success,
+    wilson_interval,
+)
+
+
+class Countdown(gym.Env):
+    """Action 1 solves an episode of an even task; it lasts ``3 + init_state_id`` steps. Every reset is remembered."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 1}
+    observation_space = spaces.Box(0, 100, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+        self.resets: list[tuple[int, int]] = []
+        self.n_steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        options = options or {}
+        self.task = int(options.get("task_id", 99))
+        self.state = int(options.get("init_state_id", 99))
+        self.resets.append((self.task, self.state))
+        self.left = 3 + self.state
+        return self._obs(), {}
+
+    def _obs(self) -> np.ndarray:
+        return np.array([self.task, self.left], dtype=np.float32)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.n_steps += 1
+        self.left -= 1
+        done = self.left <= 0
+        success = done and action == 1 and self.task % 2 == 0
+        info = {"task_id": self.task, "init_state_id": self.state, "is_success": success, "n_executed": 2}
+        return self._obs(), float(success), done, False, info
+
+    def render(self) -> np.ndarray:  # type: ignore[override]
+        return np.full((8, 8, 3), self.left, dtype=np.uint8)
+
+
+class Always:
+    """Policy that repeats one action and remembers how many observations it saw."""
+
+    def __init__(self, action: int = 1) -> None:
+        self.action = action
+        self.seen = 0
+
+    def predict(self, observation: Any, *, deterministic: bool = False) -> tuple[np.ndarray, None]:
+        self.seen += len(observation)
+        return np.full(len(observation), self.action), None
+
+
+def make(n_envs: int, cls: type[VecEnv] = DummyVecEnv, **kwargs: Any) -> VecEnv:
+    return cls([lambda: EpisodeControl(Monitor(Countdown(**kwargs)))] * n_envs)  # type: ignore[call-arg,list-item,arg-type]
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"),
+    [
+        # By hand: p = 0.5, z^2/n = 0.38416, centre = 0.5, half = 1.96 sqrt(0.025 + 0.009604) / 1.38416.
+        (5, 10, 0.236593, 0.763407),
+        (0, 10, 0.0, 0.277533),
+        (10, 10, 0.722467, 1.0),
+        (90, 100, 0.825634, 0.944771),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilson_interval(k: int, n: int, low: float, high: float) -> None:
+    assert wilson_interval(k, n) == pytest.approx((low, high), abs=1e-5)
+
+
+@pytest.mark.parametrize(("k", "n"), [(3, 2), (-1, 2), (0, -1)])
+def test_wilson_interval_refuses_impossible_counts(k: int, n: int) -> None:
+    with pytest.raises(ValueError, match="0 <= k <= n"):
+        wilson_interval(k, n)
+
+
+@pytest.mark.parametrize("n_envs", [1, 2, 3, 7])
+def test_exactly_the_requested_episodes(n_envs: int) -> None:
+    env = make(n_envs)
+    asked = [(task, state) for task in (0, 1, 2) for state in (0, 4)]
+    policy = Always()
+    result = evaluate_success(policy, env, eval_episodes((0, 1, 2), 2, init_states=[0, 4]), progress=False)
+    assert [(r.task_id, r.init_state_id) for r in result.episodes] == asked
+    assert [r.success for r in result.episodes] == [True, True, False, False, True, True]
+    assert [r.steps for r in result.episodes] == [2 * (3 + state) for _, state in asked]
+    played = [reset for resets in env.get_attr("resets") for reset in resets]
+    # A worker without an episode has to be reset once before it can stand still.
+    assert sorted(reset for reset in played if reset != (99, 99)) == sorted(asked)
+    assert played.count((99, 99)) == max(0, n_envs - len(asked))
+    # No step of the simulator, and no decision of the policy, that belongs to no episode.
+    n_steps = sum(3 + state for _, state in asked)
+    assert sum(env.get_attr("n_steps")) == policy.seen == n_steps
+
+
+def test_evaluating_again_with_the_same_envs_and_then_training_on_them() -> None:
+    env = make(3)
+    for _ in range(2):
+        result = evaluate_success(Always(), env, eval_episodes([0], 2), progress=False)
+        assert [(r.init_state_id, r.success) for r in result.episodes] == [(0, True), (1, True)]
+    env.reset()
+    for _ in range(5):
+        _, _, _, infos = env.step(np.ones(3, dtype=np.int64))
+    assert not any(info.get("frozen") for info in infos)
+
+
+def test_a_seed_of_the_vec_env_does_not_win() -> None:
+    env = DummyVecEnv([lambda: EpisodeControl(Monitor(gym.make("CartPole-v1")))])
+    specs = [EpisodeSpec(seed=seed) for seed in (5, 6)]
+    results = []
+    for vec_seed in (0, 1):
+        env.seed(vec_seed)
+        results.append(evaluate_success(Always(), env, specs, progress=False, reward_threshold=9.0))
+    assert results[0] == results[1]
+    assert [r.seed for r in results[0].episodes] == [5, 6]
+
+
+def test_workers_in_processes() -> None:
+    env = make(2, SubprocVecEnv)
+    try:
+        result = evaluate_success(Always(), env, eval_episodes([0, 1], 3), progress=False)
+    finally:
+        env.close()
+    assert result.success_rate == 0.5
+
+
+def test_workers_keep_their_tasks() -> None:
+    env = make(2)
+    evaluate_success(Always(), env, eval_episodes([0, 1], 10), progress=False)
+    # Each task's simulator is built by one worker; only the last episodes may cross over.
+    for resets in env.get_attr("resets"):
+        tasks = [task for task, _ in resets]
+        assert len(set(tasks[:8])) == 1
+
+
+def test_recording() -> None:
+    env = make(2, render_mode="rgb_array")
+    env.render_mode = "rgb_array"
+    result = evaluate_success(Always(), env, eval_episodes([0], 3), progress=False, record=[0, 2])
+    assert sorted(result.frames) == [0, 2]
+    assert [len(result.frames[i]) for i in (0, 2)] == [3, 5]
+    assert [int(frame[0, 0, 0]) for frame in result.frames[0]] == [3, 2, 1]
+    with pytest.raises(ValueError, match="rgb_array"):
+        evaluate_success(Always(), make(1), eval_episodes([0], 1), progress=False, record=1)
+
+
+def test_errors_say_what_to_do() -> None:
+    with pytest.raises(ValueError, match="EpisodeControl"):
+        evaluate_success(Always(), DummyVecEnv([Countdown]), [{}], progress=False)
+    cartpole = DummyVecEnv([lambda: EpisodeControl(Monitor(gym.make("CartPole-v1")))])
+    with pytest.raises(ValueError, match="reward_threshold"):
+        evaluate_success(Always(), cartpole, [{"seed": 0}], progress=False)
+    with pytest.raises(ValueError, match="seed and options"):
+        evaluate_success(Always(), cartpole, [{"sead": 0}], progress=False)
+    with pytest.raises(ValueError, match="n_per_task"):
+        eval_episodes([0], 0)
+    with pytest.raises(ValueError, match="different initial states"):
+        eval_episodes([0], 3, init_states=[1, 1, 2])
+    with pytest.raises(ValueError, match="sampled"):
+        eval_episodes([0], 3, init_states="test")
+
+
+def test_eval_episodes() -> None:
+    assert eval_episodes([3], 2) == [
+        EpisodeSpec(1_000_000, {"task_id": 3, "init_state_id": 0}),
+        EpisodeSpec(1_000_001, {"task_id": 3, "init_state_id": 1}),
+    ]
+    sampled = eval_episodes([3, 4], 2, init_states="sampled", seed=7)
+    assert [(spec.seed, spec.options) for spec in sampled[1:3]] == [
+        (8, {"task_id": 3, "init_state_id": -1}),
+        (7, {"task_id": 4, "init_state_id": -1}),
+    ]
+
+
+def test_result(tmp_path: Any) -> None:
+    records = [EpisodeRecord(task, i, i < 3 - task, 10, 0.0) for task in (0, 1) for i in range(4)]
+    result = EvaluationResult(records)
+    assert result.success_rate == 5 / 8
+    assert result.interval == wilson_interval(5, 8)
+    assert {task: part.success_rate for task, part in result.per_task().items()} == {0: 0.75, 1: 0.5}
+    assert "| 1 | 50.0 % | 15.0 to 85.0 % | 4 | 10 |" in result.to_markdown()
+    assert str(result) == "62.5 % [30.6, 86.3] (5/8)"
+    path = tmp_path / "deep" / "result.json"
+    result.save(path)
+    assert EvaluationResult.load(path) == result
+    assert json.loads(path.read_text())["n_success"] == 5
+    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+    assert math.isnan(EvaluationResult([]).success_rate)
+    assert evaluate_success(Always(), make(1), [], progress=False) == EvaluationResult([])
