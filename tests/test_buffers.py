@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+
+from opd_gym.algorithms.buffers import StateReplay, TeacherRolloutBuffer, random_shift
+from opd_gym.policies.tokens import token_spec
+
+DICT = spaces.Dict({"a": spaces.Box(0, 255, (3, 4, 4), np.uint8), "b": spaces.Box(-1, 1, (2,), np.float32)})
+PLAIN = spaces.Box(-1, 1, (2,), np.float32)
+ACTIONS = spaces.MultiDiscrete([4, 4, 4])
+
+
+def observe(space, n, value):
+    if isinstance(space, spaces.Dict):
+        return {"a": np.full((n, 3, 4, 4), value, np.uint8), "b": np.full((n, 2), value, np.float32)}
+    return np.full((n, 2), value, np.float32)
+
+
+def fill(buffer, n_steps, space, n_envs=2):
+    for step in range(n_steps):
+        mask = np.ones((n_envs, 3), np.float32)
+        mask[1] = 0.0 if step >= 2 else 1.0
+        buffer.add(
+            observe(space, n_envs, step),
+            np.full((n_envs, 3), step % 4),
+            np.array([1.0, step]),
+            np.array([step == 0, step == 0]),
+            th.zeros(n_envs, 1),
+            th.full((n_envs, 3), -float(step)),
+            mask,
+            group_id=np.array([0, 1]),
+            episode_id=np.array([0, 1]),
+            success=np.array([np.nan, 1.0]),
+        )
+
+
+@pytest.mark.parametrize("space", [PLAIN, DICT], ids=["plain", "dict"])
+def test_grows_cuts_and_flattens_env_by_env(space):
+    buffer = TeacherRolloutBuffer(2, space, ACTIONS, device="cpu", n_envs=2, store_distribution=True)
+    for _ in range(2):
+        buffer.reset()
+        fill(buffer, 5, space)
+        buffer.finish()
+        assert buffer.buffer_size == 5
+        assert buffer.token_log_probs.shape == (10, 3)
+        assert buffer.token_log_probs[:, 0].tolist() == [-0.0, -1, -2, -3, -4] * 2
+        assert buffer.episode_ids.tolist() == [0] * 5 + [1] * 5
+        # The second env stood still from its third step on
+        assert buffer.valid_rows().tolist() == [0, 1, 2, 3, 4, 5, 6]
+        rows = np.array([1, 6])
+        buffer.set_teacher(rows, th.full((2, 3), -2.0), th.zeros(2, 12))
+        samples = list(buffer.get(4))
+        assert [len(s.rows) for s in samples] == [4, 3]
+        assert sorted(np.concatenate([s.rows for s in samples]).tolist()) == buffer.valid_rows().tolist()
+        (sample,) = buffer.get(rows=rows)
+        assert sample.teacher_log_probs.tolist() == [[-2.0] * 3] * 2
+        assert sample.teacher_distribution.shape == (2, 12) and sample.teacher_distribution.dtype == th.float16
+        assert sample.old_log_prob.tolist() == [-3.0, -3.0]
+        observations = sample.observations["b"] if isinstance(space, spaces.Dict) else sample.observations
+        assert observations.tolist() == [[1.0, 1.0]] * 2
+        if isinstance(space, spaces.Dict):
+            assert sample.observations["a"].dtype == th.uint8
+
+
+def test_advantages_are_those_of_stable_baselines3():
+    from stable_baselines3.common.buffers import RolloutBuffer
+
+    rng = np.random.default_rng(0)
+    ours = TeacherRolloutBuffer(6, PLAIN, ACTIONS, device="cpu", n_envs=2, gamma=0.9, gae_lambda=0.8)
+    theirs = RolloutBuffer(6, PLAIN, ACTIONS, device="cpu", n_envs=2, gamma=0.9, gae_lambda=0.8)
+    for _ in range(6):
+        rewards, values, starts = rng.normal(size=2), th.as_tensor(rng.normal(size=(2, 1))), rng.random(2) < 0.3
+        obs, action = observe(PLAIN, 2, 0), np.zeros((2, 3))
+        theirs.add(obs, action, rewards, starts, values, th.zeros(2))
+        ids = np.zeros(2)
+        ours.add(obs, action, rewards, starts, values, th.zeros(2, 3), np.ones((2, 3)), ids, ids, ids)
+    last, dones = th.ones(2, 1), np.array([True, False])
+    theirs.compute_returns_and_advantage(last, dones)
+    ours.finish(last, dones)
+    assert np.allclose(ours.advantages, theirs.swap_and_flatten(theirs.advantages).flatten())
+    assert np.allclose(ours.returns, theirs.swap_and_flatten(theirs.returns).flatten())
+
+
+@pytest.mark.parametrize("space", [PLAIN, DICT], ids=["plain", "dict"])
+def test_state_replay_is_a_bounded_ring(space, tmp_path):
+    spec = token_spec(ACTIONS)
+    replay = StateReplay(1500, space, spec, "cpu")
+
+    def add(replay, value, n):
+        replay.add(observe(space, n, value), np.full((n, 12), -1.5), np.ones((n, 3)))
+
+    for value, n in ((1, 1000), (2, 400), (3, 300)):
+        add(replay, value, n)
+    assert replay.size == 1500 and len(replay.masks) == 1500
+    values = replay.observations["b"] if isinstance(space, spaces.Dict) else replay.observations
+    assert np.bincount(values[:, 0].astype(int)).tolist() == [0, 800, 400, 300]
+    observations, distributions, masks = replay.sample(32)
+    if isinstance(space, spaces.Dict):
+        assert observations["a"].dtype == th.uint8 and observations["a"].shape == (32, 3, 4, 4)
+    assert distributions.shape == (32, 12) and masks.sum() == 96
+    assert spec.from_flat(distributions).log_prob(th.zeros(32, 3)).exp().unique().item() == pytest.approx(0.25)
+
+    add(replay, 4, 5000)
+    assert replay.size == 1500
+    replay.save(tmp_path / "states.npz")
+    other = StateReplay(1000, space, spec, "cpu")
+    other.load(tmp_path / "states.npz")
+    assert other.size == 1000
+    assert not list(tmp_path.glob(".*"))
+    wrong = StateReplay(10, space, token_spec(spaces.Discrete(2)), "cpu")
+    with pytest.raises(ValueError, match="another action space"):
+        wrong.load(tmp_path / "states.npz")
+
+
+def test_state_replay_stores_small():
+    per_state = StateReplay.bytes_per_state(DICT, token_spec(ACTIONS))
+    assert per_state == 48 + 8 + 12 * 2 + 3
+    with pytest.raises(ValueError, match="capacity"):
+        StateReplay(0, PLAIN, token_spec(ACTIONS))
+
+
+@pytest.mark.parametrize("channels_first", [True, False])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_random_shift(channels_first, per_sample):
+    th.manual_seed(0)
+    size = 32
+    column = th.arange(size, dtype=th.uint8)
+    image = (column.view(1, -1) + 2 * column.view(-1, 1)).expand(3, size, size)
+    images = image.expand(16, 3, size, size) if channels_first else image.movedim(0, -1).expand(16, size, size, 3)
+    shifted = random_shift(images, per_sample, channels_first)
+    assert shifted.shape == images.shape and shifted.dtype == th.uint8
+    first = shifted if channels_first else shifted.movedim(-1, 1)
+    shifts = set()
+    for picture in first[:, 0].int():
+        dx = int(picture[16, 16] - picture[16, 15]), int(picture[16, 16]) - 48
+        assert dx[0] == 1  # a shift, not a resize
+        shifts.add(dx[1])
+        # Edges are replicated: values stay within the range of the picture
+        assert picture.min() >= 0 and picture.max() <= 93
+    assert (len(shifts) > 1) == per_sample
+    assert all(abs(shift) <= 6 for shift in shifts)  # at most 2 pixels along each axis

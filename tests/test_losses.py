@@ -1,0 +1,187 @@
+import math
+
+import numpy as np
+import pytest
+import torch as th
+
+from opd_gym.algorithms.losses import (
+    clipped_surrogate,
+    exact_opd_loss,
+    group_advantages,
+    masked_mean,
+    sampled_opd_loss,
+    token_divergence,
+    trajectory_weights,
+)
+from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens
+
+P = [0.5, 0.3, 0.2]
+Q = [0.2, 0.2, 0.6]
+M = [0.35, 0.25, 0.4]
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def tokens(*rows):
+    return CategoricalTokens(th.log(th.tensor([rows], dtype=th.float64)))
+
+
+@pytest.mark.parametrize(
+    ("divergence", "expected"),
+    [
+        ("reverse_kl", kl(P, Q)),
+        ("forward_kl", kl(Q, P)),
+        ("hard_ce", -math.log(0.2)),
+        ("jsd", 0.5 * kl(P, M) + 0.5 * kl(Q, M)),
+    ],
+)
+def test_categorical_divergences_by_hand(divergence, expected):
+    assert token_divergence(tokens(P), tokens(Q), divergence).item() == pytest.approx(expected, abs=1e-9)
+
+
+def gaussian(mean, std, squashed=False):
+    return GaussianTokens(th.tensor([[mean]]).double(), th.tensor([[math.log(std)]]).double(), squashed)
+
+
+@pytest.mark.parametrize("squashed", [False, True])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "hard_ce", "jsd"])
+def test_gaussian_divergences_against_numerical_integrals(divergence, squashed):
+    student, teacher = gaussian(0.3, 0.8, squashed), gaussian(-0.5, 1.3, squashed)
+    x = th.linspace(-12, 12, 200_001, dtype=th.float64).unsqueeze(1)
+    log_p, log_q = (GaussianTokens(d.mean, d.log_std).log_prob(x).squeeze(1) for d in (student, teacher))
+    log_m = th.logaddexp(log_p, log_q) - math.log(2)
+
+    def integral(f):
+        return th.trapezoid(f, x.squeeze(1)).item()
+
+    expected = {
+        "reverse_kl": integral(log_p.exp() * (log_p - log_q)),
+        "forward_kl": integral(log_q.exp() * (log_q - log_p)),
+        "hard_ce": 0.5 * (0.8 / 0.8) ** 2 + math.log(0.8) + 0.5 * math.log(2 * math.pi),
+        "jsd": 0.5 * integral(log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)),
+    }[divergence]
+    assert token_divergence(student, teacher, divergence).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "hard_ce", "jsd"])
+def test_gradients_by_finite_differences(divergence):
+    th.manual_seed(0)
+    logits = th.randn(2, 3, 4, dtype=th.float64, requires_grad=True)
+    padded = th.zeros(2, 3, 4, dtype=th.bool)
+    padded[:, 1, 2:] = True
+    teacher = CategoricalTokens(
+        th.log_softmax(th.randn(2, 3, 4, dtype=th.float64).masked_fill(padded, -math.inf), dim=-1)
+    )
+
+    def categorical(x):
+        student = CategoricalTokens(th.log_softmax(x.masked_fill(padded, -math.inf), dim=-1))
+        return token_divergence(student, teacher, divergence)
+
+    assert th.autograd.gradcheck(categorical, (logits,))
+
+    mean, log_std = (th.randn(2, 3, dtype=th.float64, requires_grad=True) for _ in range(2))
+    other = GaussianTokens(th.randn(2, 3, dtype=th.float64), th.zeros(2, 3, dtype=th.float64))
+    assert th.autograd.gradcheck(
+        lambda m, s: token_divergence(GaussianTokens(m, s), other, divergence), (mean, log_std)
+    )
+
+
+def test_a_teacher_that_rules_bins_out_gives_finite_losses():
+    teacher = CategoricalTokens(th.tensor([[[0.0, -math.inf, -math.inf]]]))
+    logits = th.zeros(1, 1, 3, requires_grad=True)
+    for divergence in ("reverse_kl", "forward_kl", "hard_ce", "jsd"):
+        loss, _ = exact_opd_loss(CategoricalTokens(th.log_softmax(logits, -1)), teacher, th.ones(1, 1), divergence)
+        loss.backward()
+        assert math.isfinite(loss.item()) and bool(th.isfinite(logits.grad).all())
+
+
+def test_exact_loss_masks_tokens_and_reports():
+    student, teacher = tokens(P, P), tokens(Q, P)
+    loss, metrics = exact_opd_loss(student, teacher, th.tensor([[1.0, 0.0]], dtype=th.float64))
+    assert loss.item() == pytest.approx(kl(P, Q)) == pytest.approx(metrics.kl)
+    assert metrics.agreement == 0.0  # modes 0 and 2
+    assert metrics.entropy == pytest.approx(-sum(p * math.log(p) for p in P))
+    assert metrics.teacher_log_prob == pytest.approx(math.log(0.2))  # of the student's mode
+    _, both = exact_opd_loss(student, teacher, th.ones(1, 2), "hard_ce")
+    assert both.kl == pytest.approx(kl(P, Q) / 2) and both.agreement == 0.5
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="divergence"):
+        token_divergence(tokens(P), tokens(Q), "wasserstein")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one kind"):
+        token_divergence(tokens(P), gaussian(0.0, 1.0))
+    with pytest.raises(ValueError, match="tanh"):
+        token_divergence(gaussian(0.0, 1.0), gaussian(0.0, 1.0, True))
+
+
+def test_sampled_loss_is_equations_6_and_7():
+    log_probs = th.tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
+    teacher = th.tensor([[-0.5, -4.0], [-0.5, 7.0]])
+    mask = th.tensor([[1.0, 1.0], [1.0, 0.0]])
+    loss, metrics = sampled_opd_loss(log_probs, teacher, mask, n_trajectories=2)
+    loss.backward()
+    # r = -(log pi_student - log pi_teacher) = 0.5, -2, 0; d loss / d log pi = -r / (B G), and nothing through r
+    assert th.allclose(log_probs.grad, th.tensor([[-0.25, 1.0], [0.0, 0.0]]))
+    assert loss.item() == pytest.approx(-(-1.0 * 0.5 + -2.0 * -2.0 + 0.0) / 2)
+    assert metrics.kl == pytest.approx((-0.5 + 2.0 + 0.0) / 3)
+    assert math.isnan(metrics.agreement)
+
+
+def test_expected_gradient_of_the_sampled_loss_is_that_of_the_exact_reverse_kl():
+    th.manual_seed(1)
+    logits = th.randn(1, 1, 5, dtype=th.float64, requires_grad=True)
+    teacher = CategoricalTokens(th.log_softmax(th.randn(1, 1, 5, dtype=th.float64), dim=-1))
+    student = CategoricalTokens(th.log_softmax(logits, dim=-1))
+    loss, _ = exact_opd_loss(student, teacher, th.ones(1, 1, dtype=th.float64))
+    (exact,) = th.autograd.grad(loss, logits, retain_graph=True)
+    expected = th.zeros_like(exact)
+    for action in range(5):
+        token = th.tensor([[action]])
+        sampled, _ = sampled_opd_loss(student.log_prob(token), teacher.log_prob(token), th.ones(1, 1), 1)
+        (gradient,) = th.autograd.grad(sampled, logits, retain_graph=True)
+        expected += student.log_prob(token).exp().detach() * gradient
+    assert th.allclose(expected, exact, atol=1e-9)
+
+
+def test_masked_mean_lets_no_nan_through():
+    values = th.tensor([[1.0, math.nan]])
+    assert masked_mean(values, th.tensor([[1.0, 0.0]])).item() == 1.0
+    assert masked_mean(values, th.zeros(1, 2)).item() == 0.0
+
+
+def test_clipped_surrogate_by_hand():
+    ratio = th.tensor([[1.5, 1.1], [0.5, 0.5]])
+    log_probs = ratio.log().requires_grad_()
+    advantages = th.tensor([[1.0], [-2.0]])
+    mask = th.tensor([[1.0, 1.0], [1.0, 0.0]])
+    loss, metrics = clipped_surrogate(log_probs, th.zeros(2, 2), advantages, mask / mask.sum(), 0.2, 0.28)
+    # min(1.5, 1.28), min(1.1, 1.1), min(-2 * 0.5, -2 * 0.8)
+    assert loss.item() == pytest.approx(-(1.28 + 1.1 - 1.6) / 3)
+    assert metrics.clip_fraction == pytest.approx(2 / 3)
+    loss.backward()
+    assert th.allclose(log_probs.grad, th.tensor([[0.0, -1.1 / 3], [0.0, 0.0]]))
+
+
+def test_clipped_surrogate_survives_overflow_of_masked_tokens():
+    log_probs = th.tensor([[1000.0, 0.0]], requires_grad=True)
+    loss, _ = clipped_surrogate(log_probs, th.zeros(1, 2), th.ones(1, 1), th.tensor([[0.0, 1.0]]), 0.2)
+    loss.backward()
+    assert math.isfinite(loss.item()) and bool(th.isfinite(log_probs.grad).all())
+
+
+def test_trajectory_weights():
+    mask = th.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    weights = trajectory_weights(mask, th.tensor([7, 7, 9]))
+    # Trajectory 7 has three tokens and 9 has two; each trajectory weighs one half
+    assert th.allclose(weights, th.tensor([[1 / 6, 1 / 6], [1 / 6, 0.0], [0.25, 0.25]]))
+
+
+def test_group_advantages():
+    outcomes = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 5.0])
+    groups = np.array([0, 0, 0, 0, 1, 1, 2])
+    advantages = group_advantages(outcomes, groups)
+    assert advantages[:4] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4)
+    assert advantages[4:] == pytest.approx([0.0, 0.0, 0.0])
