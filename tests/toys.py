@@ -118,7 +118,7 @@ TINY_BODY = dict(
 
 def vec(n_envs: int = 2, env=Match, control: bool = True, seed: int | None = 0, **kwargs):
     return make_vec_env(
-        env, n_envs, seed=seed, env_kwargs=kwargs or None, wrapper_class=EpisodeControl if control else None
+        env, n_envs, seed=seed, env_kwargs=kwargs or {}, wrapper_class=EpisodeControl if control else None
     )
 
 

@@ -1,0 +1,178 @@
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from toys import TINY_BODY, Match, Robot, parameters, vec
+
+from opd_gym.algorithms.grpo import GRPO
+from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
+
+SMALL = dict(group_size=4, n_groups=2, learning_rate=1e-3, device="cpu", seed=0)
+
+
+def watch(starts):
+    """Callback that notes the first observation of every episode, by group."""
+
+    def look(locals_, globals_):
+        algorithm = locals_["self"]
+        for worker, first in enumerate(algorithm._last_episode_starts):
+            if first and algorithm._running[worker] is not None:
+                starts.setdefault(algorithm._running[worker].group, []).append(tuple(algorithm._last_obs[worker]))
+        return True
+
+    return look
+
+
+@pytest.mark.parametrize("n_envs", [1, 3, 10])
+def test_plays_complete_groups_only(n_envs):
+    model = GRPO("MlpPolicy", vec(n_envs, env="CartPole-v1"), **SMALL)
+    starts: dict[int, list] = {}
+    model.learn(1, callback=watch(starts))
+    model.learn(1, callback=watch(starts), reset_num_timesteps=False)
+    assert sorted(starts) == [0, 1, 2, 3]
+    assert all(len(group) == 4 and len(set(group)) == 1 for group in starts.values())
+    assert len({group[0] for group in starts.values()}) == 4
+    buffer = model.rollout_buffer
+    rows = buffer.valid_rows()
+    assert len(np.unique(buffer.episode_ids[rows])) == 8
+    assert buffer.episode_starts[rows].sum() == 8
+    # Decisions of workers that stood still are neither counted nor learned from
+    assert len(rows) <= model.num_timesteps
+    lengths = {int(i): int((buffer.episode_ids[rows] == i).sum()) for i in np.unique(buffer.episode_ids[rows])}
+    assert len(set(lengths.values())) > 1
+
+
+def test_advantages_and_dynamic_sampling(tmp_path):
+    model = GRPO("MlpPolicy", vec(2, horizon=1), **{**SMALL, "n_groups": 6})
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(1)
+    buffer = model.rollout_buffer
+    groups, advantages, successes = buffer.group_ids, buffer.advantages, buffer.successes
+    kept = 0
+    for group in range(6):
+        rows = (groups == group) & buffer.token_mask.any(axis=1)
+        outcomes = successes[rows]
+        assert len(outcomes) == 4
+        expected = (outcomes - outcomes.mean()) / (outcomes.std(ddof=1) + 1e-6)
+        assert np.allclose(advantages[rows], expected, atol=1e-5)
+        kept += 0.1 <= outcomes.mean() <= 0.9
+    assert len(model._trajectories) == 4 * kept
+
+
+def test_no_update_when_every_group_is_dropped(capsys):
+    class Hopeless(Match):
+        def step(self, action):
+            *rest, info = super().step(action)
+            return *rest, {**info, "is_success": False}
+
+    model = GRPO("MlpPolicy", vec(2, env=Hopeless), verbose=1, **SMALL)
+    before = parameters(model)
+    model.learn(16)
+    assert th.equal(before, parameters(model)) and model._n_updates == 0
+    assert "all 2 groups were dropped" in capsys.readouterr().out
+
+
+def test_returns_are_the_outcome_where_success_is_unknown():
+    model = GRPO("MlpPolicy", vec(2, env="CartPole-v1"), **SMALL).learn(1)
+    buffer = model.rollout_buffer
+    assert np.isnan(buffer.successes).all()
+    trajectory = model._trajectories[0]
+    members = [t for t in model._trajectories if buffer.group_ids[t[0]] == buffer.group_ids[trajectory[0]]]
+    returns = np.array([len(t) for t in members], dtype=float)
+    expected = (len(trajectory) - returns.mean()) / (returns.std(ddof=1) + 1e-6)
+    assert np.allclose(buffer.advantages[trajectory], expected, atol=1e-5)
+
+
+def test_learns_a_sparse_task():
+    model = GRPO("MlpPolicy", vec(8, horizon=1), group_size=8, n_groups=16, learning_rate=2e-2, temperature=1.0, seed=0)
+    model.learn(128)
+    before = np.mean(model.ep_success_buffer)
+    model.learn(5000)
+    assert before < 0.5
+    assert np.mean(model.ep_success_buffer) > 0.75
+
+
+def test_improves_cartpole():
+    model = GRPO(
+        "MlpPolicy",
+        "CartPole-v1",
+        n_groups=4,
+        learning_rate=5e-3,
+        temperature=1.0,
+        batch_size=16,
+        n_epochs=4,
+        seed=0,
+        device="cpu",
+    )
+    model.learn(1)
+    before = np.mean([info["r"] for info in model.ep_info_buffer])
+    model.learn(6000)
+    assert np.mean([info["r"] for info in list(model.ep_info_buffer)[-32:]]) > 1.5 * before
+
+
+def test_micro_batches_do_not_change_the_update():
+    runs = [
+        parameters(GRPO("MlpPolicy", vec(2, env="CartPole-v1"), micro_batch_size=size, **SMALL).learn(1))
+        for size in (7, 10_000)
+    ]
+    assert th.allclose(*runs, atol=1e-6)
+
+
+def test_first_ratio_is_one_at_any_temperature(tmp_path):
+    model = GRPO("MlpPolicy", vec(2, env="CartPole-v1"), **SMALL)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(1)
+    log = np.genfromtxt(tmp_path / "progress.csv", delimiter=",", names=True)
+    assert abs(log["trainapprox_kl"][-1]) < 1e-6 and log["trainclip_fraction"][-1] == 0.0
+
+
+def test_same_seed_same_run_and_resume(tmp_path):
+    first, second = (GRPO("MlpPolicy", vec(3, env="CartPole-v1"), **SMALL).learn(300) for _ in range(2))
+    assert th.equal(parameters(first), parameters(second))
+    first.save(tmp_path / "model")
+    loaded = GRPO.load(tmp_path / "model", env=vec(2, env="CartPole-v1"))
+    assert th.equal(parameters(first), parameters(loaded))
+    steps = loaded.num_timesteps
+    starts: dict[int, list] = {}
+    assert loaded.learn(1, reset_num_timesteps=False, callback=watch(starts)).num_timesteps > steps
+    # New groups, not those of the first run again
+    assert min(starts) == first._first_group
+
+
+def test_workers_in_processes():
+    env = SubprocVecEnv([lambda: EpisodeControl(Match(horizon=2)), lambda: EpisodeControl(Match(horizon=5))])
+    try:
+        model = GRPO("MlpPolicy", env, **SMALL).learn(30)
+    finally:
+        env.close()
+    assert model._n_episodes >= 8
+
+
+def test_vla_policy():
+    env = ActionTokens(ActionChunk(Robot(), 4))
+    model = GRPO("VLAPolicy", env, policy_kwargs=dict(body_kwargs=TINY_BODY), **{**SMALL, "dynamic_sampling": None})
+    before = parameters(model)
+    model.learn(1)
+    # 10 steps in chunks of 4: the last one executes 2 actions of 2 dimensions
+    assert model.rollout_buffer.token_mask.sum(axis=1).tolist() == [8, 8, 4] * 8
+    assert model.num_env_steps == 80
+    assert not th.equal(before, parameters(model))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(group_size=1), "group_size to be at least 2"),
+        (dict(dynamic_sampling=(0.9, 0.1)), "dynamic_sampling"),
+        (dict(n_groups=0), "n_groups to be at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        GRPO("MlpPolicy", "CartPole-v1", **kwargs)
+
+
+def test_needs_episode_control():
+    with pytest.raises(ValueError, match="EpisodeControl"):
+        GRPO("MlpPolicy", vec(control=False))

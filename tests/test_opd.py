@@ -1,0 +1,301 @@
+import io
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from toys import TINY_BODY, Match, Robot, cartpole_teacher, parameters, vec
+
+from opd_gym.algorithms.opd import OPD
+from opd_gym.envs.wrappers import EpisodeControl
+
+FAST = dict(learning_rate=5e-3, n_steps=32, batch_size=64, gradient_steps=20, device="cpu", seed=0)
+
+
+def recorded(model, folder):
+    """Everything that a model logs, as rows of a CSV file."""
+    model.set_logger(configure(str(folder), ["csv"]))
+    return lambda: np.genfromtxt(folder / "progress.csv", delimiter=",", names=True, dtype=None, encoding=None)
+
+
+def cartpole_return(model) -> float:
+    return evaluate_policy(model, gym.make("CartPole-v1"), n_eval_episodes=5, deterministic=False)[0]
+
+
+def test_distils_a_cartpole_teacher(tmp_path):
+    cartpole_teacher().save(tmp_path / "teacher")
+    student = OPD("MlpPolicy", "CartPole-v1", teacher=str(tmp_path / "teacher.zip"), **{**FAST, "n_steps": 128})
+    before = cartpole_return(student)
+    rows = recorded(student, tmp_path)
+    student.learn(1500)
+    assert before < 100
+    assert cartpole_return(student) > 400
+    log = rows()
+    assert log["trainkl"][-1] < 0.3 * log["trainkl"][1]
+    assert log["trainagreement"][-1] > 0.9
+
+
+def test_without_a_gradient_step_nothing_happens():
+    student = OPD("MlpPolicy", "CartPole-v1", teacher=cartpole_teacher(), **{**FAST, "learning_rate": 0.0})
+    before = parameters(student)
+    student.learn(64)
+    assert th.equal(before, parameters(student))
+    assert cartpole_return(student) < 100
+
+
+def test_sampled_estimator_learns():
+    student = OPD(
+        "MlpPolicy", vec(4, horizon=2), teacher="expert", estimator="sampled", n_steps=32, learning_rate=1e-2, seed=0
+    )
+    assert student.replay_buffer is None
+    before = accuracy(student)
+    student.learn(10_000)
+    assert student._n_updates == student._n_iterations  # one update per rollout
+    assert accuracy(student) > max(0.6, before + 0.2)
+
+
+def accuracy(model, **kwargs) -> float:
+    env = Match(**kwargs)
+    return evaluate_policy(model, env, n_eval_episodes=50, warn=False)[0] / env.horizon
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "hard_ce", "jsd"])
+@pytest.mark.parametrize("kind", ["discrete", "multi_discrete", "multi_binary", "box"])
+def test_every_action_space_and_divergence(kind, divergence):
+    student = OPD("MlpPolicy", vec(kind=kind), teacher="expert", divergence=divergence, **FAST)
+    student.learn(600)
+    assert accuracy(student, kind=kind) > 0.6
+
+
+@pytest.mark.parametrize("state_replay", [False, 100, True])
+def test_dict_observations_augmentation_and_replay(state_replay):
+    student = OPD(
+        "MultiInputPolicy",
+        vec(dict_obs=True),
+        teacher="expert",
+        state_replay=state_replay,
+        augmentation="random_shift",
+        **{**FAST, "gradient_steps": 2},
+    )
+    student.learn(128)
+    if state_replay:
+        assert student.replay_buffer.size == {100: 100, True: 128}[state_replay]
+        assert student.replay_buffer.observations["picture"].dtype == np.uint8
+    else:
+        assert student.replay_buffer is None
+
+
+def test_same_seed_same_run(tmp_path):
+    def run(seed):
+        model = OPD("MlpPolicy", vec(seed=seed), teacher="expert", **{**FAST, "seed": seed}).learn(200)
+        return parameters(model)
+
+    assert th.equal(run(3), run(3))
+    assert not th.equal(run(3), run(4))
+
+
+def test_the_kind_of_teacher_does_not_change_the_student(tmp_path):
+    teacher = cartpole_teacher()
+    teacher.save(tmp_path / "teacher")
+    live, loaded = (OPD("MlpPolicy", "CartPole-v1", teacher=t, **FAST) for t in (teacher, tmp_path / "teacher"))
+    assert th.equal(parameters(live), parameters(loaded))
+
+
+def test_save_load_predict_resume(tmp_path):
+    cartpole_teacher().save(tmp_path / "teacher")
+    model = OPD("MlpPolicy", "CartPole-v1", teacher=str(tmp_path / "teacher.zip"), **FAST).learn(64)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "states.npz")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.zip", "states.npz", "teacher.zip"]
+
+    obs = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    loaded = OPD.load(tmp_path / "model")
+    assert np.array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
+    with pytest.raises(ValueError, match="no env"):
+        loaded.learn(64)
+
+    resumed = OPD.load(tmp_path / "model", env="CartPole-v1")
+    resumed.load_replay_buffer(tmp_path / "states.npz")
+    resumed.learn(64, reset_num_timesteps=False)
+    assert resumed.num_timesteps == 128 and resumed.replay_buffer.size == 128
+
+    file = io.BytesIO()
+    model.save(file)
+    file.seek(0)
+    assert th.equal(parameters(OPD.load(file)), parameters(model))
+
+
+def test_a_live_teacher_is_not_saved(tmp_path):
+    model = OPD("MlpPolicy", "CartPole-v1", teacher=cartpole_teacher(), **FAST)
+    model.save(tmp_path / "model")
+    loaded = OPD.load(tmp_path / "model", env="CartPole-v1")
+    assert loaded.teacher is None
+    with pytest.raises(ValueError, match="No teacher given"):
+        loaded.learn(32)
+    OPD.load(tmp_path / "model", env="CartPole-v1", teacher=cartpole_teacher()).learn(32)
+
+
+def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
+    model = OPD("MlpPolicy", vec(), teacher="expert", **FAST)
+    model.save(tmp_path / "model.zip")
+    old = (tmp_path / "model.zip").read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("stable_baselines3.common.base_class.save_to_zip_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save(tmp_path / "model.zip")
+    assert (tmp_path / "model.zip").read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["model.zip"]
+
+
+def test_logs_callbacks_and_progress_bar(tmp_path):
+    class Count(BaseCallback):
+        n = 0
+
+        def _on_step(self):
+            assert "infos" in self.locals and "new_obs" in self.locals
+            self.n += 1
+            return True
+
+    model = OPD("MlpPolicy", vec(2, horizon=4), teacher="expert", **FAST)
+    rows = recorded(model, tmp_path)
+    count = Count()
+    save = CheckpointCallback(16, str(tmp_path / "checkpoints"), save_replay_buffer=True)
+    model.learn(128, callback=[count, save], progress_bar=True)
+    assert count.n == 64
+    assert list((tmp_path / "checkpoints").glob("*_32_steps.zip"))
+    log = rows()
+    names = set(log.dtype.names)
+    wanted = {"rolloutsuccess_rate", "rolloutep_rew_mean", "timeenv_steps", "traingrad_norm", "trainlearning_rate"}
+    assert wanted <= names
+    assert {"trainkl", "trainentropy", "trainteacher_log_prob", "trainloss", "trainagreement"} <= names
+    # Two rollouts, and the training after the last of them
+    assert len(log) == 3 and np.isfinite(log["trainkl"][-1])
+    assert log["timeenv_steps"].tolist() == [64, 128, 128]
+
+
+def test_stops_when_the_callback_says_so():
+    model = OPD("MlpPolicy", vec(), teacher="expert", **FAST)
+    model.learn(1000, callback=lambda locals_, globals_: False)
+    assert model.num_timesteps == 2 and model._n_updates == 0
+
+
+def test_groups_start_from_the_same_state():
+    model = OPD("MlpPolicy", vec(2, horizon=4), teacher="expert", group_size=3, **FAST)
+    starts: dict[int, list] = {}
+
+    def look(locals_, globals_):
+        for worker, first in enumerate(locals_["self"]._last_episode_starts):
+            if first:
+                group = locals_["self"]._running[worker].group
+                starts.setdefault(group, []).append(tuple(locals_["self"]._last_obs[worker]))
+        return True
+
+    model.learn(64, callback=look)
+    assert len(starts) >= 4
+    assert all(len(set(group)) == 1 for group in starts.values())
+    assert len({group[0] for group in starts.values()}) == len(starts)
+    assert all(len(group) == 3 for index, group in starts.items() if index < max(starts) - 1)
+
+
+def test_envs_without_episode_control_work_too():
+    OPD("MlpPolicy", vec(control=False), teacher="expert", **FAST).learn(64)
+
+
+def test_workers_in_processes():
+    env = SubprocVecEnv([lambda: EpisodeControl(Match(horizon=3)), lambda: EpisodeControl(Match(horizon=5))])
+    try:
+        in_processes = OPD("MlpPolicy", env, teacher="expert", **FAST).learn(128)
+    finally:
+        env.close()
+    assert in_processes.num_timesteps == 128
+
+
+def test_masks_tokens_that_were_not_executed():
+    class Chunked(Match):
+        def step(self, action):
+            *rest, info = super().step(action)
+            return *rest, {**info, "n_executed": 1, "n_executed_tokens": 1}
+
+    model = OPD("MlpPolicy", vec(env=Chunked, kind="multi_binary"), teacher="expert", **FAST).learn(64)
+    assert (model.rollout_buffer.token_mask == [1.0, 0.0, 0.0]).all()
+    assert not model.replay_buffer.masks[: model.replay_buffer.size, 1:].any()
+    assert model.num_env_steps == 64
+
+
+def test_vla_policy_gets_action_tokens(tmp_path, capsys):
+    kwargs = dict(teacher="expert", policy_kwargs=dict(body_kwargs=TINY_BODY), **{**FAST, "n_steps": 8})
+    model = OPD("VLAPolicy", Robot(), verbose=1, augmentation="random_shift_batch", **kwargs)
+    assert "action tokens" in capsys.readouterr().out
+    assert model.action_space == spaces.MultiDiscrete([256] * 16)
+    model.learn(8)
+    # The episode of 10 steps ends after 2 of the 8 actions of its second chunk
+    assert model.rollout_buffer.token_mask.sum(axis=1).tolist() == [16, 4] * 4
+    assert model.num_env_steps == 40
+    model.policy.save_checkpoint(tmp_path / "vla")
+    model.save(tmp_path / "model")
+    loaded = OPD.load(tmp_path / "model", env=Robot())
+    obs = loaded.env.reset()
+    assert np.array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
+    # The checkpoint of the teacher, and of the student
+    start = dict(checkpoint=str(tmp_path / "vla"))
+    again = OPD("VLAPolicy", Robot(), **{**kwargs, "teacher": tmp_path / "vla", "policy_kwargs": start})
+    again.learn(8)
+    assert np.array_equal(
+        again._teacher.policy.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0]
+    )
+
+    with pytest.raises(ValueError, match="make_vec"):
+        OPD("VLAPolicy", vec(env=Robot), teacher="expert")
+    with pytest.raises(ValueError, match="Box action space"):
+        OPD("VLAPolicy", "CartPole-v1", teacher="expert")
+
+
+def test_nan_in_the_policy_is_named():
+    model = OPD("MlpPolicy", vec(), teacher="expert", **FAST)
+    with th.no_grad():
+        model.policy.action_net.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="iteration 1 .*learning_rate"):
+        model.learn(64)
+
+
+def test_nan_in_the_gradient_leaves_the_weights():
+    model = OPD("MlpPolicy", vec(), teacher="expert", **FAST)
+    before = parameters(model)
+    (sum(p.sum() for p in model.policy.parameters()) * float("nan")).backward()
+    with pytest.raises(FloatingPointError, match="gradients are NaN or infinite"):
+        model._gradient_step()
+    assert th.equal(before, parameters(model))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(divergence="kl"), "divergence to be one of"),
+        (dict(estimator="both"), 'estimator to be "exact" or "sampled"'),
+        (dict(estimator="sampled", state_replay=True), "state_replay=False"),
+        (dict(estimator="sampled", divergence="jsd"), 'estimator="exact"'),
+        (dict(estimator="sampled", temperature=2.0), "temperature=1.0"),
+        (dict(estimator="sampled", augmentation="random_shift"), "augmentation=None"),
+        (dict(augmentation="blur"), "random_shift"),
+        (dict(temperature=0.0), "positive temperature"),
+        (dict(batch_size=0), "batch_size to be at least 1"),
+        (dict(n_steps=0), "n_steps to be at least 1"),
+        (dict(group_size=0), "group_size to be at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        OPD("MlpPolicy", vec(1), **{"teacher": "expert", **kwargs})
+
+
+def test_unknown_policy():
+    with pytest.raises(ValueError, match="expected one of .*VLAPolicy"):
+        OPD("Transformer", vec(1), teacher="expert")
