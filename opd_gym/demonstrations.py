@@ -526,13 +526,13 @@ class Demonstrations:
         actions = np.concatenate([self.actions, other.actions])
         return Demonstrations(observations, actions, mask, episodes, self._observation_space, self._action_space)
 
-    def split(self, fraction: float, seed: int | None = None) -> tuple[Demonstrations, Demonstrations]:
+    def split_rows(self, fraction: float, seed: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """
         Split by episodes: rows of one episode look alike, so a split by rows would validate on what was learned.
 
         :param fraction: part of the episodes for validation, at least one episode
         :param seed: of the draw
-        :return: training and validation part
+        :return: row numbers of the training and of the validation part
         """
         numbers = np.unique(self.episodes)
         n_validation = max(1, round(fraction * len(numbers)))
@@ -540,7 +540,16 @@ class Demonstrations:
             raise ValueError(f"Cannot set {fraction} of {len(numbers)} episodes aside for validation.")
         chosen = np.random.default_rng(seed).permutation(numbers)[:n_validation]
         validation = np.isin(self.episodes, chosen)
-        return self[np.flatnonzero(~validation)], self[np.flatnonzero(validation)]
+        return np.flatnonzero(~validation), np.flatnonzero(validation)
+
+    def split(self, fraction: float, seed: int | None = None) -> tuple[Demonstrations, Demonstrations]:
+        """
+        As :meth:`split_rows`.
+
+        :return: training and validation part
+        """
+        training, validation = self.split_rows(fraction, seed)
+        return self[training], self[validation]
 
 
 def _chunk_labels(episode: Episode, chunk_size: int, action_offset: int) -> tuple[np.ndarray, np.ndarray]:

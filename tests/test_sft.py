@@ -1,0 +1,252 @@
+"""Supervised fine-tuning: the loss by hand, learning, saving, wrong input."""
+
+import math
+from dataclasses import fields
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+
+from opd_gym.algorithms.sft import SFT, SFTLoss
+from opd_gym.demonstrations import Demonstrations, Episode, write_demonstrations
+from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens
+
+BODY = {"hidden_size": 32, "intermediate_size": 64, "stem_channels": [16, 32], "summary_size": 32, "vocab_size": 64}
+VLA = {"policy_kwargs": {"body_kwargs": BODY}, "device": "cpu"}
+
+
+def vla_demonstrations(n_episodes=4, length=6, chunk_size=2, image_size=32):
+    """The brightness of the picture says what to do."""
+    rng = np.random.default_rng(0)
+    episodes = []
+    for i in range(n_episodes):
+        level = rng.uniform(0, 1, length)
+        pictures = np.broadcast_to((255 * level)[:, None, None, None], (length, image_size, image_size, 3))
+        proprio = np.zeros((length, 9), dtype=np.float32)
+        proprio[:, 6] = 1
+        actions = np.repeat((2 * level - 1)[:, None], 7, axis=1)
+        observations = {"agentview": pictures.astype(np.uint8), "wrist": pictures.astype(np.uint8), "proprio": proprio}
+        chunks = np.repeat(actions[:, None], chunk_size, axis=1)
+        episodes.append(Episode(observations, actions, action_chunks=chunks, instruction=f"task {i % 2}"))
+    return episodes
+
+
+@pytest.fixture(scope="module")
+def hdf5_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("demos") / "x_demo.hdf5"
+    write_demonstrations(path, vla_demonstrations(), "do it")
+    return path
+
+
+def plain_demonstrations(n=400, kind="discrete"):
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1, 1, (n, 3)).astype(np.float32)
+    if kind == "discrete":
+        actions, space = (obs[:, 0] > 0).astype(np.int64), spaces.Discrete(2)
+    else:
+        actions, space = (0.5 * obs[:, :2]).astype(np.float32), spaces.Box(-2.0, 2.0, (2,), np.float32)
+    return Demonstrations(obs, actions, observation_space=spaces.Box(-1, 1, (3,), np.float32), action_space=space)
+
+
+def test_plain_cross_entropy_by_hand():
+    view = CategoricalTokens(th.tensor([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]).log())
+    loss, metrics = SFTLoss()(view, th.tensor([[0, 1]]))
+    assert loss.item() == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2)
+    assert metrics.accuracy == 0.5 and metrics.error == pytest.approx(0.5)
+    # A masked token does not count
+    loss, metrics = SFTLoss()(view, th.tensor([[0, 1]]), th.tensor([[1.0, 0.0]]))
+    assert loss.item() == pytest.approx(-math.log(0.5)) and metrics.accuracy == 1.0
+
+
+def test_label_smoothing_by_hand():
+    probabilities = th.tensor([[[0.2, 0.5, 0.3]]])
+    loss, metrics = SFTLoss(label_smoothing=2.0)(CategoricalTokens(probabilities.log()), th.tensor([[0]]))
+    weights = np.exp([0.0, -1 / 8, -4 / 8])
+    expected = -(weights / weights.sum() * np.log([0.2, 0.5, 0.3])).sum()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert metrics.neg_log_prob == pytest.approx(-math.log(0.2))
+
+
+def test_smoothing_is_finite_where_tokens_have_fewer_bins():
+    log_probs = th.tensor([[[0.5, 0.5, 0.0]]]).log().requires_grad_()
+    loss, _ = SFTLoss(1.0)(CategoricalTokens(log_probs), th.tensor([[1]]))
+    loss.backward()
+    assert math.isfinite(loss.item()) and th.isfinite(log_probs.grad).all()
+
+
+def test_gaussian_negative_log_likelihood_by_hand():
+    loss, metrics = SFTLoss(3.0)(GaussianTokens(th.zeros(1, 1), th.zeros(1, 1)), th.full((1, 1), 2.0))
+    assert loss.item() == pytest.approx(2.0 + 0.5 * math.log(2 * math.pi))
+    assert math.isnan(metrics.accuracy) and metrics.error == 2.0
+
+
+def test_vla_learns_from_a_file_without_an_env(hdf5_file):
+    model = SFT(
+        "VLAPolicy", demonstrations=hdf5_file, chunk_size=2, batch_size=24, learning_rate=3e-3, label_smoothing=3.0,
+        warmup_steps=5, seed=0, **VLA,
+    )  # fmt: skip
+    assert model.action_space == spaces.MultiDiscrete([256] * 14)
+    before = model.policy_loss_on(model.demonstrations)
+    model.learn(80)
+    after = model.policy_loss_on(model.demonstrations)
+    assert after.loss < before.loss - 1.0 and after.error < 0.5 * before.error
+
+
+def test_save_and_load(hdf5_file, tmp_path):
+    model = SFT("VLAPolicy", demonstrations=hdf5_file, chunk_size=2, batch_size=8, seed=0, label_smoothing=2.0, **VLA)
+    model.learn(3)
+    model.save(tmp_path / "model")
+    assert (tmp_path / "model.zip").stat().st_size < 3e6, "demonstrations must not be saved along"
+    loaded = SFT.load(tmp_path / "model", device="cpu")
+    obs = model.demonstrations[np.arange(5)].observations
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
+    assert loaded.loss.label_smoothing == 2.0
+    with pytest.raises(ValueError, match="no demonstrations"):
+        loaded.learn(1)
+    again = SFT.load(tmp_path / "model", demonstrations=hdf5_file, device="cpu")
+    again.learn(2, reset_num_timesteps=False)
+    assert again.num_timesteps == 5
+
+
+def test_loads_without_the_checkpoint_it_started_from(hdf5_file, tmp_path):
+    first = SFT("VLAPolicy", demonstrations=hdf5_file, chunk_size=2, seed=0, **VLA)
+    first.policy.save_checkpoint(tmp_path / "student")
+    kwargs = {"checkpoint": str(tmp_path / "student")}
+    # The checkpoint says how long chunks are
+    second = SFT("VLAPolicy", demonstrations=hdf5_file, policy_kwargs=kwargs, device="cpu")
+    obs = second.demonstrations[np.arange(4)].observations
+    expected = first.predict(obs, deterministic=True)[0]
+    np.testing.assert_array_equal(second.predict(obs, deterministic=True)[0], expected)
+    second.save(tmp_path / "second.zip")
+    for file in (tmp_path / "student").iterdir():
+        file.unlink()
+    (tmp_path / "student").rmdir()
+    loaded = SFT.load(tmp_path / "second.zip", device="cpu")
+    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], expected)
+
+
+def test_same_seed_same_run(hdf5_file):
+    def run():
+        model = SFT(
+            "VLAPolicy",
+            demonstrations=hdf5_file,
+            chunk_size=2,
+            batch_size=4,
+            seed=3,
+            augmentation="random_shift",
+            **VLA,
+        )
+        return model.learn(3).policy.parameters_to_vector()
+
+    np.testing.assert_array_equal(run(), run())
+
+
+@pytest.mark.parametrize("kind", ["discrete", "box"])
+def test_behaviour_cloning_of_any_policy(kind):
+    data = plain_demonstrations(kind=kind)
+    model = SFT("MlpPolicy", demonstrations=data, learning_rate=1e-2, batch_size=64, seed=0, device="cpu")
+    model.learn(150)
+    metrics = model.policy_loss_on(data)
+    assert metrics.accuracy > 0.95 if kind == "discrete" else metrics.error < 0.1
+
+
+def test_env_gives_the_spaces_and_prediction_works():
+    env = gym.make("CartPole-v1")
+    rng = np.random.default_rng(0)
+    data = Demonstrations(rng.normal(size=(50, 4)).astype(np.float32), rng.integers(0, 2, 50))
+    model = SFT("MlpPolicy", env, demonstrations=data, seed=0, device="cpu").learn(5)
+    assert model.action_space == env.action_space
+    assert env.action_space.contains(model.predict(env.reset(seed=0)[0])[0])
+
+
+class TokenEnv(gym.Env):
+    """Pictures, instruction and proprioception; never stepped here."""
+
+    def __init__(self, image_size=16, n_tokens=14):
+        picture = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.observation_space = spaces.Dict(
+            agentview=picture, wrist=picture, proprio=spaces.Box(-9, 9, (9,), np.float32),
+            instruction=spaces.Box(0, 255, (128,), np.uint8),
+        )  # fmt: skip
+        self.action_space = spaces.MultiDiscrete([256] * n_tokens)
+
+
+def test_env_decides_on_image_and_chunk_size(hdf5_file):
+    model = SFT("VLAPolicy", TokenEnv(), demonstrations=hdf5_file, batch_size=4, augmentation="random_shift", **VLA)
+    # Stable-Baselines3 transposes the env's pictures, the demonstrations' are brought to the same layout
+    assert model.observation_space["wrist"].shape == (3, 16, 16)
+    assert model.demonstrations.observations["wrist"].shape[1:] == (16, 16, 3)
+    model.learn(2)
+    obs = model.demonstrations[np.arange(2)].observations
+    assert model.predict(obs)[0].shape == (2, 14)
+
+
+def test_validation_by_episodes(hdf5_file, tmp_path):
+    model = SFT(
+        "VLAPolicy", demonstrations=hdf5_file, chunk_size=2, batch_size=4, validation_fraction=0.25, validation_freq=2,
+        seed=0, mask_padding=True, **VLA,
+    )  # fmt: skip
+    assert len(model._validation_rows) == 6 and len(model._training_rows) == 18
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(4, log_interval=2)
+    header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss", "validation/loss", "train/learning_rate", "time/samples_per_second"} <= set(header)
+    assert all(np.isfinite(getattr(model.validate(), f.name)) for f in fields(model.validate()))
+
+
+def test_callbacks_progress_bar_and_learning_rate(hdf5_file):
+    class Record(BaseCallback):
+        rates: list[float] = []
+
+        def _on_step(self):
+            self.rates.append(self.model.policy.optimizer.param_groups[0]["lr"])
+            return self.n_calls < 8
+
+    model = SFT(
+        "VLAPolicy", demonstrations=hdf5_file, chunk_size=2, batch_size=2, learning_rate=1.0, warmup_steps=2, **VLA
+    )
+    model.policy.optimizer.step = lambda: None
+    callback = Record()
+    model.learn(10, callback=callback, progress_bar=True)
+    expected = [min(1, (i + 1) / 2) * 0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(8)]
+    np.testing.assert_allclose(callback.rates, expected, rtol=1e-6)
+    assert model.num_timesteps == 8
+
+
+def test_aggregation(hdf5_file):
+    model = SFT("VLAPolicy", demonstrations=hdf5_file, chunk_size=2, batch_size=4, **VLA).learn(1)
+    model.set_demonstrations(model.demonstrations + model.demonstrations)
+    model.learn(1, reset_num_timesteps=False)
+    assert len(model.demonstrations) == 48 and model.num_timesteps == 2
+
+
+def test_clear_errors(hdf5_file):
+    with pytest.raises(ValueError, match="expects demonstrations"):
+        SFT("VLAPolicy")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        SFT("VLAPolicy", demonstrations="missing.hdf5")
+    with pytest.raises(ValueError, match="chunks of 2 actions, chunk_size is 8"):
+        SFT("VLAPolicy", demonstrations=hdf5_file)
+    with pytest.raises(ValueError, match="28 tokens"):
+        data = Demonstrations.from_episodes(vla_demonstrations(chunk_size=4), chunk_size=4, image_size=16)
+        SFT("VLAPolicy", TokenEnv(), demonstrations=data, **VLA)
+    with pytest.raises(ValueError, match="have no `agentview`"):
+        SFT("VLAPolicy", TokenEnv(), demonstrations=Demonstrations({"x": np.zeros((2, 3))}, np.zeros((2, 2, 7))), **VLA)
+    with pytest.raises(ValueError, match="augmentation"):
+        SFT("VLAPolicy", demonstrations=hdf5_file, augmentation="flip")
+    with pytest.raises(ValueError, match="outside Discrete"):
+        SFT("MlpPolicy", "CartPole-v1", demonstrations=Demonstrations(np.zeros((2, 4), np.float32), np.array([0, 2])))
+    with pytest.raises(ValueError, match="expects demonstrations|Unknown policy"):
+        SFT("NoPolicy", demonstrations=hdf5_file)
+
+
+def test_nan_is_refused(hdf5_file):
+    model = SFT("VLAPolicy", demonstrations=hdf5_file, chunk_size=2, batch_size=2, **VLA)
+    with th.no_grad():
+        next(iter(model.policy.parameters())).fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        model.learn(1)
