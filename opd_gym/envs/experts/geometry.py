@@ -164,8 +164,8 @@ def hand_hits(obstacles: Array, position: Array, yaw: float, gripper: Gripper) -
     along = np.abs(relative[:, :2] @ axis)
     across = np.abs(relative[:, 0] * axis[1] - relative[:, 1] * axis[0])
     hand = (relative[:, 2] > gripper.hand_bottom) & (along < gripper.hand_along) & (across < gripper.hand_across)
-    finger = (relative[:, 2] > -gripper.pad_below) & (across < gripper.pad_half_width + 0.004)
-    finger &= (along > 0.5 * gripper.stroke - 0.004) & (along < 0.5 * gripper.stroke + 0.014)
+    finger = (relative[:, 2] > -gripper.pad_below) & (across < gripper.pad_half_width + 0.006)
+    finger &= (along > 0.5 * gripper.stroke - 0.004) & (along < 0.5 * gripper.stroke + 0.016)
     return int((hand | finger).sum())
 
 
@@ -239,6 +239,7 @@ def plan_top_grasp(
 
 def plan_rim_grasp(
     points: Array,
+    rotation: Array,
     current_yaw: float,
     current_xy: Array,
     gripper: Gripper,
@@ -246,45 +247,57 @@ def plan_rim_grasp(
     n_angles: int = 24,
 ) -> Grasp | None:
     """
-    Grasp an upright, hollow, round object (a bowl) by its rim, one finger inside.
+    Grasp a hollow, round, roughly upright object that is too wide for the gripper (a bowl) by its rim.
 
     :param points: (n, 3) points on the surface of the object in the world
+    :param rotation: Orientation of the object; its axis is the one of the three that is nearest to the vertical
     :param current_yaw: Yaw of the gripper now
     :param current_xy: Position of the gripper now; the nearer side of the rim is preferred
     :param gripper: Dimensions of the gripper
     :param obstacles: (m, 3) points of other objects that the hand should not come down on
     :param n_angles: Number of places on the rim that are tried
-    :return: The best grasp, or None if the object is not hollow and round from above
+    :return: The best grasp, or None if the object is not such an object, or lies on its side
     """
-    top = float(points[:, 2].max())
-    rim = points[points[:, 2] > top - 0.01][:, :2]
+    k = int(np.argmax(np.abs(rotation[2])))
+    axis = rotation[:, k] * np.sign(rotation[2, k])
+    if axis[2] < 0.75:
+        return None
+    side_u, side_v = rotation[:, (k + 1) % 3], rotation[:, (k + 2) % 3]
+    along = points @ axis
+    flat = np.stack([points @ side_u, points @ side_v], axis=1)
+    rim_height = float(along.max())
+    rim = flat[along > rim_height - 0.01]
     centre = 0.5 * (rim.max(axis=0) + rim.min(axis=0))
-    height = top - 0.012
-    wall = points[np.abs(points[:, 2] - height) < 0.008][:, :2] - centre
+    level = rim_height - 0.012
+    wall = flat[np.abs(along - level) < 0.008] - centre
     if len(wall) < n_angles:
         return None
     radii = np.linalg.norm(wall, axis=1)
     radius = float(radii.mean())
-    if float(radii.min()) < 0.6 * radius or radius < 0.02:
+    if 2.0 * radius < gripper.stroke - 0.006 or float(radii.min()) < 0.6 * radius or float(radii.max()) > 1.4 * radius:
         return None
     angles = np.arctan2(wall[:, 1], wall[:, 0])
+    middle = centre[0] * side_u + centre[1] * side_v + level * axis
     near = np.empty((0, 3))
     if obstacles is not None and len(obstacles):
-        close = np.abs(obstacles[:, :2] - centre).max(axis=1) < gripper.hand_along + radius + 0.02
-        near = obstacles[close & (obstacles[:, 2] > height - gripper.pad_below)]
+        close = np.abs(obstacles[:, :2] - middle[:2]).max(axis=1) < gripper.hand_along + radius + 0.02
+        near = obstacles[close & (obstacles[:, 2] > middle[2] - radius - gripper.pad_below)]
     best: Grasp | None = None
     best_cost = np.inf
-    for k in range(n_angles):
-        angle = 2.0 * pi * k / n_angles
-        outwards = np.array([cos(angle), sin(angle)])
+    for j in range(n_angles):
+        angle = 2.0 * pi * j / n_angles
+        outwards = cos(angle) * side_u + sin(angle) * side_v
         window = radii[np.abs((angles - angle + pi) % (2.0 * pi) - pi) < 0.25]
         if len(window) == 0:
             continue
-        xy = centre + float(window.mean()) * outwards
-        yaw = yaw_of_closing_axis(outwards)
-        position = np.array([xy[0], xy[1], height])
+        position = middle + float(window.mean()) * outwards
+        yaw = yaw_of_closing_axis(outwards[:2])
         cost = abs(yaw) + 0.4 * abs(wrap_half_turn(yaw - current_yaw))
-        cost += 3.0 * float(np.linalg.norm(xy - current_xy))
+        cost += 3.0 * float(np.linalg.norm(position[:2] - current_xy))
+        # Of a tilted bowl the high side is the one that the hand reaches without touching the rest.
+        cost += 10.0 * (middle[2] - position[2])
+        if cost >= best_cost:
+            continue
         hits = hand_hits(near, position, yaw, gripper)
         cost += 2.0 + 0.05 * min(hits, 40) if hits else 0.0
         if cost < best_cost:

@@ -63,14 +63,11 @@ class PickPlace:
         self.hover = hover
 
     def _plan(self, scene: Scene, body: int) -> Grasp:
-        others = scene.obstacles(self.name)
-        obstacles = np.concatenate(others) if others else None
+        obstacles = scene.obstacles(self.name)
         points = scene.points(body)
-        grasp = plan_top_grasp(points, scene.yaw, self.gripper, obstacles)
-        if grasp.width > self.gripper.stroke - 0.002:
-            rim = plan_rim_grasp(points, scene.yaw, scene.eef[:2], self.gripper, obstacles)
-            return grasp if rim is None else rim
-        return grasp
+        rotation = scene.data.xmat[body].reshape(3, 3)
+        rim = plan_rim_grasp(points, rotation, scene.yaw, scene.eef[:2], self.gripper, obstacles)
+        return rim or plan_top_grasp(points, scene.yaw, self.gripper, obstacles)
 
     def _travel_height(self, scene: Scene, grasp: Grasp) -> float:
         """Height of the grip site at which the hand passes over everything between here and the grasp."""
@@ -91,7 +88,7 @@ class PickPlace:
         along = abs(float(offset[:2] @ axis))
         across = abs(float(offset[0] * axis[1] - offset[1] * axis[0]))
         distances = scene.pad_distances(body)
-        touching = max(distances) < 0.001
+        touching = max(distances) < 0.0015
         placement = self.placement(scene)
         points = scene.points(body)
         bottom = float(points[:, 2].min())
@@ -156,26 +153,23 @@ class PickPlace:
         return Target(np.array([xy[0], xy[1], z]), CLOSE, placement.yaw)
 
 
-def highest_on_way(obstacles: list[Array], start: Array, way: Array, radius: float) -> float:
+def highest_on_way(obstacles: Array, start: Array, way: Array, radius: float) -> float:
     """
     Height of the highest obstacle near a straight way.
 
-    :param obstacles: (n, 3) world points of each obstacle
+    :param obstacles: (n, 3) points in the world
     :param start: Where the way begins (x, y)
     :param way: From there to its end
     :param radius: How near counts
     :return: Height in m, minus infinity if nothing is near
     """
-    length = float(way @ way) + 1e-9
-    highest = -np.inf
-    for points in obstacles:
-        relative = points[:, :2] - start
-        fraction = np.clip(relative @ way / length, 0.0, 1.0)
-        distance = np.linalg.norm(relative - fraction[:, None] * way, axis=1)
-        passed = points[distance < radius, 2]
-        if len(passed):
-            highest = max(highest, float(passed.max()))
-    return highest
+    if len(obstacles) == 0:
+        return -np.inf
+    relative = obstacles[:, :2] - start
+    fraction = np.clip(relative @ way / (float(way @ way) + 1e-9), 0.0, 1.0)
+    apart = relative - fraction[:, None] * way
+    passed = obstacles[(apart * apart).sum(axis=1) < radius * radius, 2]
+    return float(passed.max()) if len(passed) else -np.inf
 
 
 def scene_yaw_error(scene: Scene, yaw: float) -> float:

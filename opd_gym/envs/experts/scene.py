@@ -61,6 +61,7 @@ class Scene:
         self.data.qpos[:] = source.qpos
         self.data.qvel[:] = source.qvel
         mujoco.mj_kinematics(self.model, self.data)
+        self._obstacle_cache: dict[tuple[str, ...], Array] = {}
         self.eef: Array = self.data.site_xpos[self._eef_site].copy()
         self.eef_rotation: Array = self.data.site_xmat[self._eef_site].reshape(3, 3).copy()
         self.gap = float(abs(self.data.qpos[self._fingers[0]]) + abs(self.data.qpos[self._fingers[1]]))
@@ -138,19 +139,22 @@ class Scene:
                 found.append((name, bodies))
         return found
 
-    def obstacles(self, *excluded: str) -> list[Array]:
+    def obstacles(self, *excluded: str) -> Array:
         """
         Coarse surface points of everything that can be in the way.
 
         :param excluded: Names of the objects that do not count
-        :return: One (n, 3) array of world points for each rigid body
+        :return: (n, 3) points in the world
         """
-        return [
-            self.points(body, spacing=0.02)
-            for name, bodies in self._obstacle_bodies
-            if name not in excluded
-            for body in bodies
-        ]
+        if excluded not in self._obstacle_cache:
+            clouds = [
+                self.points(body, spacing=0.012)
+                for name, bodies in self._obstacle_bodies
+                if name not in excluded
+                for body in bodies
+            ]
+            self._obstacle_cache[excluded] = np.concatenate(clouds) if clouds else np.empty((0, 3))
+        return self._obstacle_cache[excluded]
 
     def _body_points(self, body: int, spacing: float) -> Array:
         if (body, spacing) not in self._points:
@@ -184,10 +188,14 @@ class Scene:
         :param body: Body id
         :param most: Distances beyond this are not resolved
         """
+        geoms = self.collision_geoms(body)
         result = []
         for pad in self._pads:
             nearest = most
-            for geom in self.collision_geoms(body):
-                nearest = min(nearest, float(mujoco.mj_geomDistance(self.model, self.data, pad, geom, most, None)))
+            reach = self.model.geom_rbound[geoms] + self.model.geom_rbound[pad] + most
+            apart = np.linalg.norm(self.data.geom_xpos[geoms] - self.data.geom_xpos[pad], axis=1)
+            for index in np.flatnonzero(apart < reach):
+                distance = mujoco.mj_geomDistance(self.model, self.data, pad, geoms[index], most, None)
+                nearest = min(nearest, float(distance))
             result.append(nearest)
         return result[0], result[1]
