@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gymnasium.error import Error as GymError
+
 from opd_gym.zoo.config import ALGORITHMS
 
 _CHECKPOINT_HELP = "directory of a VLA checkpoint, zip of a model, directory of a run, or a name of the zoo"
@@ -144,11 +146,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     env_kwargs.update(parse_overrides(args.env_kwargs))
     env = build_env(args.env, n_envs=args.n_envs, seed=args.seed, settings=checkpoint_settings(path), **env_kwargs)
     try:
+        episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
         threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(args.env)
         result = evaluate_success(
             load_predictor(path, env).to(args.device if args.device != "auto" else "cpu"),
             env,
-            default_episodes(env, args.episodes, args.task_ids, args.init_states),
+            episodes[: args.episodes] if film else episodes,
             deterministic=not args.stochastic,
             progress=args.progress,
             reward_threshold=threshold,
@@ -219,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, FileNotFoundError, ImportError, GymError) as error:
         # Bad input: the message says what to do, a traceback would only hide it.
         print(f"opd-gym: error: {error}", file=sys.stderr)
         return 2

@@ -35,7 +35,7 @@ RUN_KEYS = {
     "policy": "name of the policy",
 }
 # Arguments of the algorithms that the command line sets by itself.
-_RESERVED = {"self", "env", "policy", "_init_setup_model"}
+_RESERVED = {"self", "env", "policy", "seed", "device", "_init_setup_model"}
 # As in rl-zoo3: constants or, from a string like lin_5e-4, linear schedules.
 SCHEDULE_KEYS = ("learning_rate", "clip_range", "clip_range_high", "clip_range_vf")
 

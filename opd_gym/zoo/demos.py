@@ -66,7 +66,9 @@ def record_demonstrations(
                         f"The scripted expert solved {len(episodes)} of {attempt} episodes of task {task_id}: "
                         "too few to go on. Leave the task out with --task-ids."
                     )
-                recorded = record_episode(env, seed + attempt, task_id, chunk_size, stride, perturbation)
+                recorded = record_episode(
+                    env, seed + 1000 * task_id + attempt, task_id, chunk_size, stride, perturbation
+                )
                 attempt += 1
                 if not recorded.success:
                     continue

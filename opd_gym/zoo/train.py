@@ -120,6 +120,7 @@ def build_env(
     :param env_kwargs: keyword arguments of the env that win over the configuration's
     :return: the env
     """
+    gym.spec(env_id)  # an unknown id is reported here, not in the traceback of a worker process
     run, settings = dict(run or {}), dict(settings or {})
     kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
     if bare_id(env_id) in LIBERO_IDS:

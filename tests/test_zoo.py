@@ -1,0 +1,434 @@
+"""Hyperparameters, checkpoints of the zoo, run directories and the command line."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import yaml
+from stable_baselines3 import PPO as SB3PPO
+from stable_baselines3.common.utils import LinearSchedule
+
+import opd_gym
+from opd_gym.envs.registration import LIBERO_IDS
+from opd_gym.evaluation import EvaluationResult
+from opd_gym.zoo import config, load_hyperparams, registry
+from opd_gym.zoo.cli import build_parser, main
+from opd_gym.zoo.runs import RunCheckpoint, checkpoints, make_logger, new_run_dir, plot_learning_curve, read_progress
+from opd_gym.zoo.video import side_by_side, write_video
+
+# ------------------------------------------------------------------------------------------------- hyperparameters
+
+
+@pytest.mark.parametrize("algo", config.ALGORITHMS)
+def test_every_entry_of_every_file_is_valid(algo: str) -> None:
+    entries = config.read_hyperparams(config.HYPERPARAMS / f"{algo}.yml")
+    assert "default" in entries and "LiberoObject-v0" in entries
+    for env_id in entries:
+        run, kwargs = config.split_hyperparams(algo, load_hyperparams(algo, env_id))
+        assert isinstance(run["policy"], str)
+        if env_id != "default":
+            gym.spec(env_id)
+        # The keywords are accepted by the algorithm's constructor itself.
+        inspect.signature(config.algorithm_class(algo)).bind_partial(run["policy"], None, **kwargs)
+
+
+def test_load_hyperparams_falls_back_to_default_and_copies() -> None:
+    assert load_hyperparams("opd", "NoSuchEnv-v7") == load_hyperparams("OPD", "default")
+    first = load_hyperparams("opd", "opd_gym:LiberoObject-v0")
+    first["env_kwargs"]["visuals"] = "changed"
+    assert load_hyperparams("opd", "LiberoGoal-v0")["env_kwargs"]["visuals"] == "light"
+
+
+def test_load_hyperparams_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="opd, grpo, ppo, sft"):
+        load_hyperparams("sac", "CartPole-v1")
+    path = tmp_path / "a.yml"
+    path.write_text("Acrobot-v1: {n_envs: 1}\n")
+    with pytest.raises(ValueError, match="Acrobot-v1"):
+        load_hyperparams("opd", "CartPole-v1", path)
+    path.write_text("default: 3\n")
+    with pytest.raises(ValueError, match="expected a mapping"):
+        load_hyperparams("opd", "CartPole-v1", path)
+
+
+def test_nothing_is_evaluated(tmp_path: Path) -> None:
+    path = tmp_path / "evil.yml"
+    for text in ("default: !!python/object/apply:os.system ['true']\n", "default: !!python/name:os.system ''\n"):
+        path.write_text(text)
+        with pytest.raises(yaml.YAMLError):
+            load_hyperparams("opd", "CartPole-v1", path)
+    with pytest.raises(ValueError, match=r"policy_kwargs: expected a mapping.*Nothing is evaluated"):
+        config.split_hyperparams("opd", {"policy_kwargs": "dict(net_arch=[64])"})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5e-4", 5e-4),
+        ("2e6", 2e6),
+        ("-1E+2", -100.0),
+        (".5e1", 5.0),
+        ("1.5", 1.5),
+        ("12", 12),
+        ("1e", "1e"),
+        ("e4", "e4"),
+    ],
+)
+def test_numbers_without_a_dot_are_numbers(text: str, value: Any) -> None:
+    parsed = config.parse_yaml(text)
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_schedules() -> None:
+    _, kwargs = config.split_hyperparams("ppo", {"learning_rate": "lin_5e-4", "clip_range": 0.1})
+    rate = kwargs["learning_rate"]
+    assert isinstance(rate, LinearSchedule)
+    assert [rate(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([5e-4, 2.5e-4, 0.0])
+    assert kwargs["clip_range"] == 0.1
+    assert config.schedule("3e-4", "learning_rate") == 3e-4
+    for bad in ("cos_1", "lin_", "__import__('os')"):
+        with pytest.raises(ValueError, match=r"learning_rate: expected a number or a schedule like lin_5e-4"):
+            config.schedule(bad, "learning_rate")
+
+
+def test_unknown_keys_name_the_valid_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"(?s)Unknown hyperparameters of opd: learning_rat, seed\..*n_envs.*learning_rate"
+    ):
+        config.split_hyperparams("opd", {"learning_rat": 1, "learning_rate": 1, "n_envs": 2, "seed": 3})
+
+
+def test_keywords_that_are_passed_on_to_a_base_class_are_known() -> None:
+    class Base:
+        def __init__(self, env: Any, a: int = 0, *, b: int = 0) -> None: ...
+
+    class Derived(Base):
+        def __init__(self, env: Any, c: int = 0, **kwargs: Any) -> None: ...
+
+    class Closed(Derived):
+        def __init__(self, env: Any, d: int = 0) -> None: ...
+
+    assert list(config.algorithm_parameters(Derived)) == ["c", "a", "b"]
+    assert list(config.algorithm_parameters(Closed)) == ["d"]
+
+
+def test_numbers_of_the_run() -> None:
+    run, _ = config.split_hyperparams("opd", {"n_timesteps": 2e4, "n_envs": 2})
+    assert run == {"n_timesteps": 20000, "n_envs": 2} and isinstance(run["n_timesteps"], int)
+    with pytest.raises(ValueError, match="n_envs: expected a number"):
+        config.split_hyperparams("opd", {"n_envs": "two"})
+
+
+def test_overrides() -> None:
+    items = [
+        "learning_rate:5e-4",
+        "env_kwargs.image_size:64",
+        "env_kwargs.init_states:[1, 2]",
+        "teacher:a:b",
+        "augmentation:null",
+    ]
+    values = config.parse_overrides(items)
+    assert values == {
+        "learning_rate": 5e-4,
+        "env_kwargs": {"image_size": 64, "init_states": [1, 2]},
+        "teacher": "a:b",
+        "augmentation": None,
+    }
+    base = {"env_kwargs": {"visuals": "light", "image_size": 128}, "n_envs": 1}
+    merged = config.merge(base, values)
+    assert merged["env_kwargs"] == {"visuals": "light", "image_size": 64, "init_states": [1, 2]}
+    assert base["env_kwargs"] == {"visuals": "light", "image_size": 128}
+    for bad in ("learning_rate", ":3"):
+        with pytest.raises(ValueError, match="key:value"):
+            config.parse_overrides([bad])
+    with pytest.raises(ValueError, match="cannot be a mapping"):
+        config.parse_overrides(["a:1", "a.b:2"])
+
+
+def test_env_wrapper() -> None:
+    spec = ["gymnasium.wrappers.FlattenObservation", {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 3}}]
+    wrap = config.wrapper_function(spec)
+    assert wrap is not None
+    env = wrap(gym.make("CartPole-v1"))
+    env.reset()
+    assert [env.step(0)[3] for _ in range(3)] == [False, False, True]
+    assert config.wrapper_function(None) is None
+    for bad in ("gymnasium.wrappers.NoSuch", "NoModule", "no.such.Module", {"a": 1, "b": 2}, 3):
+        with pytest.raises(ValueError, match="env_wrapper"):
+            config.wrapper_function(bad)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "checkpoints.yml").write_text(
+        "expert-all:\n  teacher_for: ['Libero*']\n"
+        "expert-one:\n  description: for one suite\n  teacher_for: [LiberoObject-v0]\n  student_for: []\n"
+        "beginner:\n  student_for: [LiberoObject*]\n"
+    )
+    for name in ("expert-all", "expert-one"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "config.json").write_text("{}")
+    monkeypatch.setattr(registry, "REGISTRY_FILE", tmp_path / "checkpoints.yml")
+    monkeypatch.setattr(registry, "CHECKPOINTS", tmp_path / "checkpoints")
+    return tmp_path
+
+
+def test_defaults_of_the_zoo(zoo: Path) -> None:
+    assert registry.checkpoint_names() == ["expert-all", "expert-one", "beginner"]
+    # The more precise entry wins, wherever it stands in the file.
+    assert registry.teacher_for("LiberoObject-v0") == "expert-one"
+    assert registry.teacher_for("opd_gym:LiberoObject-v0") == "expert-one"
+    assert registry.teacher_for("LiberoGoal-v0") == "expert-all"
+    assert registry.teacher_for("CartPole-v1") is None
+    assert registry.student_for("LiberoObjectTask3-v0") == "beginner"
+    assert registry.student_for("LiberoGoal-v0") is None
+    assert registry.find_teacher("LiberoObject-v0") == zoo / "checkpoints" / "expert-one"
+    assert registry.find_teacher("CartPole-v1") is None
+    assert registry.find_checkpoint("nothing") is None
+
+
+def test_checkpoint_path(zoo: Path, tmp_path: Path) -> None:
+    assert registry.checkpoint_path("expert-one") == zoo / "checkpoints" / "expert-one"
+    with pytest.raises(ValueError, match=r"expert-all, expert-one, beginner"):
+        registry.checkpoint_path("nothing")
+    with pytest.raises(FileNotFoundError, match="beginner"):
+        registry.checkpoint_path("beginner")
+    model = tmp_path / "model.zip"
+    model.write_bytes(b"")
+    assert registry.resolve_checkpoint(tmp_path / "model") == registry.resolve_checkpoint(model) == model
+    assert registry.resolve_checkpoint("expert-all") == registry.resolve_checkpoint(zoo / "checkpoints" / "expert-all")
+    with pytest.raises(ValueError, match="neither a VLA checkpoint"):
+        registry.resolve_checkpoint(tmp_path)
+
+
+def test_registry_errors(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints.yml"
+    path.write_text("a: {techer_for: [x]}\n")
+    with pytest.raises(ValueError, match="techer_for"):
+        registry.read_registry(path)
+    path.write_text("- a\n")
+    with pytest.raises(ValueError, match="must map names"):
+        registry.read_registry(path)
+
+
+def test_committed_checkpoints_fit_their_envs() -> None:
+    for name, entry in registry.read_registry().items():
+        path = registry.checkpoint_path(name)
+        assert (path / "config.json").is_file() and (path / "model.safetensors").is_file()
+        for pattern in entry.teacher_for + entry.student_for:
+            assert "*" in pattern or pattern in gym.registry, f"{name} is for {pattern}, which is no environment"
+
+
+# ------------------------------------------------------------------------------------------------- run directories
+
+
+def test_new_run_dir_counts_up(tmp_path: Path) -> None:
+    names = [new_run_dir(tmp_path, "opd", env).name for env in ("opd_gym:A-v0", "A-v0", "ALE/Pong-v5")]
+    assert names == ["A-v0_1", "A-v0_2", "ALE-Pong-v5_1"]
+    (tmp_path / "opd" / "A-v0_notes").mkdir()
+    assert new_run_dir(tmp_path, "opd", "A-v0").name == "A-v0_3"
+
+
+class _Model:
+    num_timesteps = 0
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(self.num_timesteps))
+
+
+def test_run_checkpoint_keeps_the_last(tmp_path: Path) -> None:
+    callback = RunCheckpoint(tmp_path, interval=0.0, keep_last=2)
+    model: Any = _Model()
+    callback.model = model
+    for model.num_timesteps in (8, 16, 100):
+        callback.on_step()
+    assert [path.name for path in checkpoints(tmp_path)] == ["model_16_steps.zip", "model_100_steps.zip"]
+    # A file that was being written when the process was killed is no checkpoint.
+    (tmp_path / "checkpoints" / ".model_200_steps.zip.123.tmp").write_text("")
+    (tmp_path / "checkpoints" / "model_x_steps.zip").write_text("")
+    assert checkpoints(tmp_path)[-1].read_text() == "100"
+    with pytest.raises(ValueError, match="keep_last"):
+        RunCheckpoint(tmp_path, keep_last=0)
+
+
+def test_progress_of_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
+    for steps in ((10, 20, 30), (20, 30, 40)):
+        logger = make_logger(tmp_path)
+        for step in steps:
+            logger.record("time/total_timesteps", step)
+            logger.record("rollout/success_rate", step / 100)
+            logger.dump(step)
+        logger.close()
+    rows = read_progress(tmp_path)
+    assert [row["time/total_timesteps"] for row in rows] == [10, 20, 30, 40]
+    assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["progress.1.csv", "progress.csv"]
+    picture = plot_learning_curve(tmp_path, references={"teacher": 0.9})
+    assert picture is not None and picture.read_bytes().startswith(b"\x89PNG")
+    assert plot_learning_curve(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_films(tmp_path: Path, suffix: str) -> None:
+    left = [np.full((33, 41, 3), 10 * i, dtype=np.uint8) for i in range(3)]
+    frames = side_by_side(left, left[:1], ("before", "after"))
+    assert len(frames) == 3 and frames[0].shape == (53, 82, 3)
+    path = write_video(tmp_path / "new" / f"film{suffix}", frames)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    import imageio.v3 as iio
+
+    assert len(list(iio.imiter(path))) == 3
+    with pytest.raises(ValueError, match="no picture"):
+        write_video(path, [])
+    with pytest.raises(ValueError, match=r"\.mp4 or a \.gif"):
+        write_video(tmp_path / "film.avi", frames)
+    assert side_by_side([], left, ("a", "b")) == []
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher") / "ppo.zip"
+    SB3PPO("MlpPolicy", "CartPole-v1", n_steps=64, seed=0).save(path)
+    return path
+
+
+SMALL = ["n_envs:1", "n_steps:32", "gradient_steps:1"]
+
+
+def _train(teacher: Path, folder: Path, *more: str) -> int:
+    command = ["train", "--algo", "opd", "--env", "CartPole-v1", "--teacher", str(teacher), "-f", str(folder)]
+    return main([*command, "--no-progress", "--device", "cpu", *more])
+
+
+def test_train_keeps_everything_and_resumes(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(teacher, tmp_path, "-n", "64", "--eval-episodes", "2", "--hyperparams", *SMALL) == 0
+    run = tmp_path / "opd" / "CartPole-v1_1"
+    assert {"args.yml", "config.yml", "command.txt", "progress.csv", "curve.png", "model.zip", "evaluation.json"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert len(list(run.glob("events.out.tfevents*"))) == 1
+    stored = yaml.safe_load((run / "config.yml").read_text())
+    assert stored["n_steps"] == 32 and stored["n_timesteps"] == 64 and stored["teacher"] == str(teacher)
+    assert (run / "command.txt").read_text().count("\n") == 1
+    assert [path.name for path in checkpoints(run)] == ["model_64_steps.zip"]
+    assert len(EvaluationResult.load(run / "evaluation.json").episodes) == 2
+
+    assert main(["train", "--resume", str(run), "-n", "128", "--no-progress"]) == 0
+    assert [path.name for path in checkpoints(run)] == ["model_64_steps.zip", "model_128_steps.zip"]
+    assert opd_gym.OPD.load(run / "model.zip").num_timesteps == 128
+    steps = [row["time/total_timesteps"] for row in read_progress(run)]
+    assert steps == sorted(steps) and steps[0] == 32 and steps[-1] == 128
+    assert (run / "command.txt").read_text().count("\n") == 2
+    assert main(["train", "--resume", str(run), "-n", "128", "--no-progress"]) == 0
+    assert "already" in capsys.readouterr().out
+
+    output = tmp_path / "result.json"
+    command = ["eval", "--env", "CartPole-v1", "--checkpoint", str(run), "--episodes", "3", "--no-progress"]
+    assert main([*command, "-o", str(output)]) == 0
+    assert len(EvaluationResult.load(output).episodes) == 3
+    assert "| all |" in capsys.readouterr().out
+
+
+def test_two_runs_with_one_seed_are_identical(teacher: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert _train(teacher, tmp_path, "-n", "64", "--seed", "3", "--hyperparams", *SMALL) == 0
+    tables = []
+    for number in (1, 2):
+        with (tmp_path / "opd" / f"CartPole-v1_{number}" / "progress.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        tables.append([{k: v for k, v in row.items() if k not in ("time/fps", "time/time_elapsed")} for row in rows])
+    assert tables[0] == tables[1]
+
+
+def test_a_student_from_a_zip(teacher: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student.zip"
+    SB3PPO("MlpPolicy", "CartPole-v1", n_steps=64, seed=7).save(student)
+    more = ("-n", "32", "--student", str(student), "--hyperparams", *SMALL, "learning_rate:0.0")
+    assert _train(teacher, tmp_path, *more) == 0
+    model = opd_gym.OPD.load(tmp_path / "opd" / "CartPole-v1_1" / "model.zip")
+    observations = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    wanted = SB3PPO.load(student).predict(observations, deterministic=True)[0]
+    assert (model.predict(observations, deterministic=True)[0] == wanted).all()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: Path, signum: int) -> None:
+    command = [sys.executable, "-m", "opd_gym.zoo.cli", "train", "--algo", "opd", "--env", "CartPole-v1"]
+    command += ["--teacher", str(teacher), "-f", str(tmp_path), "-n", "1000000", "--no-progress", "--device", "cpu"]
+    command += ["--checkpoint-interval", "0.05", "--hyperparams", *SMALL]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    run = tmp_path / "opd" / "CartPole-v1_1"
+    try:
+        deadline = time.monotonic() + 120
+        while len(checkpoints(run)) < 2:
+            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.05)
+        process.send_signal(signum)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if signum == signal.SIGTERM:
+        assert process.returncode == 130 and "--resume" in output
+    steps = int(re.findall(r"\d+", checkpoints(run)[-1].name)[0])
+    assert main(["train", "--resume", str(run), "-n", str(steps + 32), "--no-progress", "--device", "cpu"]) == 0
+    assert opd_gym.OPD.load(run / "model.zip").num_timesteps >= steps + 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "Pass --env"),
+        (["train", "--env", "CartPole-v1"], "No teacher given"),
+        (["train", "--env", "CartPole-v1", "--teacher", "no-such-teacher"], "no-such-teacher"),
+        (["train", "--env", "CartPole-v1", "--teacher", "expert"], "scripted expert"),
+        (["train", "--env", "NoSuch-v1", "--teacher", "expert"], "NoSuch"),
+        (["train", "--env", "CartPole-v1", "--student", "nobody"], "nobody"),
+        (["train", "--env", "CartPole-v1", "--hyperparams", "learning_rat:1"], "learning_rat"),
+        (["train", "--env", "CartPole-v1", "--hyperparams", "learning_rate"], "key:value"),
+        (["train", "--algo", "grpo", "--env", "CartPole-v1", "--teacher", "expert"], "grpo has no teacher"),
+        (["train", "--algo", "ppo", "--env", "CartPole-v1", "--demonstrations", "x"], "takes no demonstrations"),
+        (["train", "--resume", "/no/such/run"], "args.yml"),
+        (["eval", "--env", "CartPole-v1", "--checkpoint", "nobody"], "nobody"),
+        (["demos", "--env", "CartPole-v1"], "LIBERO"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["-f", str(tmp_path), "--no-progress"] if arguments[0] == "train" else []
+    assert main([*arguments, *more]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.rglob("*.zip"))
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert "LiberoObject-v0" in text and "LiberoObjectTask3-v0\n" not in text
+    assert main(["list", "--all"]) == 0
+    text = capsys.readouterr().out
+    assert all(env_id in text for env_id in LIBERO_IDS)
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "eval", "enjoy", "video", "demos", "list", "quickstart"):
+        with pytest.raises(SystemExit) as stop:
+            build_parser().parse_args([command, "--help"])
+        assert stop.value.code == 0
+        assert "usage: opd-gym" in capsys.readouterr().out
