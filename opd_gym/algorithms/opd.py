@@ -215,13 +215,9 @@ class OPD(RolloutAlgorithm):
             labels = th.as_tensor(buffer.teacher_actions[samples.rows], device=self.device)
             teacher = self._teacher.distribution(samples.observations, labels)
             tokens = samples.actions.reshape(len(samples.rows), -1)
-            log_probs = teacher.log_prob(tokens)
-            if bool(th.isnan(log_probs).any()):
-                raise FloatingPointError(
-                    f"The teacher's log-probabilities are NaN in iteration {self._n_iterations}: check its weights and "
-                    "that it is given the observations that it was trained on."
-                )
-            buffer.set_teacher(samples.rows, log_probs, teacher.flatten() if buffer.store_distribution else None)
+            buffer.set_teacher(
+                samples.rows, teacher.log_prob(tokens), teacher.flatten() if buffer.store_distribution else None
+            )
         if self.replay_buffer is not None:
             rows = buffer.valid_rows()
             observations = map_obs(lambda array: array[rows], buffer.observations)

@@ -140,10 +140,25 @@ class PolicyTeacher(Teacher):
     @th.no_grad()
     def distribution(self, observations: PyTorchObs, labels: th.Tensor) -> TokenView:
         self.policy.set_training_mode(False)
-        view = self._read(self._adapt(observations))
+        try:
+            view = self._read(self._adapt(observations))
+        except (ValueError, FloatingPointError) as error:
+            # How torch's and the VLA's distributions refuse NaN
+            if "nan" not in str(error).lower():
+                raise
+            raise _nan_teacher() from error
+        if bool(th.isnan(view.flatten()).any()):
+            raise _nan_teacher()
         if isinstance(view, GaussianTokens) and view.squashed and not self.spec.squashed:
             return unsquash(view, self.action_space)
         return view.detach()
+
+
+def _nan_teacher() -> FloatingPointError:
+    return FloatingPointError(
+        "The teacher's outputs are NaN: check its weights, and that it is given observations like those that it was "
+        "trained on (stable_baselines3's VecCheckNan finds NaN in observations)."
+    )
 
 
 class ExpertTeacher(Teacher):
@@ -160,7 +175,8 @@ class ExpertTeacher(Teacher):
     privileged = True
 
     def __init__(self, env: VecEnv, student: BasePolicy, std: float = 0.1, smoothing: float = 1.0, floor: float = 0.01):
-        if not env.has_attr("expert_action"):
+        # A wrapper passes expert_action() on whether or not there is an expert below; `has_expert` tells
+        if not all(env.get_attr("has_expert") if env.has_attr("has_expert") else [env.has_attr("expert_action")]):
             raise ValueError(
                 'teacher="expert" needs an env with a scripted expert: a method expert_action() that returns the '
                 f"action to take in the present state. {_env_id(env) or 'This env'} has none."
@@ -359,8 +375,9 @@ def load_vla(directory: pathlib.Path, env: VecEnv) -> BasePolicy:
     :param env: The student's env
     :return: The policy
     """
-    from opd_gym.policies.vla import VLAPolicy
+    from opd_gym.policies.vla import VLAPolicy, read_checkpoint_config
 
+    read_checkpoint_config(directory)
     try:
         return VLAPolicy(env.observation_space, env.action_space, _no_learning, checkpoint=directory)
     except ValueError as error:

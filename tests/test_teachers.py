@@ -1,0 +1,303 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import sb3_contrib
+import stable_baselines3
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecTransposeImage
+from toys import TINY_BODY, Match, Robot, cartpole_teacher, vec
+
+from opd_gym.algorithms.opd import OPD
+from opd_gym.algorithms.teachers import (
+    ExpertTeacher,
+    LabelSmoothing,
+    check_statistics,
+    make_teacher,
+    observation_adapter,
+    unsquash,
+)
+from opd_gym.envs.wrappers import ActionChunk, ActionTokens
+from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens, token_spec
+
+NO_LABELS = th.empty(0)
+
+
+def student_of(env, **kwargs):
+    return ActorCriticPolicy(env.observation_space, env.action_space, lambda _: 1e-3, **kwargs)
+
+
+def opinion(spec, env, obs, student=None, **kwargs):
+    teacher = make_teacher(spec, env, student or student_of(env), **kwargs)
+    return teacher.distribution(th.as_tensor(obs), NO_LABELS)
+
+
+ALGORITHMS = [
+    (stable_baselines3.PPO, "CartPole-v1"),
+    (stable_baselines3.A2C, "CartPole-v1"),
+    (stable_baselines3.DQN, "CartPole-v1"),
+    (sb3_contrib.QRDQN, "CartPole-v1"),
+    (sb3_contrib.TRPO, "CartPole-v1"),
+    (sb3_contrib.MaskablePPO, "CartPole-v1"),
+    (sb3_contrib.ARS, "CartPole-v1"),
+    (stable_baselines3.PPO, "Pendulum-v1"),
+    (stable_baselines3.SAC, "Pendulum-v1"),
+    (stable_baselines3.TD3, "Pendulum-v1"),
+    (stable_baselines3.DDPG, "Pendulum-v1"),
+    (sb3_contrib.TQC, "Pendulum-v1"),
+    (sb3_contrib.CrossQ, "Pendulum-v1"),
+    (sb3_contrib.ARS, "Pendulum-v1"),
+]
+
+
+@pytest.mark.parametrize(("cls", "env_id"), ALGORITHMS, ids=lambda x: getattr(x, "__name__", x))
+def test_the_zip_of_any_algorithm(cls, env_id, tmp_path):
+    kwargs = dict(policy_kwargs=dict(net_arch=[8])) if cls is not sb3_contrib.ARS else {}
+    model = cls("MlpPolicy", env_id, seed=0, device="cpu", **kwargs)
+    model.save(tmp_path / "teacher")
+    env = vec(1, env=env_id)
+    obs = np.random.default_rng(0).uniform(-1, 1, (50, *env.observation_space.shape)).astype(np.float32)
+    view = opinion(str(tmp_path / "teacher.zip"), env, obs)
+    best = model.predict(obs, deterministic=True)[0].reshape(50, -1)
+    mode = view.mode().numpy()
+    if isinstance(view, CategoricalTokens):
+        assert view.log_probs.shape == (50, 1, 2)
+        assert np.array_equal(mode, best)
+    else:
+        assert isinstance(view, GaussianTokens) and not view.squashed
+        # The mean of a squashed Gaussian is not the squash of its mean, and PPO's predictions are clipped
+        assert np.abs(np.clip(mode, -2, 2) - best).max() < 0.5
+        assert cls is sb3_contrib.ARS or np.corrcoef(mode[:, 0], best[:, 0])[0, 1] > 0.95
+    # The same policy, live
+    live = opinion(model, env, obs)
+    assert th.allclose(live.flatten(), view.flatten(), atol=1e-6)
+
+
+def test_q_values_become_a_softmax(tmp_path):
+    model = stable_baselines3.DQN("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+    obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    q_values = model.q_net(th.as_tensor(obs)).detach()
+    view = opinion(model, vec(1, env="CartPole-v1"), obs, temperature=0.1)
+    assert th.allclose(view.log_probs[:, 0], th.log_softmax(q_values / 0.1, dim=-1))
+    with pytest.raises(ValueError, match="positive temperature"):
+        opinion(model, vec(1, env="CartPole-v1"), obs, temperature=0.0)
+
+
+def test_a_squashed_teacher_has_the_same_moments_for_a_gaussian_student():
+    space = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
+    squashed = GaussianTokens(th.tensor([[0.4, -1.0]]), th.tensor([[-0.5, 0.2]]), squashed=True)
+    th.manual_seed(0)
+    samples = GaussianTokens(*(x.expand(400_000, 2) for x in (squashed.mean, squashed.log_std)), squashed=True).sample()
+    actions = th.tensor([-2.0, 0.0]) + 0.5 * (samples + 1) * th.tensor([4.0, 1.0])
+    gaussian = unsquash(squashed, space)
+    assert th.allclose(gaussian.mean, actions.mean(0), atol=0.01)
+    assert th.allclose(gaussian.log_std.exp(), actions.std(0), atol=0.01)
+
+
+def test_squashed_student_and_squashed_teacher_are_compared_before_squashing():
+    env = vec(1, env="Pendulum-v1")
+    sac = stable_baselines3.SAC("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", policy_kwargs=dict(net_arch=[8]))
+    obs = np.zeros((3, 3), np.float32)
+    student = student_of(env, use_sde=True, squash_output=True)
+    view = opinion(sac, env, obs, student)
+    assert view.squashed
+    mean, log_std, _ = sac.actor.get_action_dist_params(th.as_tensor(obs))
+    assert th.allclose(view.mean, mean) and th.allclose(view.log_std, log_std, atol=1e-6)
+    ppo = stable_baselines3.PPO("MlpPolicy", "Pendulum-v1", device="cpu")
+    with pytest.raises(ValueError, match="squash_output"):
+        make_teacher(ppo, env, student)
+
+
+def test_distils_sac_into_a_gaussian_policy(tmp_path):
+    sac = stable_baselines3.SAC("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", policy_kwargs=dict(net_arch=[16]))
+    sac.save(tmp_path / "sac")
+    student = OPD("MlpPolicy", "Pendulum-v1", teacher=tmp_path / "sac", learning_rate=3e-3, n_steps=200, seed=0)
+    student.learn(1200)
+    obs = student.replay_buffer.sample(200)[0]
+    ours = student.policy.get_distribution(obs).mode().detach()
+    theirs = student._teacher.distribution(obs, NO_LABELS).mean
+    assert (ours - theirs).abs().mean() < 0.1
+    assert theirs.abs().mean() > 0.2  # not because both are zero
+
+
+def test_loading_a_teacher_leaves_the_random_state(tmp_path):
+    cartpole_teacher().save(tmp_path / "teacher")
+    env = vec(1, env="CartPole-v1")
+    student = student_of(env)
+    th.manual_seed(0)
+    np.random.seed(0)
+    expected = th.rand(1), np.random.rand()
+    th.manual_seed(0)
+    np.random.seed(0)
+    make_teacher(str(tmp_path / "teacher"), env, student)
+    assert (th.rand(1), np.random.rand()) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripted experts
+
+
+def test_expert_labels_every_worker():
+    env = vec(3, kind="multi_discrete")
+    env.reset()
+    teacher = make_teacher("expert", env, student_of(env))
+    assert isinstance(teacher, ExpertTeacher) and teacher.privileged
+    labels = teacher.label(env, np.array([0, 2]))
+    assert labels.shape == (2, 2)
+    assert labels.tolist() == [list(a) for a in env.env_method("expert_action", indices=[0, 2])]
+    view = teacher.distribution(NO_LABELS, th.as_tensor(labels))
+    assert np.array_equal(view.mode().numpy(), labels)
+    # The first token has two bins, padded to three
+    assert th.isneginf(view.log_probs[:, 0, 2]).all()
+    assert th.allclose(view.log_probs.exp().sum(-1), th.ones(2, 2))
+
+
+def test_ordered_bins_are_smoothed_over_neighbours():
+    env = DummyVecEnv([lambda: ActionTokens(ActionChunk(Robot(), 2))])
+    student = type("Student", (), {"squash_output": False})()
+    teacher = make_teacher("expert", env, student, smoothing=2.0, floor=0.05)
+    env.reset()
+    labels = th.as_tensor(teacher.label(env, np.array([0])))
+    probabilities = teacher.distribution(NO_LABELS, labels).log_probs.exp()[0, 0]
+    label = int(labels[0, 0])
+    assert probabilities.argmax() == label
+    ratio = (probabilities[label] - 0.05 / 256) / (probabilities[label + 2] - 0.05 / 256)
+    assert ratio.item() == pytest.approx(np.exp(0.5), rel=1e-3)
+    assert probabilities.min().item() == pytest.approx(0.05 / 256, rel=1e-3)
+
+
+def test_continuous_labels_become_gaussians():
+    space = spaces.Box(-2.0, 2.0, (1,), np.float32)
+    labels = th.tensor([[1.0], [2.0]])
+    plain = LabelSmoothing(token_spec(space), space, False, std=0.1)(labels)
+    assert th.equal(plain.mean, labels) and th.allclose(plain.log_std.exp(), th.full((2, 1), 0.2))
+    squashed = LabelSmoothing(token_spec(space, squashed=True), space, False, std=0.1)(labels)
+    assert squashed.squashed and th.allclose(squashed.mode() * 2, labels, atol=0.05)
+    with pytest.raises(ValueError, match="std > 0"):
+        LabelSmoothing(token_spec(space), space, False, std=0.0)
+
+
+def test_an_expert_must_exist_and_fit():
+    with pytest.raises(ValueError, match="expert_action.*CartPole-v1 has none"):
+        OPD("MlpPolicy", vec(env="CartPole-v1", control=False), teacher="expert")
+    with pytest.raises(ValueError, match="scripted expert"):
+        OPD("MlpPolicy", vec(env="CartPole-v1"), teacher="expert").learn(32)
+
+    class Wrong(Match):
+        def expert_action(self):
+            return np.zeros(7)
+
+    with pytest.raises(ValueError, match="returned 7 numbers, the action space has 1 tokens"):
+        OPD("MlpPolicy", vec(env=Wrong), teacher="expert").learn(32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+class Other(gym.Env):
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+
+VECTOR = spaces.Box(-1.0, 1.0, (4,), np.float32)
+
+
+def teacher_for(observation_space, action_space):
+    return ActorCriticPolicy(observation_space, action_space, lambda _: 0.0)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "message"),
+    [
+        (
+            spaces.Discrete(2),
+            spaces.Discrete(3),
+            r"teacher's action space is Discrete\(2\), the student's Discrete\(3\)",
+        ),
+        (spaces.Discrete(2), spaces.Box(-1, 1, (2,)), "must act in the same space"),
+        (spaces.MultiDiscrete([8] * 3), spaces.MultiDiscrete([8] * 6), "3 tokens, the student with 6: chunk size"),
+        (spaces.MultiDiscrete([8] * 3), spaces.MultiDiscrete([9] * 3), "have 8 bins, the student's 9"),
+        (spaces.Box(-1, 1, (2,)), spaces.Box(-2, 2, (2,)), "must act in the same space"),
+        (spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (3,)), "must act in the same space"),
+        (spaces.MultiBinary(2), spaces.MultiBinary(3), "must act in the same space"),
+    ],
+)
+def test_another_action_space_is_refused(teacher, student, message):
+    env = DummyVecEnv([lambda: Other(VECTOR, student)])
+    with pytest.raises(ValueError, match=message):
+        OPD("MlpPolicy", env, teacher=teacher_for(VECTOR, teacher))
+
+
+def test_other_observations_are_refused():
+    env = DummyVecEnv([lambda: Other(VECTOR, spaces.Discrete(2))])
+    with pytest.raises(ValueError, match="expects the observation as"):
+        OPD("MlpPolicy", env, teacher=teacher_for(spaces.Box(-1, 1, (5,)), spaces.Discrete(2)))
+    with pytest.raises(ValueError, match=r"expects a Dict observation of \['a'\]"):
+        observation_adapter(spaces.Dict({"a": VECTOR}), VECTOR)
+    with pytest.raises(ValueError, match=r"does not give \['b'\]"):
+        observation_adapter(spaces.Dict({"a": VECTOR, "b": VECTOR}), spaces.Dict({"a": VECTOR}))
+
+
+def test_the_teacher_sees_its_part_of_the_observation_in_its_own_layout():
+    high = spaces.Box(0, 255, (36, 48, 3), np.uint8)
+    wide = spaces.Box(0, 255, (3, 36, 48), np.uint8)
+    for teacher, env in ((high, wide), (wide, high)):
+        adapt = observation_adapter(spaces.Dict({"picture": teacher}), spaces.Dict({"picture": env, "vector": VECTOR}))
+        seen = adapt({"picture": th.zeros(2, *env.shape), "vector": th.zeros(2, 4)})
+        assert set(seen) == {"picture"} and seen["picture"].shape == (2, *teacher.shape)
+    env = vec(dict_obs=True)
+    assert isinstance(OPD("MultiInputPolicy", env, teacher="expert").env, VecTransposeImage)
+
+
+def test_other_statistics_are_refused():
+    statistics = {"q01": [-1.0, -1.0], "q99": [1.0, 0.5]}
+    policies = [type("Policy", (), {"statistics": s})() for s in (statistics, None)]
+    plain, normalised = (DummyVecEnv([lambda s=s: ActionTokens(Robot(), statistics=s)]) for s in (None, statistics))
+    check_statistics(policies[0], normalised, policies[0])
+    check_statistics(policies[1], plain, policies[1])
+    with pytest.raises(ValueError, match="other statistics than those of the env"):
+        check_statistics(policies[0], plain, policies[0])
+    with pytest.raises(ValueError, match="other statistics than those of the student"):
+        check_statistics(policies[1], plain, policies[0])
+
+
+def test_vla_checkpoint_for_another_env_is_refused(tmp_path):
+    env = ActionTokens(ActionChunk(Robot(), 4))
+    kwargs = dict(teacher="expert", policy_kwargs=dict(body_kwargs=TINY_BODY))
+    OPD("VLAPolicy", env, **kwargs).policy.save_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="does not fit the student's env.*action tokens"):
+        OPD("VLAPolicy", ActionTokens(ActionChunk(Robot(), 8)), **{**kwargs, "teacher": tmp_path})
+
+
+def test_missing_and_broken_teachers(tmp_path):
+    with pytest.raises(ValueError, match="No teacher given, and the zoo has none for CartPole-v1"):
+        OPD("MlpPolicy", "CartPole-v1")
+    with pytest.raises(FileNotFoundError, match="'nobody' not found"):
+        OPD("MlpPolicy", "CartPole-v1", teacher="nobody")
+    (tmp_path / "text.zip").write_text("not a zip")
+    with pytest.raises(ValueError, match="not the zip of a Stable-Baselines3 model"):
+        OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path / "text.zip")
+    with pytest.raises(FileNotFoundError, match="not a VLA checkpoint"):
+        OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path)
+    with pytest.raises(ValueError, match="got int"):
+        OPD("MlpPolicy", "CartPole-v1", teacher=3)
+    recurrent = sb3_contrib.RecurrentPPO("MlpLstmPolicy", "CartPole-v1", device="cpu")
+    with pytest.raises(ValueError, match="recurrent"):
+        OPD("MlpPolicy", "CartPole-v1", teacher=recurrent)
+
+
+def test_the_student_is_not_its_own_teacher():
+    env = vec(1, env="CartPole-v1")
+    student = student_of(env)
+    with pytest.raises(ValueError, match="own policy"):
+        make_teacher(student, env, student)
+
+
+def test_a_teacher_that_gives_nan_is_named():
+    teacher = cartpole_teacher()
+    with th.no_grad():
+        teacher.policy.action_net.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="teacher's outputs are NaN"):
+        OPD("MlpPolicy", "CartPole-v1", teacher=teacher).learn(32)
