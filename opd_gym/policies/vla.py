@@ -19,7 +19,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from opd_gym.policies.tokens import TokenDistribution
@@ -56,11 +56,12 @@ def _image_size(space: spaces.Space) -> tuple[int, int]:
     return (shape[1], shape[2]) if _channels_first(space) else (shape[0], shape[1])
 
 
-class VLAConfig(PreTrainedConfig):
+class VLAConfig(PretrainedConfig):
     """
     What every VLA body must know of the data that it was built for; a body's own configuration derives from it.
 
-    Every argument has a default because transformers builds empty configurations to compare with.
+    Every argument has a default because transformers builds empty configurations to compare with. A derived class needs
+    an ``__init__`` of its own, or transformers 5 gives it one that does not call this.
 
     :param image_keys: keys of the cameras in the observation, in the order in which the body sees them
     :param image_size: height and width of the pictures
