@@ -153,7 +153,7 @@ def token_divergence(student: TokenView, teacher: TokenView, divergence: Diverge
     if divergence not in DIVERGENCES:
         raise ValueError(f"Expected divergence to be one of {DIVERGENCES}, got {divergence!r}.")
     if isinstance(student, CategoricalTokens) and isinstance(teacher, CategoricalTokens):
-        return _categorical_divergence(student.log_probs, teacher.log_probs, divergence)
+        return _categorical_divergence(student, teacher, divergence)
     if isinstance(student, GaussianTokens) and isinstance(teacher, GaussianTokens):
         if student.squashed != teacher.squashed:
             raise ValueError(
@@ -167,21 +167,30 @@ def token_divergence(student: TokenView, teacher: TokenView, divergence: Diverge
     )
 
 
-def _categorical_divergence(student: th.Tensor, teacher: th.Tensor, divergence: Divergence) -> th.Tensor:
+def _categorical_divergence(
+    student: CategoricalTokens, teacher: CategoricalTokens, divergence: Divergence
+) -> th.Tensor:
+    log_p, log_q = student.log_probs, teacher.log_probs
     if divergence == "hard_ce":
-        return -student.gather(-1, teacher.argmax(dim=-1, keepdim=True)).squeeze(-1)
-    # Padding has probability 0 under both; its -inf must not meet that 0, neither here nor in the backward pass
-    padding = th.isneginf(student)
-    teacher = teacher.clamp(min=MIN_LOG_PROB).masked_fill(padding, 0.0)
-    p_student = student.exp()
-    student = student.masked_fill(padding, 0.0)
-    p_teacher = teacher.exp().masked_fill(padding, 0.0)
-    if divergence == "reverse_kl":
-        return (p_student * (student - teacher)).sum(dim=-1)
+        return -log_p.gather(-1, log_q.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    p = log_p.exp()
+    log_q = log_q.clamp(min=MIN_LOG_PROB)
+    q = log_q.exp() if divergence != "reverse_kl" else None
+    padding = student.padding
+    if padding is not None:
+        # Padding has probability 0 under both; its -inf must not meet that 0, neither here nor in the backward pass
+        log_p, log_q = log_p.masked_fill(padding, 0.0), log_q.masked_fill(padding, 0.0)
+        q = None if q is None else q.masked_fill(padding, 0.0)
+    if q is None:
+        return _sum_over_bins(p, log_p - log_q)
     if divergence == "forward_kl":
-        return (p_teacher * (teacher - student)).sum(dim=-1)
-    mixture = th.logaddexp(student, teacher) - math.log(2.0)
-    return 0.5 * (p_student * (student - mixture) + p_teacher * (teacher - mixture)).sum(dim=-1)
+        return _sum_over_bins(q, log_q - log_p)
+    mixture = th.logaddexp(log_p, log_q) - math.log(2.0)
+    return 0.5 * (_sum_over_bins(p, log_p - mixture) + _sum_over_bins(q, log_q - mixture))
+
+
+def _sum_over_bins(probabilities: th.Tensor, values: th.Tensor) -> th.Tensor:
+    return th.einsum("btv,btv->bt", probabilities, values)
 
 
 def _gaussian_divergence(student: GaussianTokens, teacher: GaussianTokens, divergence: Divergence) -> th.Tensor:

@@ -104,6 +104,13 @@ class CategoricalTokens:
 
     log_probs: th.Tensor
 
+    @property
+    def padding(self) -> th.Tensor | None:
+        """Bins that a token does not have, (T, V); None if all tokens have all bins."""
+        # The same in every row, so one row is looked at: a pass over (batch, T, V) is what a loss costs
+        padding = th.isneginf(self.log_probs[:1]).any(dim=0)
+        return padding if bool(padding.any()) else None
+
     def log_prob(self, tokens: th.Tensor) -> th.Tensor:
         """
         :param tokens: (batch, T)
@@ -115,9 +122,10 @@ class CategoricalTokens:
         """
         :return: Entropy of each token, (batch, T)
         """
+        padding = self.padding
         # A padded bin would give 0 * -inf = NaN, in the value and in the gradient
-        finite = self.log_probs.masked_fill(th.isneginf(self.log_probs), 0.0)
-        return -(self.log_probs.exp() * finite).sum(dim=-1)
+        finite = self.log_probs if padding is None else self.log_probs.masked_fill(padding, 0.0)
+        return -th.einsum("btv,btv->bt", self.log_probs.exp(), finite)
 
     def mode(self) -> th.Tensor:
         """
