@@ -60,7 +60,7 @@ class LiberoEnv(gym.Env):
     :param horizon: control steps until truncation; None for the suite's own
     :param visuals: "exact" for LIBERO's own pictures, "light" for simplified visual meshes: much faster without a GPU,
         physics identical
-    :param max_simulators: simulators kept in memory (about 0.4 GB each); the least recently used one goes
+    :param max_simulators: simulators kept in memory (about 0.5 GB each); the least recently used one goes
     :param render_mode: None or "rgb_array"
     :raises ValueError: unknown suite, task id, initial states, visuals or render mode
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,12 @@ def _global_seed(seed: int) -> Iterator[None]:
         np.random.set_state(state)
 
 
+def _trim_memory() -> None:
+    """Compiling a model leaves half a gigabyte of freed memory with the C library; give it back where that can be done."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 @dataclass
 class Snapshot:
     """A whole simulator state, derived quantities included, to go back to."""
@@ -56,9 +63,20 @@ class Simulator:
         from libero.libero.envs import TASK_MAPPING
 
         self.task = task
-        with contextlib.redirect_stdout(io.StringIO()):
-            problem = bddl_utils.get_problem_info(str(task.bddl_file))["problem_name"]
-            self.domain: Any = TASK_MAPPING[problem](
+        problem = bddl_utils.get_problem_info(str(task.bddl_file))["problem_name"]
+        domain_class = TASK_MAPPING[problem]
+        self.domain: Any = domain_class.__new__(domain_class)
+
+        def initialize_sim(xml_string: str | None = None) -> None:
+            domain_class._initialize_sim(self.domain, xml_string)
+            model = self.domain.sim.model._model
+            self._body_pose = model.body_pos.copy(), model.body_quat.copy()
+
+        # Fixtures are placed by editing the model, in the constructor already; every reset starts from the model as it
+        # was compiled, which exists only between these two calls of the constructor.
+        self.domain._initialize_sim = initialize_sim
+        with contextlib.redirect_stdout(io.StringIO()), _global_seed(0):
+            self.domain.__init__(
                 str(task.bddl_file),
                 robots=["Panda"],
                 controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
@@ -73,8 +91,6 @@ class Simulator:
             )
         self.model: mujoco.MjModel = self.domain.sim.model._model
         self.data: mujoco.MjData = self.domain.sim.data._data
-        # Fixtures are placed by editing the model; every reset starts from the model as it was compiled.
-        self._body_pose = self.model.body_pos.copy(), self.model.body_quat.copy()
         self._light = visuals == "light"
         if self._light:
             lighten(self.model, cache_dir() / "light_meshes")
@@ -83,6 +99,8 @@ class Simulator:
         self._init_states: np.ndarray | None = None
         self._stepper: OscStepper | None = None
         self._expert: Any = None
+        self._scratch: Snapshot | None = None
+        _trim_memory()
         robot = self.domain.robots[0]
         self._eef_site = robot.eef_site_id
         self._eef_body = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, robot.robot_model.eef_name)
@@ -164,10 +182,14 @@ class Simulator:
             self._renderer = Renderer(self.model, self._max_size)
         return self._renderer.render(self.data, cameras, size)
 
-    def snapshot(self) -> Snapshot:
-        """The present state; going back to it with :meth:`restore` continues bit by bit."""
+    def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
+        """
+        The present state; going back to it with :meth:`restore` continues bit by bit.
+
+        :param reuse: an old snapshot of this simulator whose memory may be taken
+        """
         assert self._stepper is not None, "reset first"
-        data = mujoco.MjData(self.model)
+        data = mujoco.MjData(self.model) if reuse is None else reuse.data
         mujoco.mj_copyData(data, self.model, self.data)
         return Snapshot(data, self._stepper.state)
 
@@ -198,7 +220,7 @@ class Simulator:
         :param chunk_size: number of steps
         :return: float32 array of shape ``(chunk_size, 7)``
         """
-        before = self.snapshot()
+        before = self._scratch = self.snapshot(self._scratch)
         actions = np.empty((chunk_size, 7), dtype=np.float32)
         for i in range(chunk_size):
             actions[i] = self.expert_action()
