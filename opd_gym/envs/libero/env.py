@@ -254,6 +254,11 @@ class LiberoEnv(gym.Env):
             return None
         return self.simulator.render(("agentview",), RENDER_SIZE)[0]
 
+    @property
+    def has_expert(self) -> bool:
+        """Whether scripted experts can play all the tasks of this env; builds their simulators, which stay in memory."""
+        return all(self._use(task_id).has_expert for task_id in self.task_ids)
+
     def expert_action(self) -> np.ndarray:
         """
         What the task's scripted expert does in the present state.

@@ -200,18 +200,30 @@ class Simulator:
         self._stepper.state = snapshot.controller
         self.domain._post_process()
 
+    @property
+    def has_expert(self) -> bool:
+        """Whether there is a scripted expert for this task."""
+        try:
+            self._make_expert()
+        except NotImplementedError:
+            return False
+        return True
+
+    def _make_expert(self) -> Any:
+        if self._expert is None:
+            from opd_gym.envs.experts import make_expert
+
+            self._expert = make_expert(self.domain)
+        return self._expert
+
     def expert_action(self) -> np.ndarray:
         """
         What the task's scripted expert does in the present state.
 
         :return: float32 array of shape ``(7,)``
-        :raises ValueError: there is no expert for this task
+        :raises NotImplementedError: there is no expert for this task
         """
-        if self._expert is None:
-            from opd_gym.envs.experts import make_expert
-
-            self._expert = make_expert(self.domain)
-        return self._expert()
+        return self._make_expert()()
 
     def expert_chunk(self, chunk_size: int) -> np.ndarray:
         """
