@@ -26,7 +26,7 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
-from stable_baselines3.common.utils import obs_as_tensor, set_random_seed
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer
@@ -149,7 +149,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         self.num_env_steps = 0
         self._n_iterations = 0
         self._n_episodes = 0
-        self._n_groups = 0
+        self._n_announced = 0
         self._group_seed = 0
         self._episode_rng = np.random.default_rng(seed)
         super().__init__(
@@ -205,23 +205,20 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         if portable_kwargs is not None:
             self.policy_kwargs = portable_kwargs()
 
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """
+        Set the environment to go on with.
+
+        :param env: The environment; an id or a raw env is wrapped as in the constructor
+        :param force_reset: Force a reset before training
+        """
+        env = prepare_env(env, self.policy_class, self.policy_kwargs, self.verbose, self.seed)
+        super().set_env(env, force_reset)
+
     @property
     def token_spec(self) -> TokenSpec:
         """Token view of the student's actions."""
         return token_spec(self.action_space, squashed=self.policy.squash_output)
-
-    def set_random_seed(self, seed: int | None = None) -> None:
-        """
-        Seed the pseudo-random generators (python, numpy, pytorch, action space, and the env).
-
-        :param seed: The seed
-        """
-        if seed is None:
-            return
-        set_random_seed(seed, using_cuda=self.device.type == "cuda")
-        self.action_space.seed(seed)
-        if self.env is not None:
-            self.env.seed(seed)
 
     # ------------------------------------------------------------------------------------------------------ episodes
 
@@ -236,10 +233,10 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
 
         :return: None for a worker that is to stand still until the next rollout
         """
-        group, member = divmod(self._n_groups, self.group_size)
+        group, member = divmod(self._n_announced, self.group_size)
         if member == 0:
             self._group_seed = int(self._episode_rng.integers(MAX_SEED))
-        self._n_groups += 1
+        self._n_announced += 1
         return Episode(self._group_seed, group, member)
 
     def _announce_next(self, worker: int) -> None:
@@ -530,6 +527,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         :param iteration: Current logging iteration
         """
         self.logger.record("time/env_steps", self.num_env_steps)
+        self.logger.record("time/episodes", self._n_episodes)
         super().dump_logs(iteration)
 
     def learn(

@@ -62,8 +62,8 @@ class OPD(RolloutAlgorithm):
         None: with the exact estimator, and not with the sampled one
     :param gradient_steps: Minibatches per iteration, with state replay
     :param n_epochs: Passes over the rollout per iteration, with the exact estimator and no state replay
-    :param temperature: Temperature of the student's actions while it collects; the divergence compares the
-        distributions without it
+    :param temperature: Temperature of the student's actions while it collects. The sampled estimator compares student
+        and teacher at this temperature (the actions must be the policy's own), the exact one at temperature 1
     :param max_grad_norm: The maximum value for the gradient clipping
     :param augmentation: "random_shift" shifts each image of a minibatch by up to 1/16 of its size, "random_shift_batch"
         all images of a minibatch alike (cheaper); None for none
@@ -124,11 +124,6 @@ class OPD(RolloutAlgorithm):
                 raise ValueError(
                     'estimator="sampled" is on-policy: old states come with actions of an old student. Use '
                     'state_replay=False, or estimator="exact".'
-                )
-            if temperature != 1.0:
-                raise ValueError(
-                    'estimator="sampled" needs actions of the policy itself: expected temperature=1.0, '
-                    f"got {temperature}."
                 )
             if augmentation is not None:
                 raise ValueError(
@@ -214,6 +209,8 @@ class OPD(RolloutAlgorithm):
         for samples in buffer.get(self.batch_size, rows=buffer.valid_rows()):
             labels = th.as_tensor(buffer.teacher_actions[samples.rows], device=self.device)
             teacher = self._teacher.distribution(samples.observations, labels)
+            if self.estimator == "sampled" and self.temperature != 1.0:
+                teacher = teacher.temper(self.temperature)
             tokens = samples.actions.reshape(len(samples.rows), -1)
             buffer.set_teacher(
                 samples.rows, teacher.log_prob(tokens), teacher.flatten() if buffer.store_distribution else None
@@ -268,7 +265,7 @@ class OPD(RolloutAlgorithm):
         n_trajectories = len(np.unique(buffer.episode_ids[buffer.valid_rows()]))
         metrics: list[DistillationMetrics] = []
         for samples in buffer.get(self.batch_size):
-            student = self._student(samples.observations)
+            student = self._student(samples.observations, self.temperature)
             log_probs = student.log_prob(samples.actions.reshape(len(samples.rows), -1))
             loss, batch_metrics = sampled_opd_loss(
                 log_probs, samples.teacher_log_probs, samples.token_mask, n_trajectories, student.entropy()
