@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import json
 import os
 import re
 import signal
@@ -17,13 +18,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
+from gymnasium import spaces
 from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 import opd_gym
 from opd_gym.envs.registration import LIBERO_IDS
 from opd_gym.evaluation import EvaluationResult
-from opd_gym.zoo import config, load_hyperparams, registry
+from opd_gym.zoo import config, load_hyperparams, quickstart, registry
 from opd_gym.zoo.cli import build_parser, main
 from opd_gym.zoo.runs import RunCheckpoint, checkpoints, make_logger, new_run_dir, plot_learning_curve, read_progress
 from opd_gym.zoo.video import side_by_side, write_video
@@ -432,3 +434,97 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             build_parser().parse_args([command, "--help"])
         assert stop.value.code == 0
         assert "usage: opd-gym" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- quickstart
+
+
+class ToyRobot(gym.Env):
+    """An env of pictures, instructions and two motors: everything that the quickstart needs of LIBERO, in no time."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+    observation_space = spaces.Dict(
+        {
+            "agentview": spaces.Box(0, 255, (16, 16, 3), np.uint8),
+            "proprio": spaces.Box(-np.inf, np.inf, (3,), np.float32),
+            "instruction": spaces.Box(0, 255, (16,), np.uint8),
+        }
+    )
+    action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self, task_ids: tuple[int, ...] = (0, 1), render_mode: str | None = None) -> None:
+        self.task_ids, self.render_mode = task_ids, render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        super().reset(seed=seed)
+        self.task = (options or {}).get("task_id", self.task_ids[0])
+        self.left = 6
+        return self._obs(), {}
+
+    def _obs(self) -> dict[str, np.ndarray]:
+        picture = np.full((16, 16, 3), 40 * self.left, dtype=np.uint8)
+        proprio = np.full(3, self.left, dtype=np.float32)
+        return {"agentview": picture, "proprio": proprio, "instruction": np.full(16, self.task, dtype=np.uint8)}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        self.left -= 1
+        success = bool(self.left <= 0 and action[0] > 0)
+        info = {"is_success": success, "task_id": self.task, "init_state_id": 0}
+        return self._obs(), float(success), self.left <= 0, False, info
+
+    def render(self) -> np.ndarray:  # type: ignore[override]
+        return np.zeros((32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def toy_checkpoints(tmp_path: Path) -> list[Path]:
+    if "ToyRobot-v0" not in gym.registry:
+        gym.register("ToyRobot-v0", ToyRobot)
+    env = opd_gym.make_vec("ToyRobot-v0", chunk_size=2, tokens=True)
+    body = {
+        "action_dim": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "stem_channels": [16, 32],
+        "summary_size": 32,
+    }
+    paths = [tmp_path / "student", tmp_path / "teacher"]
+    for path in paths:
+        policy = opd_gym.VLAPolicy(env.observation_space, env.action_space, lambda _: 0.0, body_kwargs=body)
+        policy.save_checkpoint(path)
+    return paths
+
+
+def test_quickstart(
+    toy_checkpoints: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(quickstart, "OVERHEAD", 0.0)
+    monkeypatch.setattr(quickstart, "MIN_TRAINING", 0.5)
+    student, teacher = map(str, toy_checkpoints)
+    folder = tmp_path / "out"
+    command = ["quickstart", "--env", "ToyRobot-v0", "--student", student, "--teacher", teacher, "-f", str(folder)]
+    command += ["--eval-episodes", "4", "--n-envs", "2", "--device", "cpu", "--hyperparams", "policy:VLAPolicy"]
+    command += ["n_steps:4", "batch_size:8", "gradient_steps:1"]
+    assert main([*command, "--minutes", "0.2"]) == 0
+    wanted = {"results.json", "results.md", "curve.png", "before_after.mp4", "before_after.gif", "model.zip", "policy"}
+    assert wanted <= {path.name for path in folder.iterdir()}
+    results = json.loads((folder / "results.json").read_text())
+    tasks = [episode["task_id"] for episode in results["after"]["episodes"]]
+    assert tasks == [0, 0, 1, 1] == [episode["task_id"] for episode in results["before"]["episodes"]]
+    # Chunks of two actions, episodes of six.
+    assert [episode["steps"] for episode in results["after"]["episodes"]] == [6] * 4
+    assert results["total_seconds"] < 60
+    assert "student before" in (folder / "results.md").read_text()
+
+    monkeypatch.setattr(quickstart, "MIN_TRAINING", 3600.0)
+    capsys.readouterr()
+    assert main([*command, "--minutes", "0.2"]) == 2
+    assert "Raise --minutes" in capsys.readouterr().err
+
+
+def test_quickstart_without_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quickstart", "--env", "CartPole-v1"]) == 2
+    assert "Pass --student" in capsys.readouterr().err

@@ -130,6 +130,8 @@ def build_env(
     token_kwargs: dict[str, Any] = {
         key: settings[key] for key in ("chunk_size", "n_bins", "statistics") if key in settings
     }
+    if token_kwargs:
+        token_kwargs["tokens"] = True
     token_kwargs.update({key: run[key] for key in ("chunk_size", "tokens", "n_bins") if run.get(key) is not None})
     return make_vec(
         env_id,
