@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from opd_gym.envs.experts.articulated import OpenDrawer, TurnKnob
+from opd_gym.envs.experts.geometry import Array
 from opd_gym.envs.experts.pick_place import PickPlace, Placement
+from opd_gym.envs.experts.push import Push
 from opd_gym.envs.experts.scene import Scene
 from opd_gym.envs.experts.servo import Servo, Target
 
@@ -39,25 +42,92 @@ class Expert:
         return self.servo(self.scene, self.skill(self.scene))
 
 
-def _into_basket(site: str, basket: str) -> Callable[[Scene], Placement]:
+class DrawerThenPlace:
+    """
+    Open a drawer, let go of it, and put an object into it.
+
+    :param drawer: Opens the drawer
+    :param place: Puts the object there
+    """
+
+    def __init__(self, drawer: OpenDrawer, place: PickPlace) -> None:
+        self.drawer = drawer
+        self.place = place
+
+    def __call__(self, scene: Scene) -> Target:
+        """
+        What to do in the current state.
+
+        :param scene: Current state
+        """
+        if not self.drawer.is_open(scene):
+            return self.drawer(scene)
+        return self.drawer.retreat(scene) or self.place(scene)
+
+
+def _surface(points: Array, xy: Array, radius: float, below: float = np.inf) -> float:
+    """Highest of the points around a place, and not above a height; minus infinity if there is none."""
+    near = (np.abs(points[:, :2] - xy) < radius).all(axis=1) & (points[:, 2] < below)
+    return float(points[near, 2].max()) if near.any() else -np.inf
+
+
+def _into_container(container: str, site: str) -> Callable[[Scene], Placement]:
+    """Into a basket: let go over the rim."""
+
     def placement(scene: Scene) -> Placement:
         centre, _ = scene.site(site)
-        rim = float(scene.points(scene.body(basket))[:, 2].max())
-        return Placement(centre[:2], rim - 0.005, 0.03, 0.03, basket)
+        rim = float(scene.points(scene.body(container))[:, 2].max())
+        return Placement(centre[:2], rim - 0.005, 0.03, 0.03, container)
 
     return placement
 
 
 def _onto_object(name: str) -> Callable[[Scene], Placement]:
+    """Onto or into another object: the surface in its middle, not its brim, is where the object will stand."""
+
     def placement(scene: Scene) -> Placement:
         centre = scene.position(name)
         points = scene.points(scene.body(name))
-        # The surface in the middle, not the brim: that is where a bowl stands on a plate.
-        inside = points[np.linalg.norm(points[:, :2] - centre[:2], axis=1) < 0.03]
-        surface = float(inside[:, 2].max()) if len(inside) else float(points[:, 2].max())
+        surface = _surface(points, centre[:2], 0.03)
+        if not np.isfinite(surface):
+            surface = float(points[:, 2].max())
         return Placement(centre[:2], surface + 0.004, 0.05, 0.015, name)
 
     return placement
+
+
+def _onto_site(site: str, container: str, offset: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Callable[[Scene], Placement]:
+    """Onto a region of a fixture; the offset is in the frame in which LIBERO checks the region."""
+
+    def placement(scene: Scene) -> Placement:
+        centre, rotation = scene.site(site)
+        centre = centre + rotation.T @ np.asarray(offset)
+        points = [scene.points(body, spacing=0.012) for body in scene.bodies(container)]
+        surface = max((_surface(p, centre[:2], 0.03, float(centre[2]) + 0.05) for p in points), default=-np.inf)
+        height = float(centre[2]) if offset != (0.0, 0.0, 0.0) else max(surface, float(centre[2]))
+        return Placement(centre[:2], height + 0.003, 0.05, 0.02, container)
+
+    return placement
+
+
+def _into_drawer(site: str, container: str) -> Callable[[Scene], Placement]:
+    """Into an open drawer: its floor is the surface below the region."""
+
+    def placement(scene: Scene) -> Placement:
+        centre, _ = scene.site(site)
+        points = [scene.points(body, spacing=0.012) for body in scene.bodies(container)]
+        floor = max((_surface(p, centre[:2], 0.03, float(centre[2])) for p in points), default=-np.inf)
+        return Placement(centre[:2], max(floor, float(centre[2]) - 0.04) + 0.006, 0.1, 0.02, container)
+
+    return placement
+
+
+def _drawer(domain: Any, site: str) -> OpenDrawer:
+    region = domain.object_sites_dict[site]
+    opened = domain.get_object(region.parent_name).object_properties["articulation"]["default_open_ranges"]
+    # LIBERO calls a drawer open beyond the nearer end of the range; a little further is safely open.
+    sign = float(np.sign(sum(opened)))
+    return OpenDrawer(region.joints[0], sign, min(abs(v) for v in opened) + 0.002)
 
 
 def _skill(domain: Any) -> Skill | None:
@@ -65,12 +135,43 @@ def _skill(domain: Any) -> Skill | None:
     if len(goal) != 1:
         return None
     predicate, *arguments = goal[0]
-    objects = domain.objects_dict
-    if predicate == "in" and arguments[1].endswith("_contain_region"):
-        return PickPlace(arguments[0], _into_basket(arguments[1], arguments[1].removesuffix("_contain_region")))
-    if predicate == "on" and arguments[0] in objects and arguments[1] in objects:
-        return PickPlace(arguments[0], _onto_object(arguments[1]))
+    objects, sites = domain.objects_dict, domain.object_sites_dict
+    if predicate == "open" and arguments[0] in sites and sites[arguments[0]].joints:
+        return _drawer(domain, arguments[0])
+    if predicate == "turnon" and arguments[0] in domain.fixtures_dict:
+        fixture = domain.fixtures_dict[arguments[0]]
+        wanted = min(fixture.object_properties["articulation"]["default_turnon_ranges"]) + 0.1
+        return TurnKnob(fixture.joints[0], wanted)
+    if predicate not in ("in", "on") or arguments[0] not in objects:
+        return None
+    name, place = arguments
+    if place in objects:
+        return PickPlace(name, _onto_object(place)) if predicate == "on" else None
+    if place not in sites:
+        return None
+    parent = getattr(sites[place], "parent_name", None)
+    if parent is None:
+        if objects[name].category_name == "plate":
+            return Push(name, lambda scene: scene.site(place)[0][:2])
+        return None
+    if predicate == "in" and parent in objects and place.endswith("contain_region"):
+        return PickPlace(name, _into_container(parent, place))
+    if predicate == "in" and sites[place].joints:
+        return DrawerThenPlace(_drawer(domain, place), PickPlace(name, _into_drawer(place, parent)))
+    if predicate == "on" and parent in domain.fixtures_dict or parent in objects:
+        # A tilted region (the wine rack) reaches from its site upwards along the plank: aim at its middle.
+        tilted = abs(float(Scene(domain).site(place)[1][2, 2])) < 0.9
+        return PickPlace(name, _onto_site(place, parent, (0.0, 0.0, 0.05) if tilted else (0.0, 0.0, 0.0)))
     return None
+
+
+def supports(domain: Any) -> bool:
+    """
+    Whether there is a scripted expert for the task of a domain.
+
+    :param domain: LIBERO's domain (``ControlEnv(...).env``)
+    """
+    return _skill(domain) is not None
 
 
 def make_expert(domain: Any) -> Expert:

@@ -102,6 +102,9 @@ class Gripper:
     :param hand_bottom: Lowest point of the hand above the grip site
     :param hand_along: Half the hand's extent along the closing axis
     :param hand_across: Half the hand's extent across it
+    :param wrist_offset: How far the grip site is further out than the wrist
+    :param wrist_height: How far the wrist is above the grip site
+    :param arm_reach: Largest distance of shoulder and wrist with a comfortably bent elbow
     """
 
     stroke: float = 0.078
@@ -112,6 +115,9 @@ class Gripper:
     hand_bottom: float = 0.024
     hand_along: float = 0.108
     hand_across: float = 0.037
+    wrist_offset: float = 0.088
+    wrist_height: float = 0.204
+    arm_reach: float = 0.685
 
 
 def closing_axis(yaw: float) -> Array:
@@ -167,6 +173,23 @@ def hand_hits(obstacles: Array, position: Array, yaw: float, gripper: Gripper) -
     finger = (relative[:, 2] > -gripper.pad_below) & (across < gripper.pad_half_width + 0.006)
     finger &= (along > 0.5 * gripper.stroke - 0.004) & (along < 0.5 * gripper.stroke + 0.016)
     return int((hand | finger).sum())
+
+
+def overreach(position: Array, shoulder: Array, gripper: Gripper) -> float:
+    """
+    How far a grasp from above stretches the arm beyond what it can do with a bent elbow.
+
+    robosuite's controller does not come out of a straight elbow again: its last centimetres are worth a rotation.
+
+    :param position: Grip site
+    :param shoulder: Position of the arm's shoulder
+    :param gripper: Dimensions of the gripper
+    :return: Distance in m, 0 if the elbow stays bent
+    """
+    relative = position - shoulder
+    out = sqrt(float(relative[0] ** 2 + relative[1] ** 2)) - gripper.wrist_offset
+    up = float(relative[2]) + gripper.wrist_height
+    return max(0.0, sqrt(out * out + up * up) - gripper.arm_reach)
 
 
 def plan_top_grasp(
@@ -237,34 +260,40 @@ def plan_top_grasp(
     return best
 
 
-def plan_rim_grasp(
-    points: Array,
-    rotation: Array,
-    current_yaw: float,
-    current_xy: Array,
-    gripper: Gripper,
-    obstacles: Array | None = None,
-    n_angles: int = 24,
-) -> Grasp | None:
+@dataclass(frozen=True)
+class Rim:
     """
-    Grasp a hollow, round, roughly upright object that is too wide for the gripper (a bowl) by its rim.
+    Rim of a hollow, round object in the frame of its body.
 
-    :param points: (n, 3) points on the surface of the object in the world
-    :param rotation: Orientation of the object; its axis is the one of the three that is nearest to the vertical
-    :param current_yaw: Yaw of the gripper now
-    :param current_xy: Position of the gripper now; the nearer side of the rim is preferred
-    :param gripper: Dimensions of the gripper
-    :param obstacles: (m, 3) points of other objects that the hand should not come down on
-    :param n_angles: Number of places on the rim that are tried
-    :return: The best grasp, or None if the object is not such an object, or lies on its side
+    :param axis: Which of the body's axes is the object's
+    :param sign: +1 or -1: the rim is on the positive or on the negative side
+    :param centre: Where the object's axis is, in the body's two other axes
+    :param level: Height along the axis at which the wall is gripped
+    :param radii: Radius of the wall at equally spaced angles, nan where there is none
+    :param thickness: Radial extent of the wall there
     """
-    k = int(np.argmax(np.abs(rotation[2])))
-    axis = rotation[:, k] * np.sign(rotation[2, k])
-    if axis[2] < 0.75:
-        return None
-    side_u, side_v = rotation[:, (k + 1) % 3], rotation[:, (k + 2) % 3]
-    along = points @ axis
-    flat = np.stack([points @ side_u, points @ side_v], axis=1)
+
+    axis: int
+    sign: float
+    centre: Array
+    level: float
+    radii: Array
+    thickness: Array
+
+
+def find_rim(points: Array, axis: int, sign: float, gripper: Gripper, n_angles: int = 24) -> Rim | None:
+    """
+    Find the rim of an object that is too wide for the gripper but hollow (a bowl).
+
+    :param points: (n, 3) points on the surface in the frame of the body
+    :param axis: Which of the body's axes points up or down
+    :param sign: +1 if it points up
+    :param gripper: Dimensions of the gripper
+    :param n_angles: Number of places on the rim
+    :return: The rim, or None if the object is not hollow and round
+    """
+    along = sign * points[:, axis]
+    flat = points[:, [(axis + 1) % 3, (axis + 2) % 3]]
     rim_height = float(along.max())
     rim = flat[along > rim_height - 0.01]
     centre = 0.5 * (rim.max(axis=0) + rim.min(axis=0))
@@ -272,35 +301,74 @@ def plan_rim_grasp(
     wall = flat[np.abs(along - level) < 0.008] - centre
     if len(wall) < n_angles:
         return None
-    radii = np.linalg.norm(wall, axis=1)
-    radius = float(radii.mean())
-    if 2.0 * radius < gripper.stroke - 0.006 or float(radii.min()) < 0.6 * radius or float(radii.max()) > 1.4 * radius:
+    distances = np.linalg.norm(wall, axis=1)
+    radius = float(distances.mean())
+    # Flat things (plates) have a brim that the pads would slip off.
+    if rim_height - float(along.min()) < 0.03 or 2.0 * radius < gripper.stroke - 0.006:
+        return None
+    if float(distances.min()) < 0.6 * radius or float(distances.max()) > 1.4 * radius:
         return None
     angles = np.arctan2(wall[:, 1], wall[:, 0])
-    middle = centre[0] * side_u + centre[1] * side_v + level * axis
+    radii, thickness = np.full(n_angles, np.nan), np.zeros(n_angles)
+    for j in range(n_angles):
+        offset = (angles - 2.0 * pi * j / n_angles + pi) % (2.0 * pi) - pi
+        window = distances[np.abs(offset) < 0.25]
+        if len(window):
+            radii[j], thickness[j] = window.mean(), window.max() - window.min()
+    return Rim(axis, sign, centre, level, radii, thickness)
+
+
+def plan_rim_grasp(
+    rim: Rim,
+    position: Array,
+    rotation: Array,
+    current_yaw: float,
+    current_xy: Array,
+    gripper: Gripper,
+    obstacles: Array | None = None,
+    shoulder: Array | None = None,
+) -> Grasp:
+    """
+    Grasp a bowl by its rim, one finger inside.
+
+    :param rim: The rim in the frame of the body
+    :param position: Position of the body
+    :param rotation: Orientation of the body
+    :param current_yaw: Yaw of the gripper now
+    :param current_xy: Position of the gripper now; the nearer side of the rim is preferred
+    :param gripper: Dimensions of the gripper
+    :param obstacles: (m, 3) points of other objects that the hand should not come down on
+    :param shoulder: Position of the arm's shoulder; places that would stretch the elbow are avoided
+    :return: The best grasp
+    """
+    side_u, side_v = rotation[:, (rim.axis + 1) % 3], rotation[:, (rim.axis + 2) % 3]
+    middle = position + rim.centre[0] * side_u + rim.centre[1] * side_v + rim.level * rim.sign * rotation[:, rim.axis]
+    radius = float(np.nanmax(rim.radii))
     near = np.empty((0, 3))
     if obstacles is not None and len(obstacles):
         close = np.abs(obstacles[:, :2] - middle[:2]).max(axis=1) < gripper.hand_along + radius + 0.02
         near = obstacles[close & (obstacles[:, 2] > middle[2] - radius - gripper.pad_below)]
     best: Grasp | None = None
     best_cost = np.inf
-    for j in range(n_angles):
-        angle = 2.0 * pi * j / n_angles
-        outwards = cos(angle) * side_u + sin(angle) * side_v
-        window = radii[np.abs((angles - angle + pi) % (2.0 * pi) - pi) < 0.25]
-        if len(window) == 0:
+    for j, wall in enumerate(rim.radii):
+        if np.isnan(wall):
             continue
-        position = middle + float(window.mean()) * outwards
+        angle = 2.0 * pi * j / len(rim.radii)
+        outwards = cos(angle) * side_u + sin(angle) * side_v
+        point = middle + wall * outwards
         yaw = yaw_of_closing_axis(outwards[:2])
         cost = abs(yaw) + 0.4 * abs(wrap_half_turn(yaw - current_yaw))
-        cost += 3.0 * float(np.linalg.norm(position[:2] - current_xy))
+        cost += 3.0 * sqrt(float((point[0] - current_xy[0]) ** 2 + (point[1] - current_xy[1]) ** 2))
         # Of a tilted bowl the high side is the one that the hand reaches without touching the rest.
-        cost += 10.0 * (middle[2] - position[2])
+        cost += 10.0 * float(middle[2] - point[2])
+        if shoulder is not None:
+            cost += 80.0 * overreach(point, shoulder, gripper)
         if cost >= best_cost:
             continue
-        hits = hand_hits(near, position, yaw, gripper)
+        hits = hand_hits(near, point, yaw, gripper)
         cost += 2.0 + 0.05 * min(hits, 40) if hits else 0.0
         if cost < best_cost:
             best_cost = cost
-            best = Grasp(position, yaw, float(window.max() - window.min()), 0.012)
+            best = Grasp(point, yaw, float(rim.thickness[j]), 0.012)
+    assert best is not None
     return best

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opd_gym.envs.experts.geometry import Array, Grasp, Gripper, closing_axis, plan_rim_grasp, plan_top_grasp
+from opd_gym.envs.experts.geometry import Array, Grasp, Gripper, Rim, closing_axis, find_rim, plan_rim_grasp, plan_top_grasp
 from opd_gym.envs.experts.scene import Scene
 from opd_gym.envs.experts.servo import CLOSE, OPEN, Target
 
@@ -61,13 +61,23 @@ class PickPlace:
         self.gripper = gripper or Gripper()
         self.planner = planner or self._plan
         self.hover = hover
+        self._rims: dict[tuple[int, float], Rim | None] = {}
 
     def _plan(self, scene: Scene, body: int) -> Grasp:
         obstacles = scene.obstacles(self.name)
-        points = scene.points(body)
         rotation = scene.data.xmat[body].reshape(3, 3)
-        rim = plan_rim_grasp(points, rotation, scene.yaw, scene.eef[:2], self.gripper, obstacles)
-        return rim or plan_top_grasp(points, scene.yaw, self.gripper, obstacles)
+        axis = int(np.argmax(np.abs(rotation[2])))
+        sign = float(np.sign(rotation[2, axis]))
+        if abs(rotation[2, axis]) > 0.75:
+            if (axis, sign) not in self._rims:
+                self._rims[axis, sign] = find_rim(scene.local_points(body), axis, sign, self.gripper)
+            rim = self._rims[axis, sign]
+            if rim is not None:
+                position = scene.data.xpos[body]
+                return plan_rim_grasp(
+                    rim, position, rotation, scene.yaw, scene.eef[:2], self.gripper, obstacles, scene.shoulder
+                )
+        return plan_top_grasp(scene.points(body), scene.yaw, self.gripper, obstacles)
 
     def _travel_height(self, scene: Scene, grasp: Grasp) -> float:
         """Height of the grip site at which the hand passes over everything between here and the grasp."""

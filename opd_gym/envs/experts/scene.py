@@ -48,6 +48,8 @@ class Scene:
         self.data.qpos[:] = self.model.qpos0
         self.data.qpos[robot._ref_joint_pos_indexes] = robot.init_qpos
         mujoco.mj_kinematics(self.model, self.data)
+        # The second joint of the Panda is its shoulder; it does not move.
+        self.shoulder: Array = self.data.xanchor[int(robot._ref_joint_indexes[1])].copy()
         self.rest_rotation = self.data.site_xmat[self._eef_site].reshape(3, 3).copy()
 
     def _geom(self, name: str) -> int:
@@ -108,6 +110,27 @@ class Scene:
             raise KeyError(f"The simulation has no joint {name!r}.")
         return float(self.data.qpos[self.model.jnt_qposadr[index]])
 
+    def joint_axis(self, name: str) -> tuple[int, Array, Array]:
+        """
+        Where a hinge or slide joint is.
+
+        :param name: Name of the joint
+        :return: Id of the body that it moves, its axis and its anchor in the world
+        """
+        index = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_JOINT, name)
+        return int(self.model.jnt_bodyid[index]), self.data.xaxis[index].copy(), self.data.xanchor[index].copy()
+
+    def geom_box(self, geom: int) -> tuple[Array, Array, Array]:
+        """
+        Bounding box of a geom.
+
+        :param geom: Geom id
+        :return: Centre and rotation in the world, half extents
+        """
+        rotation = self.data.geom_xmat[geom].reshape(3, 3)
+        box = self.model.geom_aabb[geom]
+        return self.data.geom_xpos[geom] + rotation @ box[:3], rotation.copy(), np.asarray(box[3:])
+
     def collision_geoms(self, body: int) -> list[int]:
         """
         Geoms of one body that can touch something.
@@ -139,6 +162,14 @@ class Scene:
                 found.append((name, bodies))
         return found
 
+    def bodies(self, name: str) -> list[int]:
+        """
+        All rigid bodies of an object or fixture that can touch something.
+
+        :param name: Name of the instance
+        """
+        return next((bodies for other, bodies in self._obstacle_bodies if other == name), [])
+
     def obstacles(self, *excluded: str) -> Array:
         """
         Coarse surface points of everything that can be in the way.
@@ -156,7 +187,13 @@ class Scene:
             self._obstacle_cache[excluded] = np.concatenate(clouds) if clouds else np.empty((0, 3))
         return self._obstacle_cache[excluded]
 
-    def _body_points(self, body: int, spacing: float) -> Array:
+    def local_points(self, body: int, spacing: float = 0.006) -> Array:
+        """
+        Points on the collision surface of a rigid body, in its own frame.
+
+        :param body: Body id
+        :param spacing: Distance between neighbouring points in m
+        """
         if (body, spacing) not in self._points:
             clouds = []
             for geom in self.collision_geoms(body):
@@ -179,7 +216,7 @@ class Scene:
         :return: (n, 3) points in the world
         """
         rotation = self.data.xmat[body].reshape(3, 3)
-        return np.asarray(self._body_points(body, spacing) @ rotation.T + self.data.xpos[body])
+        return np.asarray(self.local_points(body, spacing) @ rotation.T + self.data.xpos[body])
 
     def pad_distances(self, body: int, most: float = 0.02) -> tuple[float, float]:
         """

@@ -21,11 +21,13 @@ class Target:
     :param position: Wanted position of the grip site
     :param gripper: ``OPEN`` or ``CLOSE``
     :param yaw: Wanted yaw relative to the rest pose; None keeps the yaw and only undoes tilt
+    :param rotation: Wanted rotation relative to the rest pose for a gripper that does not point down; goes before ``yaw``
     """
 
     position: Array
     gripper: float
     yaw: float | None = None
+    rotation: Array | None = None
 
 
 class Servo:
@@ -81,7 +83,10 @@ class Servo:
         action = np.zeros(7)
         delta = self.position_gain * (target.position - scene.eef) / self.position_scale
         action[:3] = np.clip(delta, -1.0, 1.0)
-        error = self.rotation_error(scene, target.yaw)
+        if target.rotation is None:
+            error = self.rotation_error(scene, target.yaw)
+        else:
+            error = rotation_vector(target.rotation @ scene.rest_rotation @ scene.eef_rotation.T)
         size = float(np.linalg.norm(error))
         if size > self.dead_band:
             action[3:6] = error * (min(size, self.max_rotation) / size) / self.rotation_scale

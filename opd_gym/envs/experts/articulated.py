@@ -1,0 +1,173 @@
+"""Open a drawer by its handle, turn a knob."""
+
+from __future__ import annotations
+
+from math import cos, pi, sin
+
+import numpy as np
+
+from opd_gym.envs.experts.geometry import Array, yaw_of_closing_axis, yaw_rotation
+from opd_gym.envs.experts.scene import Scene
+from opd_gym.envs.experts.servo import CLOSE, OPEN, Target
+
+
+def axis_rotation(axis: Array, angle: float) -> Array:
+    """
+    Rotation matrix about an axis.
+
+    :param axis: Unit vector
+    :param angle: Angle in rad
+    """
+    x, y, z = axis
+    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    return np.eye(3) + sin(angle) * cross + (1.0 - cos(angle)) * cross @ cross
+
+
+class OpenDrawer:
+    """
+    Stateless pulling of a drawer: point the gripper at its front, close on the handle, pull.
+
+    :param joint: Name of the drawer's slide joint
+    :param opening: Direction in which the joint opens, +1 or -1
+    :param wanted: Joint position (times ``opening``) from which the drawer counts as open
+    """
+
+    def __init__(self, joint: str, opening: float, wanted: float) -> None:
+        self.joint = joint
+        self.opening = opening
+        self.wanted = wanted
+        self._handle: int | None = None
+
+    def is_open(self, scene: Scene) -> bool:
+        """
+        Whether the drawer is open far enough.
+
+        :param scene: Current state
+        """
+        return self.opening * scene.joint(self.joint) > self.wanted
+
+    def direction(self, scene: Scene) -> Array:
+        """
+        Horizontal unit vector in which the drawer opens.
+
+        :param scene: Current state
+        """
+        return self.opening * scene.joint_axis(self.joint)[1]
+
+    def handle(self, scene: Scene) -> Array:
+        """
+        Centre of the handle: the part of the drawer that is furthest out.
+
+        :param scene: Current state
+        """
+        body, axis, _ = scene.joint_axis(self.joint)
+        if self._handle is None:
+            boxes = {g: scene.geom_box(g) for g in scene.collision_geoms(body)}
+            out = {g: float(c @ axis) * self.opening + float(np.abs(r.T @ axis) @ h) for g, (c, r, h) in boxes.items()}
+            self._handle = max(out, key=lambda g: out[g])
+        return scene.geom_box(self._handle)[0]
+
+    def retreat(self, scene: Scene) -> Target | None:
+        """
+        Let go of the handle and back off, or None where the gripper is clear of it.
+
+        :param scene: Current state
+        """
+        direction = self.direction(scene)
+        offset = scene.eef - self.handle(scene)
+        tilted = -float(scene.eef_rotation[2, 2]) < 0.8
+        if not tilted or float(np.linalg.norm(offset)) > 0.13:
+            return None
+        away = 0.06 * direction + (np.array([0.0, 0.0, 0.05]) if float(offset @ direction) > 0.05 else 0.0)
+        rotation = None if float(offset @ direction) > 0.07 else self._rotation(direction)
+        return Target(scene.eef + away, OPEN, 0.0, rotation)
+
+    def _rotation(self, direction: Array) -> Array:
+        # From pointing down to pointing against the front; the fingers then close vertically on a horizontal bar.
+        return axis_rotation(np.cross([0.0, 0.0, -1.0], -direction), pi / 2)
+
+    def __call__(self, scene: Scene) -> Target:
+        """
+        What to do in the current state.
+
+        :param scene: Current state
+        """
+        direction = self.direction(scene)
+        rotation = self._rotation(direction)
+        handle = self.handle(scene)
+        offset = handle - scene.eef
+        depth = float(offset @ direction)
+        lateral = offset - depth * direction
+        side = float(np.linalg.norm(lateral))
+        body = scene.joint_axis(self.joint)[0]
+        touching = max(scene.pad_distances(body)) < 0.002
+        turned = float((rotation @ scene.rest_rotation)[:, 2] @ scene.eef_rotation[:, 2])
+        at_handle = abs(depth) < 0.02 and side < 0.025 and turned > 0.9
+        if touching and at_handle and scene.gap < 0.06:
+            if scene.finger_speed > 0.03:
+                return Target(scene.eef.copy(), CLOSE, None, rotation)
+            return Target(scene.eef + 0.08 * direction + np.array([0.0, 0.0, lateral[2]]), CLOSE, None, rotation)
+        closing = 0.004 < scene.gap < 0.072
+        if at_handle and (closing or (abs(depth) < 0.008 and side < 0.015)):
+            return Target(scene.eef.copy(), CLOSE, None, rotation)
+        # Funnel along the opening direction; far out until the gripper points at the front.
+        out = 0.12 if turned < 0.8 else min(0.1, 4.0 * max(0.0, side - 0.008)) + (0.05 if turned < 0.95 else 0.0)
+        if scene.gap < 0.06 and abs(depth) < 0.06:
+            out = max(out, 0.08)
+        goal = handle + out * direction
+        if turned < 0.8:
+            # Turning sweeps the hand sideways: keep it above and outside meanwhile.
+            goal = goal + np.array([0.0, 0.0, 0.02])
+        return Target(goal, OPEN, None, rotation)
+
+
+class TurnKnob:
+    """
+    Stateless turning of a knob with a ridge: grip the ridge from above, turn with the wrist.
+
+    :param joint: Name of the knob's hinge joint
+    :param wanted: Joint position from which the knob counts as turned
+    :param hover: Height from which the gripper descends
+    """
+
+    def __init__(self, joint: str, wanted: float, hover: float = 0.08) -> None:
+        self.joint = joint
+        self.wanted = wanted
+        self.hover = hover
+        self._ridge: int | None = None
+
+    def __call__(self, scene: Scene) -> Target:
+        """
+        What to do in the current state.
+
+        :param scene: Current state
+        """
+        body, axis, anchor = scene.joint_axis(self.joint)
+        if self._ridge is None:
+            boxes = {g: scene.geom_box(g) for g in scene.collision_geoms(body)}
+            self._ridge = max(boxes, key=lambda g: float(boxes[g][0][2] + np.abs(boxes[g][1][2]) @ boxes[g][2]))
+        centre, rotation, half = scene.geom_box(self._ridge)
+        top = float(centre[2] + np.abs(rotation[2]) @ half)
+        extents = np.linalg.norm(rotation[:2] * half, axis=0)
+        length = rotation[:2, int(np.argmax(extents))]
+        ridge_yaw = yaw_of_closing_axis(np.array([-length[1], length[0]]))
+        # Off the hinge the ridge would be pushed, not turned, so the grip is where the hinge is along the ridge.
+        along = length / np.linalg.norm(length)
+        spot = centre[:2] + float((anchor[:2] - centre[:2]) @ along) * along
+        goal = np.array([spot[0], spot[1], top - 0.012])
+        offset = goal - scene.eef
+        side = float(np.linalg.norm(offset[:2]))
+        touching = max(scene.pad_distances(body)) < 0.0015
+        near = side < 0.02 and abs(offset[2]) < 0.015
+        position = scene.joint(self.joint)
+        error = (ridge_yaw - scene.yaw + pi / 2) % pi - pi / 2
+        if near and touching and scene.gap < 0.07 and scene.finger_speed < 0.03:
+            lead = 0.4 * float(np.sign(self.wanted - position)) * float(np.sign(axis[2]))
+            return Target(goal, CLOSE, None, yaw_rotation(scene.yaw + lead))
+        if near and abs(error) < 0.5 and (scene.gap < 0.072 or (side < 0.01 and abs(offset[2]) < 0.008)):
+            return Target(goal, CLOSE, ridge_yaw)
+        rise = min(self.hover, 5.0 * max(0.0, side - 0.01)) + (0.04 if abs(error) > 0.25 or scene.gap < 0.06 else 0.0)
+        height = goal[2] + rise
+        freedom = float(np.clip(1.0 - (height - float(scene.eef[2]) - 0.015) / 0.03, 0.0, 1.0))
+        xy = scene.eef[:2] + freedom * offset[:2]
+        return Target(np.array([xy[0], xy[1], height]), OPEN, ridge_yaw)
