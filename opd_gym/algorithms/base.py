@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -30,13 +30,15 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer
-from opd_gym.envs.registration import make_vec
+from opd_gym.envs.registration import CHUNK_SIZES, bare_id, make_vec
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.policies.tokens import TokenSpec, TokenView, distribution_and_values, token_spec, token_view
 
 SelfRolloutAlgorithm = TypeVar("SelfRolloutAlgorithm", bound="RolloutAlgorithm")
 
 DEFAULT_CHUNK_SIZE = 8
+# Of the settings of a checkpoint, those that the env itself takes
+ENV_SETTINGS = ("image_size", "cameras")
 # Gymnasium and NumPy take seeds of 32 bits
 MAX_SEED = 2**31
 
@@ -648,9 +650,11 @@ def prepare_env(
     :return: The env, ready for the policy
     """
     requires_tokens = getattr(policy_class, "requires_tokens", False)
-    settings = _token_settings(policy_kwargs or {}) if requires_tokens else {}
+    settings = checkpoint_settings(policy_kwargs or {}) if requires_tokens else {}
     if isinstance(env, str):
-        env = make_vec(env, seed=seed, tokens=requires_tokens or None, **settings)
+        env = _make_from_id(env, requires_tokens, settings, seed)
+    for key in ENV_SETTINGS:
+        settings.pop(key, None)
     if not requires_tokens or isinstance(env.action_space, spaces.MultiDiscrete):
         return env
     if isinstance(env, VecEnv):
@@ -672,15 +676,43 @@ def prepare_env(
     return env
 
 
-def _token_settings(policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Chunk size, bins and statistics that the policy's body was made for, as far as they are known before the env."""
+def _make_from_id(env_id: str, requires_tokens: bool, settings: dict[str, Any], seed: int | None) -> VecEnv:
+    """An env from its id alone: a benchmark's with the cameras, workers and wrappers that the zoo has for it."""
+    if bare_id(env_id) not in CHUNK_SIZES:
+        return make_vec(env_id, seed=seed, tokens=requires_tokens or None, **_without(settings, ENV_SETTINGS))
+    # Here, because the zoo's command line imports the algorithms
+    from opd_gym.zoo.config import load_hyperparams, split_hyperparams
+    from opd_gym.zoo.train import build_env
+
+    run, _ = split_hyperparams("opd", load_hyperparams("opd", env_id))
+    return build_env(env_id, run, seed=seed, settings=settings)
+
+
+def _without(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in keys}
+
+
+def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What an env must be like for a token policy, as far as that is known before there is an env.
+
+    :param policy_kwargs: Keyword arguments of the policy: its ``checkpoint``, or the configuration of its body
+    :return: ``chunk_size``, ``n_bins``, ``statistics`` (arguments of ``make_vec``), ``image_size`` and ``cameras`` (of
+        the env), those that are known
+    """
     checkpoint = policy_kwargs.get("checkpoint")
     config = policy_kwargs.get("body_kwargs") or {}
-    if checkpoint is not None and pathlib.Path(checkpoint).expanduser().exists():
-        from opd_gym.policies.vla import read_checkpoint_config
+    if checkpoint is not None:
+        from opd_gym.policies.vla import locate_checkpoint, read_checkpoint_config
 
-        config = read_checkpoint_config(checkpoint)[1].to_dict()
+        directory = locate_checkpoint(checkpoint)
+        if directory is not None:
+            config = read_checkpoint_config(directory)[1].to_dict()
     settings = {key: config[key] for key in ("n_bins", "statistics") if config.get(key) is not None}
     if "n_tokens" in config and "action_dim" in config:
         settings["chunk_size"] = config["n_tokens"] // config["action_dim"]
+    if config.get("image_size"):
+        settings["image_size"] = int(config["image_size"][0])
+    if config.get("image_keys"):
+        settings["cameras"] = tuple(config["image_keys"])
     return settings

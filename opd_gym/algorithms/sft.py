@@ -19,7 +19,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 
-from opd_gym.algorithms.base import RolloutAlgorithm, _token_settings
+from opd_gym.algorithms.base import RolloutAlgorithm, checkpoint_settings
 from opd_gym.algorithms.buffers import random_shift
 from opd_gym.algorithms.losses import masked_mean
 from opd_gym.demonstrations import Demonstrations, PathLike
@@ -246,7 +246,7 @@ class SFT(RolloutAlgorithm):
             self.observation_space = demonstrations.observation_space
             n_bins = None
             if self._requires_tokens:
-                n_bins = _token_settings(self.policy_kwargs).get("n_bins", DEFAULT_N_BINS)
+                n_bins = checkpoint_settings(self.policy_kwargs).get("n_bins", DEFAULT_N_BINS)
             self.action_space = demonstrations.action_space(n_bins)
         self.set_random_seed(self.seed)
         if not issubclass(self.policy_class, ActorCriticPolicy):
@@ -269,7 +269,7 @@ class SFT(RolloutAlgorithm):
     def _read(self, paths: PathLike | Sequence[PathLike]) -> Demonstrations:
         kwargs: dict[str, Any] = dict(chunk_size=self.chunk_size, image_size=self.image_size)
         if self._requires_tokens:
-            kwargs["chunk_size"] = _token_settings(self.policy_kwargs).get("chunk_size", self.chunk_size)
+            kwargs["chunk_size"] = checkpoint_settings(self.policy_kwargs).get("chunk_size", self.chunk_size)
         space = getattr(self, "observation_space", None)
         if isinstance(space, spaces.Dict):
             images = {key: box for key, box in space.spaces.items() if is_image_space(box)}

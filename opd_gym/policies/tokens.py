@@ -53,7 +53,8 @@ class TokenDistribution(Distribution):
     def proba_distribution(self, logits: th.Tensor) -> TokenDistribution:
         if logits.dim() != 3:
             raise ValueError(f"Expected logits of shape (batch, tokens, bins), got {tuple(logits.shape)}.")
-        self.distribution = Categorical(logits=logits)
+        # Not validated: the check costs as much as the softmax, and VLAPolicy refuses logits that are not finite.
+        self.distribution = Categorical(logits=logits, validate_args=False)
         return self
 
     @property

@@ -131,7 +131,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from opd_gym.evaluation import evaluate_success
     from opd_gym.zoo.config import parse_overrides
     from opd_gym.zoo.registry import resolve_checkpoint
-    from opd_gym.zoo.train import build_env, checkpoint_settings, default_episodes, default_threshold, load_predictor
+    from opd_gym.zoo.train import build_env, settings_of, default_episodes, default_threshold, load_predictor
     from opd_gym.zoo.video import write_video
 
     film = args.command != "eval"
@@ -144,7 +144,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if film:
         env_kwargs["render_mode"] = "rgb_array"
     env_kwargs.update(parse_overrides(args.env_kwargs))
-    env = build_env(args.env, n_envs=args.n_envs, seed=args.seed, settings=checkpoint_settings(path), **env_kwargs)
+    env = build_env(args.env, n_envs=args.n_envs, seed=args.seed, settings=settings_of(path), **env_kwargs)
     try:
         episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
         threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(args.env)

@@ -101,9 +101,17 @@ def read_hyperparams(path: Path) -> dict[str, Any]:
     return values
 
 
+def suite_id(env_id: str) -> str:
+    """
+    :param env_id: environment id
+    :return: ``LiberoObject-v0`` for ``LiberoObjectTask3-v0``; other ids as they are
+    """
+    return re.sub(r"Task\d+(-v\d+)$", r"\1", env_id)
+
+
 def load_hyperparams(algo: str, env_id: str, path: Path | str | None = None) -> dict[str, Any]:
     """
-    Hyperparameters for an environment, ``default`` where it has no entry of its own.
+    Hyperparameters for an environment. A single task without an entry of its own has its suite's; else ``default``.
 
     :param algo: "opd", "grpo", "ppo" or "sft"
     :param env_id: environment id, with or without ``opd_gym:``
@@ -117,7 +125,7 @@ def load_hyperparams(algo: str, env_id: str, path: Path | str | None = None) -> 
         raise FileNotFoundError(f"No hyperparameters of {algo!r}: expected them in {path}.")
     entries = read_hyperparams(path)
     bare = env_id.split(":")[-1]
-    for key in (bare, "default"):
+    for key in (bare, suite_id(bare), "default"):
         if key in entries:
             values = entries[key]
             if not isinstance(values, dict):

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from opd_gym.zoo.train import (
         TrainArgs,
         build_env,
-        checkpoint_settings,
+        settings_of,
         complete_hyperparams,
         default_episodes,
     )
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     env_kwargs: dict[str, Any] = {"render_mode": "rgb_array"}
     if args.task_ids:
         env_kwargs["task_ids"] = tuple(args.task_ids)
-    settings = checkpoint_settings(Path(student))
+    settings = settings_of(Path(student))
     print(f"Student {Path(student).name}, teacher {teacher}, on {args.env} (LIBERO's own simulator)", flush=True)
     env = build_env(args.env, run_values, args.n_envs, args.seed, settings, **env_kwargs)
     try:

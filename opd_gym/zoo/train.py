@@ -75,30 +75,19 @@ class TrainArgs:
     verbose: int = 0
 
 
-def checkpoint_settings(path: Path) -> dict[str, Any]:
+def settings_of(path: Path) -> dict[str, Any]:
     """
     What an env must be like for a checkpoint.
 
     :param path: directory of a VLA checkpoint, or zip of a model
-    :return: ``chunk_size``, ``n_bins``, ``statistics``, ``image_size`` and ``cameras``; empty if it is no VLA
+    :return: see :func:`opd_gym.algorithms.base.checkpoint_settings`; empty if it is no VLA
     """
-    if path.is_dir():
-        from opd_gym.policies.vla import read_checkpoint_config
+    from opd_gym.algorithms.base import checkpoint_settings
 
-        values: Mapping[str, Any] = read_checkpoint_config(path)[1].to_dict()
-    else:
-        data, _, _ = load_from_zip_file(path, device="cpu")
-        values = ((data or {}).get("policy_kwargs") or {}).get("body_kwargs") or {}
-    if not {"n_tokens", "action_dim", "n_bins"} <= set(values):
-        return {}
-    settings: dict[str, Any] = {"chunk_size": values["n_tokens"] // values["action_dim"], "n_bins": values["n_bins"]}
-    if values.get("statistics"):
-        settings["statistics"] = values["statistics"]
-    if values.get("image_size"):
-        settings["image_size"] = int(values["image_size"][0])
-    if values.get("image_keys"):
-        settings["cameras"] = tuple(values["image_keys"])
-    return settings
+    if path.is_dir():
+        return checkpoint_settings({"checkpoint": path})
+    data, _, _ = load_from_zip_file(path, device="cpu")
+    return checkpoint_settings({"body_kwargs": ((data or {}).get("policy_kwargs") or {}).get("body_kwargs")})
 
 
 def build_env(
@@ -116,7 +105,8 @@ def build_env(
     :param run: the part of the configuration about the env, see :func:`opd_gym.zoo.config.split_hyperparams`
     :param n_envs: number of workers; None for what the configuration says
     :param seed: seed of the workers
-    :param settings: what a checkpoint needs, see :func:`checkpoint_settings`; the configuration wins
+    :param settings: what a checkpoint needs, see :func:`settings_of`; it wins over the configuration where it
+        comes to pictures
     :param env_kwargs: keyword arguments of the env that win over the configuration's
     :return: the env
     """
@@ -125,8 +115,8 @@ def build_env(
     kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
     if bare_id(env_id) in LIBERO_IDS:
         for key in ("image_size", "cameras"):
-            if key in settings:
-                kwargs.setdefault(key, settings[key])
+            if key in settings and key not in env_kwargs:
+                kwargs[key] = settings[key]
     token_kwargs: dict[str, Any] = {
         key: settings[key] for key in ("chunk_size", "n_bins", "statistics") if key in settings
     }
@@ -312,7 +302,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
         data, weights, _ = load_from_zip_file(start, device="cpu")
         kwargs["policy_kwargs"] = {**((data or {}).get("policy_kwargs") or {}), **kwargs["policy_kwargs"]}
     source = saved[-1] if saved else start
-    settings = checkpoint_settings(Path(source)) if source is not None else {}
+    settings = settings_of(Path(source)) if source is not None else {}
     env = build_env(args.env, run, seed=args.seed, settings=settings)
     try:
         if saved:
