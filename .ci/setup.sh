@@ -48,7 +48,7 @@ install() {
     want="$(pwd) $(cat setup.cfg pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)"
     if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && .venv/bin/python -c 'import opd_gym' >/dev/null 2>&1; then return; fi
     say "Installing opd_gym[$extras] (a few minutes the first time)"
-    local pip=".venv/bin/python -m pip --disable-pip-version-check -q"
+    local pip=".venv/bin/python -m pip --disable-pip-version-check -qq"
     if ! .venv/bin/python -c 'import torch' >/dev/null 2>&1 && ! nvidia-smi >/dev/null 2>&1; then
         # Without a GPU the CUDA build is gigabytes for nothing. Only some package indexes offer the CPU build.
         $pip install "$(grep '^torch==' constraints.txt)+cpu" -c <(grep -v '^torch==' constraints.txt) >/dev/null 2>&1 ||
