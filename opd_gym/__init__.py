@@ -18,7 +18,8 @@ __version__ = "0.1.0"
 
 __all__ = ["GRPO", "OPD", "PPO", "SFT", "VLAPolicy", "__version__", "make_vec"]
 
-# Loaded at first use: a simulator worker imports this package for its environment ids and has no need of torch's models.
+# Loaded at first use: a simulator worker imports this package for its environment ids and has no need of torch's
+# models.
 _LAZY = {
     "GRPO": "opd_gym.algorithms.grpo",
     "OPD": "opd_gym.algorithms.opd",

@@ -51,7 +51,11 @@ def state(simulator):
 @pytest.mark.parametrize(("suite", "task_id"), [("libero_object", 4), ("libero_goal", 3), ("libero_10", 8)])
 def test_bit_identical_to_stock_libero(suite, task_id):
     """Placement, settling, control steps: robosuite's own env, newly built and hard-reset, against ours."""
-    kwargs = {"camera_heights": 64, "camera_widths": 64} if suite == "libero_object" else {"camera_heights": 8, "camera_widths": 8}
+    kwargs = (
+        {"camera_heights": 64, "camera_widths": 64}
+        if suite == "libero_object"
+        else {"camera_heights": 8, "camera_widths": 8}
+    )
     stock = stock_env(suite, task_id, **kwargs)
     ours = Simulator(tasks(suite)[task_id])
     with _global_seed(5):
@@ -295,7 +299,12 @@ def test_leaves_no_traceback_and_no_files(tmp_path):
     log = "/tmp/robosuite.log"
     before = os.stat(log).st_mtime_ns if os.path.exists(log) else None
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=variables, stdin=subprocess.DEVNULL, timeout=300
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "" and result.stderr == ""

@@ -20,7 +20,7 @@ def _camel(suite: str) -> str:
 
 
 def _table() -> dict[str, dict[str, Any]]:
-    table = {f"{_camel(suite)}-v0": {"suite": suite} for suite in SUITES}
+    table: dict[str, dict[str, Any]] = {f"{_camel(suite)}-v0": {"suite": suite} for suite in SUITES}
     for suite in CLASSIC_SUITES:
         table |= {f"{_camel(suite)}Task{i}-v0": {"suite": suite, "task_ids": (i,)} for i in range(N_TASKS[suite])}
     return table
@@ -57,7 +57,8 @@ def make_env_fn(
     wrapper: Callable[[gym.Env], gym.Env] | None = None,
 ) -> Callable[[], gym.Env]:
     """
-    A function that builds one worker's env: ``env -> wrapper -> ActionChunk -> ActionTokens -> Monitor -> EpisodeControl``.
+    A function that builds one worker's env: ``env -> wrapper -> ActionChunk -> ActionTokens -> Monitor ->
+    EpisodeControl``.
 
     :param env_id: registered id
     :param env_kwargs: keyword arguments of the env
@@ -97,7 +98,7 @@ def make_vec(
     n_bins: int = 256,
     statistics: Statistics | None = None,
     wrapper: Callable[[gym.Env], gym.Env] | None = None,
-    vec_env_cls: type[VecEnv] | None = None,
+    vec_env_cls: Callable[..., VecEnv] | None = None,
 ) -> VecEnv:
     """
     The vectorised env that the algorithms of this library train on, one process a worker.
@@ -116,6 +117,6 @@ def make_vec(
         raise ValueError(f"n_envs must be at least 1, got {n_envs}.")
     build = make_env_fn(env_id, env_kwargs, chunk_size, tokens, n_bins, statistics, wrapper)
     cls = vec_env_cls or (SubprocVecEnv if n_envs > 1 and bare_id(env_id) in CHUNK_SIZES else DummyVecEnv)
-    env = cls([build] * n_envs)  # type: ignore[call-arg]
+    env = cls([build] * n_envs)
     env.seed(seed)
     return env

@@ -39,7 +39,9 @@ def _bounds(statistics: Statistics, action_dim: int) -> tuple[np.ndarray, np.nda
     mask = np.asarray(statistics.get("mask", np.ones_like(low, dtype=bool)), dtype=bool)
     for name, value in (("q01", low), ("q99", high), ("mask", mask)):
         if value.shape != (action_dim,):
-            raise ValueError(f"statistics[{name!r}] must have shape ({action_dim},), one entry an action dimension, got {value.shape}.")
+            raise ValueError(
+                f"statistics[{name!r}] must have shape ({action_dim},), one entry a dimension, got {value.shape}."
+            )
     return low, high, mask
 
 
@@ -47,7 +49,8 @@ def encode_actions(actions: np.ndarray, statistics: Statistics | None = None, n_
     """
     Continuous actions to action tokens, OpenVLA's binning.
 
-    :param actions: float array of shape ``(..., D)``; in [-1, 1], or in the data set's units if ``statistics`` are given
+    :param actions: float array of shape ``(..., D)``; in [-1, 1], or in the data set's units if ``statistics`` are
+        given
     :param statistics: ``{"q01": (D,), "q99": (D,), "mask": (D,)}`` of the data set the policy was trained on
     :param n_bins: number of tokens of one action dimension
     :return: int64 array of the same shape, tokens in ``[0, n_bins - 1]``
@@ -65,7 +68,8 @@ def decode_tokens(tokens: np.ndarray, statistics: Statistics | None = None, n_bi
     Action tokens to continuous actions, the inverse of :func:`encode_actions` up to half a bin.
 
     :param tokens: integer array of shape ``(..., D)``
-    :param statistics: see :func:`encode_actions`; the un-normalisation is OpenVLA's ``0.5 (x + 1) (q99 - q01 + 1e-8) + q01``
+    :param statistics: see :func:`encode_actions`; the un-normalisation is OpenVLA's ``0.5 (x + 1) (q99 - q01 + 1e-8) +
+        q01``
     :param n_bins: number of tokens of one action dimension
     :return: float32 array of the same shape
     """
@@ -80,7 +84,8 @@ class ActionChunk(gym.Wrapper):
     """
     One step of this env is one decision: a chunk of actions that are executed one after the other.
 
-    A finished episode ends inside the chunk; ``info["n_executed"]`` says how many actions ran. Rewards are summed. An env
+    A finished episode ends inside the chunk; ``info["n_executed"]`` says how many actions ran. Rewards are summed. An
+    env
     whose observations are costly may offer a boolean attribute ``observe``: it is False for all but the last action of
     a chunk, because nobody looks at the observations between two decisions.
 
@@ -92,7 +97,9 @@ class ActionChunk(gym.Wrapper):
         super().__init__(env)
         space = env.action_space
         if not isinstance(space, spaces.Box) or len(space.shape) != 1:
-            raise ValueError(f"ActionChunk needs a Box action space of shape (D,), got {space}. Wrap the raw env, before ActionTokens.")
+            raise ValueError(
+                f"ActionChunk needs a Box action space of shape (D,), got {space}. Wrap the raw env."
+            )
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.chunk_size = chunk_size
@@ -185,7 +192,8 @@ class ActionTokens(gym.ActionWrapper):
 
     def step(self, action: np.ndarray) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """
-        As the wrapped env's, with ``info["n_executed_tokens"]``: so many of the first tokens of ``action`` were executed.
+        As the wrapped env's, with ``info["n_executed_tokens"]``: so many of the first tokens of ``action`` were
+        executed.
 
         :param action: integer array of shape ``(K * D,)``
         """
@@ -271,7 +279,9 @@ class EpisodeControl(gym.Wrapper):
         return self._obs, reward, terminated, truncated, info
 
     def expert_action(self) -> Any:
-        """The wrapped env's expert label; while frozen the last action of the space's sample shape is not needed, zeros."""
+        """
+        The wrapped env's expert label; while frozen the last action of the space's sample shape is not needed, zeros.
+        """
         if self._frozen:
             return np.zeros(self.action_space.shape, dtype=self.action_space.dtype)
         return self.env.get_wrapper_attr("expert_action")()

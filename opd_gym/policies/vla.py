@@ -465,7 +465,7 @@ class VLAPolicy(ActorCriticPolicy):
         temporary = directory / f".tmp-{os.getpid()}"
         try:
             with _no_progress_bars():
-                body = self.body if dtype is None else copy.deepcopy(self.body).to(dtype)
+                body = self.body if dtype is None else copy.deepcopy(self.body).to(dtype=dtype)  # type: ignore[call-arg,arg-type]
                 body.save_pretrained(temporary)
             written = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_FILE)
             for path in written:

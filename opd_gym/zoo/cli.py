@@ -131,7 +131,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from opd_gym.evaluation import evaluate_success
     from opd_gym.zoo.config import parse_overrides
     from opd_gym.zoo.registry import resolve_checkpoint
-    from opd_gym.zoo.train import build_env, settings_of, default_episodes, default_threshold, load_predictor
+    from opd_gym.zoo.train import build_env, default_episodes, default_threshold, load_predictor, settings_of
     from opd_gym.zoo.video import write_video
 
     film = args.command != "eval"

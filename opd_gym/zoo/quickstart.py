@@ -93,9 +93,9 @@ def run(args: argparse.Namespace) -> int:
     from opd_gym.zoo.train import (
         TrainArgs,
         build_env,
-        settings_of,
         complete_hyperparams,
         default_episodes,
+        settings_of,
     )
 
     overrides = list(args.hyperparams)

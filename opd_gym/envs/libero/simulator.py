@@ -34,7 +34,9 @@ def _global_seed(seed: int) -> Iterator[None]:
 
 
 def _trim_memory() -> None:
-    """Compiling a model leaves half a gigabyte of freed memory with the C library; give it back where that can be done."""
+    """
+    Compiling a model leaves half a gigabyte of freed memory with the C library; give it back where that can be done.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -114,8 +116,9 @@ class Simulator:
             expected = 1 + self.model.nq + self.model.nv
             if states.shape[1] != expected:
                 raise ValueError(
-                    f"The official initial states of {self.task.suite!r}, task {self.task.task_id}, have {states.shape[1]} "
-                    f'entries, the task\'s model needs {expected}: the files do not fit together. Use init_states="sampled".'
+                    f"The official initial states of {self.task.suite!r}, task {self.task.task_id}, have "
+                    f"{states.shape[1]} entries, its model needs {expected}: the files do not fit together. "
+                    'Use init_states="sampled".'
                 )
             self._init_states = states
         return self._init_states
@@ -171,10 +174,13 @@ class Simulator:
 
     def proprio(self) -> np.ndarray:
         """
-        :return: float32 array of shape ``(9,)``: end-effector position (m), its quaternion (x, y, z, w), finger positions (m)
+        :return: float32 array of shape ``(9,)``: end-effector position (m), its quaternion (x, y, z, w), finger
+            positions (m)
         """
         quat = self.data.xquat[self._eef_body][[1, 2, 3, 0]]
-        return np.concatenate([self.data.site_xpos[self._eef_site], quat, self.data.qpos[self._gripper_qpos]]).astype(np.float32)
+        return np.concatenate([self.data.site_xpos[self._eef_site], quat, self.data.qpos[self._gripper_qpos]]).astype(
+            np.float32
+        )
 
     def render(self, cameras: tuple[str, ...], size: int) -> list[np.ndarray]:
         """See :meth:`Renderer.render`."""

@@ -1,4 +1,7 @@
-"""LIBERO's suites: which exist, their horizons, and what one of their tasks is. Nothing here imports LIBERO until it is needed."""
+"""
+LIBERO's suites: which exist, their horizons, and what one of their tasks is. Nothing here imports LIBERO until it is
+needed.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,8 @@ def tasks(suite: str) -> tuple[TaskSpec, ...]:
         bddl_file = bddl_root / task.problem_folder / task.bddl_file
         if not bddl_file.exists():
             raise ValueError(
-                f"The installed LIBERO names the suite {suite!r} but does not ship its task files ({bddl_file.name} is missing)."
+                f"The installed LIBERO names the suite {suite!r} but does not ship its task files "
+                f"({bddl_file.name} is missing)."
             )
         stem = init_root / task.problem_folder / task.init_states_file
         found.append(TaskSpec(suite, i, task.name, task.language, bddl_file.resolve(), (Path(f"{stem}.npz"), stem)))
@@ -124,7 +128,12 @@ def _load_torch_states(path: Path) -> np.ndarray:
     """The original LIBERO stores a NumPy array with torch.save; only the classes an array needs are allowed to load."""
     import torch
 
-    allowed = [np.ndarray, np.dtype, type(np.dtype(np.float64)), getattr(np, "_core", np.core)._multiarray_umath._reconstruct]  # type: ignore[attr-defined]
+    allowed = [
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.float64)),
+        getattr(np, "_core", np.core)._multiarray_umath._reconstruct,
+    ]  # type: ignore[attr-defined]
     try:
         with torch.serialization.safe_globals(allowed):
             states = torch.load(path, weights_only=True)
