@@ -469,6 +469,7 @@ class VLAPolicy(ActorCriticPolicy):
                 body.save_pretrained(temporary)
             written = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_FILE)
             for path in written:
+                path.chmod(0o644)  # safetensors writes files that only their owner can read
                 os.replace(path, directory / path.name)
         finally:
             if temporary.exists():

@@ -1,0 +1,183 @@
+"""Tables and curves of benchmarks/libero_object.sh, from the files of its runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from opd_gym.evaluation import EvaluationResult
+from opd_gym.zoo.runs import read_progress
+
+ENV = "LiberoObject-v0"
+N_TASKS = 10
+LABELS = {
+    "student": "student: SFT, one demonstration a task",
+    "grpo": "student + GRPO",
+    "opd": "student + OPD",
+    "teacher": "teacher: SFT, 40 demonstrations a task",
+}
+COLORS = {"opd": "tab:blue", "grpo": "tab:orange"}
+
+
+def load_runs(folder: Path, output: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """
+    Learning curves of all seeds; they are copied to the results, so that the picture can be drawn again from there.
+
+    :param folder: folder of the runs
+    :param output: folder of the results
+    :return: algorithm -> seed -> column -> values
+    """
+    curves: dict[str, dict[str, dict[str, list[float]]]] = {}
+    columns = ("time/env_steps", "time/episodes", "time/time_elapsed", "rollout/success_rate", "train/kl")
+    for algo in ("opd", "grpo"):
+        for run in sorted(folder.glob(f"seed*/{algo}/{ENV}_1")):
+            rows = [row for row in read_progress(run) if "rollout/success_rate" in row]
+            seed = run.parent.parent.name.removeprefix("seed")
+            values = {key: [row.get(key, float("nan")) for row in rows] for key in columns}
+            curves.setdefault(algo, {})[seed] = values
+            target = output / "runs" / f"{algo}_seed{seed}"
+            target.mkdir(parents=True, exist_ok=True)
+            for name in ("config.yml", "command.txt", "progress.csv"):
+                if (run / name).is_file():
+                    shutil.copyfile(run / name, target / name)
+    return curves
+
+
+def pooled(results: list[EvaluationResult]) -> EvaluationResult:
+    """One result of the episodes of all seeds."""
+    return EvaluationResult([episode for result in results for episode in result.episodes])
+
+
+def table(evaluations: dict[str, dict[str, EvaluationResult]], curves: dict[str, Any]) -> str:
+    """
+    :param evaluations: policy -> seed -> result
+    :param curves: see :func:`load_runs`
+    :return: markdown
+    """
+    lines = [
+        "| LIBERO-Object, ten tasks, held-out initial states | success | 95 % interval | each seed | episodes "
+        "| training: env steps | training: wall-clock |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, label in LABELS.items():
+        seeds = evaluations.get(name)
+        if not seeds:
+            continue
+        result = pooled(list(seeds.values()))
+        low, high = result.interval
+        each = ", ".join(f"{100 * r.success_rate:.1f} %" for r in seeds.values()) if len(seeds) > 1 else ""
+        steps = clock = ""
+        if name in curves:
+            steps = f"{np.mean([c['time/env_steps'][-1] for c in curves[name].values()]):,.0f}"
+            clock = f"{np.mean([c['time/time_elapsed'][-1] for c in curves[name].values()]) / 60:.0f} min"
+        lines.append(
+            f"| {label} | **{100 * result.success_rate:.1f} %** | {100 * low:.1f} to {100 * high:.1f} % | {each} "
+            f"| {len(result.episodes)} | {steps} | {clock} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def per_task(evaluations: dict[str, dict[str, EvaluationResult]]) -> str:
+    """
+    :param evaluations: policy -> seed -> result
+    :return: markdown, success of every task
+    """
+    names = [name for name in LABELS if name in evaluations]
+    tasks = {name: pooled(list(evaluations[name].values())).per_task() for name in names}
+    lines = ["| task | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for task in sorted(tasks[names[0]]):
+        lines.append(f"| {task} | " + " | ".join(f"{100 * tasks[n][task].success_rate:.0f} %" for n in names) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, evaluations: dict[str, dict[str, EvaluationResult]], curves: dict[str, Any]) -> None:
+    """
+    Success while training, over env steps and over wall-clock, with the held-out success before and after.
+
+    :param path: PNG to write
+    :param evaluations: policy -> seed -> result
+    :param curves: see :func:`load_runs`
+    """
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    panels = (("time/env_steps", 1e3, "env steps (thousands)"), ("time/time_elapsed", 60, "wall-clock (minutes)"))
+    for axis, (key, unit, label) in zip(axes, panels, strict=True):
+        for algo, seeds in curves.items():
+            for number, curve in enumerate(seeds.values()):
+                x = np.array(curve[key]) / unit
+                shown = algo.upper() if number == 0 else None
+                axis.plot(x, 100 * np.array(curve["rollout/success_rate"]), color=COLORS[algo], label=shown, alpha=0.9)
+                result = list(evaluations[algo].values())[number] if algo in evaluations else None
+                if result is not None:
+                    low, high = result.interval
+                    rate = result.success_rate
+                    error = [[100 * (rate - low)], [100 * (high - rate)]]
+                    axis.errorbar(
+                        x[-1:] * 1.02, [100 * rate], yerr=error, color=COLORS[algo], marker="D", capsize=3, markersize=5
+                    )
+        for name, color in (("teacher", "tab:green"), ("student", "tab:gray")):
+            if name in evaluations:
+                rate = 100 * pooled(list(evaluations[name].values())).success_rate
+                axis.axhline(rate, linestyle="--", color=color, label=f"{name}, held out: {rate:.0f} %")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.set_ylim(-2, 102)
+    axes[0].set_ylabel("success (%)")
+    axes[0].legend(fontsize="small", loc="center right")
+    figure.suptitle(
+        "LIBERO-Object, ten tasks: success while training (sampled actions, last 100 episodes);\n"
+        "diamonds: held out afterwards (greedy actions, official states, 95 % interval)",
+        fontsize="medium",
+    )
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Read the runs, write results.json, results.md and curves.png."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/libero_object"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/libero_object"))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    evaluations: dict[str, dict[str, EvaluationResult]] = {}
+    for path in sorted((args.runs / "eval").glob("*.json")):
+        name, _, seed = path.stem.partition("_seed")
+        if name in LABELS:
+            evaluations.setdefault(name, {})[seed or "-"] = EvaluationResult.load(path)
+            (args.output / "eval").mkdir(exist_ok=True)
+            shutil.copyfile(path, args.output / "eval" / path.name)
+    if not evaluations:
+        raise SystemExit(f"No evaluations in {args.runs / 'eval'}: run benchmarks/libero_object.sh first.")
+    curves = load_runs(args.runs, args.output)
+    text = table(evaluations, curves) + "\n" + per_task(evaluations)
+    for algo, seeds in curves.items():
+        for seed, curve in seeds.items():
+            goal = 0.9 * pooled(list(evaluations["teacher"].values())).success_rate if "teacher" in evaluations else 0.9
+            reached = next((i for i, s in enumerate(curve["rollout/success_rate"]) if s >= goal), None)
+            if reached is None:
+                said = f"did not reach it in {curve['time/episodes'][-1] / N_TASKS:.0f} episodes a task"
+            else:
+                said = (
+                    f"after {curve['time/episodes'][reached] / N_TASKS:.0f} episodes a task, "
+                    f"{curve['time/env_steps'][reached]:,.0f} env steps, "
+                    f"{curve['time/time_elapsed'][reached] / 60:.1f} min"
+                )
+            text += f"\n{algo.upper()}, seed {seed}: 90 % of the teacher's success while training {said}.\n"
+    (args.output / "results.md").write_text(text, encoding="utf-8")
+    summary = {
+        name: {seed: {"success_rate": r.success_rate, "interval": r.interval} for seed, r in seeds.items()}
+        for name, seeds in evaluations.items()
+    }
+    (args.output / "results.json").write_text(json.dumps({"success": summary, "curves": curves}, indent=1) + "\n")
+    draw(args.output / "curves.png", evaluations, curves)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
