@@ -30,12 +30,14 @@ class OpenDrawer:
     :param joint: Name of the drawer's slide joint
     :param opening: Direction in which the joint opens, +1 or -1
     :param wanted: Joint position (times ``opening``) from which the drawer counts as open
+    :param slope: Angle in rad by which the gripper looks down on the handle
     """
 
-    def __init__(self, joint: str, opening: float, wanted: float) -> None:
+    def __init__(self, joint: str, opening: float, wanted: float, slope: float = 0.4) -> None:
         self.joint = joint
         self.opening = opening
         self.wanted = wanted
+        self.slope = slope
         self._handle: int | None = None
 
     def is_open(self, scene: Scene) -> bool:
@@ -84,7 +86,8 @@ class OpenDrawer:
 
     def _rotation(self, direction: Array) -> Array:
         # From pointing down to pointing against the front; the fingers then close vertically on a horizontal bar.
-        return axis_rotation(np.cross([0.0, 0.0, -1.0], -direction), pi / 2)
+        # Not quite level: the hand is wide in that plane and has to stay above what stands on the table.
+        return axis_rotation(np.cross([0.0, 0.0, -1.0], -direction), pi / 2 - self.slope)
 
     def __call__(self, scene: Scene) -> Target:
         """
@@ -128,12 +131,15 @@ class TurnKnob:
     :param joint: Name of the knob's hinge joint
     :param wanted: Joint position from which the knob counts as turned
     :param hover: Height from which the gripper descends
+    :param tilt: Angle in rad by which the fingers point back at the robot if the knob is near its base, where the
+        folded elbow does not let them point straight down
     """
 
-    def __init__(self, joint: str, wanted: float, hover: float = 0.08) -> None:
+    def __init__(self, joint: str, wanted: float, hover: float = 0.08, tilt: float = 0.7) -> None:
         self.joint = joint
         self.wanted = wanted
         self.hover = hover
+        self.tilt = tilt
         self._ridge: int | None = None
 
     def __call__(self, scene: Scene) -> Target:
@@ -160,14 +166,19 @@ class TurnKnob:
         touching = max(scene.pad_distances(body)) < 0.0015
         near = side < 0.02 and abs(offset[2]) < 0.015
         position = scene.joint(self.joint)
+        tilt = self.tilt if float(np.linalg.norm((goal - scene.shoulder)[:2])) < 0.42 else 0.0
+
+        def turned(yaw: float) -> Array:
+            return yaw_rotation(yaw) @ axis_rotation(np.array([0.0, 1.0, 0.0]), tilt)
+
         error = (ridge_yaw - scene.yaw + pi / 2) % pi - pi / 2
         if near and touching and scene.gap < 0.07 and scene.finger_speed < 0.03:
             lead = 0.4 * float(np.sign(self.wanted - position)) * float(np.sign(axis[2]))
-            return Target(goal, CLOSE, None, yaw_rotation(scene.yaw + lead))
+            return Target(goal, CLOSE, None, turned(scene.yaw + lead))
         if near and abs(error) < 0.5 and (scene.gap < 0.072 or (side < 0.01 and abs(offset[2]) < 0.008)):
-            return Target(goal, CLOSE, ridge_yaw)
+            return Target(goal, CLOSE, None, turned(scene.yaw + error))
         rise = min(self.hover, 5.0 * max(0.0, side - 0.01)) + (0.04 if abs(error) > 0.25 or scene.gap < 0.06 else 0.0)
         height = goal[2] + rise
         freedom = float(np.clip(1.0 - (height - float(scene.eef[2]) - 0.015) / 0.03, 0.0, 1.0))
         xy = scene.eef[:2] + freedom * offset[:2]
-        return Target(np.array([xy[0], xy[1], height]), OPEN, ridge_yaw)
+        return Target(np.array([xy[0], xy[1], height]), OPEN, None, turned(scene.yaw + error))

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from opd_gym.envs.experts.articulated import OpenDrawer, TurnKnob
 from opd_gym.envs.experts.geometry import Array
 from opd_gym.envs.experts.pick_place import PickPlace, Placement
-from opd_gym.envs.experts.push import Push
 from opd_gym.envs.experts.scene import Scene
 from opd_gym.envs.experts.servo import Servo, Target
+from opd_gym.envs.experts.slide import Slide
 
 Skill = Callable[[Scene], Target]
 
@@ -96,16 +96,19 @@ def _onto_object(name: str) -> Callable[[Scene], Placement]:
     return placement
 
 
-def _onto_site(site: str, container: str, offset: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Callable[[Scene], Placement]:
-    """Onto a region of a fixture; the offset is in the frame in which LIBERO checks the region."""
+def _onto_site(site: str, container: str) -> Callable[[Scene], Placement]:
+    """Onto a region of a fixture: the surface below it."""
 
     def placement(scene: Scene) -> Placement:
         centre, rotation = scene.site(site)
-        centre = centre + rotation.T @ np.asarray(offset)
+        if abs(float(rotation[2, 2])) < 0.9:
+            # The region of a sloping board (the wine rack) begins at its site and goes up the board; LIBERO measures
+            # it along the third row of the site's matrix. Its middle is the safest place.
+            centre = centre + 0.05 * rotation[2]
+            return Placement(centre[:2], float(centre[2]) + 0.003, 0.05, 0.02, container)
         points = [scene.points(body, spacing=0.012) for body in scene.bodies(container)]
         surface = max((_surface(p, centre[:2], 0.03, float(centre[2]) + 0.05) for p in points), default=-np.inf)
-        height = float(centre[2]) if offset != (0.0, 0.0, 0.0) else max(surface, float(centre[2]))
-        return Placement(centre[:2], height + 0.003, 0.05, 0.02, container)
+        return Placement(centre[:2], max(surface, float(centre[2])) + 0.003, 0.05, 0.02, container)
 
     return placement
 
@@ -152,16 +155,14 @@ def _skill(domain: Any) -> Skill | None:
     parent = getattr(sites[place], "parent_name", None)
     if parent is None:
         if objects[name].category_name == "plate":
-            return Push(name, lambda scene: scene.site(place)[0][:2])
+            return Slide(name, lambda scene: scene.site(place)[0][:2])
         return None
     if predicate == "in" and parent in objects and place.endswith("contain_region"):
         return PickPlace(name, _into_container(parent, place))
     if predicate == "in" and sites[place].joints:
         return DrawerThenPlace(_drawer(domain, place), PickPlace(name, _into_drawer(place, parent)))
-    if predicate == "on" and parent in domain.fixtures_dict or parent in objects:
-        # A tilted region (the wine rack) reaches from its site upwards along the plank: aim at its middle.
-        tilted = abs(float(Scene(domain).site(place)[1][2, 2])) < 0.9
-        return PickPlace(name, _onto_site(place, parent, (0.0, 0.0, 0.05) if tilted else (0.0, 0.0, 0.0)))
+    if predicate == "on" and (parent in domain.fixtures_dict or parent in objects):
+        return PickPlace(name, _onto_site(place, parent))
     return None
 
 

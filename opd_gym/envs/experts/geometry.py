@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import acos, atan2, cos, pi, sin, sqrt
 
@@ -39,9 +40,7 @@ def rotation_vector(rotation: Array) -> Array:
     :param rotation: 3 x 3 rotation matrix
     :return: Rotation vector, its norm in [0, pi]
     """
-    skew = np.array(
-        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
-    )
+    skew = np.array([rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]])
     angle = acos(min(1.0, max(-1.0, (float(np.trace(rotation)) - 1.0) / 2.0)))
     norm = sqrt(float(skew @ skew))
     if norm < 1e-6:
@@ -327,6 +326,7 @@ def plan_rim_grasp(
     gripper: Gripper,
     obstacles: Array | None = None,
     shoulder: Array | None = None,
+    ways: Sequence[Array] = (),
 ) -> Grasp:
     """
     Grasp a bowl by its rim, one finger inside.
@@ -339,15 +339,22 @@ def plan_rim_grasp(
     :param gripper: Dimensions of the gripper
     :param obstacles: (m, 3) points of other objects that the hand should not come down on
     :param shoulder: Position of the arm's shoulder; places that would stretch the elbow are avoided
+    :param ways: Displacements at which the hand should be clear of obstacles as well: where the object goes
     :return: The best grasp
     """
     side_u, side_v = rotation[:, (rim.axis + 1) % 3], rotation[:, (rim.axis + 2) % 3]
     middle = position + rim.centre[0] * side_u + rim.centre[1] * side_v + rim.level * rim.sign * rotation[:, rim.axis]
     radius = float(np.nanmax(rim.radii))
-    near = np.empty((0, 3))
-    if obstacles is not None and len(obstacles):
-        close = np.abs(obstacles[:, :2] - middle[:2]).max(axis=1) < gripper.hand_along + radius + 0.02
-        near = obstacles[close & (obstacles[:, 2] > middle[2] - radius - gripper.pad_below)]
+    reach = gripper.hand_along + radius + 0.02
+
+    def near(way: Array | float) -> Array:
+        if obstacles is None or len(obstacles) == 0:
+            return np.empty((0, 3))
+        moved = obstacles - way
+        close = np.abs(moved[:, :2] - middle[:2]).max(axis=1) < reach
+        return np.asarray(moved[close & (moved[:, 2] > middle[2] - radius - gripper.pad_below)])
+
+    here, there = near(0.0), [near(way) for way in ways]
     best: Grasp | None = None
     best_cost = np.inf
     for j, wall in enumerate(rim.radii):
@@ -365,8 +372,11 @@ def plan_rim_grasp(
             cost += 80.0 * overreach(point, shoulder, gripper)
         if cost >= best_cost:
             continue
-        hits = hand_hits(near, point, yaw, gripper)
+        hits = hand_hits(here, point, yaw, gripper)
         cost += 2.0 + 0.05 * min(hits, 40) if hits else 0.0
+        for obstacles_there in there:
+            hits = hand_hits(obstacles_there, point, yaw, gripper)
+            cost += 0.6 + 0.02 * min(hits, 40) if hits else 0.0
         if cost < best_cost:
             best_cost = cost
             best = Grasp(point, yaw, float(rim.thickness[j]), 0.012)

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opd_gym.envs.experts.geometry import Array, Grasp, Gripper, Rim, closing_axis, find_rim, plan_rim_grasp, plan_top_grasp
+from opd_gym.envs.experts.geometry import (
+    Array,
+    Grasp,
+    Gripper,
+    Rim,
+    closing_axis,
+    find_rim,
+    plan_rim_grasp,
+    plan_top_grasp,
+)
 from opd_gym.envs.experts.scene import Scene
 from opd_gym.envs.experts.servo import CLOSE, OPEN, Target
 
@@ -73,9 +82,13 @@ class PickPlace:
                 self._rims[axis, sign] = find_rim(scene.local_points(body), axis, sign, self.gripper)
             rim = self._rims[axis, sign]
             if rim is not None:
-                position = scene.data.xpos[body]
+                position = scene.position(self.name)
+                placement = self.placement(scene)
+                to_place = np.append(placement.xy - position[:2], placement.height - position[2])
+                # The side of the bowl is chosen for where it goes, too: halfway, still lifted, and at the end.
+                ways = [0.5 * to_place + np.array([0.0, 0.0, 0.06]), to_place]
                 return plan_rim_grasp(
-                    rim, position, rotation, scene.yaw, scene.eef[:2], self.gripper, obstacles, scene.shoulder
+                    rim, position, rotation, scene.yaw, scene.eef[:2], self.gripper, obstacles, scene.shoulder, ways
                 )
         return plan_top_grasp(scene.points(body), scene.yaw, self.gripper, obstacles)
 
@@ -136,9 +149,10 @@ class PickPlace:
         slack = 0.0 if along < 0.8 * grasp.margin and across < 0.014 else max(0.0, distance - 0.005)
         hover = self._travel_height(scene, grasp) - float(grasp.position[2])
         rise = min(hover, 5.0 * slack)
-        if scene.gap < min(self.gripper.stroke - 0.004, grasp.width + 0.012) or abs(
-            scene_yaw_error(scene, grasp.yaw)
-        ) > 0.2:
+        if (
+            scene.gap < min(self.gripper.stroke - 0.004, grasp.width + 0.012)
+            or abs(scene_yaw_error(scene, grasp.yaw)) > 0.2
+        ):
             rise = max(rise, 0.6 * hover)
         height = grasp.position[2] + rise
         below = height - float(scene.eef[2])

@@ -37,7 +37,9 @@ class Scene:
         fingers = [int(i) for i in robot._ref_gripper_joint_pos_indexes]
         finger_velocities = [int(i) for i in robot._ref_gripper_joint_vel_indexes]
         if len(fingers) != 2:
-            raise ValueError(f"The scripted experts need a gripper with two finger joints, this robot has {len(fingers)}.")
+            raise ValueError(
+                f"The scripted experts need a gripper with two finger joints, this one has {len(fingers)}."
+            )
         self._fingers, self._finger_velocities = fingers, finger_velocities
         pads = robot.gripper.important_geoms
         self._pads = [self._geom(pads["left_fingerpad"][0]), self._geom(pads["right_fingerpad"][0])]

@@ -21,7 +21,7 @@ class Target:
     :param position: Wanted position of the grip site
     :param gripper: ``OPEN`` or ``CLOSE``
     :param yaw: Wanted yaw relative to the rest pose; None keeps the yaw and only undoes tilt
-    :param rotation: Wanted rotation relative to the rest pose for a gripper that does not point down; goes before ``yaw``
+    :param rotation: Wanted rotation relative to the rest pose of a gripper that does not point down; replaces ``yaw``
     """
 
     position: Array
