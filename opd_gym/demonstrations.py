@@ -16,33 +16,13 @@ import torch as th
 from gymnasium import spaces
 from torch.nn import functional as F
 
+from opd_gym.envs.instructions import encode_instruction
 from opd_gym.envs.wrappers import encode_actions
 
 # Names of LIBERO's files for the cameras of our observations.
 CAMERA_DATASETS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 
 PathLike = str | os.PathLike[str]
-
-
-def encode_instruction(instruction: str, length: int = 128) -> np.ndarray:
-    """
-    :param instruction: any text; what does not fit is cut off between two characters
-    :param length: number of bytes
-    :return: uint8 array of ``length`` UTF-8 bytes, zero padded
-    """
-    # Decoding what was cut with "ignore" drops a character that was cut in half.
-    text = instruction.encode("utf-8")[:length].decode("utf-8", errors="ignore").encode("utf-8")
-    encoded = np.zeros(length, dtype=np.uint8)
-    encoded[: len(text)] = np.frombuffer(text, dtype=np.uint8)
-    return encoded
-
-
-def decode_instruction(encoded: np.ndarray) -> str:
-    """
-    :param encoded: uint8 array of UTF-8 bytes, zero padded
-    :return: the text
-    """
-    return bytes(np.asarray(encoded, dtype=np.uint8)).rstrip(b"\0").decode("utf-8")
 
 
 def axis_angle_to_quat(axis_angle: np.ndarray) -> np.ndarray:

@@ -11,13 +11,12 @@ from opd_gym.demonstrations import (
     Demonstrations,
     Episode,
     axis_angle_to_quat,
-    decode_instruction,
-    encode_instruction,
     quat_to_axis_angle,
     read_demonstrations,
     resize_images,
     write_demonstrations,
 )
+from opd_gym.envs.instructions import decode_instruction, encode_instruction
 from opd_gym.envs.wrappers import decode_tokens
 
 INSTRUCTION = "pick up the butter and place it in the basket"

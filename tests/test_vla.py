@@ -9,7 +9,7 @@ from gymnasium import spaces
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from opd_gym.demonstrations import encode_instruction
+from opd_gym.envs.instructions import encode_instruction
 from opd_gym.policies.tiny import TinyVLAConfig, TinyVLAModel, split_words
 from opd_gym.policies.tokens import TokenDistribution
 from opd_gym.policies.vla import VLABody, VLAConfig, VLAOutput, VLAPolicy, get_body_class, register_body

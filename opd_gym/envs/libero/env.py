@@ -10,25 +10,13 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from opd_gym.envs.instructions import INSTRUCTION_BYTES, encode_instruction
 from opd_gym.envs.libero import suites
 from opd_gym.envs.libero.simulator import Simulator
 
 # Short names of the cameras that LIBERO's data sets and policies use; any other name is taken as MuJoCo's own.
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
-INSTRUCTION_BYTES = 128
 RENDER_SIZE = 256
-
-
-def encode_instruction(text: str) -> np.ndarray:
-    """
-    :param text: instruction
-    :return: uint8 array of shape ``(128,)``: UTF-8 bytes, padded with zeros
-    :raises ValueError: longer than 128 bytes
-    """
-    raw = text.encode()
-    if len(raw) > INSTRUCTION_BYTES:
-        raise ValueError(f"An instruction may have {INSTRUCTION_BYTES} bytes, this one has {len(raw)}: {text!r}.")
-    return np.frombuffer(raw.ljust(INSTRUCTION_BYTES, b"\0"), dtype=np.uint8).copy()
 
 
 class LiberoEnv(gym.Env):
