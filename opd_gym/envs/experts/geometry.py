@@ -222,8 +222,7 @@ def plan_top_grasp(
     if obstacles is not None and len(obstacles):
         close = np.abs(obstacles[:, :2] - between[:, :2].mean(axis=0)).max(axis=1) < gripper.hand_along + 0.05
         near = obstacles[close & (obstacles[:, 2] > height - gripper.pad_below)]
-    best: Grasp | None = None
-    best_cost = np.inf
+    candidates: list[tuple[float, Grasp]] = []
     for k in range(n_yaws):
         yaw = wrap_half_turn(k * pi / n_yaws)
         axis = closing_axis(yaw)
@@ -242,20 +241,27 @@ def plan_top_grasp(
             if len(window) < 2:
                 window = along
             low, high = float(window.min()), float(window.max())
-            width = high - low
-            margin = 0.5 * (gripper.stroke - width)
-            cost = turn_cost + 12.0 * abs(shift) + 2.0 * width
-            cost += 40.0 * max(0.0, width - 0.066) + (100.0 if margin < 0.002 else 0.0)
-            if cost >= best_cost:
-                continue
             xy = 0.5 * (low + high) * axis + centre_side * across
-            position = np.array([xy[0], xy[1], height])
-            hits = hand_hits(near, position, yaw, gripper)
-            cost += 2.0 + 0.05 * min(hits, 40) if hits else 0.0
-            if cost < best_cost:
-                best_cost = cost
-                best = Grasp(position, yaw, width, max(margin, 0.003))
-    assert best is not None
+            margin = max(0.5 * (gripper.stroke - (high - low)), 0.003)
+            grasp = Grasp(np.array([xy[0], xy[1], height]), yaw, high - low, margin)
+            candidates.append((turn_cost + 12.0 * abs(shift), grasp))
+    narrowest = min(grasp.width for _, grasp in candidates)
+
+    def cost_of(base: float, grasp: Grasp) -> float:
+        # Gripped obliquely, a box turns in the hand or slips.
+        cost = base + 70.0 * max(0.0, grasp.width - narrowest - 0.006) + 2.0 * grasp.width
+        return cost + 40.0 * max(0.0, grasp.width - 0.066) + (100.0 if grasp.width > gripper.stroke - 0.004 else 0.0)
+
+    ranked = sorted(((cost_of(base, grasp), k) for k, (base, grasp) in enumerate(candidates)))
+    best_cost, best = np.inf, candidates[ranked[0][1]][1]
+    for cost, k in ranked:
+        if cost >= best_cost:
+            break
+        grasp = candidates[k][1]
+        hits = hand_hits(near, grasp.position, grasp.yaw, gripper)
+        cost += 2.0 + 0.05 * min(hits, 40) if hits else 0.0
+        if cost < best_cost:
+            best_cost, best = cost, grasp
     return best
 
 
@@ -307,6 +313,8 @@ def find_rim(points: Array, axis: int, sign: float, gripper: Gripper, n_angles: 
         return None
     if float(distances.min()) < 0.6 * radius or float(distances.max()) > 1.4 * radius:
         return None
+    if (np.linalg.norm(rim - centre, axis=1) < 0.5 * radius).any():
+        return None  # closed at the top
     angles = np.arctan2(wall[:, 1], wall[:, 0])
     radii, thickness = np.full(n_angles, np.nan), np.zeros(n_angles)
     for j in range(n_angles):
