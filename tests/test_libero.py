@@ -48,9 +48,13 @@ def state(simulator):
     return np.concatenate([simulator.data.qpos, simulator.data.qvel])
 
 
-@pytest.mark.parametrize(("suite", "task_id"), [("libero_object", 4), ("libero_goal", 3), ("libero_10", 8)])
+@pytest.mark.parametrize(("suite", "task_id"), [("libero_object", 4), ("libero_goal", 3), ("libero_10", 0)])
 def test_bit_identical_to_stock_libero(suite, task_id):
-    """Placement, settling, control steps: robosuite's own env, newly built and hard-reset, against ours."""
+    """
+    Placement, settling, control steps: robosuite's own env, newly built and hard-reset, against ours.
+
+    Not on tasks with doors or knobs: there stock LIBERO draws once more at every reset than at the one before.
+    """
     kwargs = (
         {"camera_heights": 64, "camera_widths": 64}
         if suite == "libero_object"
@@ -320,3 +324,30 @@ def test_stepper_refuses_other_controllers(env):
 
     with pytest.raises(ValueError, match="OSC_POSE"):
         OscStepper(Domain())
+
+
+def test_missing_libero_says_what_to_install(monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "libero" else real(name, *rest)
+    )
+    with pytest.raises(ImportError, match=r"libero.*pip install 'opd_gym\[libero\]'"):
+        gym.make("LiberoObject-v0")
+
+
+def test_missing_gl_says_what_to_install():
+    script = "import gymnasium as gym, opd_gym; gym.make('LiberoObjectTask0-v0').reset()"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        # No such library is there, whatever the machine has for EGL.
+        env={**os.environ, "MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"},
+        timeout=300,
+    )
+    if result.returncode == 0:
+        pytest.skip("OSMesa is installed here, so nothing is missing")
+    assert "RuntimeError: MuJoCo cannot render with MUJOCO_GL='osmesa'" in result.stderr
+    assert "apt-get install" in result.stderr

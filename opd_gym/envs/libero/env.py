@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +12,10 @@ from gymnasium import spaces
 
 from opd_gym.envs.instructions import INSTRUCTION_BYTES, encode_instruction
 from opd_gym.envs.libero import suites
-from opd_gym.envs.libero.simulator import Simulator
+from opd_gym.envs.libero.runtime import import_libero, require_libero
+
+if TYPE_CHECKING:
+    from opd_gym.envs.libero.simulator import Simulator
 
 # Short names of the cameras that LIBERO's data sets and policies use; any other name is taken as MuJoCo's own.
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
@@ -53,6 +56,7 @@ class LiberoEnv(gym.Env):
     :param max_simulators: simulators kept in memory (about 0.5 GB each); the least recently used one goes
     :param render_mode: None or "rgb_array"
     :raises ValueError: unknown suite, task id, initial states, visuals or render mode
+    :raises ImportError: LIBERO is not installed
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -89,6 +93,7 @@ class LiberoEnv(gym.Env):
             raise ValueError(f'render_mode must be None or "rgb_array", got {render_mode!r}.')
         if image_size < 1 or max_simulators < 1:
             raise ValueError(f"image_size and max_simulators must be positive, got {image_size} and {max_simulators}.")
+        require_libero()
         self.suite = suite
         self.image_size = image_size
         self.cameras = tuple(cameras)
@@ -141,6 +146,10 @@ class LiberoEnv(gym.Env):
     def _use(self, task_id: int) -> Simulator:
         """The task's simulator, built lazily in the process that uses it."""
         if task_id not in self._simulators:
+            # MuJoCo decides on its GL library when it is imported, and fails there without one.
+            import_libero()
+            from opd_gym.envs.libero.simulator import Simulator
+
             tasks = suites.tasks(self.suite)
             if not 0 <= task_id < len(tasks):
                 raise ValueError(f"Unknown task id {task_id}: {self.suite!r} has the tasks 0 to {len(tasks) - 1}.")

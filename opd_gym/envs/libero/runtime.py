@@ -74,6 +74,17 @@ def _avoid_first_import_prompt() -> None:
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
 
 
+def require_libero() -> None:
+    """
+    Look for what the simulator needs, without importing it.
+
+    :raises ImportError: something is not installed, with the command that installs it
+    """
+    missing = [name for name in ("libero", "robosuite", "mujoco") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"The LIBERO environments need {', '.join(missing)}, not installed here. Run: {INSTALL_HINT}")
+
+
 @functools.cache
 def import_libero() -> Any:
     """
@@ -81,13 +92,15 @@ def import_libero() -> Any:
 
     :return: the module ``libero.libero``
     :raises ImportError: if LIBERO is not installed, with the command that installs it
+    :raises RuntimeError: if MuJoCo has no GL library to render with, with what to install
     """
+    require_libero()
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
-    if importlib.util.find_spec("libero") is None:
-        raise ImportError(
-            f"The LIBERO environments need the package `libero`, which is not installed. Run: {INSTALL_HINT}"
-        )
     _avoid_first_import_prompt()
+    try:
+        importlib.import_module("mujoco")
+    except Exception as error:  # PyOpenGL raises whatever comes of a library that is not there
+        raise gl_error(error) from error
     try:
         with _quiet_import():
             importlib.import_module("robosuite")
