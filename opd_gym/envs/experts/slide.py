@@ -44,8 +44,8 @@ class Slide:
         contact = surface + self.gripper.pad_below
         offset = centre - scene.eef[:2]
         apart = float(np.linalg.norm(offset))
-        pressed = float(scene.eef[2]) < contact + 0.003
-        if pressed and apart < 0.035 and scene.gap < 0.03:
+        pressed = float(scene.eef[2]) < contact + 0.006
+        if pressed and apart < 0.045 and scene.gap < 0.03:
             way = self.goal(scene) - scene.position(self.name)[:2]
             # Slowly enough for the friction to hold.
             step = way * min(1.0, 0.02 / max(float(np.linalg.norm(way)), 1e-6))
