@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     """
     began = time.monotonic()
     from opd_gym.zoo.config import algorithm_class, split_hyperparams
+    from opd_gym.zoo.registry import resolve_checkpoint
     from opd_gym.zoo.train import (
         TrainArgs,
         build_env,
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     env_kwargs: dict[str, Any] = {"render_mode": "rgb_array"}
     if args.task_ids:
         env_kwargs["task_ids"] = tuple(args.task_ids)
-    settings = settings_of(Path(student))
+    settings = settings_of(resolve_checkpoint(student))
     print(f"Student {Path(student).name}, teacher {teacher}, on {args.env} (LIBERO's own simulator)", flush=True)
     env = build_env(args.env, run_values, args.n_envs, args.seed, settings, **env_kwargs)
     try:

@@ -30,7 +30,7 @@ from opd_gym.zoo.config import (
     split_hyperparams,
     wrapper_function,
 )
-from opd_gym.zoo.registry import resolve_checkpoint, student_for, teacher_for
+from opd_gym.zoo.registry import checkpoint_names, resolve_checkpoint, student_for, teacher_for
 from opd_gym.zoo.runs import RunCheckpoint, checkpoints, make_logger, new_run_dir, plot_learning_curve, write_run_files
 
 EVAL_EPISODES_PER_TASK = 10
@@ -264,13 +264,16 @@ def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
     if args.student == "none":
         policy_kwargs.pop("checkpoint", None)
     elif args.student is not None:
-        policy_kwargs["checkpoint"] = str(resolve_checkpoint(args.student))
+        policy_kwargs["checkpoint"] = args.student
     elif values.get("policy") == "VLAPolicy" and "demonstrations" not in parameters:
         student = student_for(args.env)
         if student is not None and "checkpoint" not in policy_kwargs:
             policy_kwargs["checkpoint"] = student
     if policy_kwargs.get("checkpoint") is not None:
-        policy_kwargs["checkpoint"] = str(resolve_checkpoint(policy_kwargs["checkpoint"]))
+        # A name of the zoo stays a name: a configuration that somebody publishes should not hold their paths.
+        path = resolve_checkpoint(policy_kwargs["checkpoint"])
+        if policy_kwargs["checkpoint"] not in checkpoint_names():
+            policy_kwargs["checkpoint"] = str(path)
     if policy_kwargs:
         values["policy_kwargs"] = policy_kwargs
     return values
@@ -296,13 +299,13 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
     saved = checkpoints(resume) if resume is not None else []
     weights = None
-    if start is not None and not saved and Path(start).is_file():
+    if start is not None and not saved and resolve_checkpoint(start).is_file():
         # A zip holds an SB3 policy, which is no argument of the policy's constructor.
         kwargs["policy_kwargs"] = {key: value for key, value in kwargs["policy_kwargs"].items() if key != "checkpoint"}
         data, weights, _ = load_from_zip_file(start, device="cpu")
         kwargs["policy_kwargs"] = {**((data or {}).get("policy_kwargs") or {}), **kwargs["policy_kwargs"]}
     source = saved[-1] if saved else start
-    settings = settings_of(Path(source)) if source is not None else {}
+    settings = settings_of(resolve_checkpoint(source)) if source is not None else {}
     env = build_env(args.env, run, seed=args.seed, settings=settings)
     try:
         if saved:
