@@ -129,7 +129,7 @@ def draw(path: Path, evaluations: dict[str, dict[str, EvaluationResult]], curves
         axis.grid(alpha=0.3)
         axis.set_ylim(-2, 102)
     axes[0].set_ylabel("success (%)")
-    axes[0].legend(fontsize="small", loc="center right")
+    axes[0].legend(fontsize="small", loc="lower right")
     figure.suptitle(
         "LIBERO-Object, ten tasks: success while training (sampled actions, last 100 episodes);\n"
         "diamonds: held out afterwards (greedy actions, official states, 95 % interval)",
