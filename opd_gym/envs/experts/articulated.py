@@ -103,7 +103,7 @@ class OpenDrawer:
         lateral = offset - depth * direction
         side = float(np.linalg.norm(lateral))
         body = scene.joint_axis(self.joint)[0]
-        touching = max(scene.pad_distances(body)) < 0.002
+        touching = max(scene.finger_distances(body)) < 0.002
         turned = float((rotation @ scene.rest_rotation)[:, 2] @ scene.eef_rotation[:, 2])
         at_handle = abs(depth) < 0.02 and side < 0.025 and turned > 0.9
         if touching and at_handle and scene.gap < 0.06:
@@ -163,7 +163,7 @@ class TurnKnob:
         goal = np.array([spot[0], spot[1], top - 0.012])
         offset = goal - scene.eef
         side = float(np.linalg.norm(offset[:2]))
-        touching = max(scene.pad_distances(body)) < 0.0015
+        touching = max(scene.finger_distances(body)) < 0.0015
         near = side < 0.02 and abs(offset[2]) < 0.015
         position = scene.joint(self.joint)
         tilt = self.tilt if float(np.linalg.norm((goal - scene.shoulder)[:2])) < 0.42 else 0.0

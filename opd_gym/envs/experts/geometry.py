@@ -170,7 +170,8 @@ def hand_hits(obstacles: Array, position: Array, yaw: float, gripper: Gripper) -
     across = np.abs(relative[:, 0] * axis[1] - relative[:, 1] * axis[0])
     hand = (relative[:, 2] > gripper.hand_bottom) & (along < gripper.hand_along) & (across < gripper.hand_across)
     finger = (relative[:, 2] > -gripper.pad_below) & (across < gripper.pad_half_width + 0.006)
-    finger &= (along > 0.5 * gripper.stroke - 0.004) & (along < 0.5 * gripper.stroke + 0.016)
+    # All of the way that the fingers close over, so that nothing is gripped together with the object.
+    finger &= along < 0.5 * gripper.stroke + 0.016
     return int((hand | finger).sum())
 
 

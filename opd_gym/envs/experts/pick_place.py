@@ -110,7 +110,7 @@ class PickPlace:
         axis = closing_axis(scene.yaw)
         along = abs(float(offset[:2] @ axis))
         across = abs(float(offset[0] * axis[1] - offset[1] * axis[0]))
-        distances = scene.pad_distances(body)
+        distances = scene.finger_distances(body)
         touching = max(distances) < 0.0015
         placement = self.placement(scene)
         points = scene.points(body)
@@ -131,10 +131,13 @@ class PickPlace:
             return self._carry(scene, placement, points, to_place, away)
         aligned = abs(scene_yaw_error(scene, grasp.yaw)) < 0.3
         near = along < 0.03 and across < 0.022 and abs(offset[2]) < 0.022
-        closing = scene.gap < self.gripper.stroke - 0.003
         between = scene.gap > 0.6 * min(grasp.width, self.gripper.stroke)
         ready = along < grasp.margin and across < 0.012 and abs(offset[2]) < 0.008
-        if aligned and near and between and (closing or ready):
+        # The direction in which the fingers move tells closing from opening again. Fingers that stand still without
+        # touching the object on both sides are blocked by something else: open and come again.
+        wide = scene.gap > self.gripper.stroke - 0.012
+        closing = scene.gap < self.gripper.stroke - 0.003 and scene.gap_speed < -0.005
+        if aligned and near and between and (closing or (ready and wide)):
             return Target(self._hold(scene, grasp), CLOSE, None)
         return self._approach(scene, grasp, along, across)
 

@@ -42,7 +42,8 @@ class Scene:
             )
         self._fingers, self._finger_velocities = fingers, finger_velocities
         pads = robot.gripper.important_geoms
-        self._pads = [self._geom(pads["left_fingerpad"][0]), self._geom(pads["right_fingerpad"][0])]
+        # A rim may be held above the pads, by the fingers themselves.
+        self._finger_geoms = [[self._geom(name) for name in pads[side]] for side in ("left_finger", "right_finger")]
         self._points: dict[tuple[int, float], Array] = {}
         self._geoms: dict[int, list[int]] = {}
         self._obstacle_bodies = self._find_obstacle_bodies()
@@ -69,6 +70,8 @@ class Scene:
         self.eef: Array = self.data.site_xpos[self._eef_site].copy()
         self.eef_rotation: Array = self.data.site_xmat[self._eef_site].reshape(3, 3).copy()
         self.gap = float(abs(self.data.qpos[self._fingers[0]]) + abs(self.data.qpos[self._fingers[1]]))
+        first, second = (float(self.data.qvel[i]) for i in self._finger_velocities)
+        self.gap_speed = first - second
         self.finger_speed = float(np.abs(self.data.qvel[self._finger_velocities]).max())
         relative = self.eef_rotation @ self.rest_rotation.T
         self.yaw = atan2(float(relative[1, 0] - relative[0, 1]), float(relative[0, 0] + relative[1, 1]))
@@ -220,21 +223,22 @@ class Scene:
         rotation = self.data.xmat[body].reshape(3, 3)
         return np.asarray(self.local_points(body, spacing) @ rotation.T + self.data.xpos[body])
 
-    def pad_distances(self, body: int, most: float = 0.02) -> tuple[float, float]:
+    def finger_distances(self, body: int, most: float = 0.02) -> tuple[float, float]:
         """
-        Distance of each finger pad to a body; zero or less is contact.
+        Distance of each finger to a body; zero or less is contact.
 
         :param body: Body id
         :param most: Distances beyond this are not resolved
         """
-        geoms = self.collision_geoms(body)
+        geoms = np.asarray(self.collision_geoms(body))
         result = []
-        for pad in self._pads:
+        for finger in self._finger_geoms:
             nearest = most
-            reach = self.model.geom_rbound[geoms] + self.model.geom_rbound[pad] + most
-            apart = np.linalg.norm(self.data.geom_xpos[geoms] - self.data.geom_xpos[pad], axis=1)
-            for index in np.flatnonzero(apart < reach):
-                distance = mujoco.mj_geomDistance(self.model, self.data, pad, geoms[index], most, None)
-                nearest = min(nearest, float(distance))
+            for part in finger:
+                reach = self.model.geom_rbound[geoms] + self.model.geom_rbound[part] + most
+                apart = np.linalg.norm(self.data.geom_xpos[geoms] - self.data.geom_xpos[part], axis=1)
+                for geom in geoms[apart < reach]:
+                    distance = mujoco.mj_geomDistance(self.model, self.data, part, int(geom), nearest, None)
+                    nearest = min(nearest, float(distance))
             result.append(nearest)
         return result[0], result[1]
