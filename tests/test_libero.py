@@ -48,8 +48,11 @@ def state(simulator):
     return np.concatenate([simulator.data.qpos, simulator.data.qvel])
 
 
-@pytest.mark.parametrize(("suite", "task_id"), [("libero_object", 4), ("libero_goal", 3), ("libero_10", 0)])
-def test_bit_identical_to_stock_libero(suite, task_id):
+@pytest.mark.parametrize(
+    ("suite", "task_id", "init_state_id"),
+    [("libero_object", 4, None), ("libero_object", 6, 13), ("libero_goal", 3, None), ("libero_10", 0, None)],
+)
+def test_bit_identical_to_stock_libero(suite, task_id, init_state_id):
     """
     Placement, settling, control steps: robosuite's own env, newly built and hard-reset, against ours.
 
@@ -64,7 +67,9 @@ def test_bit_identical_to_stock_libero(suite, task_id):
     ours = Simulator(tasks(suite)[task_id])
     with _global_seed(5):
         stock.reset()
-    ours.reset(5)
+    ours.reset(5, None if init_state_id is None else ours.init_states[init_state_id])
+    if init_state_id is not None:
+        stock.set_init_state(load_init_states(tasks(suite)[task_id])[init_state_id])
     for _ in range(10):
         obs, *_ = stock.step(NO_OP)
     for i, action in enumerate(actions(30)):
@@ -117,7 +122,9 @@ def test_light_visuals_leave_physics_alone_and_pictures_alike(env):
     exact_env.close()
 
 
-def test_sampled_training_states_are_not_the_official_evaluation_states(env):
+def test_sampled_training_states_are_not_the_official_evaluation_states(env, monkeypatch):
+    # Official states are stored before anything has settled, so settling is left out on both sides.
+    monkeypatch.setattr("opd_gym.envs.libero.simulator.N_SETTLE", 0)
     _, info = env.reset(seed=0, options={"task_id": 0})
     assert info["init_state_id"] == -1
     official = env.simulator.init_states
@@ -126,8 +133,13 @@ def test_sampled_training_states_are_not_the_official_evaluation_states(env):
     for seed in range(5):
         env.reset(seed=seed, options={"task_id": 0})
         sampled.append(env.simulator.data.qpos.copy())
-    distance = np.abs(np.array(sampled)[:, None, 9:] - official[None, :, 10 : 1 + nq]).max(-1)
-    assert distance.min() > 1e-3
+    env.reset(options={"task_id": 0, "init_state_id": 7})
+
+    def distance(qpos):
+        return np.abs(qpos[..., None, 9:] - official[:, 10 : 1 + nq]).max(-1)
+
+    assert distance(env.simulator.data.qpos).argmin() == 7 and distance(env.simulator.data.qpos).min() == 0.0
+    assert distance(np.array(sampled)).min() > 1e-3
     assert np.abs(np.diff(np.array(sampled), axis=0)).max(axis=1).min() > 1e-3, "seeds must differ in their states"
 
 
@@ -229,7 +241,7 @@ def test_bad_calls_are_refused(env):
         env.step(np.full(7, np.nan))
     with pytest.raises(ValueError, match=r"\(7,\)"):
         env.step(np.zeros(4))
-    with pytest.raises(ValueError, match="task_id and init_state_id"):
+    with pytest.raises(ValueError, match="task_id, init_state_id and horizon"):
         env.reset(options={"task": 3})
     with pytest.raises(ValueError, match="Unknown task id 12"):
         env.reset(options={"task_id": 12})
@@ -351,3 +363,27 @@ def test_missing_gl_says_what_to_install():
         pytest.skip("OSMesa is installed here, so nothing is missing")
     assert "RuntimeError: MuJoCo cannot render with MUJOCO_GL='osmesa'" in result.stderr
     assert "apt-get install" in result.stderr
+
+
+@pytest.mark.parametrize("module", ["numpy._core.multiarray", "numpy.core.multiarray"])
+def test_original_liberos_initial_states_load(tmp_path, module):
+    """torch.save of an array, by NumPy 2 and by NumPy 1, as the original LIBERO's .pruned_init files."""
+    import io
+    import zipfile
+
+    import torch
+
+    from opd_gym.envs.libero.suites import _load_torch_states
+
+    states = np.random.default_rng(0).normal(size=(3, 5))
+    buffer = io.BytesIO()
+    torch.save(states, buffer)
+    path = tmp_path / "task.pruned_init"
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            raw = source.read(name)
+            if name.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in raw
+                raw = raw.replace(b"numpy._core.multiarray", module.encode())
+            target.writestr(name, raw)
+    np.testing.assert_array_equal(_load_torch_states(path), states)

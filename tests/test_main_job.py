@@ -1,5 +1,10 @@
 """The README's programs on real LIBERO, with the committed checkpoints."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -39,6 +44,21 @@ def test_an_id_is_all_it_takes(tmp_path):
         )
     finally:
         model.env.close()
+
+
+def test_the_readmes_program_runs_as_a_script(tmp_path):
+    """Workers import the script again: it must survive that."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    program = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    assert program.count("model.learn()") == 1
+    # One task and a few steps of it; nothing else is changed.
+    program = program.replace("model.learn()", "model.learn(2)").replace("LiberoObject-v0", "LiberoObjectTask3-v0")
+    program = program.replace('OPD("VLAPolicy"', 'OPD(n_steps=1, gradient_steps=1, policy="VLAPolicy"')
+    program = program.replace('"VLAPolicy", "Libero', '"VLAPolicy", env="Libero')
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    result = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "student_after_opd.zip").is_file()
 
 
 def test_the_committed_teacher_solves_held_out_episodes(env):

@@ -93,7 +93,7 @@ def test_tokens_of_a_chunk():
         (lambda: ActionTokens(gym.make("CartPole-v1")), "Box"),
         (lambda: ActionTokens(gym.make("Pendulum-v1")), "RescaleAction"),
         (lambda: ActionTokens(Line(), statistics={"q01": [0.0], "q99": [1.0]}), "shape"),
-        (lambda: ActionTokens(Line(), n_bins=1), "at least 2"),
+        (lambda: ActionTokens(Line(), n_bins=2), "at least 3"),
     ],
 )
 def test_wrong_spaces_are_refused(make, message):

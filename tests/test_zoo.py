@@ -528,3 +528,14 @@ def test_quickstart(
 def test_quickstart_without_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quickstart", "--env", "CartPole-v1"]) == 2
     assert "Pass --student" in capsys.readouterr().err
+
+
+def test_quickstart_takes_what_the_memory_carries() -> None:
+    from opd_gym.zoo.quickstart import fit_memory
+
+    ten = list(range(10))
+    assert fit_memory(2, ten, None) == (2, ten)
+    assert fit_memory(2, ten, 24.0) == (2, ten)  # 1.5 + 2 * (0.4 + 5.5) = 13.3
+    assert fit_memory(2, ten, 8.0) == (1, ten)  # 7.4
+    assert fit_memory(2, ten, 4.0) == (1, [0, 1, 2])  # 1.9 + 3 * 0.55 = 3.55
+    assert fit_memory(2, ten, 1.0) == (1, [0])

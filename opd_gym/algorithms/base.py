@@ -146,11 +146,13 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         if env is not None:
             policy_class = self._get_policy_from_name(policy) if isinstance(policy, str) else policy
             env = prepare_env(env, policy_class, policy_kwargs, verbose, seed)
+            policy_kwargs = _with_action_dim(env, policy_class, policy_kwargs)
         self.temperature = temperature
         self.group_size = group_size
         self.num_env_steps = 0
         self._n_iterations = 0
         self._n_episodes = 0
+        self._n_finished = 0
         self._n_announced = 0
         self._group_seed = 0
         self._episode_rng = np.random.default_rng(seed)
@@ -284,9 +286,12 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        resets = reset_num_timesteps or self._last_obs is None
         if self.env is None:
             raise ValueError("This model has no env: load it with load(path, env=env), or call set_env(env), first.")
+        if self._last_obs is not None and self._controls_episodes and any(self.env.get_attr("frozen")):
+            # An evaluation on this env has left its workers standing still
+            self._last_obs = None
+        resets = reset_num_timesteps or self._last_obs is None
         if reset_num_timesteps:
             self.num_env_steps = 0
         if resets:
@@ -360,6 +365,11 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             standing_still = self._standing_still.copy()
 
             new_obs, rewards, dones, infos = env.step(self._env_actions(actions))
+            if any(info.get("frozen") and not still for info, still in zip(infos, standing_still, strict=True)):
+                raise RuntimeError(
+                    "A worker stands still that should be playing: the training env was used for something else, an "
+                    "evaluation for instance, in the middle of learn(). Give the evaluation an env of its own."
+                )
 
             self.num_timesteps += int((~standing_still).sum())
             self.num_env_steps += sum(
@@ -398,6 +408,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
             for finished in np.flatnonzero(dones):
+                self._n_finished += 1
                 self._episode_started(int(finished))
 
         last_values = None
@@ -529,7 +540,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         :param iteration: Current logging iteration
         """
         self.logger.record("time/env_steps", self.num_env_steps)
-        self.logger.record("time/episodes", self._n_episodes)
+        self.logger.record("time/episodes", self._n_finished)
         super().dump_logs(iteration)
 
     def learn(
@@ -686,6 +697,23 @@ def _make_from_id(env_id: str, requires_tokens: bool, settings: dict[str, Any], 
 
     run, _ = split_hyperparams("opd", load_hyperparams("opd", env_id))
     return build_env(env_id, run, seed=seed, settings=settings)
+
+
+def _with_action_dim(
+    env: VecEnv | gym.Env, policy_class: type[BasePolicy], policy_kwargs: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Tell a new body of a token policy how many dimensions an action has: the number of tokens does not say it."""
+    kwargs = dict(policy_kwargs or {})
+    body_kwargs = dict(kwargs.get("body_kwargs") or {})
+    if not getattr(policy_class, "requires_tokens", False) or kwargs.get("checkpoint") or "action_dim" in body_kwargs:
+        return policy_kwargs
+    if isinstance(env, VecEnv):
+        found = env.get_attr("action_dim", indices=0)[0] if env.has_attr("action_dim") else None
+    else:
+        found = env.get_wrapper_attr("action_dim") if env.has_wrapper_attr("action_dim") else None
+    if found is None:
+        return policy_kwargs
+    return {**kwargs, "body_kwargs": {**body_kwargs, "action_dim": int(found)}}
 
 
 def _without(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:

@@ -141,6 +141,7 @@ class GRPO(RolloutAlgorithm):
 
     def _before_reset(self) -> None:
         """Queue the groups of one iteration."""
+        self._queue.clear()
         for group in range(self._first_group, self._first_group + self.n_groups):
             seed = int(self._episode_rng.integers(MAX_SEED))
             self._queue.extend(Episode(seed, group, member) for member in range(self.group_size))
@@ -154,7 +155,6 @@ class GRPO(RolloutAlgorithm):
     def _begin_rollout(self) -> None:
         assert self.env is not None
         if not self._just_reset:
-            self._queue.clear()
             self._before_reset()
             self._last_obs = self.env.reset()  # type: ignore[assignment]
             self._last_episode_starts = np.ones((self.n_envs,), dtype=bool)

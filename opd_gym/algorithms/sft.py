@@ -511,8 +511,8 @@ class SFT(RolloutAlgorithm):
         callback.on_training_start(locals(), globals())
         try:
             while self.num_timesteps < total_timesteps:
-                start = self._num_timesteps_at_start
-                self._update_current_progress_remaining(self.num_timesteps - start, total_timesteps - start)
+                # Of all steps, those before a resume included: the learning rate goes on where it was
+                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
                 self.train()
                 self.num_timesteps += 1
                 done = self.num_timesteps >= total_timesteps

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from opd_gym.envs.libero.suites import CLASSIC_SUITES, N_TASKS, SUITES
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl, Statistics
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
 
 _LIBERO = "opd_gym.envs.libero.env:LiberoEnv"
 
@@ -74,6 +75,8 @@ def make_env_fn(
     tokenised = bool(known) if tokens is None else tokens
 
     def build() -> gym.Env:
+        from stable_baselines3.common.monitor import Monitor
+
         import opd_gym  # noqa: F401  (a fresh worker process has not registered the ids yet)
 
         env = gym.make(env_id, **(env_kwargs or {}))
@@ -113,10 +116,16 @@ def make_vec(
     :return: the vectorised env
     :raises ValueError: ``n_envs`` below 1
     """
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
     if n_envs < 1:
         raise ValueError(f"n_envs must be at least 1, got {n_envs}.")
     build = make_env_fn(env_id, env_kwargs, chunk_size, tokens, n_bins, statistics, wrapper)
     cls = vec_env_cls or (SubprocVecEnv if n_envs > 1 and bare_id(env_id) in CHUNK_SIZES else DummyVecEnv)
+    if cls is not DummyVecEnv:
+        # What is wrong with the arguments or the installation is said here and not in a worker, whose error would
+        # arrive as a broken connection. Simulators are lazy, so this costs little.
+        build().close()
     env = cls([build] * n_envs)
     env.seed(seed)
     return env

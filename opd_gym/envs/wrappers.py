@@ -155,8 +155,8 @@ class ActionTokens(gym.ActionWrapper):
         space = env.action_space
         if not isinstance(space, spaces.Box) or len(space.shape) not in (1, 2):
             raise ValueError(f"ActionTokens needs a Box action space of shape (D,) or (K, D), got {space}.")
-        if n_bins < 2:
-            raise ValueError(f"n_bins must be at least 2, got {n_bins}.")
+        if n_bins < 3:
+            raise ValueError(f"n_bins must be at least 3 (two bins share a centre), got {n_bins}.")
         if not (np.all(space.low == -1.0) and np.all(space.high == 1.0)):
             raise ValueError(
                 f"ActionTokens needs actions in [-1, 1], got low {space.low.min()} and high {space.high.max()}. "
@@ -229,6 +229,11 @@ class EpisodeControl(gym.Wrapper):
         self._tag: Any = None
         self._obs: Any = None
 
+    @property
+    def frozen(self) -> bool:
+        """Whether this env stands still."""
+        return self._frozen
+
     def set_next_reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None, tag: Any = None, frozen: bool = False
     ) -> None:
@@ -255,7 +260,9 @@ class EpisodeControl(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset; an explicit ``seed`` or ``options`` wins over the announced one."""
-        if self._freeze_next and self._obs is not None:
+        if self._freeze_next:
+            if self._obs is None:  # never reset: something has to be shown while it stands still
+                self._obs, _ = self.env.reset(seed=seed, options=options)
             self._frozen, self._freeze_next = True, False
             return self._obs, {"frozen": True, "episode_tag": None}
         self._frozen = False

@@ -117,6 +117,14 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.resume is not None:
         stored = read_args(args.resume)
+        kept = ("algo", "env", "seed", "hyperparams", "config", "teacher", "student", "demonstrations")
+        defaults = build_parser().parse_args(["train"])
+        given = [name for name in kept if getattr(args, name) != getattr(defaults, name)]
+        if given:
+            raise ValueError(
+                f"--resume goes on with the run's own {', '.join(given)}. Leave out --{' --'.join(given)}, or edit "
+                f"{args.resume / 'config.yml'}, which is read again."
+            )
         stored.n_timesteps = args.n_timesteps if args.n_timesteps is not None else stored.n_timesteps
         stored.device, stored.progress, stored.verbose = args.device, args.progress, args.verbose
         return 0 if train(stored, resume=args.resume).finished else 130
@@ -127,6 +135,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from stable_baselines3.common.utils import get_device
+
     from opd_gym.envs.registration import LIBERO_IDS, bare_id
     from opd_gym.evaluation import evaluate_success
     from opd_gym.zoo.config import parse_overrides
@@ -149,7 +159,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
         threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(args.env)
         result = evaluate_success(
-            load_predictor(path, env).to(args.device if args.device != "auto" else "cpu"),
+            load_predictor(path, env).to(get_device(args.device)),
             env,
             episodes[: args.episodes] if film else episodes,
             deterministic=not args.stochastic,

@@ -247,7 +247,7 @@ def split_hyperparams(
                     "dict(a=1) as {a: 1}."
                 )
     for key in SCHEDULE_KEYS:
-        if key in kwargs:
+        if key in kwargs and "Schedule" in str(parameters[key].annotation):
             kwargs[key] = schedule(kwargs[key], key)
     for key in ("n_timesteps", "n_envs", "chunk_size", "n_bins"):
         if run.get(key) is not None:

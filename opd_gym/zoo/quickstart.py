@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
+from opd_gym.envs.libero.suites import N_TASKS
+from opd_gym.envs.registration import LIBERO_IDS, bare_id
 from opd_gym.evaluation import EpisodeSpec, EvaluationResult, evaluate_success, write_atomic
 
 # Seconds of the budget that are for starting up, the curve and the film.
 OVERHEAD = 45.0
+# GB, measured: the learner, a worker, and each simulator in it.
+LEARNER_MEMORY, WORKER_MEMORY, SIMULATOR_MEMORY = 1.5, 0.4, 0.55
 MIN_TRAINING = 30.0
 
 
@@ -24,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     :param parser: parser of the command; gets the arguments of the quickstart
     """
     parser.add_argument("--env", default="LiberoObject-v0", help="LIBERO environment id (default: LiberoObject-v0)")
-    parser.add_argument("--minutes", type=float, default=12.0, help="time for everything (default: 12)")
+    parser.add_argument("--minutes", type=float, default=13.5, help="time for everything (default: 13.5)")
     parser.add_argument("--task-ids", type=int, nargs="+", help="tasks; default: what the hyperparameters name, or all")
     parser.add_argument("--n-envs", type=int, help="parallel simulators; default: what the hyperparameters name")
     parser.add_argument("--eval-episodes", type=int, default=20, help="held-out episodes, before and after each")
@@ -34,6 +39,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("-f", "--folder", type=Path, default=Path("runs/quickstart"), help="where the results go")
+
+
+def available_memory() -> float | None:
+    """
+    :return: memory that can be had, in GB; None where the system does not say
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def fit_memory(n_envs: int, task_ids: Sequence[int], available: float | None) -> tuple[int, list[int]]:
+    """
+    As many workers and tasks as the memory carries: every worker keeps a simulator for every task.
+
+    :param n_envs: workers wanted
+    :param task_ids: tasks wanted
+    :param available: memory, in GB; None if unknown
+    :return: workers and tasks to use
+    """
+    tasks = list(task_ids)
+
+    def needed(workers: int, n_tasks: int) -> float:
+        return LEARNER_MEMORY + workers * (WORKER_MEMORY + SIMULATOR_MEMORY * n_tasks)
+
+    if available is None or needed(n_envs, len(tasks)) <= available:
+        return n_envs, tasks
+    n_envs = 1
+    while len(tasks) > 1 and needed(n_envs, len(tasks)) > available:
+        tasks.pop()
+    return n_envs, tasks
 
 
 class TimeBudget(BaseCallback):
@@ -50,6 +88,9 @@ class TimeBudget(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._began = time.monotonic()
+        # The budget is in seconds, so the learning rate falls with the seconds that are left.
+        self._schedule = self.model.lr_schedule
+        self.model.lr_schedule = lambda _: self._schedule(max(0.0, 1.0 - self.elapsed / self.seconds))
         form = "{desc} |{bar}| {n:.0f}/{total:.0f} s{postfix}"
         self._bar = tqdm(total=self.seconds, desc="OPD", bar_format=form)
 
@@ -70,6 +111,7 @@ class TimeBudget(BaseCallback):
         self._bar.set_postfix(shown)
 
     def _on_training_end(self) -> None:
+        self.model.lr_schedule = self._schedule
         self._bar.close()
 
 
@@ -113,15 +155,23 @@ def run(args: argparse.Namespace) -> int:
     env_kwargs: dict[str, Any] = {"render_mode": "rgb_array"}
     if args.task_ids:
         env_kwargs["task_ids"] = tuple(args.task_ids)
+    n_envs = args.n_envs or run_values.get("n_envs") or 1
+    if bare_id(args.env) in LIBERO_IDS:
+        suite = LIBERO_IDS[bare_id(args.env)]
+        wanted = args.task_ids or suite.get("task_ids") or range(N_TASKS.get(suite["suite"], 10))
+        n_envs, tasks = fit_memory(n_envs, wanted, available_memory())
+        if len(tasks) < len(wanted) or n_envs < (args.n_envs or run_values.get("n_envs") or 1):
+            print(f"Not enough memory for everything: {n_envs} worker, tasks {', '.join(map(str, tasks))}.", flush=True)
+            env_kwargs["task_ids"] = tuple(tasks)
     settings = settings_of(resolve_checkpoint(student))
     print(f"Student {Path(student).name}, teacher {teacher}, on {args.env} (LIBERO's own simulator)", flush=True)
-    env = build_env(args.env, run_values, args.n_envs, args.seed, settings, **env_kwargs)
+    env = build_env(args.env, run_values, n_envs, args.seed, settings, **env_kwargs)
     try:
         model = algorithm_class("opd")(  # type: ignore[call-arg]
             run_values.get("policy", "VLAPolicy"), env, seed=args.seed, device=args.device, **kwargs
         )
         args.folder.mkdir(parents=True, exist_ok=True)
-        return _distil(model, env, default_episodes(env, args.eval_episodes), args, began)
+        return _distil(model, env, default_episodes(env, args.eval_episodes, suite_horizon=True), args, began)
     finally:
         env.close()
 

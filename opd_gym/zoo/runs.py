@@ -18,6 +18,9 @@ from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, 
 
 from opd_gym.evaluation import write_atomic
 
+# States to replay, beside the checkpoints: large, so they are written less often.
+STATES_FILE = "states.npz"
+STATES_INTERVAL = 300.0
 _CHECKPOINT = re.compile(r"model_(\d+)_steps\.zip")
 
 
@@ -95,11 +98,16 @@ class RunCheckpoint(BaseCallback):
         self.run_dir = run_dir
         self.interval = interval
         self.keep_last = keep_last
-        self._last_save = time.monotonic()
+        self._last_save = self._last_states = time.monotonic()
         self._saved_at = -1
+        self._rolls_out = False
 
-    def save(self) -> None:
-        """Save the model now."""
+    def save(self, states: bool = True) -> None:
+        """
+        Save the model now.
+
+        :param states: the states that OPD replays as well
+        """
         if self.model.num_timesteps == self._saved_at:
             return
         folder = self.run_dir / "checkpoints"
@@ -107,12 +115,25 @@ class RunCheckpoint(BaseCallback):
         self.model.save(folder / f"model_{self.model.num_timesteps}_steps.zip")
         for old in checkpoints(self.run_dir)[: -self.keep_last]:
             old.unlink(missing_ok=True)
+        if states and getattr(self.model, "replay_buffer", None) is not None:
+            self.model.save_replay_buffer(folder / STATES_FILE)  # type: ignore[attr-defined]
+            self._last_states = time.monotonic()
         self._last_save = time.monotonic()
         self._saved_at = self.model.num_timesteps
 
+    def _save_if_due(self) -> None:
+        now = time.monotonic()
+        if now - self._last_save >= self.interval:
+            self.save(states=now - self._last_states >= STATES_INTERVAL)
+
+    def _on_rollout_start(self) -> None:
+        # Between two iterations: a checkpoint within one would count decisions that are lost with it.
+        self._rolls_out = True
+        self._save_if_due()
+
     def _on_step(self) -> bool:
-        if time.monotonic() - self._last_save >= self.interval:
-            self.save()
+        if not self._rolls_out:
+            self._save_if_due()
         return True
 
     def _on_training_end(self) -> None:

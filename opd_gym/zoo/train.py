@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,15 @@ from opd_gym.zoo.config import (
     wrapper_function,
 )
 from opd_gym.zoo.registry import checkpoint_names, resolve_checkpoint, student_for, teacher_for
-from opd_gym.zoo.runs import RunCheckpoint, checkpoints, make_logger, new_run_dir, plot_learning_curve, write_run_files
+from opd_gym.zoo.runs import (
+    STATES_FILE,
+    RunCheckpoint,
+    checkpoints,
+    make_logger,
+    new_run_dir,
+    plot_learning_curve,
+    write_run_files,
+)
 
 EVAL_EPISODES_PER_TASK = 10
 
@@ -134,7 +142,11 @@ def build_env(
 
 
 def default_episodes(
-    env: VecEnv, n_episodes: int, task_ids: Sequence[int] | None = None, init_states: str = "eval"
+    env: VecEnv,
+    n_episodes: int,
+    task_ids: Sequence[int] | None = None,
+    init_states: str = "eval",
+    suite_horizon: bool = False,
 ) -> list[EpisodeSpec]:
     """
     Held-out episodes: official initial states where the env has tasks, seeds that nobody trains with elsewhere.
@@ -143,12 +155,17 @@ def default_episodes(
     :param n_episodes: number of episodes, rounded up to the same number for every task
     :param task_ids: tasks; None for all that the env draws from
     :param init_states: "eval" or "sampled", see :func:`eval_episodes`
+    :param suite_horizon: evaluate at the suite's own horizon, whatever the env was made with for training
     :return: reset specs
     """
     if not env.has_attr("task_ids"):
         return [EpisodeSpec(seed=SAMPLED_EVAL_SEED + i) for i in range(n_episodes)]
     tasks = list(task_ids) if task_ids else [int(task) for task in env.get_attr("task_ids", indices=0)[0]]
-    return eval_episodes(tasks, max(1, -(-n_episodes // len(tasks))), init_states)
+    episodes = eval_episodes(tasks, max(1, -(-n_episodes // len(tasks))), init_states)
+    if suite_horizon and env.has_attr("suite_horizon"):
+        horizon = int(env.get_attr("suite_horizon", indices=0)[0])
+        episodes = [replace(spec, options={**(spec.options or {}), "horizon": horizon}) for spec in episodes]
+    return episodes
 
 
 def default_threshold(env_id: str) -> float | None:
@@ -205,6 +222,24 @@ class _Stop(BaseCallback):
         finally:
             for signum, handler in old.items():
                 signal.signal(signum, handler)
+
+
+def _load_to_resume(
+    cls: type[BaseAlgorithm], path: Path, env: VecEnv, args: TrainArgs, kwargs: Mapping[str, Any]
+) -> BaseAlgorithm:
+    """The model of a run's last checkpoint, with what its zip leaves out."""
+    load_kwargs: dict[str, Any] = {}
+    if "demonstrations" in algorithm_parameters(cls):
+        load_kwargs["demonstrations"] = kwargs.get("demonstrations")
+    model = cls.load(path, env=env, device=args.device, **load_kwargs)
+    # Loading seeds the generators as at the start; the noise of the first iterations should not come again.
+    model.set_random_seed((args.seed or 0) + model.num_timesteps)
+    states = path.parent / STATES_FILE
+    if getattr(model, "replay_buffer", None) is not None:
+        if states.is_file():
+            model.load_replay_buffer(states)  # type: ignore[attr-defined]
+        print(f"{model.replay_buffer.size} states to replay from {states}", flush=True)  # type: ignore[attr-defined]
+    return model
 
 
 @dataclass
@@ -309,7 +344,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     env = build_env(args.env, run, seed=args.seed, settings=settings)
     try:
         if saved:
-            model = cls.load(saved[-1], env=env, device=args.device)
+            model = _load_to_resume(cls, saved[-1], env, args, kwargs)
         else:
             model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
             if weights is not None:
@@ -332,7 +367,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
             result = evaluate_success(
                 model,
                 env,
-                default_episodes(env, args.eval_episodes),
+                default_episodes(env, args.eval_episodes, suite_horizon=True),
                 progress=args.progress,
                 reward_threshold=default_threshold(args.env),
             )
@@ -346,7 +381,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
 def _learn(model: BaseAlgorithm, run_dir: Path, n_timesteps: int | None, args: TrainArgs) -> bool:
     stop = _Stop()
     checkpoint = RunCheckpoint(run_dir, args.checkpoint_interval)
-    total = n_timesteps
+    total = n_timesteps if n_timesteps is not None else getattr(model, "default_total_timesteps", None)
     if total is not None and model.num_timesteps > 0:
         total -= model.num_timesteps
         if total <= 0:

@@ -128,6 +128,11 @@ class LiberoEnv(gym.Env):
         return list(self._task_ids)
 
     @property
+    def suite_horizon(self) -> int:
+        """The suite's own horizon, at which it is evaluated."""
+        return suites.horizon(self.suite)
+
+    @property
     def simulator(self) -> Simulator:
         """
         The simulator of the present episode.
@@ -166,15 +171,17 @@ class LiberoEnv(gym.Env):
         Start an episode.
 
         :param seed: seed of everything this env draws
-        :param options: ``task_id`` and ``init_state_id`` (-1 for a sampled one) fix what would be drawn
+        :param options: ``task_id`` and ``init_state_id`` (-1 for a sampled one) fix what would be drawn; ``horizon`` is
+            that of this episode alone
         :return: observation and info
         :raises ValueError: unknown option, task or initial state
         """
         super().reset(seed=seed)
+        self._done = True  # until the episode has begun
         options = dict(options or {})
-        unknown = set(options) - {"task_id", "init_state_id"}
+        unknown = set(options) - {"task_id", "init_state_id", "horizon"}
         if unknown:
-            raise ValueError(f"Unknown reset options {sorted(unknown)}; LIBERO's are task_id and init_state_id.")
+            raise ValueError(f"Unknown reset options {sorted(unknown)}. Known: task_id, init_state_id and horizon.")
         task_ids = self.task_ids
         # All draws are made whatever the options say, so that an option never shifts the draws that follow.
         drawn_task = task_ids[int(self.np_random.integers(len(task_ids)))]
@@ -203,6 +210,7 @@ class LiberoEnv(gym.Env):
         self._init_state_id = init_state_id
         self._instruction = encode_instruction(simulator.task.instruction)
         self._steps = 0
+        self._episode_horizon = int(options.get("horizon", self.horizon))
         self._done = False
         return self._observation(render=True), self._info(False)
 
@@ -226,7 +234,7 @@ class LiberoEnv(gym.Env):
             )
         success = self.simulator.step(np.clip(action, -1.0, 1.0))
         self._steps += 1
-        truncated = not success and self._steps >= self.horizon
+        truncated = not success and self._steps >= self._episode_horizon
         self._done = success or truncated
         return self._observation(self.observe or self._done), float(success), success, truncated, self._info(success)
 

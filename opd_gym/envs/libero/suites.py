@@ -11,6 +11,7 @@ import io
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -128,12 +129,11 @@ def _load_torch_states(path: Path) -> np.ndarray:
     """The original LIBERO stores a NumPy array with torch.save; only the classes an array needs are allowed to load."""
     import torch
 
-    allowed = [
-        np.ndarray,
-        np.dtype,
-        type(np.dtype(np.float64)),
-        getattr(np, "_core", np.core)._multiarray_umath._reconstruct,
-    ]  # type: ignore[attr-defined]
+    reconstruct = np.zeros(1).__reduce__()[0]
+
+    allowed: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.float64)), reconstruct]
+    # NumPy 1 wrote the name that the function had there.
+    allowed.append((reconstruct, "numpy.core.multiarray._reconstruct"))
     try:
         with torch.serialization.safe_globals(allowed):
             states = torch.load(path, weights_only=True)
