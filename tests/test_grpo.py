@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import SubprocVecEnv
 from toys import TINY_BODY, Match, Robot, parameters, vec
@@ -176,3 +177,19 @@ def test_bad_arguments_are_refused(kwargs, message):
 def test_needs_episode_control():
     with pytest.raises(ValueError, match="EpisodeControl"):
         GRPO("MlpPolicy", vec(control=False))
+
+
+def test_what_an_interrupted_iteration_left_is_not_played_later():
+    model = GRPO("MlpPolicy", vec(2), group_size=4, n_groups=3, temperature=1.0, seed=0)
+
+    class Stop(BaseCallback):
+        def _on_step(self):
+            return self.n_calls < 5
+
+    model.learn(1, callback=Stop())
+    assert len(model._queue) > 0
+    model.learn(1)
+    rows = model.rollout_buffer.valid_rows()
+    groups = model.rollout_buffer.group_ids[rows]
+    episodes = model.rollout_buffer.episode_ids[rows]
+    assert [len(np.unique(episodes[groups == g])) for g in np.unique(groups)] == [4, 4, 4]

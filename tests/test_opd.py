@@ -311,3 +311,36 @@ def test_bad_arguments_are_refused(kwargs, message):
 def test_unknown_policy():
     with pytest.raises(ValueError, match="expected one of .*VLAPolicy"):
         OPD("Transformer", vec(1), teacher="expert")
+
+
+def test_training_goes_on_after_an_evaluation_on_the_training_env():
+    from opd_gym.evaluation import EpisodeSpec, evaluate_success
+
+    model = OPD("MlpPolicy", vec(2), teacher="expert", n_steps=8, gradient_steps=1, seed=0)
+    model.learn(16)
+    evaluate_success(model, model.env, [EpisodeSpec(seed=i) for i in range(3)], progress=False)
+    assert any(model.env.get_attr("frozen"))
+    model.learn(32, reset_num_timesteps=False)
+    assert not any(model.env.get_attr("frozen")) and model._n_finished > 4
+    assert model.rollout_buffer.token_mask[model.rollout_buffer.valid_rows()].all()
+
+
+def test_an_evaluation_in_the_middle_of_a_rollout_is_noticed():
+    from stable_baselines3.common.callbacks import EveryNTimesteps
+
+    from opd_gym.evaluation import EpisodeSpec, evaluate_success
+
+    class Evaluate(BaseCallback):
+        def _on_step(self):
+            evaluate_success(self.model, self.model.env, [EpisodeSpec(seed=1)], progress=False)
+            return True
+
+    model = OPD("MlpPolicy", vec(2), teacher="expert", n_steps=8, seed=0)
+    with pytest.raises(RuntimeError, match="env of its own"):
+        model.learn(64, callback=EveryNTimesteps(4, Evaluate()))
+
+
+def test_a_new_body_learns_the_action_dimension_from_the_env():
+    body = {key: value for key, value in TINY_BODY.items() if key != "action_dim"}
+    model = OPD("VLAPolicy", Robot(), teacher="expert", policy_kwargs={"body_kwargs": body}, n_steps=4)
+    assert (model.policy.config.action_dim, model.policy.config.chunk_size) == (2, 8)

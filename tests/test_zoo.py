@@ -27,7 +27,15 @@ from opd_gym.envs.registration import LIBERO_IDS
 from opd_gym.evaluation import EvaluationResult
 from opd_gym.zoo import config, load_hyperparams, quickstart, registry
 from opd_gym.zoo.cli import build_parser, main
-from opd_gym.zoo.runs import RunCheckpoint, checkpoints, make_logger, new_run_dir, plot_learning_curve, read_progress
+from opd_gym.zoo.runs import (
+    STATES_FILE,
+    RunCheckpoint,
+    checkpoints,
+    make_logger,
+    new_run_dir,
+    plot_learning_curve,
+    read_progress,
+)
 from opd_gym.zoo.video import side_by_side, write_video
 
 # ------------------------------------------------------------------------------------------------- hyperparameters
@@ -334,6 +342,9 @@ def test_train_keeps_everything_and_resumes(teacher: Path, tmp_path: Path, capsy
     assert len(EvaluationResult.load(run / "evaluation.json").episodes) == 2
 
     assert main(["train", "--resume", str(run), "-n", "128", "--no-progress"]) == 0
+    # What it replays are the states from before the resume, too.
+    assert len(np.load(run / "checkpoints" / STATES_FILE)["masks"]) == 128
+    assert "64 states to replay" in capsys.readouterr().out
     assert [path.name for path in checkpoints(run)] == ["model_64_steps.zip", "model_128_steps.zip"]
     assert opd_gym.OPD.load(run / "model.zip").num_timesteps == 128
     steps = [row["time/total_timesteps"] for row in read_progress(run)]
@@ -539,3 +550,33 @@ def test_quickstart_takes_what_the_memory_carries() -> None:
     assert fit_memory(2, ten, 8.0) == (1, ten)  # 7.4
     assert fit_memory(2, ten, 4.0) == (1, [0, 1, 2])  # 1.9 + 3 * 0.55 = 3.55
     assert fit_memory(2, ten, 1.0) == (1, [0])
+
+
+def test_sft_goes_on_with_its_demonstrations_and_learning_rate(tmp_path: Path) -> None:
+    from opd_gym.demonstrations import Episode, write_demonstrations
+
+    rng = np.random.default_rng(0)
+    observations = {
+        "agentview": rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8),
+        "wrist": rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8),
+        "proprio": rng.normal(size=(6, 9)).astype(np.float32),
+    }
+    write_demonstrations(tmp_path / "a_demo.hdf5", [Episode(observations, rng.uniform(-1, 1, (6, 7)))], "do it")
+    command = ["train", "--algo", "sft", "--env", "LiberoObject-v0", "--student", "none", "--no-progress"]
+    command += ["--demonstrations", str(tmp_path / "a_demo.hdf5"), "-f", str(tmp_path), "--device", "cpu"]
+    tiny = ["env_kwargs.image_size:32", "n_envs:1", "batch_size:4", "warmup_steps:0", "learning_rate:1e-3"]
+    tiny += ["policy_kwargs.body_kwargs.stem_channels:[8, 8]", "policy_kwargs.body_kwargs.summary_size:16"]
+    assert main([*command, "-n", "4", "--hyperparams", *tiny]) == 0
+    run = tmp_path / "sft" / "LiberoObject-v0_1"
+    assert main(["train", "--resume", str(run), "-n", "8", "--no-progress", "--device", "cpu"]) == 0
+    model = opd_gym.SFT.load(run / "model.zip", device="cpu")
+    assert model.num_timesteps == 8
+    # The last of 8 steps of a cosine from 1e-3, not the last of 4.
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5 * (1 + np.cos(np.pi * 7 / 8)))
+
+
+def test_resume_says_what_it_does_not_take(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(teacher, tmp_path, "-n", "32", "--hyperparams", *SMALL) == 0
+    run = tmp_path / "opd" / "CartPole-v1_1"
+    assert main(["train", "--resume", str(run), "--hyperparams", "learning_rate:1e-5"]) == 2
+    assert "--hyperparams" in capsys.readouterr().err

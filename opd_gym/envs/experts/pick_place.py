@@ -127,7 +127,7 @@ class PickPlace:
                 return Target(scene.eef + np.array([0.0, 0.0, lower]), OPEN, None)
             if scene.finger_speed > 0.03 and offset[2] > -0.03:
                 # The fingers are still closing: lifting now would slip.
-                return Target(self._hold(scene, grasp), CLOSE, None)
+                return Target(grasp.position, CLOSE, None)
             return self._carry(scene, placement, points, to_place, away)
         aligned = abs(scene_yaw_error(scene, grasp.yaw)) < 0.3
         near = along < 0.03 and across < 0.022 and abs(offset[2]) < 0.022
@@ -138,12 +138,8 @@ class PickPlace:
         wide = scene.gap > self.gripper.stroke - 0.012
         closing = scene.gap < self.gripper.stroke - 0.003 and scene.gap_speed < -0.005
         if aligned and near and between and (closing or (ready and wide)):
-            return Target(self._hold(scene, grasp), CLOSE, None)
+            return Target(grasp.position, CLOSE, None)
         return self._approach(scene, grasp, along, across)
-
-    def _hold(self, scene: Scene, grasp: Grasp) -> Array:
-        """Stay, but let the height settle: sideways motion while closing would push the object."""
-        return np.array([scene.eef[0], scene.eef[1], grasp.position[2]])
 
     def _approach(self, scene: Scene, grasp: Grasp, along: float, across: float) -> Target:
         offset = grasp.position - scene.eef
