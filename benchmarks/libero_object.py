@@ -138,12 +138,35 @@ def draw(path: Path, evaluations: dict[str, dict[str, EvaluationResult]], curves
     figure.savefig(path, dpi=120)
 
 
+def export(source: Path, target: Path) -> None:
+    """
+    Store a VLA checkpoint in half precision, as the zoo has it.
+
+    :param source: directory of the checkpoint
+    :param target: directory to write
+    """
+    import torch
+    from stable_baselines3.common.utils import ConstantSchedule
+
+    from opd_gym.policies.vla import VLAPolicy
+    from opd_gym.zoo.train import build_env, settings_of
+
+    env = build_env(ENV, n_envs=1, settings=settings_of(source))
+    policy = VLAPolicy(env.observation_space, env.action_space, ConstantSchedule(0.0), checkpoint=source)
+    policy.save_checkpoint(target, dtype=torch.float16)
+    env.close()
+
+
 def main() -> None:
     """Read the runs, write results.json, results.md and curves.png."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/libero_object"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/libero_object"))
+    parser.add_argument("--export", type=Path, nargs=2, metavar=("SOURCE", "TARGET"), help="store in half precision")
     args = parser.parse_args()
+    if args.export:
+        export(*args.export)
+        return
     args.output.mkdir(parents=True, exist_ok=True)
     evaluations: dict[str, dict[str, EvaluationResult]] = {}
     for path in sorted((args.runs / "eval").glob("*.json")):

@@ -23,6 +23,9 @@ checkpoints() {
     # shellcheck disable=SC2086
     opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos/plain" --student none --n-timesteps 400 --seed 2 \
         --hyperparams $SFT n_demos:1 -f "$RUNS/student"
+    # To make them the zoo's:
+    #   python benchmarks/libero_object.py --export "$RUNS/teacher/sft/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-teacher
+    #   python benchmarks/libero_object.py --export "$RUNS/student/sft/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-student
 }
 
 # 3. OPD and GRPO from that student (the zoo's defaults for this env), the same number of decisions.
