@@ -149,7 +149,8 @@ def export(source: Path, target: Path) -> None:
     from stable_baselines3.common.utils import ConstantSchedule
 
     from opd_gym.policies.vla import VLAPolicy
-    from opd_gym.zoo.train import build_env, settings_of
+    from opd_gym.zoo.config import build_env
+    from opd_gym.zoo.train import settings_of
 
     env = build_env(ENV, n_envs=1, settings=settings_of(source))
     policy = VLAPolicy(env.observation_space, env.action_space, ConstantSchedule(0.0), checkpoint=source)

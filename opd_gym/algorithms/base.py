@@ -692,8 +692,7 @@ def _make_from_id(env_id: str, requires_tokens: bool, settings: dict[str, Any], 
     if bare_id(env_id) not in CHUNK_SIZES:
         return make_vec(env_id, seed=seed, tokens=requires_tokens or None, **_without(settings, ENV_SETTINGS))
     # Here, because the zoo's command line imports the algorithms
-    from opd_gym.zoo.config import load_hyperparams, split_hyperparams
-    from opd_gym.zoo.train import build_env
+    from opd_gym.zoo.config import build_env, load_hyperparams, split_hyperparams
 
     run, _ = split_hyperparams("opd", load_hyperparams("opd", env_id))
     return build_env(env_id, run, seed=seed, settings=settings)

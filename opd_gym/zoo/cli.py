@@ -139,9 +139,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from opd_gym.envs.registration import LIBERO_IDS, bare_id
     from opd_gym.evaluation import evaluate_success
-    from opd_gym.zoo.config import parse_overrides
+    from opd_gym.zoo.config import build_env, parse_overrides
     from opd_gym.zoo.registry import resolve_checkpoint
-    from opd_gym.zoo.train import build_env, default_episodes, default_threshold, load_predictor, settings_of
+    from opd_gym.zoo.train import default_episodes, default_threshold, load_predictor, settings_of
     from opd_gym.zoo.video import write_video
 
     film = args.command != "eval"

@@ -19,6 +19,9 @@ import gymnasium as gym
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from opd_gym.envs.registration import LIBERO_IDS, bare_id, make_vec
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 ALGORITHMS = ("opd", "grpo", "ppo", "sft")
@@ -255,3 +258,46 @@ def split_hyperparams(
                 raise ValueError(f"{key}: expected a number, got {run[key]!r}.")
             run[key] = int(run[key])
     return run, kwargs
+
+
+def build_env(
+    env_id: str,
+    run: Mapping[str, Any] | None = None,
+    n_envs: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **env_kwargs: Any,
+) -> VecEnv:
+    """
+    The vectorised env of a configuration.
+
+    :param env_id: environment id
+    :param run: the part of the configuration about the env, see :func:`split_hyperparams`
+    :param n_envs: number of workers; None for what the configuration says
+    :param seed: seed of the workers
+    :param settings: what a checkpoint needs, see ``opd_gym.algorithms.base.checkpoint_settings``; it wins over the
+        configuration where it comes to pictures
+    :param env_kwargs: keyword arguments of the env that win over the configuration's
+    :return: the env
+    """
+    gym.spec(env_id)  # an unknown id is reported here, not in the traceback of a worker process
+    run, settings = dict(run or {}), dict(settings or {})
+    kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
+    if bare_id(env_id) in LIBERO_IDS:
+        for key in ("image_size", "cameras"):
+            if key in settings and key not in env_kwargs:
+                kwargs[key] = settings[key]
+    token_kwargs: dict[str, Any] = {
+        key: settings[key] for key in ("chunk_size", "n_bins", "statistics") if key in settings
+    }
+    if token_kwargs:
+        token_kwargs["tokens"] = True
+    token_kwargs.update({key: run[key] for key in ("chunk_size", "tokens", "n_bins") if run.get(key) is not None})
+    return make_vec(
+        env_id,
+        n_envs=n_envs or run.get("n_envs") or 1,
+        seed=seed,
+        env_kwargs=kwargs,
+        wrapper=wrapper_function(run.get("env_wrapper")),
+        **token_kwargs,
+    )

@@ -131,11 +131,10 @@ def run(args: argparse.Namespace) -> int:
     :return: exit status
     """
     began = time.monotonic()
-    from opd_gym.zoo.config import algorithm_class, split_hyperparams
+    from opd_gym.zoo.config import algorithm_class, build_env, split_hyperparams
     from opd_gym.zoo.registry import resolve_checkpoint
     from opd_gym.zoo.train import (
         TrainArgs,
-        build_env,
         complete_hyperparams,
         default_episodes,
         settings_of,

@@ -18,17 +18,17 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.envs.registration import LIBERO_IDS, bare_id, make_vec
+from opd_gym.envs.registration import LIBERO_IDS, bare_id
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
 from opd_gym.zoo.config import (
     algorithm_class,
     algorithm_parameters,
+    build_env,
     load_hyperparams,
     merge,
     parse_overrides,
     parse_yaml,
     split_hyperparams,
-    wrapper_function,
 )
 from opd_gym.zoo.registry import checkpoint_names, resolve_checkpoint, student_for, teacher_for
 from opd_gym.zoo.runs import (
@@ -96,49 +96,6 @@ def settings_of(path: Path) -> dict[str, Any]:
         return checkpoint_settings({"checkpoint": path})
     data, _, _ = load_from_zip_file(path, device="cpu")
     return checkpoint_settings({"body_kwargs": ((data or {}).get("policy_kwargs") or {}).get("body_kwargs")})
-
-
-def build_env(
-    env_id: str,
-    run: Mapping[str, Any] | None = None,
-    n_envs: int | None = None,
-    seed: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-    **env_kwargs: Any,
-) -> VecEnv:
-    """
-    The vectorised env of a configuration.
-
-    :param env_id: environment id
-    :param run: the part of the configuration about the env, see :func:`opd_gym.zoo.config.split_hyperparams`
-    :param n_envs: number of workers; None for what the configuration says
-    :param seed: seed of the workers
-    :param settings: what a checkpoint needs, see :func:`settings_of`; it wins over the configuration where it
-        comes to pictures
-    :param env_kwargs: keyword arguments of the env that win over the configuration's
-    :return: the env
-    """
-    gym.spec(env_id)  # an unknown id is reported here, not in the traceback of a worker process
-    run, settings = dict(run or {}), dict(settings or {})
-    kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
-    if bare_id(env_id) in LIBERO_IDS:
-        for key in ("image_size", "cameras"):
-            if key in settings and key not in env_kwargs:
-                kwargs[key] = settings[key]
-    token_kwargs: dict[str, Any] = {
-        key: settings[key] for key in ("chunk_size", "n_bins", "statistics") if key in settings
-    }
-    if token_kwargs:
-        token_kwargs["tokens"] = True
-    token_kwargs.update({key: run[key] for key in ("chunk_size", "tokens", "n_bins") if run.get(key) is not None})
-    return make_vec(
-        env_id,
-        n_envs=n_envs or run.get("n_envs") or 1,
-        seed=seed,
-        env_kwargs=kwargs,
-        wrapper=wrapper_function(run.get("env_wrapper")),
-        **token_kwargs,
-    )
 
 
 def default_episodes(
