@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.vec_env import VecEnv
+from torch.nn import functional as F
 
 # Per-process seeds of sampled evaluation episodes start here: far from the small seeds that people train with.
 SAMPLED_EVAL_SEED = 1_000_000
@@ -405,8 +407,7 @@ def _append_last(frames: list[np.ndarray], terminal: Any) -> None:
     for picture in terminal.values():
         picture = np.asarray(picture)
         if picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[-1] == 3:
-            height, width = frames[-1].shape[:2]
-            rows = np.arange(height) * picture.shape[0] // height
-            columns = np.arange(width) * picture.shape[1] // width
-            frames.append(picture[rows][:, columns])
+            small = th.as_tensor(picture).permute(2, 0, 1)[None].float()
+            large = F.interpolate(small, size=frames[-1].shape[:2], mode="bicubic", align_corners=False)
+            frames.append(large[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
             return
