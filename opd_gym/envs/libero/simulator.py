@@ -77,20 +77,26 @@ class Simulator:
         # Fixtures are placed by editing the model, in the constructor already; every reset starts from the model as it
         # was compiled, which exists only between these two calls of the constructor.
         self.domain._initialize_sim = initialize_sim
-        with contextlib.redirect_stdout(io.StringIO()), _global_seed(0):
-            self.domain.__init__(
-                str(task.bddl_file),
-                robots=["Panda"],
-                controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-                initialization_noise=None,
-                use_camera_obs=False,
-                has_renderer=False,
-                has_offscreen_renderer=False,
-                control_freq=20,
-                horizon=10**9,
-                ignore_done=True,
-                hard_reset=False,
-            )
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), _global_seed(0):
+                self.domain.__init__(
+                    str(task.bddl_file),
+                    robots=["Panda"],
+                    controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+                    initialization_noise=None,
+                    use_camera_obs=False,
+                    has_renderer=False,
+                    has_offscreen_renderer=False,
+                    control_freq=20,
+                    horizon=10**9,
+                    ignore_done=True,
+                    hard_reset=False,
+                )
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"The installed LIBERO cannot build task {task.task_id} of {task.suite!r}: it does not ship "
+                f"{error.filename}."
+            ) from error
         self.model: mujoco.MjModel = self.domain.sim.model._model
         self.data: mujoco.MjData = self.domain.sim.data._data
         self._light = visuals == "light"
