@@ -77,13 +77,12 @@ class OpenDrawer:
         """
         direction = self.direction(scene)
         offset = scene.eef - self.handle(scene)
-        upright = -float(scene.eef_rotation[2, 2]) > 0.98
-        if upright or offset[2] > 0.09 or float(np.linalg.norm(offset[:2])) > 0.2:
+        tilted = -float(scene.eef_rotation[2, 2]) < 0.8
+        if not tilted or float(np.linalg.norm(offset)) > 0.13:
             return None
-        if float(offset @ direction) < 0.07 and -float(scene.eef_rotation[2, 2]) < 0.7:
-            return Target(scene.eef + 0.06 * direction, OPEN, None, self._rotation(direction))
-        # Up while the gripper turns down again, or it would push the drawer shut.
-        return Target(scene.eef + np.array([0.0, 0.0, 0.05]), OPEN, 0.0)
+        away = 0.06 * direction + (np.array([0.0, 0.0, 0.05]) if float(offset @ direction) > 0.05 else 0.0)
+        rotation = None if float(offset @ direction) > 0.07 else self._rotation(direction)
+        return Target(scene.eef + away, OPEN, 0.0, rotation)
 
     def _rotation(self, direction: Array) -> Array:
         # From pointing down to pointing against the front; the fingers then close vertically on a horizontal bar.

@@ -46,44 +46,13 @@ class DrawerThenPlace:
     """
     Open a drawer, let go of it, and put an object into it.
 
-    An object that stands where the drawer will be, or so near to it that the hand would not come down beside the open
-    drawer, is put aside first.
-
     :param drawer: Opens the drawer
     :param place: Puts the object there
-    :param site: The drawer's region
-    :param travel: How far the drawer comes out
     """
 
-    def __init__(self, drawer: OpenDrawer, place: PickPlace, site: str, travel: float) -> None:
+    def __init__(self, drawer: OpenDrawer, place: PickPlace) -> None:
         self.drawer = drawer
         self.place = place
-        self.site = site
-        self.travel = travel
-        self.put_aside = PickPlace(place.name, self._aside)
-
-    def _beside(self, scene: Scene) -> tuple[Array, Array, float, float]:
-        """Directions out of and along the front, and how far the object is from the open drawer in both."""
-        direction = self.drawer.direction(scene)[:2]
-        along = np.array([-direction[1], direction[0]])
-        offset = scene.position(self.place.name)[:2] - scene.site(self.site)[0][:2]
-        side = float(offset @ along)
-        along = along * (1.0 if side >= 0.0 else -1.0)
-        body = scene.joint_axis(self.drawer.joint)[0]
-        points = scene.points(body, spacing=0.012)[:, :2] - scene.site(self.site)[0][:2]
-        out = float(offset @ direction) - float((points @ direction).max()) - self.travel
-        return direction, along, out, abs(side) - float((points @ along).max())
-
-    def _aside(self, scene: Scene) -> Placement:
-        _, along, _, side = self._beside(scene)
-        xy = scene.position(self.place.name)[:2] + (0.1 - side) * along
-        table = scene.position(self.place.name)[2]
-        return Placement(xy, float(min(table, self._floor(scene))) + 0.004, 0.03, 0.02)
-
-    def _floor(self, scene: Scene) -> float:
-        """Height of what the fixture stands on."""
-        container = self.place.placement(scene).container
-        return min(float(scene.points(body, spacing=0.012)[:, 2].min()) for body in scene.bodies(container))
 
     def __call__(self, scene: Scene) -> Target:
         """
@@ -91,17 +60,9 @@ class DrawerThenPlace:
 
         :param scene: Current state
         """
-        opened = self.drawer.opening * scene.joint(self.drawer.joint)
-        at_handle = float(np.linalg.norm(scene.eef - self.drawer.handle(scene))) < 0.03
-        # All the way while pulling; a drawer that was bumped is still open enough for the object.
-        if opened > self.travel or (opened > self.travel - 0.03 and not at_handle):
-            return self.drawer.retreat(scene) or self.place(scene)
-        body = scene.body(self.place.name)
-        held = max(scene.finger_distances(body)) < 0.0015 and scene.gap < self.put_aside.gripper.stroke
-        _, _, out, side = self._beside(scene)
-        if held or (side < 0.08 and out < 0.1 and opened < 0.02):
-            return self.put_aside(scene)
-        return self.drawer(scene)
+        if not self.drawer.is_open(scene):
+            return self.drawer(scene)
+        return self.drawer.retreat(scene) or self.place(scene)
 
 
 def _surface(points: Array, xy: Array, radius: float, below: float = np.inf) -> float:
@@ -199,8 +160,7 @@ def _skill(domain: Any) -> Skill | None:
     if predicate == "in" and parent in objects and place.endswith("contain_region"):
         return PickPlace(name, _into_container(parent, place))
     if predicate == "in" and sites[place].joints:
-        drawer = _drawer(domain, place)
-        return DrawerThenPlace(drawer, PickPlace(name, _into_drawer(place, parent)), place, drawer.wanted)
+        return DrawerThenPlace(_drawer(domain, place), PickPlace(name, _into_drawer(place, parent)))
     if predicate == "on" and (parent in domain.fixtures_dict or parent in objects):
         return PickPlace(name, _onto_site(place, parent))
     return None

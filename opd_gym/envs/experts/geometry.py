@@ -116,7 +116,7 @@ class Gripper:
     hand_across: float = 0.037
     wrist_offset: float = 0.088
     wrist_height: float = 0.204
-    arm_reach: float = 0.655
+    arm_reach: float = 0.67
 
 
 def closing_axis(yaw: float) -> Array:

@@ -95,11 +95,8 @@ class PickPlace:
     def _travel_height(self, scene: Scene, grasp: Grasp) -> float:
         """Height of the grip site at which the hand passes over everything between here and the grasp."""
         way = grasp.position[:2] - scene.eef[:2]
-        obstacles = scene.obstacles(self.name)
-        # What is beside the way must only clear the hand, what is on it the fingertips as well.
-        beside = highest_on_way(obstacles, scene.eef[:2], way, self.gripper.hand_along) - 0.005
-        below = highest_on_way(obstacles, scene.eef[:2], way, 0.045) + 0.02
-        return max(float(grasp.position[2]) + self.hover, beside, below)
+        highest = highest_on_way(scene.obstacles(self.name), scene.eef[:2], way, self.gripper.hand_along)
+        return max(float(grasp.position[2]) + self.hover, highest - 0.005)
 
     def __call__(self, scene: Scene) -> Target:
         """
@@ -124,7 +121,7 @@ class PickPlace:
 
         if touching and scene.gap < self.gripper.stroke:
             over_target = away < placement.tolerance
-            if over_target and bottom < placement.height + (0.04 if scene.arm_straight else 0.01):
+            if over_target and bottom < placement.height + 0.01:
                 # Let go without moving up: rising would leave the release zone before the fingers are open.
                 lower = min(0.0, placement.height - bottom)
                 return Target(scene.eef + np.array([0.0, 0.0, lower]), OPEN, None)

@@ -40,8 +40,6 @@ class Scene:
             raise ValueError(
                 f"The scripted experts need a gripper with two finger joints, this one has {len(fingers)}."
             )
-        self._elbow = int(robot._ref_joint_pos_indexes[3])
-        self._elbow_limit = float(self.model.jnt_range[robot._ref_joint_indexes[3], 1])
         self._fingers, self._finger_velocities = fingers, finger_velocities
         pads = robot.gripper.important_geoms
         # A rim may be held above the pads, by the fingers themselves.
@@ -75,8 +73,6 @@ class Scene:
         first, second = (float(self.data.qvel[i]) for i in self._finger_velocities)
         self.gap_speed = first - second
         self.finger_speed = float(np.abs(self.data.qvel[self._finger_velocities]).max())
-        # At its limit the elbow is straight, and the controller cannot lower the hand any further.
-        self.arm_straight = float(self.data.qpos[self._elbow]) > self._elbow_limit - 0.1
         relative = self.eef_rotation @ self.rest_rotation.T
         self.yaw = atan2(float(relative[1, 0] - relative[0, 1]), float(relative[0, 0] + relative[1, 1]))
 
