@@ -260,7 +260,10 @@ def _interleave(
     if uv is None:
         # MuJoCo shades an untextured mesh flat where its edges are sharp
         face_normals = np.cross(positions[:, 1] - positions[:, 0], positions[:, 2] - positions[:, 0])
-        face_normals /= np.maximum(np.linalg.norm(face_normals, axis=1, keepdims=True), np.float32(1e-20))
+        length = np.sqrt((face_normals * face_normals).sum(axis=1, keepdims=True))
+        # Multiplied by the inverse and not divided, as there: the last bits show in the pixels
+        with np.errstate(divide="ignore", invalid="ignore"):
+            face_normals = np.where(length < 1e-10, np.float32([0, 0, 1]), face_normals * (np.float32(1) / length))
         sharp = np.einsum("fcx,fx->fc", normals, face_normals) < 0.8
         normals = np.where(sharp[..., None], face_normals[:, None], normals)
         uv = np.zeros((*faces.shape, 2), dtype=np.float32)
