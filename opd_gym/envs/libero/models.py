@@ -263,7 +263,7 @@ def _interleave(
         length = np.sqrt((face_normals * face_normals).sum(axis=1, keepdims=True))
         # Multiplied by the inverse and not divided, as there: the last bits show in the pixels
         with np.errstate(divide="ignore", invalid="ignore"):
-            face_normals = np.where(length < 1e-10, np.float32([0, 0, 1]), face_normals * (np.float32(1) / length))
+            face_normals = np.where(length < 1e-10, np.array([0, 0, 1], dtype=np.float32), face_normals * (np.float32(1) / length))
         sharp = np.einsum("fcx,fx->fc", normals, face_normals) < 0.8
         normals = np.where(sharp[..., None], face_normals[:, None], normals)
         uv = np.zeros((*faces.shape, 2), dtype=np.float32)

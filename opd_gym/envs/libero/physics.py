@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding
 import mujoco
-import numba
 import numpy as np
-from numba.core import types
-from robosuite.utils.control_utils import (
+
+from opd_gym.envs.libero.runtime import import_libero
+
+import_libero()  # first, because it tells numba where to keep compiled code and keeps robosuite quiet
+
+import llvmlite.binding  # noqa: E402
+import numba  # noqa: E402
+from numba.core import types  # noqa: E402
+from robosuite.utils.control_utils import (  # noqa: E402
     nullspace_torques,
     opspace_matrices,
     orientation_error,
