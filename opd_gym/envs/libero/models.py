@@ -120,7 +120,14 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 
 def _build(xml: str, visuals: str, cache: Path, entry: Path) -> None:
     full = mujoco.MjModel.from_xml_string(xml)
-    stripped = _strip(xml, full)
+    try:
+        stripped = _strip(xml, full)
+        reason = _copy_physics(full, stripped) or _difference(full, stripped)
+    except (AttributeError, TypeError, ValueError) as error:  # another version's MjSpec
+        reason = str(error)
+    if reason:
+        logger.warning("The visuals stay in the compiled model, which costs memory and time: %s.", reason)
+        stripped = None
     index: dict[str, dict[int, str]] = {"meshes": {}, "textures": {}}
     if stripped is not None:
         shown = set(full.geom_dataid[full.geom_type == mujoco.mjtGeom.mjGEOM_MESH].tolist())
@@ -142,12 +149,8 @@ def _visual_meshes(model: mujoco.MjModel) -> list[int]:
     return sorted(set(range(model.nmesh)) - set(model.geom_dataid[collides].tolist()))
 
 
-def _strip(xml: str, full: mujoco.MjModel) -> mujoco.MjModel | None:
-    """
-    The same model with a tetrahedron for every visual mesh and a pixel for every texture.
-
-    :return: None if the physics of the result is not the original's bit by bit
-    """
+def _strip(xml: str, full: mujoco.MjModel) -> mujoco.MjModel:
+    """The same model with a tetrahedron for every visual mesh and a pixel for every texture."""
     spec = mujoco.MjSpec.from_string(xml)
     textured = full.mesh_texcoordadr >= 0
     drop = set(_visual_meshes(full))
@@ -165,12 +168,7 @@ def _strip(xml: str, full: mujoco.MjModel) -> mujoco.MjModel | None:
         texture.file = ""
         texture.builtin = mujoco.mjtBuiltin.mjBUILTIN_FLAT
         texture.width = texture.height = 1
-    stripped = spec.compile()
-    reason = _copy_physics(full, stripped) or _difference(full, stripped)
-    if reason:
-        logger.warning("The visuals stay in the compiled model, which costs memory and time: %s.", reason)
-        return None
-    return stripped
+    return spec.compile()
 
 
 def _copy_physics(source: mujoco.MjModel, target: mujoco.MjModel) -> str | None:
@@ -263,17 +261,18 @@ def _interleave(
         length = np.sqrt((face_normals * face_normals).sum(axis=1, keepdims=True))
         # Multiplied by the inverse and not divided, as there: the last bits show in the pixels
         with np.errstate(divide="ignore", invalid="ignore"):
-            face_normals = np.where(length < 1e-10, np.array([0, 0, 1], dtype=np.float32), face_normals * (np.float32(1) / length))
+            inverse = np.float32(1) / length
+            face_normals = np.where(length < 1e-10, np.array([0, 0, 1], dtype=np.float32), face_normals * inverse)
         sharp = np.einsum("fcx,fx->fc", normals, face_normals) < 0.8
         normals = np.where(sharp[..., None], face_normals[:, None], normals)
         uv = np.zeros((*faces.shape, 2), dtype=np.float32)
     corners = np.concatenate([positions, normals, uv], axis=-1, dtype=np.float32).reshape(-1, 8)
-    _, first, inverse = np.unique(corners.view("V32").ravel(), return_index=True, return_inverse=True)
+    _, first, unique = np.unique(corners.view("V32").ravel(), return_index=True, return_inverse=True)
     # In the order of their first use, which keeps neighbours together
     order = np.argsort(first)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    return corners[first[order]], rank[inverse].astype(np.uint32)
+    return corners[first[order]], rank[unique].astype(np.uint32)
 
 
 def _save_texture(model: mujoco.MjModel, texture: int, visuals: str, cache: Path) -> str:
@@ -285,7 +284,8 @@ def _save_texture(model: mujoco.MjModel, texture: int, visuals: str, cache: Path
     digest.update(np.ascontiguousarray(pixels).tobytes())
     if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
         kind = "cube"
-    elif model.tex_colorspace[texture] == mujoco.mjtColorSpace.mjCOLORSPACE_SRGB:
+    # Before MuJoCo 3.3 textures had no colour space
+    elif hasattr(model, "tex_colorspace") and model.tex_colorspace[texture] == mujoco.mjtColorSpace.mjCOLORSPACE_SRGB:
         kind = "srgb"
     else:
         kind = "rgb"
