@@ -214,8 +214,9 @@ def test_closing():
     env.close()
     env.close()
     assert not any(map(_alive, pids))
-    with pytest.raises(ValueError, match="closed"):
-        env.reset()
+    for use in (env.reset, env.step_wait, lambda: env.get_attr("horizon")):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()
 
 
 def _alive(pid: int) -> bool:
@@ -408,6 +409,35 @@ def test_a_loss_is_told_once_whenever_it_is_noticed(env):
     assert env.step(go())[0][0].tolist() == [10, 1] and len(env.deaths) == 1
 
 
+def test_a_loss_right_after_an_episode_waits_for_the_next_announcement(env):
+    """Env 0 finishes an episode in the step in which env 2 brings their worker down: the learner knows of neither."""
+    env.seed(0)
+    env.reset()
+    for i in range(4):
+        env.announce(i, seed=10 + i, tag=i)
+    for _ in range(3):
+        env.step(go())
+    with pytest.warns(RuntimeWarning, match="died"):
+        obs, _, dones, infos = env.step(go(env2=DIE))
+    assert dones.all() and obs.tolist() == [[10, 0], [11, 0], [12, 0], [13, 0]]
+    assert [info.get("episode_lost") for info in infos] == [None, None, True, None]
+    for i in range(4):
+        env.announce(i, seed=20 + i, tag=4 + i)
+    # A label of the state that it will go on from; what it was for is lost
+    assert env.env_method("expert_action", indices=[0]) == [0]
+    obs, _, dones, infos = env.step(go())
+    assert dones.tolist() == [True, False, False, False] and infos[0]["episode_tag"] == 0
+    assert obs.tolist() == [[20, 0], [11, 1], [12, 1], [13, 1]] and env.reset_infos[0]["episode_tag"] == 4
+    # And without an announcement it goes on all the same
+    for _ in range(3):
+        env.step(go())
+    env.announce(2, seed=32)
+    with pytest.warns(RuntimeWarning, match="died"):
+        env.step(go(env2=DIE))
+    obs, _, dones, _ = env.step(go())
+    assert dones.tolist() == [True, False, False, False] and obs[:, 1].tolist() == [0, 2, 1, 2]
+
+
 def test_an_announcement_behind_the_step_that_dies_is_still_to_come(env):
     env.seed(0)
     env.reset()
@@ -432,6 +462,51 @@ def test_an_announced_episode_is_not_used_up_by_one_that_nobody_saw(env):
     assert env.reset()[:, 0].tolist() == [10, 11, 12, 13]
     assert [info["episode_tag"] for info in env.reset_infos] == [0, 1, 2, 3]
     assert not env.step(go())[2].any()
+
+
+@pytest.mark.filterwarnings("ignore:WorkerVecEnv:RuntimeWarning")
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_whenever_workers_die_episodes_are_played_in_the_announced_order(n_workers):
+    """What a learner sees that announces the episode 100 i + k as the k-th of env i, with deaths at any moment."""
+    env = WorkerVecEnv([lambda h=h: EpisodeControl(Probe(horizon=h)) for h in (1, 2, 3, 5)], n_workers)
+    rng = np.random.default_rng(n_workers)
+    pipeline = Pipeline(env)
+    begun = [0] * 4
+
+    def begin(i):
+        begun[i] += 1
+        env.announce(i, seed=100 * i + begun[i], tag=begun[i])
+
+    try:
+        for i in range(4):
+            env.announce(i, seed=100 * i, tag=0)
+        shown = env.reset().astype(int)
+        for i in range(4):
+            begin(i)
+        n_lost = 0
+        pipeline.send(0, np.zeros(2, int))
+        for row in range(34):
+            pipeline.send((row + 1) % 2, np.zeros(2, int))
+            if row % 4 == 3:
+                # A worker that completes no step for three times would end the run
+                os.kill(env._workers[rng.integers(n_workers)].process.pid, signal.SIGKILL)
+            obs, _, dones, infos = pipeline.recv(row % 2)
+            for i, now, done, info in zip(pipeline.parts[row % 2].tolist(), obs.astype(int), dones, infos, strict=True):
+                assert info["episode_tag"] == begun[i] - 1
+                last = info["terminal_observation"].tolist() if done else now.tolist()
+                if info.get("episode_lost"):
+                    n_lost += 1
+                    assert last == shown[i].tolist()
+                else:
+                    assert last == [shown[i][0], shown[i][1] + 1]
+                if done:
+                    assert now.tolist() == [100 * i + begun[i], 0]
+                    assert env.reset_infos[i]["episode_tag"] == begun[i]
+                    begin(i)
+                shown[i] = now
+        assert len(env.deaths) == 8 and n_lost > 8
+    finally:
+        env.close()
 
 
 def test_who_stands_still_goes_on_standing_still(env):

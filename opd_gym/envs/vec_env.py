@@ -105,6 +105,7 @@ class _Request:
     announcement: _Announcement | None = None
     # What is said of the episode that was lost, where this reset stands in for its step
     lost: dict[str, Any] | None = None
+    sent: bool = False
     answered: bool = False
     value: Any = None
     error: BaseException | None = None
@@ -252,10 +253,8 @@ class WorkerVecEnv(VecEnv):
             self._worker_of(index).pipe.send_bytes(pickle.dumps((command, index, payload)))
 
     def _submit(self, request: _Request) -> _Request:
-        if self.closed:
-            raise ValueError("This WorkerVecEnv is closed: build a new one.")
         payload = pickle.dumps(request.payload)  # before anything is noted: what cannot be sent changes nothing
-        request.answered = False
+        request.sent, request.answered = True, False
         self._worker_of(request.index).pending.append(request)
         self._write(request.index, request.command, payload)
         return request
@@ -276,18 +275,19 @@ class WorkerVecEnv(VecEnv):
         timeout = self.timeout
         if timeout is not None and request.command == "build":
             timeout = max(timeout, START_SECONDS)
-        try:
-            if not connection.wait([worker.pipe, worker.process.sentinel], timeout):
-                worker.process.kill()
-                self._revive(worker, f"no answer to {request.command!r} for {timeout:g} s: killed")
-                return
+        answers = connection.wait([worker.pipe, worker.process.sentinel], timeout)
+        if not answers:
+            worker.process.kill()
+            self._revive(worker, f"no answer to {request.command!r} for {timeout:g} s: killed")
+            return
+        message = None
+        with suppress(EOFError, OSError):
             # What it said before it died comes first
-            if not worker.pipe.poll():
-                raise EOFError
-            kind, value, seconds = pickle.loads(worker.pipe.recv_bytes())
-        except (EOFError, OSError):
+            message = worker.pipe.recv_bytes() if worker.pipe.poll() else None
+        if message is None:
             self._revive(worker, f"died in {request.command!r}")
             return
+        kind, value, seconds = pickle.loads(message)
         worker.busy += min(seconds, time.perf_counter() - self._stats_since)
         if kind == "fatal" or (kind == "error" and request.command == "build" and self._built):
             error, details = value
@@ -368,14 +368,16 @@ class WorkerVecEnv(VecEnv):
             begun = next((r for r in requests if r.command in ("step", "reset")), None) or self._lost[index]
             if begun is None:
                 # The learner thinks about the next step: it hears of the loss when it sends that
-                begun = self._lost[index] = _Request(index, "step", announcement=latest)
-            if begun not in requests:
-                requests.insert(0, begun)
+                begun = self._lost[index] = _Request(index, "step")
             if begun.command == "step":
                 begun.command, begun.payload = "reset", (None, {})
                 begun.lost = {"episode_lost": True, "TimeLimit.truncated": True, "worker_death": death}
                 if playing is not None:
                     begun.lost["episode_tag"] = playing.tag
+            if begun not in requests and (begun.sent or latest is not None):
+                # Else the learner has not yet said what comes next: it may not know that the last episode has begun
+                begun.announcement = begun.announcement if begun.sent else latest
+                requests.insert(0, begun)
         for request in requests:
             if request.announcement is not None and request.announcement is not told:
                 told = request.announcement
@@ -383,6 +385,13 @@ class WorkerVecEnv(VecEnv):
             self._submit(request)
         if latest is not None and latest is not told:
             self._tell(index, latest)
+
+    def _begin_after_loss(self, index: int) -> None:
+        """Start the episode that takes the place of a lost one, if that waits for what the learner announces."""
+        lost = self._lost[index]
+        if lost is not None and not lost.sent:
+            lost.announcement = self._announced[index]
+            self._submit(lost)
 
     # ------------------------------------------------------------------------------------------------------ stepping
 
@@ -407,6 +416,7 @@ class WorkerVecEnv(VecEnv):
             if self._steps[index] is not None:
                 raise RuntimeError(f"Env {index} has a step on its way: recv() it, or reset(), before the next one.")
         for index, action in zip(indices, actions, strict=True):
+            self._begin_after_loss(index)
             lost, self._lost[index] = self._lost[index], None
             if lost is None:
                 lost = self._submit(_Request(index, "step", action, self._announced[index]))
@@ -480,12 +490,11 @@ class WorkerVecEnv(VecEnv):
 
         :return: Observations
         """
-        for index in range(self.num_envs):
-            lost, step = self._lost[index], self._steps[index]
-            for request in (step, lost):
-                if request is not None:
-                    self._wait(request)
-            if lost is not None and self._announced[index] is None and lost.announcement is not None:
+        # Until nothing is on its way: a death that is noticed meanwhile makes new requests for all envs of the worker
+        while on_their_way := [r for r in (*self._steps, *self._lost) if r is not None and r.sent and not r.answered]:
+            self._wait(on_their_way[0])
+        for index, lost in enumerate(self._lost):
+            if lost is not None and lost.announcement is not None and self._announced[index] is None:
                 # The episode that took the place of a lost one was never seen: it is still to come
                 self._announced[index] = lost.announcement
                 self._tell(index, lost.announcement)
@@ -524,6 +533,7 @@ class WorkerVecEnv(VecEnv):
         announcement = _Announcement(seed, options, tag, frozen)
         self._announced[index] = announcement
         self._tell(index, announcement)
+        self._begin_after_loss(index)
 
     # ------------------------------------------------------------------------------------------------------ the rest
 
@@ -564,6 +574,8 @@ class WorkerVecEnv(VecEnv):
             for index in self._indices(indices):
                 self.announce(index, *method_args, **method_kwargs)
             return self._ask("settle", None, indices)
+        for index in self._indices(indices):
+            self._begin_after_loss(index)
         return self._ask("env_method", (method_name, method_args, method_kwargs), indices)
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
@@ -606,6 +618,7 @@ class WorkerVecEnv(VecEnv):
             worker.pipe.close()
         for worker in self._workers:
             worker.last_words.close()
+            worker.failure = "This WorkerVecEnv is closed: build a new one."
 
 
 class Pipeline:
