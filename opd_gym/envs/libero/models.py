@@ -79,8 +79,6 @@ def load_model(xml: str, visuals: str, cache: Path) -> tuple[mujoco.MjModel, Vis
                 raise
             logger.warning("The cached model in %s is damaged (%s) and is made anew.", entry, error)
             shutil.rmtree(entry, ignore_errors=True)
-    if visuals == "light":
-        model.vis.quality.offsamples = 0
     return model, found
 
 

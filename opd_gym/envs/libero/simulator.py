@@ -56,9 +56,10 @@ class Simulator:
     :param task: which task
     :param visuals: "exact" for LIBERO's own pictures, "light" for simplified visual meshes (physics identical)
     :param max_size: largest side of a picture, in pixels
+    :param msaa: whether edges are smoothed (LIBERO's own pictures always are)
     """
 
-    def __init__(self, task: TaskSpec, visuals: str = "exact", max_size: int = 256):
+    def __init__(self, task: TaskSpec, visuals: str = "exact", max_size: int = 256, msaa: bool = True):
         import_libero()
         import libero.libero.envs.bddl_utils as bddl_utils
         import robosuite
@@ -95,6 +96,8 @@ class Simulator:
         self.model: mujoco.MjModel = self.domain.sim.model._model
         self.data: mujoco.MjData = self.domain.sim.data._data
         self._max_size = max_size
+        if not msaa:
+            self.model.vis.quality.offsamples = 0
         self._renderer: Renderer | None = None
         self._init_states: np.ndarray | None = None
         self._stepper: OscStepper | None = None
