@@ -695,8 +695,8 @@ def schedule(args: argparse.Namespace, tasks: list[Task], modes: list[str]) -> I
                     cold=True,
                     repeat=repeat,
                 )
-                cache = f"{repeat}-{task.task_id}-{mode}"
-                # The floor has no start of its own.
+                # The floor has no start of its own: it comes after ours, and takes what that has cached.
+                cache = f"{repeat}-{task.task_id}-{base.visuals}"
                 if mode not in FLOORS:
                     yield cache, base
                 for processes in args.processes:
@@ -971,14 +971,14 @@ def main(argv: list[str] | None = None) -> None:
     missing = [mode for mode in args.modes if mode in pythons and not installed(mode, pythons[mode])]
     for mode in missing:
         print(f"{mode} is not installed for {pythons[mode]}: left out. Name a Python with --{mode}-python.")
-    modes = [mode for mode in args.modes if mode not in missing]
+    modes = [mode for mode in LABELS if mode in args.modes and mode not in missing]
     everyone = range(2 if args.quick else len(suite_tasks(args.suite)))
     wanted = sorted({*args.tasks, *(everyone if set(modes) & set(MANY) else ())})
     keys = ("suite", "tasks", "processes", "image_size", "repeats", "episodes", "decisions", "seed")
     result: dict[str, Any] = {
         "machine": machine(),
         "settings": {key: getattr(args, key) for key in keys},
-        "modes": args.modes,
+        "modes": [mode for mode in LABELS if mode in args.modes],
         "not_installed": missing,
         "records": [],
     }
