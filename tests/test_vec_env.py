@@ -297,6 +297,8 @@ def test_parts_in_any_order(env):
     env.send(go(1), [1])
     with pytest.raises(RuntimeError, match="Env 1 has a step on its way"):
         env.step_async(go())
+    with pytest.raises(ValueError, match=r"one action for each of the envs \[2, 3\], got 1"):
+        env.send(go(1), [2, 3])
     # A reset waits for what is on its way, and drops it
     env.seed(5)
     assert env.reset().tolist() == [[5, 0], [6, 0], [7, 0], [8, 0]]

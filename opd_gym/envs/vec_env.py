@@ -409,9 +409,13 @@ class WorkerVecEnv(VecEnv):
         Let some envs take a step; this does not wait.
 
         :param actions: Their actions, in the order of ``indices``
-        :param indices: Envs; none of them may have a step on its way
+        :param indices: Envs
+        :raises ValueError: Not one action for each env
+        :raises RuntimeError: One of them has a step on its way already
         """
         indices = self._indices(indices)
+        if len(actions) != len(indices):
+            raise ValueError(f"Expected one action for each of the envs {indices}, got {len(actions)}.")
         for index in indices:
             if self._steps[index] is not None:
                 raise RuntimeError(f"Env {index} has a step on its way: recv() it, or reset(), before the next one.")
@@ -428,6 +432,7 @@ class WorkerVecEnv(VecEnv):
 
         :param indices: Envs
         :return: Observations, rewards, dones and infos, in the order of ``indices``
+        :raises RuntimeError: One of them has no step on its way, or its worker died again and again
         """
         indices = self._indices(indices)
         requests = []
