@@ -78,8 +78,8 @@ class Episode:
     """
     One demonstration of T steps, or of T decisions if ``action_chunks`` is given.
 
-    :param observations: arrays ``(T, ...)``: upright uint8 pictures (H, W, 3) by camera, and ``proprio`` (end-effector
-        position 3, quaternion xyzw 4, gripper 2)
+    :param observations: arrays ``(T, ...)``: upright uint8 pictures (H, W, 3) by camera, and ``proprio`` (LIBERO's:
+        end-effector position 3, quaternion xyzw 4, gripper 2; another robot's has another size)
     :param actions: ``(T, D)``, the action taken in each observation (the first one of the chunk at decisions)
     :param action_chunks: ``(T, K, D)``, a label of K actions for each observation, where it is not simply the actions
         that follow (an expert's labels of a policy's own states)
@@ -170,11 +170,11 @@ def _write_episode(group: h5py.Group, episode: Episode, compression: str | None)
         value = np.asarray(value)
         if key == "proprio":
             proprio = np.asarray(value, dtype=np.float64)
-            if proprio.shape != (n, 9):
-                raise ValueError(
-                    f"proprio must have shape ({n}, 9), end-effector position 3, quaternion 4, gripper 2; "
-                    f"got {proprio.shape}."
-                )
+            if proprio.ndim != 2:
+                raise ValueError(f"proprio must have shape ({n}, P), got {proprio.shape}.")
+            if proprio.shape[1] != 9:  # another robot's: LIBERO's files have no place for it
+                obs["proprio"] = np.asarray(value, dtype=np.float32)
+                continue
             orientation = quat_to_axis_angle(proprio[:, 3:7])
             obs["ee_pos"] = proprio[:, :3]
             obs["ee_ori"] = orientation
@@ -221,6 +221,8 @@ def _instruction_of(file: h5py.File) -> str:
 
 
 def _proprio_of(group: h5py.Group) -> np.ndarray:
+    if "proprio" in group["obs"]:
+        return group["obs"]["proprio"][()]
     if "robot_states" in group:
         robot = group["robot_states"][()]
         if robot.shape[1] == 9:

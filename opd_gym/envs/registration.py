@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 from opd_gym.envs.libero.suites import CLASSIC_SUITES, N_TASKS, SUITES
+from opd_gym.envs.robotwin.tasks import TASKS, camel
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl, Statistics
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
 _LIBERO = "opd_gym.envs.libero.env:LiberoEnv"
+_ROBOTWIN = "opd_gym.envs.robotwin.env:RoboTwinEnv"
 
 
 def _camel(suite: str) -> str:
@@ -29,16 +31,18 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 LIBERO_IDS = _table()
+ROBOTWIN_IDS: dict[str, dict[str, Any]] = {f"RoboTwin{camel(task)}-v0": {"task": task} for task in TASKS}
 
 # The chunk that the published policies of a benchmark decode at once; ids that are not here act step by step.
-CHUNK_SIZES = {env_id: 8 for env_id in LIBERO_IDS}
+CHUNK_SIZES = {env_id: 8 for env_id in LIBERO_IDS} | {env_id: 25 for env_id in ROBOTWIN_IDS}
 
 
 def register_envs() -> None:
     """Register every environment id; called when ``opd_gym`` is imported."""
-    for env_id, kwargs in LIBERO_IDS.items():
-        if env_id not in gym.registry:
-            gym.register(env_id, entry_point=_LIBERO, kwargs=dict(kwargs))
+    for entry_point, ids in ((_LIBERO, LIBERO_IDS), (_ROBOTWIN, ROBOTWIN_IDS)):
+        for env_id, kwargs in ids.items():
+            if env_id not in gym.registry:
+                gym.register(env_id, entry_point=entry_point, kwargs=dict(kwargs))
 
 
 def bare_id(env_id: str) -> str:
@@ -60,7 +64,7 @@ def make_env_fn(
 ) -> Callable[[], gym.Env]:
     """
     A function that builds one worker's env: ``env -> wrapper -> ActionChunk -> ActionTokens -> Monitor ->
-    EpisodeControl``.
+    EpisodeControl``. A RoboTwin env carries out chunks itself, as one path, and has no ``ActionChunk``.
 
     :param env_id: registered id
     :param env_kwargs: keyword arguments of the env
@@ -74,13 +78,16 @@ def make_env_fn(
     known = CHUNK_SIZES.get(bare_id(env_id))
     chunk = known if chunk_size is None else chunk_size
     tokenised = bool(known) if tokens is None else tokens
+    kwargs = dict(env_kwargs or {})
+    if chunk and bare_id(env_id) in ROBOTWIN_IDS:
+        kwargs["chunk_size"], chunk = chunk, 0
 
     def build() -> gym.Env:
         from stable_baselines3.common.monitor import Monitor
 
         import opd_gym  # noqa: F401  (a fresh worker process has not registered the ids yet)
 
-        env = gym.make(env_id, **(env_kwargs or {}))
+        env = gym.make(env_id, **kwargs)
         if wrapper is not None:
             env = wrapper(env)
         if chunk:
@@ -108,7 +115,7 @@ def make_vec(
     """
     The vectorised env that the algorithms of this library train on.
 
-    On a benchmark's ids (LIBERO) one step is one decision of a policy that emits a chunk of action tokens.
+    On a benchmark's ids (LIBERO, RoboTwin) one step is one decision of a policy that emits a chunk of action tokens.
 
     :param env_id: registered id, for instance ``LiberoObject-v0``
     :param n_envs: number of envs

@@ -1,4 +1,4 @@
-"""The command line: ``opd-gym train | eval | enjoy | demos | list | quickstart``."""
+"""The command line: ``opd-gym train | eval | enjoy | demos | list | quickstart | robotwin``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from gymnasium.error import Error as GymError
 
+from opd_gym.envs.robotwin.install import InstallError
 from opd_gym.zoo.config import ALGORITHMS
 
 _CHECKPOINT_HELP = "directory of a VLA checkpoint, zip of a model, directory of a run, or a name of the zoo"
@@ -109,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_arguments(quick)
     quick.set_defaults(run=_quickstart)
+
+    robotwin = commands.add_parser(
+        "robotwin", help="RoboTwin: runtime, assets, demonstrations", description="What the RoboTwin ids need."
+    )
+    from opd_gym.zoo.robotwin import add_arguments as add_robotwin_arguments
+
+    add_robotwin_arguments(robotwin)
     return parser
 
 
@@ -198,7 +206,7 @@ def _demos(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from opd_gym.envs.registration import LIBERO_IDS
+    from opd_gym.envs.registration import LIBERO_IDS, ROBOTWIN_IDS
     from opd_gym.zoo.registry import read_registry
 
     shown = [env_id for env_id, kwargs in LIBERO_IDS.items() if args.all or "task_ids" not in kwargs]
@@ -207,6 +215,11 @@ def _list(args: argparse.Namespace) -> int:
         print(f"  {env_id}")
     if len(shown) < len(LIBERO_IDS):
         print(f"  and {len(LIBERO_IDS) - len(shown)} of single tasks, such as LiberoObjectTask0-v0 (--all shows them)")
+    robotwin = list(ROBOTWIN_IDS)
+    for env_id in robotwin if args.all else robotwin[:1]:
+        print(f"  {env_id}")
+    if not args.all:
+        print(f"  and {len(robotwin) - 1} of RoboTwin's other tasks (--all shows them)")
     print("  and every id of Gymnasium that has a policy for its spaces")
     print("Checkpoints:")
     for entry in read_registry().values():
@@ -232,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError, ImportError, GymError) as error:
+    except (ValueError, FileNotFoundError, ImportError, ConnectionError, InstallError, GymError) as error:
         # Bad input: the message says what to do, a traceback would only hide it.
         print(f"opd-gym: error: {error}", file=sys.stderr)
         return 2

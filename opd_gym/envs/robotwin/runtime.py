@@ -1,0 +1,292 @@
+"""
+The one place that decides where RoboTwin's runtime, its assets and a Vulkan driver come from, and how it is imported.
+
+RoboTwin's runtime pins old versions of PyTorch, NumPy and Gymnasium, and wants packages that only its data collection
+uses. Here it lies in a folder of its own (:func:`packages_dir`), which nobody else sees, and runs on the versions that
+are installed: what is missing is replaced before the first import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import os
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from opd_gym.envs.libero.runtime import cache_dir
+from opd_gym.envs.robotwin.tasks import MESHLESS_TASKS
+
+INSTALL_HINT = "opd-gym robotwin install"
+DOWNLOAD_HINT = "opd-gym robotwin assets --download"
+STAND_IN_HINT = "opd-gym robotwin assets --stand-in"
+NOT_COMPARABLE = "Success rates with it cannot be compared to published ones."
+
+# With which people choose a Vulkan driver
+DRIVER_VARIABLES = ("VK_ICD_FILENAMES", "VK_DRIVER_FILES")
+STAND_IN_MARKER = ".stand-in.json"
+# What RoboTwin's runtime imports besides what it is made of; the installer looks for the same.
+MODULES = ("robotwin", "sapien", "toppra", "transforms3d", "trimesh", "cv2", "scipy", "imageio", "yaml", "torch")
+
+
+def home() -> Path:
+    """
+    :return: folder for everything of RoboTwin's
+    """
+    return cache_dir() / "robotwin"
+
+
+def packages_dir() -> Path:
+    """
+    :return: folder of the Python packages that are there for RoboTwin alone, one for each version of Python
+    """
+    return home() / f"packages-{sys.implementation.cache_tag}"
+
+
+def driver_file() -> Path:
+    """
+    :return: description of the private software Vulkan driver
+    """
+    return home() / "vulkan" / "lvp_icd.json"
+
+
+# ------------------------------------------------------------------------------------------------------------- assets
+
+
+def find_assets(assets_root: str | os.PathLike[str] | None = None) -> Path:
+    """
+    The folder that contains RoboTwin's ``assets``: the one that is given, ``$ROBOTWIN_ASSETS_ROOT``, the downloaded
+    one, the stand-in.
+
+    :param assets_root: folder; None to look for it
+    :return: the folder
+    :raises FileNotFoundError: there is none, with the commands that make one
+    """
+    named = assets_root or os.environ.get("ROBOTWIN_ASSETS_ROOT")
+    candidates = [Path(named).expanduser()] if named else [home() / "assets", home() / "stand-in"]
+    for root in candidates:
+        if (root / "assets" / "embodiments").is_dir():
+            return root.resolve()
+    raise FileNotFoundError(
+        f"RoboTwin's assets are not in {' or '.join(map(str, candidates))}: expected a folder assets/embodiments "
+        f"there. Run `{DOWNLOAD_HINT}` for the real ones (from the Hugging Face hub), or `{STAND_IN_HINT}` for a "
+        "stand-in robot that needs no download."
+    )
+
+
+def is_stand_in(assets_root: Path) -> bool:
+    """
+    :param assets_root: see :func:`find_assets`
+    :return: whether these are not RoboTwin's assets but generated in their place
+    """
+    return (assets_root / STAND_IN_MARKER).is_file()
+
+
+def embodiment_folders(assets_root: Path, embodiment: tuple[str, ...]) -> tuple[Path, Path]:
+    """
+    :param assets_root: see :func:`find_assets`
+    :param embodiment: names of robots
+    :return: folders of the left and the right arm's robot
+    :raises FileNotFoundError: there is no such robot
+    """
+    found = [assets_root / "assets" / "embodiments" / name for name in embodiment]
+    for folder in found:
+        if not (folder / "config.yml").is_file():
+            there = sorted(path.parent.name for path in folder.parent.glob("*/config.yml"))
+            raise FileNotFoundError(
+                f"There is no robot {folder.name!r} in {folder.parent}; there are: {', '.join(there) or 'none'}."
+            )
+    return found[0], found[-1]
+
+
+def check_task_assets(assets_root: Path, task: str, task_config: str) -> None:
+    """
+    :param assets_root: see :func:`find_assets`
+    :param task: RoboTwin's name of a task
+    :param task_config: "demo_clean" or "demo_randomized"
+    :raises FileNotFoundError: the task needs what is not there
+    """
+
+    def empty(name: str) -> bool:
+        return not any((assets_root / "assets" / name).glob("*/*"))
+
+    missing = []
+    if task not in MESHLESS_TASKS and empty("objects"):
+        missing.append(f"the objects of {task!r}")
+    if task_config == "demo_randomized":
+        missing += [name for name in ("objects", "background_texture") if empty(name)]
+    if missing:
+        raise FileNotFoundError(
+            f"{' and '.join(missing)} are missing in {assets_root / 'assets'}. Run `{DOWNLOAD_HINT}`. With nothing "
+            f"but a robot these tasks run, with task_config='demo_clean': {', '.join(MESHLESS_TASKS)}."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ imports
+
+
+def add_packages() -> None:
+    """Let imports find RoboTwin's packages, after everything that is installed."""
+    folder = str(packages_dir())
+    if folder not in sys.path and os.path.isdir(folder):
+        sys.path.append(folder)
+        importlib.invalidate_caches()
+
+
+def missing_modules() -> list[str]:
+    """
+    :return: modules that RoboTwin needs and that are not installed
+    """
+    add_packages()
+    return [name for name in MODULES if importlib.util.find_spec(name) is None]
+
+
+def require_robotwin() -> None:
+    """
+    Look for what the simulator needs, without importing it.
+
+    :raises ImportError: something is not installed, with the command that installs it
+    """
+    if sys.platform != "linux":
+        raise ImportError(f"RoboTwin's simulator (SAPIEN) runs on Linux with x86-64, this is {sys.platform}.")
+    missing = missing_modules()
+    if missing:
+        raise ImportError(
+            f"The RoboTwin environments need {', '.join(missing)}, not installed for {sys.executable}. "
+            f"Run: {INSTALL_HINT}"
+        )
+
+
+def has_gpu() -> bool:
+    """
+    :return: whether an NVIDIA driver is loaded
+    """
+    return os.path.exists("/proc/driver/nvidia/version")
+
+
+def _choose_driver() -> None:
+    """The private software driver, where there is no GPU and nobody has chosen another."""
+    if has_gpu() or any(name in os.environ for name in DRIVER_VARIABLES):
+        return
+    if driver_file().is_file():
+        os.environ["VK_ICD_FILENAMES"] = str(driver_file())
+
+
+@functools.cache
+def import_robotwin() -> Any:
+    """
+    Import RoboTwin and SAPIEN, with what is missing replaced.
+
+    :return: the module ``sapien``
+    :raises ImportError: something is not installed, or cannot be imported, with the command that installs it
+    :raises RuntimeError: SAPIEN finds no Vulkan device
+    """
+    require_robotwin()
+    _choose_driver()
+    if importlib.util.find_spec("open3d") is None:
+        # Imported for point clouds, which no policy here sees
+        sys.modules["open3d"] = ModuleType("open3d")
+    if int(np.__version__.split(".")[0]) >= 2 or importlib.util.find_spec("mplib") is None:
+        from opd_gym.envs.robotwin.topp import install_as_mplib
+
+        install_as_mplib()
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sapien = importlib.import_module("sapien")
+            importlib.import_module("robotwin.envs._base_task")
+            robot = importlib.import_module("robotwin.envs.robot.robot")
+    except ImportError as error:
+        raise ImportError(
+            f"RoboTwin is installed but cannot be imported ({error}). Reinstall it with: {INSTALL_HINT} --force"
+        ) from error
+    # Configurations of a planner that runs on CUDA alone and plays no part here; the stand-in robots have none
+    robot.load_curobo_config = lambda embodiment_root, arm: {}
+    try:
+        sapien.SapienRenderer()
+    except RuntimeError as error:
+        raise vulkan_error(error) from error
+    return sapien
+
+
+def vulkan_error(error: BaseException) -> RuntimeError:
+    """
+    :param error: what SAPIEN said
+    :return: an error that says what to install
+    """
+    return RuntimeError(
+        f"SAPIEN finds no Vulkan device to render with ({error}). Without a GPU run `{INSTALL_HINT}`, which fetches a "
+        "software driver for this library alone; with an NVIDIA GPU install its driver's Vulkan library "
+        f"(libnvidia-gl). VK_ICD_FILENAMES is {os.environ.get('VK_ICD_FILENAMES', 'not set')!r}."
+    )
+
+
+def use_assets(assets_root: Path) -> None:
+    """
+    Tell RoboTwin where its assets are; it reads that from the environment when it loads one.
+
+    :param assets_root: see :func:`find_assets`
+    """
+    os.environ["ROBOTWIN_ASSETS_ROOT"] = os.environ["ASSETS_PATH"] = str(assets_root)
+
+
+# -------------------------------------------------------------------------------------------------------- side effects
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """RoboTwin, and what it imports, print to stdout and stderr."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+class RandomState:
+    """
+    The global random state that RoboTwin seeds and draws from, kept apart from everybody else's.
+
+    ``with state:`` puts RoboTwin's in place, and what was there before back again.
+    """
+
+    def __init__(self) -> None:
+        self._ours: tuple[Any, ...] | None = None
+        self._theirs: tuple[Any, ...] = ()
+
+    @staticmethod
+    def _get() -> tuple[Any, ...]:
+        import torch
+
+        return np.random.get_state(), random.getstate(), torch.get_rng_state()
+
+    @staticmethod
+    def _set(state: tuple[Any, ...]) -> None:
+        import torch
+
+        np.random.set_state(state[0])
+        random.setstate(state[1])
+        torch.set_rng_state(state[2])
+
+    def seed(self, seed: int) -> None:
+        """
+        :param seed: seed of the generators that RoboTwin does not seed itself
+        """
+        random.seed(seed)
+
+    def __enter__(self) -> RandomState:
+        self._theirs = self._get()
+        if self._ours is not None:
+            self._set(self._ours)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._ours = self._get()
+        self._set(self._theirs)

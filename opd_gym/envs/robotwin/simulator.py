@@ -1,0 +1,291 @@
+"""One of RoboTwin's tasks, simulated: scenes from seeds, chunks of joint positions, pictures."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opd_gym.envs.instructions import INSTRUCTION_BYTES
+from opd_gym.envs.robotwin.runtime import (
+    RandomState,
+    embodiment_folders,
+    import_robotwin,
+    quiet,
+    use_assets,
+)
+from opd_gym.envs.robotwin.tasks import ACTION_DIM, camel, scene_seeds
+from opd_gym.envs.robotwin.topp import PLANNER_HINT, has_planner
+
+# Short names of RoboTwin's cameras.
+CAMERAS = {"head": "head_camera", "left_wrist": "left_camera", "right_wrist": "right_camera"}
+PICTURE_SIZE = (240, 320)
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What a simulator is made of; all of it can be written as JSON.
+
+    :param task: RoboTwin's name of the task
+    :param assets_root: folder that contains ``assets``
+    :param embodiment: ``(robot,)`` with two arms, or ``(left, right, distance in m)``
+    :param task_config: "demo_clean" or "demo_randomized"
+    :param shader: SAPIEN's name of a camera shader
+    :param cameras: keys of :data:`CAMERAS`
+    :param image_size: height and width of the pictures
+    :param instructions: "seen" or "unseen"
+    """
+
+    task: str
+    assets_root: str
+    embodiment: Sequence[Any]
+    task_config: str = "demo_clean"
+    shader: str = "default"
+    cameras: Sequence[str] = ("head",)
+    image_size: Sequence[int] = PICTURE_SIZE
+    instructions: str = "seen"
+
+
+class Simulator:
+    """
+    A task of RoboTwin in this process.
+
+    :param settings: what to simulate
+    :raises ImportError: RoboTwin is not installed
+    :raises FileNotFoundError: there is no such robot
+    :raises ValueError: the robot is not one of two arms with six joints each
+    :raises RuntimeError: there is no Vulkan device
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        import_robotwin()
+        self._arguments = _task_arguments(settings)
+        self._class = _task_class(settings.task)
+        self._random = RandomState()
+        self._task: Any = None
+
+    def reset(self, scene_seed: int) -> tuple[dict[str, Any], Arrays]:
+        """
+        Build the scene of a seed, or of the one that replaces it if objects do not come to rest there.
+
+        :param scene_seed: seed of the scene
+        :return: ``scene_seed`` (the one that was taken), ``instruction``, and the first observation
+        :raises RuntimeError: none of the seeds has a stable scene
+        """
+        use_assets(Path(self.settings.assets_root))
+        from robotwin.envs.utils.create_actor import UnStableError
+
+        self.close()
+        with self._random, quiet():
+            for seed in scene_seeds(scene_seed):
+                self._random.seed(seed)
+                self._task = self._class()
+                self._task.shader = self.settings.shader
+                try:
+                    self._task.setup_demo(now_ep_num=seed, seed=seed, is_test=True, **self._arguments)
+                    break
+                except UnStableError:
+                    self.close()
+            else:
+                tried = scene_seeds(scene_seed)
+                raise RuntimeError(
+                    f"{self.settings.task}: no stable scene in {len(tried)} seeds from {tried[0]} to {tried[-1]}. Take "
+                    "another seed; if it happens often, the robot or the objects stand in each other's way."
+                )
+            # The env ends episodes; RoboTwin's own counter is out of the way
+            self._task.step_lim = np.inf
+            instruction = self._instruction(seed)
+        return {"scene_seed": seed, "instruction": instruction}, self.observe()[1]
+
+    def _instruction(self, seed: int) -> str:
+        from robotwin.description import generate_episode_descriptions
+
+        name = self.settings.task
+        found = generate_episode_descriptions(name, [self._task.get_info()], 100, seed)
+        texts = found[0][self.settings.instructions] or [f"{name.replace('_', ' ')}."]
+        # One that fits into the observation whole, if there is one
+        fitting = [text for text in texts if len(text.encode("utf-8")) <= INSTRUCTION_BYTES]
+        return random.Random(seed).choice(fitting or texts)
+
+    def step(self, actions: np.ndarray, observe: bool = True) -> tuple[dict[str, Any], Arrays]:
+        """
+        Go through a chunk of joint positions on one time-optimal path, as RoboTwin does it for chunked policies.
+
+        :param actions: ``(K, 14)``: joint positions in rad and the gripper's opening (0 to 1), left then right
+        :param observe: whether to draw pictures
+        :return: ``success``, and the observation
+        """
+        with self._random:
+            _, _, _, info = self._task.gen_sparse_reward_data(np.asarray(actions, dtype=np.float64))
+        return {"success": bool(info["success"])}, self.observe()[1] if observe else self._proprio()
+
+    def _proprio(self) -> Arrays:
+        robot = self._task.robot
+        return {
+            "proprio": np.array([*robot.get_left_arm_jointState(), *robot.get_right_arm_jointState()], dtype=np.float32)
+        }
+
+    def observe(self) -> tuple[dict[str, Any], Arrays]:
+        """
+        :return: nothing, and the observation: uint8 pictures and ``proprio``, float32 ``(14,)``
+        """
+        pictures = self._pictures([CAMERAS[name] for name in self.settings.cameras])
+        return {}, {
+            **{
+                name: _resize(picture, self.settings.image_size)
+                for name, picture in zip(self.settings.cameras, pictures, strict=True)
+            },
+            **self._proprio(),
+        }
+
+    def picture(self) -> tuple[dict[str, Any], Arrays]:
+        """
+        :return: nothing, and the head camera's picture in RoboTwin's own size as ``picture``
+        """
+        return {}, {"picture": self._pictures(["head_camera"])[0]}
+
+    def _pictures(self, names: list[str]) -> list[np.ndarray]:
+        cameras = self._task.cameras
+        views = dict(zip(cameras.static_camera_name, cameras.static_camera_list, strict=True))
+        if cameras.collect_wrist_camera:
+            views |= {"left_camera": cameras.left_camera, "right_camera": cameras.right_camera}
+        with self._random:
+            self._task.draw()
+        pictures = []
+        for name in names:
+            views[name].take_picture()
+            rgb = views[name].get_picture("Color")[..., :3]
+            pictures.append((rgb * 255).clip(0, 255).astype(np.uint8))
+        return pictures
+
+    def record_expert(self, scene_seed: int) -> tuple[dict[str, Any], Arrays]:
+        """
+        Let RoboTwin's own expert plan and play an episode.
+
+        :param scene_seed: seed of the scene
+        :return: ``success``, ``scene_seed``, and ``actions``, float32 ``(T, 14)``: the joint positions that it went
+            through, every ``save_freq`` physics steps of RoboTwin's task configuration
+        :raises RuntimeError: the planner is not installed
+        """
+        if not has_planner():
+            raise RuntimeError(PLANNER_HINT)
+        info, _ = self.reset(scene_seed)
+        self._task.trace = trace = []
+        try:
+            with self._random, quiet():
+                self._task.play_once()
+                success = bool(self._task.plan_success and self._task.check_success())
+        finally:
+            self._task.trace = None
+        return {**info, "success": success}, {"actions": np.array(trace, dtype=np.float32).reshape(-1, ACTION_DIM)}
+
+    def close(self) -> None:
+        """Free the scene; may be called twice."""
+        if self._task is not None:
+            self._task.close_env(clear_cache=False)
+            self._task = None
+
+
+def _resize(picture: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    import cv2
+
+    if picture.shape[:2] == tuple(size):
+        return picture
+    return cv2.resize(picture, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+
+
+def _task_arguments(settings: Settings) -> dict[str, Any]:
+    """Arguments of RoboTwin's ``setup_demo``, from its own configuration files."""
+    import yaml
+    from robotwin.config import load_task_config
+
+    arguments = load_task_config(settings.task_config)
+    embodiment = list(settings.embodiment)
+    folders = embodiment_folders(Path(settings.assets_root), tuple(embodiment[:2]))
+    configs = [yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8")) for folder in folders]
+    for arm, config in enumerate(configs):
+        joints = config["arm_joints_name"][arm]
+        if len(joints) != 6:
+            raise ValueError(
+                f"Robot {embodiment[min(arm, len(embodiment) - 1)]!r} has {len(joints)} joints in an arm; actions here "
+                "are those of RoboTwin's policies, two arms with six joints each (aloha-agilex, piper, ARX-X5, y1)."
+            )
+    wrists = any(name != "head" for name in settings.cameras)
+    arguments["camera"].update(collect_head_camera=True, collect_wrist_camera=wrists)
+    arguments.update(
+        task_name=settings.task,
+        embodiment=embodiment,
+        left_robot_file=str(folders[0]),
+        right_robot_file=str(folders[1]),
+        left_embodiment_config=configs[0],
+        right_embodiment_config=configs[1],
+        dual_arm_embodied=len(embodiment) == 1,
+        # The only other one runs on CUDA alone, and is not needed to play joint positions
+        planner_backend="mplib",
+        eval_mode=True,
+        eval_video_log=False,
+        render_freq=0,
+    )
+    if len(embodiment) == 3:
+        arguments["embodiment_dis"] = float(embodiment[2])
+    return arguments
+
+
+@functools.cache
+def _task_class(task: str) -> type:
+    """RoboTwin's class of a task, with the shader chosen and pictures drawn only when somebody looks."""
+    import sapien
+
+    with quiet():
+        base = getattr(importlib.import_module(f"robotwin.envs.{task}"), task)
+
+    class Task(base):
+        shader = "default"
+        # Joint positions, while the expert plays
+        trace: list[np.ndarray] | None = None
+
+        def setup_scene(self, **kwargs: Any) -> None:
+            # RoboTwin asks for ray tracing here, which a CPU cannot do
+            if self.shader == "rt":
+                super().setup_scene(**kwargs)
+                return
+            render = sapien.render
+            names = (
+                "set_camera_shader_dir",
+                "set_ray_tracing_samples_per_pixel",
+                "set_ray_tracing_path_depth",
+                "set_ray_tracing_denoiser",
+            )
+            real = {name: getattr(render, name) for name in names}
+            try:
+                real["set_camera_shader_dir"](self.shader)
+                for name in names:
+                    setattr(render, name, lambda value: None)
+                # Shadows take longer than everything else without a GPU
+                super().setup_scene(**{**kwargs, "shadow": False})
+            finally:
+                for name, function in real.items():
+                    setattr(render, name, function)
+
+        def _update_render(self) -> None:
+            """RoboTwin calls this at every physics step; nobody looks at those pictures."""
+
+        def draw(self) -> None:
+            super()._update_render()
+
+        def _take_picture(self, reward: Any = None) -> None:
+            if self.trace is not None:
+                robot = self.robot
+                self.trace.append(np.array([*robot.get_left_arm_jointState(), *robot.get_right_arm_jointState()]))
+
+    Task.__name__ = Task.__qualname__ = camel(task)
+    return Task

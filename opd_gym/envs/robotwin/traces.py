@@ -1,0 +1,169 @@
+"""
+Traces of RoboTwin's expert, and demonstrations made of them.
+
+A trace is what the expert did in one scene: joint positions, some 17 a second. Played in chunks it ends in success
+again, so that it can be recorded with any pictures, and with the arms pushed off their way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opd_gym.envs.robotwin.actions import to_actions
+from opd_gym.envs.robotwin.env import RoboTwinEnv
+from opd_gym.envs.robotwin.tasks import ACTION_DIM, TASKS
+
+# How far a perturbation turns a joint, in rad (standard deviation)
+PUSH = 0.05
+
+
+@dataclass(frozen=True)
+class Trace:
+    """
+    One episode of the expert.
+
+    :param task: RoboTwin's name of the task
+    :param scene_seed: seed of the scene
+    :param embodiment: see :class:`RoboTwinEnv`
+    :param task_config: see :class:`RoboTwinEnv`
+    :param stand_in: whether the robot is a stand-in
+    :param positions: float32 ``(T, 14)``: joint positions in rad and gripper openings
+    """
+
+    task: str
+    scene_seed: int
+    embodiment: tuple[Any, ...]
+    task_config: str
+    stand_in: bool
+    positions: np.ndarray
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """
+        :param path: ``.npz`` file to write; an interrupted write leaves an old one untouched
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {name: getattr(self, name) for name in ("task", "scene_seed", "embodiment", "task_config", "stand_in")}
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, positions=self.positions, about=np.array(json.dumps(about)))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """
+        :param path: file that :meth:`save` wrote
+        :return: the trace
+        :raises ValueError: it is no such file
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about, positions = json.loads(str(file["about"])), file["positions"]
+            about["embodiment"] = tuple(about["embodiment"])
+            trace = cls(**about, positions=positions)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"{path} is not a trace of RoboTwin's expert ({error}). `opd-gym robotwin record` writes such files."
+            ) from error
+        if trace.positions.ndim != 2 or trace.positions.shape[1] != ACTION_DIM or trace.task not in TASKS:
+            raise ValueError(f"{path} is not a trace: {trace.task!r} with positions of shape {trace.positions.shape}.")
+        return trace
+
+    def make_env(self, **kwargs: Any) -> RoboTwinEnv:
+        """
+        :param kwargs: keyword arguments of the env
+        :return: an env with one evaluation scene, that of the trace
+        """
+        seeds = {"eval_seeds": (self.scene_seed,), "train_seeds": (0 if self.scene_seed else 1,), "init_states": "eval"}
+        return RoboTwinEnv(self.task, embodiment=self.embodiment, task_config=self.task_config, **{**seeds, **kwargs})
+
+
+def find_traces(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """
+    :param paths: files, or folders of them
+    :return: the files
+    :raises FileNotFoundError: there is none
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        found += sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    if not found or not all(path.is_file() for path in found):
+        raise FileNotFoundError(f"No traces (.npz) in {', '.join(map(str, paths))}.")
+    return found
+
+
+@dataclass
+class Replay:
+    """
+    What became of a trace.
+
+    :param success: whether it was solved
+    :param observations: key -> array ``(T, ...)``, one row a decision
+    :param action_chunks: float32 ``(T, K, 14)``: what the expert does next, for each
+    :param instruction: what was to be done
+    """
+
+    success: bool
+    observations: dict[str, np.ndarray] = field(default_factory=dict)
+    action_chunks: np.ndarray = field(default_factory=lambda: np.zeros((0, 1, ACTION_DIM), dtype=np.float32))
+    instruction: str = ""
+
+
+def replay(
+    trace: Trace, env: RoboTwinEnv, perturbation: float = 0.0, first: int | None = None, seed: int = 0
+) -> Replay:
+    """
+    Play a trace in chunks, and label every decision with the chunk that the expert played there.
+
+    A pushed chunk leads away from the trace: an offset that grows over the chunk is added to where the arms go (not to
+    the grippers). Positions are absolute, so the label of the next decision
+    leads back (noise injection in the manner of DART, https://arxiv.org/abs/1703.09327). A push is never a label.
+
+    :param trace: the trace
+    :param env: raw env of the trace's scene with chunks, see :meth:`Trace.make_env`
+    :param perturbation: probability that a chunk is pushed
+    :param first: actions before the second decision, so that those after it come at other moments; None: a chunk
+    :param seed: seed of the perturbations
+    :return: the episode
+    :raises ValueError: the env has no chunks
+    """
+    if env.chunk_size is None:
+        raise ValueError("A trace is replayed in chunks: build the env with chunk_size=25.")
+    rng = np.random.default_rng(seed)
+    size = env.chunk_size
+    actions = to_actions(trace.positions)
+    # The expert stands still once it has succeeded: the last action is repeated.
+    actions = np.concatenate([actions, np.repeat(actions[-1:], 2 * size, axis=0)])
+    observation, info = env.reset(options={"init_state_id": 0})
+    observations, chunks = [], []
+    done, position = False, 0
+    while not done and position < len(actions) - size:
+        length = first if first is not None and position == 0 else size
+        chunk = actions[position : position + size]
+        observations.append(observation)
+        chunks.append(chunk)
+        # A shorter first chunk is filled up with its last action, which changes nothing
+        played = np.concatenate([chunk[:length], np.repeat(chunk[length - 1 : length], size - length, axis=0)])
+        if rng.random() < perturbation:
+            push = rng.normal(0.0, PUSH / np.pi, ACTION_DIM) * (np.arange(ACTION_DIM) % 7 != 6)
+            played = played + push * np.linspace(0.0, 1.0, size)[:, None]
+        observation, _, terminated, truncated, step_info = env.step(played.astype(np.float32).clip(-1.0, 1.0))
+        position += length
+        done = terminated or truncated
+    keys = [key for key in observations[0] if key != "instruction"]
+    return Replay(
+        bool(step_info.get("is_success")),
+        {key: np.stack([obs[key] for obs in observations]) for key in keys},
+        np.stack(chunks),
+        info["instruction"],
+    )

@@ -1,0 +1,205 @@
+"""``opd-gym robotwin install | assets | record | demos``: RoboTwin's runtime, its assets, and demonstrations."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+# Replays of one trace before it is given up
+MAX_ATTEMPTS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    :param parser: parser of ``opd-gym robotwin``
+    """
+    commands = parser.add_subparsers(dest="robotwin_command", required=True, metavar="COMMAND")
+
+    install = commands.add_parser("install", help="the runtime without its pins, and a software Vulkan driver")
+    install.add_argument("--force", action="store_true", help="anew, whatever is there already")
+    install.set_defaults(run=_install)
+
+    assets = commands.add_parser("assets", help="RoboTwin's assets, or a stand-in robot")
+    kind = assets.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--download", action="store_true", help="the real ones, from the Hugging Face hub")
+    kind.add_argument("--stand-in", action="store_true", help="a robot of boxes that needs no download")
+    assets.add_argument("-o", "--output", type=Path, help="folder; default: where the environments look for it")
+    assets.set_defaults(run=_assets)
+
+    record = commands.add_parser("record", help="traces of RoboTwin's own expert")
+    record.add_argument("--env", required=True, help="environment id, for instance RoboTwinHandoverBlock-v0")
+    record.add_argument("-n", "--episodes", type=int, default=1, help="successful episodes")
+    record.add_argument("--seed", type=int, default=0, help="first scene; the following ones count up")
+    record.add_argument("--python", help="interpreter that has the planner: mplib 0.2.1 with 'numpy<2'")
+    record.add_argument("--task-config", choices=("demo_clean", "demo_randomized"), default="demo_clean")
+    record.add_argument("-o", "--output", type=Path, default=Path("runs/traces"), help="folder, one file a trace")
+    record.set_defaults(run=_record)
+
+    demos = commands.add_parser("demos", help="demonstrations (HDF5) out of traces")
+    demos.add_argument("--traces", nargs="+", type=Path, required=True, help="files, or folders of them")
+    demos.add_argument("-n", "--replays", type=int, default=1, help="demonstrations of each trace")
+    demos.add_argument("--perturbation", type=float, default=0.0, help="probability that a chunk is pushed off its way")
+    demos.add_argument("--chunk-size", type=int, default=25, help="length of the labels")
+    demos.add_argument("--image-size", type=int, nargs="+", help="height and width; default: RoboTwin's own")
+    demos.add_argument("--cameras", nargs="+", default=["head"])
+    demos.add_argument("--shader", choices=("default", "rt"), default="default")
+    demos.add_argument("--seed", type=int, default=0)
+    demos.add_argument("-o", "--output", type=Path, default=Path("runs/demos"), help="folder, one file a task")
+    demos.set_defaults(run=_demos)
+
+
+def _install(args: argparse.Namespace) -> int:
+    from opd_gym.envs.robotwin import install, runtime
+
+    install.install_packages(args.force)
+    install.install_driver(args.force)
+    install.check()
+    try:
+        print(f"Assets: {runtime.find_assets()}")
+    except FileNotFoundError:
+        print(f"Assets: none yet. Next: `{runtime.DOWNLOAD_HINT}`, or `{runtime.STAND_IN_HINT}`.")
+    return 0
+
+
+def _assets(args: argparse.Namespace) -> int:
+    from opd_gym.envs.robotwin import runtime
+    from opd_gym.envs.robotwin.assets import download_assets
+    from opd_gym.envs.robotwin.stand_in import write_stand_in
+
+    if args.stand_in:
+        root = write_stand_in(args.output or runtime.home() / "stand-in")
+        print(f"A stand-in for RoboTwin's robot: {root}\n{runtime.NOT_COMPARABLE}")
+    else:
+        root = download_assets(args.output or runtime.home() / "assets")
+        print(f"RoboTwin's assets: {root}")
+    return 0
+
+
+def _task_of(env_id: str) -> str:
+    from opd_gym.envs.registration import ROBOTWIN_IDS, bare_id
+
+    if bare_id(env_id) not in ROBOTWIN_IDS:
+        raise ValueError(f"Expected a RoboTwin environment id, for instance RoboTwinHandoverBlock-v0, got {env_id!r}.")
+    return ROBOTWIN_IDS[bare_id(env_id)]["task"]
+
+
+def _record(args: argparse.Namespace) -> int:
+    from opd_gym.envs.robotwin.env import RoboTwinEnv
+    from opd_gym.envs.robotwin.remote import RemoteSimulator
+    from opd_gym.envs.robotwin.traces import Trace
+
+    task = _task_of(args.env)
+    env = RoboTwinEnv(task, task_config=args.task_config, python=args.python)
+    simulator = RemoteSimulator(env.settings, args.python)
+    saved, attempt = 0, 0
+    bar = tqdm(total=args.episodes, desc="recording", unit="episode")
+    try:
+        while saved < args.episodes:
+            if attempt >= MAX_ATTEMPTS * args.episodes:
+                raise ValueError(
+                    f"RoboTwin's expert solved {saved} of {attempt} scenes of {task}, too few to go on. Some tasks are "
+                    "beyond it with this robot."
+                )
+            info, arrays = simulator.record_expert(args.seed + attempt)
+            attempt += 1
+            if not info["success"]:
+                continue
+            trace = Trace(
+                task, info["scene_seed"], env.settings.embodiment, args.task_config, env.is_stand_in, arrays["actions"]
+            )
+            trace.save(args.output / f"{task}_{info['scene_seed']}.npz")
+            saved += 1
+            bar.update(1)
+    finally:
+        bar.close()
+        simulator.close()
+    return 0
+
+
+def _demos(args: argparse.Namespace) -> int:
+    from opd_gym.envs.robotwin.traces import Trace, find_traces
+
+    traces = [Trace.load(path) for path in find_traces(args.traces)]
+    for task in dict.fromkeys(trace.task for trace in traces):
+        path = make_demonstrations(
+            [trace for trace in traces if trace.task == task],
+            args.output / f"{task}_demo.hdf5",
+            replays=args.replays,
+            perturbation=args.perturbation,
+            seed=args.seed,
+            chunk_size=args.chunk_size,
+            image_size=args.image_size,
+            cameras=args.cameras,
+            shader=args.shader,
+        )
+        print(f"Demonstrations: {path}")
+    return 0
+
+
+def make_demonstrations(
+    traces: list[Any],
+    path: Path,
+    replays: int = 1,
+    perturbation: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+    **env_kwargs: Any,
+) -> Path:
+    """
+    Replay traces of one task, keep what ends in success, and write it in LIBERO's HDF5 format.
+
+    The file's ``env_args`` hold the ``statistics`` with which action tokens cover these demonstrations.
+
+    :param traces: :class:`opd_gym.envs.robotwin.traces.Trace` of one task
+    :param path: the file
+    :param replays: demonstrations of each trace; all but the first begin with a chunk of another length
+    :param perturbation: see :func:`opd_gym.envs.robotwin.traces.replay`
+    :param seed: seed of the perturbations
+    :param progress: show a progress bar
+    :param env_kwargs: keyword arguments of the env
+    :return: the file
+    :raises ValueError: a trace fails again and again
+    """
+    import numpy as np
+
+    from opd_gym.demonstrations import Episode, write_demonstrations
+    from opd_gym.envs.robotwin.actions import statistics_of_actions
+    from opd_gym.envs.robotwin.traces import replay
+
+    if replays < 1:
+        raise ValueError(f"replays must be at least 1, got {replays}.")
+    episodes: list[Episode] = []
+    with tqdm(total=len(traces) * replays, desc="replaying", unit="episode", disable=not progress) as bar:
+        for trace in traces:
+            env = trace.make_env(**env_kwargs)
+            robot = "a stand-in" if trace.stand_in else "RoboTwin's own"
+            try:
+                attempt = kept = 0
+                while kept < replays:
+                    if attempt >= MAX_ATTEMPTS * replays:
+                        raise ValueError(
+                            f"The trace of {trace.task} in scene {trace.scene_seed} ended in success {kept} times in "
+                            f"{attempt} replays. Lower the perturbation ({perturbation}), or replay it with the robot "
+                            f"that it was recorded with ({robot})."
+                        )
+                    own_seed = seed + 1000 * len(episodes) + attempt
+                    size = env.chunk_size or 1
+                    first = int(np.random.default_rng(own_seed).integers(1, size + 1)) if kept else None
+                    played = replay(trace, env, perturbation if kept or replays == 1 else 0.0, first, own_seed)
+                    attempt += 1
+                    if not played.success:
+                        continue
+                    kept += 1
+                    bar.update(1)
+                    attrs = {"task_id": env.task_id, "scene_seed": trace.scene_seed, "seed": own_seed}
+                    chunks = played.action_chunks
+                    episodes.append(Episode(played.observations, chunks[:, 0], chunks, played.instruction, attrs=attrs))
+            finally:
+                env.close()
+    statistics = statistics_of_actions(np.concatenate([e.action_chunks.reshape(-1, 14) for e in episodes]))  # type: ignore[union-attr]
+    about = {"env_name": traces[0].task, "perturbation": perturbation, "stand_in": traces[0].stand_in}
+    write_demonstrations(path, episodes, str(episodes[0].instruction), env_args={**about, "statistics": statistics})
+    return path
