@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,18 @@ from opd_gym.envs.robotwin.topp import PLANNER_HINT, has_planner
 # Short names of RoboTwin's cameras.
 CAMERAS = {"head": "head_camera", "left_wrist": "left_camera", "right_wrist": "right_camera"}
 PICTURE_SIZE = (240, 320)
+# What the code of RoboTwin's experts consists of
+EXPERT_METHODS = (
+    "move",
+    "grasp_actor",
+    "place_actor",
+    "move_by_displacement",
+    "move_to_pose",
+    "back_to_origin",
+    "open_gripper",
+    "close_gripper",
+    "delay",
+)
 Arrays = dict[str, np.ndarray]
 
 
@@ -110,7 +122,12 @@ class Simulator:
         from robotwin.description import generate_episode_descriptions
 
         name = self.settings.task
-        found = generate_episode_descriptions(name, [self._task.get_info()], 100, seed)
+        self._task.describing = True
+        try:
+            described = self._task.get_info()
+        finally:
+            self._task.describing = False
+        found = generate_episode_descriptions(name, [described], 100, seed)
         texts = found[0][self.settings.instructions] or [f"{name.replace('_', ' ')}."]
         # One that fits into the observation whole, if there is one
         fitting = [text for text in texts if len(text.encode("utf-8")) <= INSTRUCTION_BYTES]
@@ -252,6 +269,8 @@ def _task_class(task: str) -> type:
         shader = "default"
         # Joint positions, while the expert plays
         trace: list[np.ndarray] | None = None
+        # While True, the arms stand still whatever the expert's code says
+        describing = False
 
         def setup_scene(self, **kwargs: Any) -> None:
             # RoboTwin asks for ray tracing here, which a CPU cannot do
@@ -287,5 +306,14 @@ def _task_class(task: str) -> type:
                 robot = self.robot
                 self.trace.append(np.array([*robot.get_left_arm_jointState(), *robot.get_right_arm_jointState()]))
 
+    def paused(name: str) -> Callable[..., Any]:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return None if self.describing else getattr(base, name)(self, *args, **kwargs)
+
+        return method
+
+    # To describe the scene, stack_blocks_three, blocks_ranking_size and place_bread_basket play the episode
+    for name in EXPERT_METHODS:
+        setattr(Task, name, paused(name))
     Task.__name__ = Task.__qualname__ = camel(task)
     return Task

@@ -1,0 +1,422 @@
+"""RoboTwin on its real task classes, with the stand-in robot."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+import opd_gym
+from opd_gym.demonstrations import Demonstrations, Episode, read_demonstrations, write_demonstrations
+from opd_gym.envs.registration import CHUNK_SIZES, ROBOTWIN_IDS
+from opd_gym.envs.robotwin import MESHLESS_TASKS, TASKS, RoboTwinEnv, install, runtime, tasks
+from opd_gym.envs.robotwin.actions import (
+    statistics_of_actions,
+    statistics_of_positions,
+    to_actions,
+    to_positions,
+)
+from opd_gym.envs.robotwin.assets import unpack
+from opd_gym.envs.robotwin.remote import RemoteSimulator, receive, send
+from opd_gym.envs.robotwin.stand_in import write_stand_in
+from opd_gym.envs.robotwin.traces import Trace, find_traces, replay
+from opd_gym.envs.wrappers import decode_tokens, encode_actions
+from opd_gym.evaluation import eval_episodes, evaluate_success
+from opd_gym.zoo.cli import main
+from opd_gym.zoo.robotwin import make_demonstrations
+
+DATA = Path(__file__).parent / "data" / "robotwin"
+TRACES = ("handover_block_0", "stack_blocks_two_0", "blocks_ranking_rgb_0")
+KWARGS = {"chunk_size": 25, "image_size": 64, "cameras": ("head", "left_wrist", "right_wrist")}
+
+pytestmark = pytest.mark.filterwarnings("ignore:RoboTwin with a stand-in")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_stand_in(tmp_path_factory.mktemp("assets") / "stand-in")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed(root):
+    """The runtime, installed here if need be, into this library's own folder."""
+    before = os.environ.get("ROBOTWIN_ASSETS_ROOT")
+    os.environ["ROBOTWIN_ASSETS_ROOT"] = str(root)
+    try:
+        install.install_packages()
+        install.install_driver()
+    except install.InstallError as error:
+        pytest.skip(f"RoboTwin cannot be installed here: {error}")
+    yield
+    if before is None:
+        del os.environ["ROBOTWIN_ASSETS_ROOT"]
+    else:
+        os.environ["ROBOTWIN_ASSETS_ROOT"] = before
+
+
+@pytest.fixture(scope="module")
+def worker(root):
+    """One process for the tests of all tasks: a new one compiles its shaders first."""
+    remote = RemoteSimulator(RoboTwinEnv("handover_block").settings)
+    yield remote
+    remote.close()
+
+
+def borrow(env, worker):
+    """Let an env use the module's worker."""
+    worker.call("start", timeout=300.0, settings=asdict(env.settings))
+    env._simulator = worker
+    return env
+
+
+# -------------------------------------------------------------------------------------------------- without a simulator
+
+
+def test_every_task_has_an_id():
+    from robotwin.config import load_task_config
+
+    assert load_task_config("_eval_step_limit") == TASKS
+    assert len(ROBOTWIN_IDS) == 50 and set(MESHLESS_TASKS) <= set(TASKS)
+    assert "RoboTwinHandoverBlock-v0" in ROBOTWIN_IDS and "RoboTwinPlaceA2bLeft-v0" in ROBOTWIN_IDS
+    assert all(env_id in gym.registry and CHUNK_SIZES[env_id] == 25 for env_id in ROBOTWIN_IDS)
+
+
+def test_spaces():
+    env = gym.make("opd_gym:RoboTwinHandoverBlock-v0")
+    assert env.action_space == gym.spaces.Box(-1.0, 1.0, (14,), np.float32)
+    assert {key: space.shape for key, space in env.observation_space.items()} == {
+        "head": (240, 320, 3),
+        "proprio": (14,),
+        "instruction": (128,),
+    }
+    vec = opd_gym.make_vec("RoboTwinHandoverBlock-v0", env_kwargs={"image_size": 64})
+    assert vec.action_space == gym.spaces.MultiDiscrete([256] * 25 * 14)
+    assert vec.get_attr("task_ids") == [[tasks.task_id("handover_block")]]
+    vec.close()
+
+
+def test_actions_are_positions():
+    rng = np.random.default_rng(0)
+    positions = np.where(np.arange(14) % 7 == 6, rng.random((50, 14)), rng.uniform(-np.pi, np.pi, (50, 14)))
+    actions = to_actions(positions)
+    assert np.abs(actions).max() <= 1.0
+    np.testing.assert_allclose(to_positions(actions), positions, atol=1e-6)
+
+
+def test_statistics_of_a_policy_in_robotwins_units():
+    rng = np.random.default_rng(1)
+    low = rng.uniform(-2.0, 0.0, 14)
+    statistics = {"q01": low, "q99": low + rng.uniform(0.5, 2.0, 14), "mask": np.arange(14) % 7 != 6}
+    tokens = rng.integers(0, 256, (40, 14))
+    wanted = decode_tokens(tokens, statistics)
+    got = to_positions(decode_tokens(tokens, statistics_of_positions(statistics)))
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+    with pytest.raises(ValueError, match=r"statistics\['q01'\] must have shape \(14,\), got \(3,\)"):
+        statistics_of_positions({"q01": [0] * 3, "q99": [1] * 14})
+
+
+def test_tokens_of_the_range_of_the_demonstrations_are_fine_enough():
+    trace = Trace.load(DATA / "stack_blocks_two_0.npz")
+    actions = to_actions(trace.positions)
+    statistics = statistics_of_actions(actions)
+    error = np.abs(to_positions(decode_tokens(encode_actions(actions, statistics), statistics)) - trace.positions)
+    coarse = np.abs(to_positions(decode_tokens(encode_actions(actions))) - trace.positions)
+    assert error.max() < 0.008 < coarse.max()
+
+
+def test_no_scene_is_both_for_training_and_evaluation():
+    # Nor do those that unstable ones are replaced by
+    train = {seed % tasks.SEED_STRIDE for first in (0, 99_999) for seed in tasks.scene_seeds(first)}
+    evaluation = {seed % tasks.SEED_STRIDE for first in tasks.EVAL_SEEDS for seed in tasks.scene_seeds(first)}
+    assert train <= set(tasks.TRAIN_SEEDS) and evaluation == set(tasks.EVAL_SEEDS)
+    assert not set(tasks.TRAIN_SEEDS) & set(tasks.EVAL_SEEDS)
+    assert tasks.scene_seeds(7)[0] == 7 and len(set(tasks.scene_seeds(7))) == tasks.MAX_UNSTABLE
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"task": "fold_towel"}, "Unknown RoboTwin task 'fold_towel'. Known: adjust_bottle"),
+        ({"task_config": "demo"}, "task_config must be one of demo_clean, demo_randomized; got 'demo'"),
+        ({"shader": "raster"}, "shader must be one of default, rt; got 'raster'"),
+        ({"instructions": "all"}, "instructions must be one of seen, unseen; got 'all'"),
+        ({"cameras": ("head", "wrist")}, "cameras must be one of head, left_wrist, right_wrist; got 'wrist'"),
+        ({"render_mode": "human"}, "render_mode must be one of None, rgb_array; got 'human'"),
+        ({"chunk_size": 0}, "chunk_size must be positive, got 0"),
+        ({"horizon": -1}, "horizon must be positive, got -1"),
+        ({"image_size": 0}, "image_size must be positive, got 0"),
+        ({"embodiment": ("piper", "piper")}, "embodiment must name one robot of two arms"),
+        ({"embodiment": ("ur5", "ur5", 0.6)}, "There is no robot 'ur5' in .*; there are: piper"),
+        ({"init_states": "all"}, 'init_states must be "sampled", "eval", or ids of evaluation scenes, 0 to 99'),
+        ({"init_states": [100]}, "0 to 99; got"),
+        ({"train_seeds": range(5), "eval_seeds": (3, 9)}, "1 scenes are both in train_seeds and in eval_seeds.* 3:"),
+        ({"eval_seeds": (1_000_000,)}, "eval_seeds must be seeds of scenes, .* 0 to 999,999"),
+        ({"train_seeds": ()}, "train_seeds must be seeds of scenes, at least one"),
+        ({"assets_root": "/nowhere"}, "assets are not in /nowhere: .*assets --download.*assets --stand-in"),
+        ({"task": "place_empty_cup"}, "the objects of 'place_empty_cup' are missing in .*these tasks run"),
+        ({"task_config": "demo_randomized"}, "objects and background_texture are missing"),
+        ({"in_process": True, "python": sys.executable}, "cannot be given with in_process=True"),
+    ],
+)
+def test_arguments_are_checked_at_construction(kwargs, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        RoboTwinEnv(**{"task": "handover_block", **kwargs})
+
+
+def test_what_is_missing_is_said_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(runtime, "MODULES", (*runtime.MODULES, "no_such_module"))
+    with pytest.raises(ImportError, match="need no_such_module, not installed .* Run: opd-gym robotwin install"):
+        RoboTwinEnv("handover_block")
+
+
+def test_numbers_are_not_comparable_and_it_says_so():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        RoboTwinEnv("handover_block")
+        RoboTwinEnv("handover_block", shader="rt")
+    first, second = (str(item.message) for item in caught)
+    assert "a stand-in for RoboTwin's robot and pictures without ray tracing" in first
+    assert "stand-in" in second and "ray tracing" not in second
+    assert all("cannot be compared to published ones" in text for text in (first, second))
+
+
+def test_a_worker_that_cannot_start_is_an_error_and_not_a_loop():
+    env = RoboTwinEnv("handover_block", python="/bin/false")
+    with (
+        pytest.warns(RuntimeWarning, match=r"died in 'start' \(exit code 1\)"),
+        pytest.raises(RuntimeError, match="(?s)died 3 times in a row without completing a step.*in_process=True"),
+    ):
+        env.reset()
+    env.close()
+
+
+def test_messages_between_processes():
+    here, there = socket.socketpair()
+    arrays = {"a": np.arange(6, dtype=np.uint8).reshape(2, 3), "b": np.float32([0.5, -1.0]), "none": np.zeros((0, 14))}
+    send(here, {"command": "step", "arguments": {"observe": True}}, arrays)
+    header, got = receive(there)
+    assert header == {"command": "step", "arguments": {"observe": True}}
+    assert all(np.array_equal(got[key], arrays[key]) and got[key].dtype == arrays[key].dtype for key in arrays)
+    here.close()
+    with pytest.raises(EOFError):
+        receive(there)
+    there.close()
+
+
+def test_the_random_state_of_the_learner_is_not_touched():
+    import torch
+
+    state = runtime.RandomState()
+    np.random.seed(1)
+    torch.manual_seed(1)
+    wanted = np.random.RandomState(1).rand(), torch.rand(1, generator=torch.Generator().manual_seed(1))
+    with state:
+        np.random.seed(5)
+        torch.manual_seed(5)
+        np.random.rand()
+    assert np.random.rand() == wanted[0] and torch.rand(1) == wanted[1]
+    with state:  # goes on where it was
+        assert np.random.rand() == np.random.RandomState(5).rand(2)[1]
+
+
+def test_stand_in_is_not_written_over_anything_else(tmp_path):
+    (tmp_path / "precious.txt").touch()
+    with pytest.raises(ValueError, match="holds something that is not a stand-in"):
+        write_stand_in(tmp_path)
+    assert main(["robotwin", "assets", "--stand-in", "-o", str(tmp_path / "new")]) == 0
+    assert runtime.is_stand_in(tmp_path / "new")
+    write_stand_in(tmp_path / "new")
+
+
+def test_archives_of_assets(tmp_path):
+    with zipfile.ZipFile(tmp_path / "good.zip", "w") as archive:
+        archive.writestr("objects/021_cup/base0.glb", b"mesh")
+    unpack(tmp_path / "good.zip", tmp_path / "assets")
+    assert (tmp_path / "assets/objects/021_cup/base0.glb").read_bytes() == b"mesh"
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("../outside", b"")
+    with pytest.raises(ValueError, match="outside its folder: ../outside"):
+        unpack(tmp_path / "bad.zip", tmp_path / "assets")
+    (tmp_path / "broken.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="the download is broken"):
+        unpack(tmp_path / "broken.zip", tmp_path / "assets")
+
+
+def test_download_without_the_hub(tmp_path):
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-m", "opd_gym.zoo.cli", "robotwin", "assets", "--download", "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot be downloaded from the Hugging Face hub" in done.stderr
+    assert "assets --stand-in" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_traces_are_checked(tmp_path):
+    np.savez(tmp_path / "other.npz", actions=np.zeros((3, 14)))
+    with pytest.raises(ValueError, match="is not a trace of RoboTwin's expert"):
+        Trace.load(tmp_path / "other.npz")
+    with pytest.raises(FileNotFoundError, match="No traces"):
+        find_traces([tmp_path / "none"])
+    assert find_traces([DATA]) == sorted(DATA.glob("*.npz"))
+    with pytest.raises(ValueError, match="build the env with chunk_size=25"):
+        replay(Trace.load(DATA / "handover_block_0.npz"), RoboTwinEnv("handover_block"))
+
+
+def test_proprioception_of_another_robot_in_a_file(tmp_path):
+    proprio = np.random.default_rng(0).random((4, 14)).astype(np.float32)
+    episode = Episode({"proprio": proprio, "head": np.zeros((4, 8, 8, 3), np.uint8)}, np.zeros((4, 14)))
+    write_demonstrations(tmp_path / "task_demo.hdf5", [episode], "do it")
+    (read,) = read_demonstrations(tmp_path / "task_demo.hdf5")
+    assert np.array_equal(read.observations["proprio"], proprio) and set(read.observations) == {"proprio", "head"}
+
+
+# ----------------------------------------------------------------------------------------------------- with a simulator
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_the_experts_trace_ends_in_success(name, worker):
+    trace = Trace.load(DATA / f"{name}.npz")
+    played = replay(trace, borrow(trace.make_env(**KWARGS), worker))
+    assert played.success
+    n = len(played.action_chunks)
+    # Not from the beginning, and not only at the end of the stand-still
+    assert 5 < n <= len(trace.positions) // 25 + 2
+    assert played.observations["head"].shape == (n, 64, 64, 3) and played.observations["proprio"].shape == (n, 14)
+
+
+def test_a_task_that_stands_still_does_not_succeed(worker):
+    env = borrow(RoboTwinEnv("stack_blocks_three", **KWARGS), worker)
+    observation, info = env.reset(seed=0, options={"init_state_id": 3, "horizon": 30})
+    assert info["init_state_id"] == 3 and info["scene_seed"] % tasks.SEED_STRIDE == 100_003
+    stay = np.tile(to_actions(observation["proprio"]), (25, 1))
+    _, reward, terminated, truncated, info = env.step(stay)
+    assert (reward, terminated, truncated, info["n_executed"]) == (0.0, False, False, 25)
+    after, reward, terminated, truncated, info = env.step(stay)
+    assert (reward, terminated, truncated, info["n_executed"], info["is_success"]) == (0.0, False, True, 5, False)
+    np.testing.assert_allclose(after["proprio"], observation["proprio"], atol=0.02)
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(stay)
+
+
+def test_gymnasium_and_stable_baselines3_accept_it(worker):
+    env = borrow(RoboTwinEnv("handover_block", image_size=64, render_mode="rgb_array"), worker)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sb3_check_env(env)
+        check_env(env, skip_render_check=True)
+    assert env.render().shape == (240, 320, 3)
+
+
+def test_same_seed_same_pictures(worker):
+    env = borrow(RoboTwinEnv("blocks_ranking_size", **KWARGS), worker)
+    first, first_info = env.reset(seed=3)
+    env.step(env.action_space.sample() * 0.1)
+    other, other_info = env.reset(seed=4)
+    again, again_info = env.reset(seed=3)
+    assert first_info == again_info and first_info["scene_seed"] != other_info["scene_seed"]
+    assert all(np.array_equal(first[key], again[key]) for key in first)
+    assert not np.array_equal(first["head"], other["head"])
+    # Not a blank picture
+    assert first["head"].std() > 10
+    for bad, message in (
+        (np.zeros(14), r"expects an action of shape \(25, 14\), got \(14,\)"),
+        (np.full((25, 14), np.nan), "NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            env.step(bad)
+    for options, message in (
+        ({"state": 1}, r"Unknown reset options \['state'\]"),
+        ({"task_id": 0}, "only task is 2 "),
+        ({"init_state_id": 100}, "Unknown evaluation scene 100"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            env.reset(options=options)
+
+
+def test_observations_are_drawn_when_somebody_looks(worker):
+    env = borrow(RoboTwinEnv("handover_block", **KWARGS), worker)
+    before, _ = env.reset(seed=0)
+    target = np.tile(to_actions(before["proprio"]), (25, 1))
+    target[:, :6] += np.linspace(0.0, 0.1, 25)[:, None]
+    env.observe = False
+    stale, *_ = env.step(target)
+    assert np.array_equal(stale["head"], before["head"]) and not np.array_equal(stale["proprio"], before["proprio"])
+    assert not np.array_equal(env.current_observation()["head"], before["head"])
+
+
+def test_a_worker_that_hangs_or_crashes_costs_its_episode():
+    env = RoboTwinEnv("handover_block", **KWARGS)
+    env.reset(seed=0)
+    stay = np.tile(to_actions(env.current_observation()["proprio"]), (25, 1))
+    os.kill(env.simulator.process.pid, signal.SIGSTOP)
+    env.simulator.timeout = 1.0
+    with pytest.warns(RuntimeWarning, match="no answer to 'step' for 1 s: killed"):
+        _, reward, terminated, truncated, info = env.step(stay)
+    assert (reward, terminated, truncated, info["episode_lost"]) == (0.0, False, True, True)
+    assert "SIGKILL" in info["worker_death"] and "is_success" not in info
+    env.reset(seed=0)
+    assert not env.step(stay)[4].get("episode_lost")
+    os.kill(env.simulator.process.pid, signal.SIGSEGV)
+    with pytest.warns(RuntimeWarning, match="SIGSEGV"):
+        info = env.step(stay)[4]
+    # What Python said of the crash
+    assert info["episode_lost"] and "Segmentation fault" in info["worker_death"]
+    env.close()
+
+
+class Replayed:
+    """Answers with the chunks of a trace, as tokens."""
+
+    def __init__(self, trace, statistics):
+        actions = to_actions(trace.positions)
+        actions = np.concatenate([actions, np.repeat(actions[-1:], 50, axis=0)])
+        self.chunks = [actions[i : i + 25] for i in range(0, len(actions) - 25, 25)]
+        self.statistics, self.n = statistics, 0
+
+    def predict(self, observation, *, deterministic=False):
+        tokens = encode_actions(self.chunks[min(self.n, len(self.chunks) - 1)], self.statistics).reshape(1, -1)
+        self.n += 1
+        return tokens, None
+
+
+def test_tokens_are_evaluated_as_on_libero():
+    trace = Trace.load(DATA / "handover_block_0.npz")
+    statistics = statistics_of_actions(to_actions(trace.positions))
+    kwargs = {"image_size": 64, "eval_seeds": (trace.scene_seed,), "train_seeds": (1,)}
+    env = opd_gym.make_vec("RoboTwinHandoverBlock-v0", env_kwargs=kwargs, statistics=statistics)
+    try:
+        episodes = eval_episodes([tasks.task_id("handover_block")], 1)
+        result = evaluate_success(Replayed(trace, statistics), env, episodes, progress=False)
+    finally:
+        env.close()
+    (episode,) = result.episodes
+    assert episode.success and episode.init_state_id == 0 and episode.steps % 25 == 0
+
+
+def test_demonstrations_of_a_trace(tmp_path):
+    trace = Trace.load(DATA / "handover_block_0.npz")
+    path = make_demonstrations(
+        [trace], tmp_path / "handover_block_demo.hdf5", replays=2, perturbation=0.1, progress=False, **KWARGS
+    )
+    demonstrations = Demonstrations.from_hdf5(path, chunk_size=25)
+    assert demonstrations.n_episodes == 2 and demonstrations.actions.shape[1:] == (25, 14)
+    assert demonstrations.observations["proprio"].shape == (len(demonstrations), 14)
+    assert demonstrations.observations["left_wrist"].shape == (len(demonstrations), 64, 64, 3)
+    first, second = read_demonstrations(path)
+    assert first.success and second.success and first.instruction
+    assert not np.array_equal(first.observations["proprio"][1], second.observations["proprio"][1])
