@@ -158,7 +158,7 @@ class RemoteSimulator:
     def _lost(self, reason: str) -> WorkerLost:
         # Long enough for a process that has just closed its end to be gone
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.5 if "died" in reason else 0.0)
+            self.process.wait(CLOSE_SECONDS if "died" in reason else 0.0)
         self.process.kill()
         code = self.process.wait()
         self._connection.close()

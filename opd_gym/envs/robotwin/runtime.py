@@ -211,7 +211,7 @@ def import_robotwin() -> Any:
             f"RoboTwin is installed but cannot be imported ({error}). Reinstall it with: {INSTALL_HINT} --force"
         ) from error
     # Configurations of a planner that runs on CUDA alone and plays no part here; the stand-in robots have none
-    robot.load_curobo_config = lambda embodiment_root, arm: {}
+    robot.load_curobo_config = lambda embodiment_root, arm: {}  # type: ignore[attr-defined]
     try:
         sapien.SapienRenderer()
     except RuntimeError as error:

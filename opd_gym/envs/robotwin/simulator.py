@@ -196,7 +196,8 @@ class Simulator:
         if not has_planner():
             raise RuntimeError(PLANNER_HINT)
         info, _ = self.reset(scene_seed)
-        self._task.trace = trace = []
+        trace: list[np.ndarray] = []
+        self._task.trace = trace
         try:
             with self._random, quiet():
                 self._task.play_once()
@@ -263,9 +264,9 @@ def _task_class(task: str) -> type:
     import sapien
 
     with quiet():
-        base = getattr(importlib.import_module(f"robotwin.envs.{task}"), task)
+        base: Any = getattr(importlib.import_module(f"robotwin.envs.{task}"), task)
 
-    class Task(base):
+    class Task(base):  # type: ignore[misc]
         shader = "default"
         # Joint positions, while the expert plays
         trace: list[np.ndarray] | None = None
