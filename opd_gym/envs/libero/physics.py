@@ -69,7 +69,7 @@ def _forward(model, data):  # type: ignore[no-untyped-def]
     _mj_forwardSkip(model, data, _VELOCITY_STAGE, 1)  # type: ignore[call-overload]
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def _measure(model, data, state, arm, work):  # type: ignore[no-untyped-def]
     """What the controller knows of the arm, as robosuite's ``Controller.update`` reads it."""
     site_xpos, site_xmat, qpos, qvel, _ctrl, _bias, _inertia = state
@@ -96,7 +96,7 @@ def _measure(model, data, state, arm, work):  # type: ignore[no-untyped-def]
     return ee_pos, ee_ori_mat, ee_pos_vel, ee_ori_vel, joint_pos, joint_vel, j_pos, j_ori, mass
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def _finish(model, data, state, arm, osc, actuation, goal_pos, goal_ori, gripper, grip, measured):  # type: ignore[no-untyped-def]
     """Torques from a measurement (``OperationalSpaceController.run_controller``), gripper, and the integration."""
     ee_pos, ee_ori_mat, ee_pos_vel, ee_ori_vel, joint_pos, joint_vel, j_pos, j_ori, mass = measured
@@ -123,12 +123,14 @@ def _finish(model, data, state, arm, osc, actuation, goal_pos, goal_ori, gripper
     _mj_step2(model, data)
 
 
+# One function with everything in it: several that call each other are compiled again for each caller
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _substeps(model, data, state, arm, osc, actuation, work, goal_pos, goal_ori, gripper, grip, first, n):  # type: ignore[no-untyped-def]
-    for i in range(first, n):
+def _substeps(model, data, state, arm, osc, actuation, work, goal_pos, goal_ori, gripper, grip, measured, stale, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
         if i > 0:
             _forward(model, data)
-        measured = _measure(model, data, state, arm, work)
+        if i > 0 or not stale:
+            measured = _measure(model, data, state, arm, work)
         _finish(model, data, state, arm, osc, actuation, goal_pos, goal_ori, gripper, grip, measured)
 
 
@@ -198,7 +200,8 @@ class OscStepper:
         # robosuite's first control step still uses what the controller measured while the robot was being reset,
         # before the gripper was set; without that first value the bits differ from the first step on.
         vectors = ("ee_pos", "ee_ori_mat", "ee_pos_vel", "ee_ori_vel", "joint_pos", "joint_vel")
-        self._measured: tuple[np.ndarray, ...] | None = (
+        self._stale = True
+        self._measured = (
             *(np.array(getattr(controller, name), dtype=np.float64) for name in vectors),
             *(np.asfortranarray(getattr(controller, name)) for name in ("J_pos", "J_ori", "mass_matrix")),
         )
@@ -225,19 +228,29 @@ class OscStepper:
         :param action: float64 array of shape ``(7,)``: OSC deltas in [-1, 1] and the gripper (negative opens)
         """
         grip = np.array([-1.0, 1.0]) * self._robot.gripper.speed * np.sign(action[6])
-        shared = *self._pointers, self._state, self._arm, self._osc, self._actuation
-        measured, self._measured = self._measured, None
-        if measured is None:
+        stale, self._stale = self._stale, False
+        if stale:
+            mujoco.mj_forward(self._model, self._data)
+            ee_pos, ee_ori_mat = self._measured[:2]
+        else:
             _forward(*self._pointers)
             ee_pos, ee_ori_mat = self._state[0][self._site].copy(), self._state[1][self._site].reshape(3, 3).copy()
-            goal_pos = self._goal_position(action[:6], ee_pos, ee_ori_mat)
-            first = 0
-        else:
-            mujoco.mj_forward(self._model, self._data)
-            goal_pos = self._goal_position(action[:6], measured[0], measured[1])
-            _finish(*shared, goal_pos, self._goal_ori, self._gripper, grip, measured)
-            first = 1
-        _substeps(*shared, self._work, goal_pos, self._goal_ori, self._gripper, grip, first, self._n_substeps)
+        goal_pos = self._goal_position(action[:6], ee_pos, ee_ori_mat)
+        _substeps(
+            *self._pointers,
+            self._state,
+            self._arm,
+            self._osc,
+            self._actuation,
+            self._work,
+            goal_pos,
+            self._goal_ori,
+            self._gripper,
+            grip,
+            self._measured,
+            stale,
+            self._n_substeps,
+        )
 
 
 def _index(values: Any) -> np.ndarray:
