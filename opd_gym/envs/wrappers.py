@@ -97,9 +97,7 @@ class ActionChunk(gym.Wrapper):
         super().__init__(env)
         space = env.action_space
         if not isinstance(space, spaces.Box) or len(space.shape) != 1:
-            raise ValueError(
-                f"ActionChunk needs a Box action space of shape (D,), got {space}. Wrap the raw env."
-            )
+            raise ValueError(f"ActionChunk needs a Box action space of shape (D,), got {space}. Wrap the raw env.")
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.chunk_size = chunk_size
