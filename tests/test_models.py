@@ -11,8 +11,8 @@ pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_
 
 import mujoco  # noqa: E402
 
-from opd_gym.envs.libero import rendering  # noqa: E402
-from opd_gym.envs.libero.models import _interleave, load_model, read_mesh  # noqa: E402
+from opd_gym.envs.libero import light, rendering  # noqa: E402
+from opd_gym.envs.libero.models import _interleave, _shading_normals, load_model, read_mesh  # noqa: E402
 from opd_gym.envs.libero.simulator import Simulator  # noqa: E402
 from opd_gym.envs.libero.suites import tasks  # noqa: E402
 
@@ -102,10 +102,9 @@ def test_corners_are_merged_only_if_all_of_them_is_equal():
 
 
 def test_untextured_corners_get_the_faces_normal_where_the_edge_is_sharp():
-    vertices = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], dtype=np.float32)
+    positions = np.array([[[0, 0, 0], [1, 0, 0], [0, 1, 0]]], dtype=np.float32)
     normals = np.array([[[0, 0, 1], [0, 0.6, 0.8], [0, 0.8, 0.6]]], dtype=np.float32)
-    corners, indices = _interleave(vertices, np.array([[0, 1, 2]]), normals, None)
-    np.testing.assert_allclose(corners[indices][:, 3:6], [[0, 0, 1], [0, 0.6, 0.8], [0, 0, 1]])
+    np.testing.assert_allclose(_shading_normals(positions, normals)[0], [[0, 0, 1], [0, 0.6, 0.8], [0, 0, 1]])
 
 
 @pytest.mark.parametrize("damage", ["physics.mjb", "exact.json", "mesh"])
@@ -191,3 +190,45 @@ def test_light_pictures_can_have_smooth_edges():
         simulator.close()
     difference = np.abs(pictures[0] - pictures[1])
     assert difference.max() > 20 and np.median(difference) < 2, "only edges differ"
+
+
+def sphere(n=60):
+    """A sphere whose texture runs once around it: there is a seam, at which the texture jumps from 1 to 0."""
+    u, v = np.meshgrid(np.linspace(0, 1, n + 1), np.linspace(0, 1, n + 1), indexing="ij")
+    points = np.stack(
+        [np.sin(np.pi * v) * np.cos(2 * np.pi * u), np.sin(np.pi * v) * np.sin(2 * np.pi * u), np.cos(np.pi * v)], -1
+    ).reshape(-1, 3)
+    i = np.arange((n + 1) ** 2).reshape(n + 1, n + 1)
+    a, b, c, d = i[:-1, :-1].ravel(), i[1:, :-1].ravel(), i[1:, 1:].ravel(), i[:-1, 1:].ravel()
+    faces = np.concatenate([np.stack([a, d, b], 1), np.stack([b, d, c], 1)])
+    uv = np.stack([u, v], -1).reshape(-1, 2)[faces]
+    return light.Mesh(0.05 * points, faces, points[faces], uv)
+
+
+def test_a_simplified_mesh_keeps_shape_winding_shading_and_texture():
+    mesh = sphere()
+    small = light.lighten_mesh(mesh)
+    assert 2 * len(small.faces) < len(mesh.faces)
+    middle = small.triangles.mean(axis=1)
+    outward = middle / np.linalg.norm(middle, axis=1, keepdims=True)
+    assert np.abs(np.linalg.norm(middle, axis=1) - 0.05).max() < 0.003
+    assert (small.areas() > 1e-9).mean() > 0.95
+    wound = (small.face_normals() * outward).sum(1)[small.areas() > 1e-9]
+    assert (wound > 0).all(), "every face looks outwards, as the original's do"
+    assert (small.normals * outward[:, None]).sum(-1).min() > 0.9
+    spread = np.ptp(small.uv[..., 0], axis=1)
+    assert (spread > 0.5).mean() < 0.03, "faces beside the seam do not show the whole texture"
+
+
+def test_a_mesh_that_has_few_faces_stays_as_it_is():
+    mesh = sphere(10)
+    assert light.lighten_mesh(mesh) is mesh
+
+
+def test_shrunk_textures_are_averages():
+    pixels = np.zeros((2048, 1024, 3), dtype=np.uint8)
+    pixels[::2] = 200
+    small = light.shrink_texture(pixels)
+    assert small.shape == (1024, 512, 3) and (small == 100).all()
+    cube = np.zeros((6 * 256, 256, 3), dtype=np.uint8)
+    assert light.shrink_texture(cube) is cube

@@ -218,6 +218,10 @@ def _difference(a: mujoco.MjModel, b: mujoco.MjModel, n_steps: int = 200) -> str
 
 def _save_mesh(model: mujoco.MjModel, mesh: int, visuals: str, cache: Path) -> str:
     vertices, faces, normals, uv = _mesh_arrays(model, mesh)
+    if uv is None:
+        normals = _shading_normals(vertices[faces], normals)
+    elif visuals == "light" and not _is_textured(model, mesh):
+        uv = None  # nothing to spend faces on
     digest = hashlib.sha256(f"{FORMAT} {visuals} {light.MESH_SETTINGS if visuals == 'light' else ''}".encode())
     for array in (vertices, faces, normals, uv):
         digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
@@ -225,11 +229,17 @@ def _save_mesh(model: mujoco.MjModel, mesh: int, visuals: str, cache: Path) -> s
     vertex_file, index_file = _mesh_files(cache / "meshes" / stem)
     if not index_file.is_file():
         if visuals == "light":
-            vertices, faces, normals, uv = light.lighten_mesh(vertices, faces, normals, uv)
+            mesh_ = light.lighten_mesh(light.Mesh(vertices, faces, normals, uv))
+            vertices, faces, normals, uv = mesh_.vertices, mesh_.faces, mesh_.normals, mesh_.uv
         corners, indices = _interleave(vertices, faces, normals, uv)
         _write(vertex_file, lambda path: np.save(path, corners))
         _write(index_file, lambda path: np.save(path, indices))
     return stem
+
+
+def _is_textured(model: mujoco.MjModel, mesh: int) -> bool:
+    shows = (model.geom_type == mujoco.mjtGeom.mjGEOM_MESH) & (model.geom_dataid == mesh) & (model.geom_matid >= 0)
+    return bool((model.mat_texid[model.geom_matid[shows]] >= 0).any())
 
 
 def _mesh_arrays(model: mujoco.MjModel, mesh: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
@@ -247,23 +257,31 @@ def _mesh_arrays(model: mujoco.MjModel, mesh: int) -> tuple[np.ndarray, np.ndarr
     )
 
 
+def _shading_normals(positions: np.ndarray, normals: np.ndarray) -> np.ndarray:
+    """
+    MuJoCo shades an untextured mesh flat where its edges are sharp.
+
+    :param positions: corners of the faces, float32 (m, 3, 3)
+    :param normals: their normals, float32 (m, 3, 3)
+    :return: the normals that are drawn
+    """
+    face_normals = np.cross(positions[:, 1] - positions[:, 0], positions[:, 2] - positions[:, 0])
+    length = np.sqrt((face_normals * face_normals).sum(axis=1, keepdims=True))
+    # Multiplied by the inverse and not divided, as there: the last bits show in the pixels
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.float32(1) / length
+        face_normals = np.where(length < 1e-10, np.array([0, 0, 1], dtype=np.float32), face_normals * inverse)
+    sharp = np.einsum("fcx,fx->fc", normals, face_normals) < 0.8
+    return np.where(sharp[..., None], face_normals[:, None], normals)
+
+
 def _interleave(
     vertices: np.ndarray, faces: np.ndarray, normals: np.ndarray, uv: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """What MuJoCo's renderer sends to GL for a mesh, equal corners merged: see ``read_mesh``."""
     positions = np.asarray(vertices, dtype=np.float32)[faces]
     normals = np.asarray(normals, dtype=np.float32)
-    if uv is None:
-        # MuJoCo shades an untextured mesh flat where its edges are sharp
-        face_normals = np.cross(positions[:, 1] - positions[:, 0], positions[:, 2] - positions[:, 0])
-        length = np.sqrt((face_normals * face_normals).sum(axis=1, keepdims=True))
-        # Multiplied by the inverse and not divided, as there: the last bits show in the pixels
-        with np.errstate(divide="ignore", invalid="ignore"):
-            inverse = np.float32(1) / length
-            face_normals = np.where(length < 1e-10, np.array([0, 0, 1], dtype=np.float32), face_normals * inverse)
-        sharp = np.einsum("fcx,fx->fc", normals, face_normals) < 0.8
-        normals = np.where(sharp[..., None], face_normals[:, None], normals)
-        uv = np.zeros((*faces.shape, 2), dtype=np.float32)
+    uv = np.zeros((*faces.shape, 2), dtype=np.float32) if uv is None else uv
     corners = np.concatenate([positions, normals, uv], axis=-1, dtype=np.float32).reshape(-1, 8)
     _, first, unique = np.unique(corners.view("V32").ravel(), return_index=True, return_inverse=True)
     # In the order of their first use, which keeps neighbours together
