@@ -1,5 +1,6 @@
 """The cache of compiled LIBERO models, and the pictures that are drawn from what it keeps apart."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -107,20 +108,73 @@ def test_untextured_corners_get_the_faces_normal_where_the_edge_is_sharp():
     np.testing.assert_allclose(_shading_normals(positions, normals)[0], [[0, 0, 1], [0, 0.6, 0.8], [0, 0, 1]])
 
 
-@pytest.mark.parametrize("damage", ["physics.mjb", "exact.json", "mesh"])
-def test_a_damaged_cache_is_made_anew(xml, tmp_path, damage, caplog):
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, empty, lambda path: path.unlink()])
+@pytest.mark.parametrize(
+    "pattern", ["models/*/exact.mjb", "models/*/exact.json", "meshes/*.vertices.npy", "textures/*"]
+)
+def test_a_damaged_cache_is_made_anew(xml, tmp_path, pattern, harm, caplog):
     cache = tmp_path / "cache"
-    expected = fall(load_model(xml, "exact", cache)[0])
-    (entry,) = (cache / "models").iterdir()
-    if damage == "mesh":
-        for path in (cache / "meshes").iterdir():
-            path.unlink()
-    else:
-        (entry / damage).write_bytes((entry / damage).read_bytes()[:-7])
     model, visuals = load_model(xml, "exact", cache)
-    assert "made anew" in caplog.text
-    np.testing.assert_array_equal(fall(model), expected)
+    expected = fall(model), [array.copy() for array in read_mesh(visuals.meshes[0])]
+    file = next(cache.glob(pattern))
+    before = file.read_bytes()
+    harm(file)
+    model, visuals = load_model(xml, "exact", cache)
+    np.testing.assert_array_equal(fall(model), expected[0])
+    if harm is flip_a_bit and file.suffix == ".npy":
+        return  # a pixel or a vertex; only the physics is worth reading all of
+    assert "made anew" in caplog.text or pattern.endswith(".json")
+    for array, original in zip(read_mesh(visuals.meshes[0]), expected[1], strict=True):
+        np.testing.assert_array_equal(array, original)
+    if file.suffix == ".npy":
+        assert file.read_bytes() == before
+
+
+def test_other_users_may_read_the_cache(xml, tmp_path):
+    umask = os.umask(0o022)
+    try:
+        load_model(xml, "exact", tmp_path / "cache")
+    finally:
+        os.umask(umask)
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert len(files) == 6 and {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
+def test_without_a_writable_cache_models_go_to_a_temporary_folder(xml, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    model, visuals = load_model(xml, "exact", tmp_path / "cache")
+    assert "cannot be used" in caplog.text
+    np.testing.assert_array_equal(fall(model), fall(mujoco.MjModel.from_xml_string(xml)))
     read_mesh(visuals.meshes[0])
+
+
+def test_a_full_disk_leaves_no_half_of_a_model(xml, tmp_path):
+    """With files limited to 4 kB: the model, of 20, cannot be written."""
+    script = (
+        "import resource, signal, sys, pathlib; from opd_gym.envs.libero.models import load_model\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
+        "load_model(sys.argv[1], 'exact', pathlib.Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", script, xml, str(tmp_path / "cache")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "cannot be used" in result.stderr and "OSError" in result.stderr
+    assert not list((tmp_path / "cache").rglob("*.json")) and not list((tmp_path / "cache").rglob(".tmp-*"))
+    load_model(xml, "exact", tmp_path / "cache")
 
 
 def test_a_changed_asset_is_noticed(xml, tmp_path):
@@ -178,6 +232,28 @@ def test_tasks_share_what_they_show_and_the_last_one_frees_it():
     np.testing.assert_array_equal(second.render(CAMERAS, 32)[0], picture)
     second.close()
     assert (len(rendering._textures._objects), len(rendering._meshes._objects)) == before
+
+
+def test_a_simulator_that_was_not_closed_takes_nothing_from_others():
+    first, second = (Simulator(task, "light") for task in tasks("libero_object")[:2])
+    for simulator in (first, second):
+        simulator.reset(0)
+        simulator.render(CAMERAS, 32)
+    picture = first.render(CAMERAS, 32)[0]
+    n_live = len(rendering._Objects.live)
+    del simulator, second
+    gc.collect()
+    np.testing.assert_array_equal(first.render(CAMERAS, 32)[0], picture)
+    assert len(rendering._Objects.live) == n_live - 1
+    first.close()
+
+
+def test_a_renderer_refuses_what_it_would_draw_wrongly():
+    simulator = Simulator(tasks("libero_object")[0], "light", max_size=64)
+    simulator.reset(0)
+    with pytest.raises(ValueError, match="1 to 64"):
+        simulator.render(CAMERAS, 65)
+    simulator.close()
 
 
 def test_light_pictures_can_have_smooth_edges():

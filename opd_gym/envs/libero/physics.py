@@ -10,6 +10,9 @@ sub-steps is compiled by numba, calls MuJoCo's C functions directly, and does no
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,14 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from opd_gym.envs.libero.runtime import import_libero
+from opd_gym.envs.libero.runtime import cache_dir, import_libero
 
 import_libero()  # first, because it tells numba where to keep compiled code and keeps robosuite quiet
 
 import llvmlite.binding  # noqa: E402
 import numba  # noqa: E402
 from numba.core import types  # noqa: E402
+from robosuite.utils import control_utils, transform_utils  # noqa: E402
 from robosuite.utils.control_utils import (  # noqa: E402
     nullspace_torques,
     opspace_matrices,
@@ -54,6 +58,8 @@ def _c_function(name: str, *arguments: types.Type) -> types.ExternalFunction:
     return types.ExternalFunction(name, types.void(*arguments))
 
 
+_mj_checkPos = _c_function("mj_checkPos", types.intp, types.intp)
+_mj_checkVel = _c_function("mj_checkVel", types.intp, types.intp)
 _mj_forward = _c_function("mj_forward", types.intp, types.intp)
 _mj_forwardSkip = _c_function("mj_forwardSkip", types.intp, types.intp, types.int32, types.int32)
 _mj_step2 = _c_function("mj_step2", types.intp, types.intp)
@@ -61,8 +67,30 @@ _mj_jacSite = _c_function("mj_jacSite", types.intp, types.intp, types.intp, type
 _mj_fullM = _c_function("mj_fullM", types.intp, types.intp, types.intp)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _compiled(function: Callable[..., Any]) -> Any:
+    """
+    ``numba.njit`` whose cache belongs to the installed versions.
+
+    Numba's own key is this file and the processor; but robosuite's controller and the layout of MuJoCo's functions are
+    compiled in.
+    """
+    names = ("mujoco", "robosuite", "numba", "llvmlite", "numpy", "scipy")
+    key = " ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (control_utils, transform_utils))
+    folder = hashlib.sha256(key.encode() + sources).hexdigest()[:16]
+    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    numba.config.CACHE_DIR = str(cache_dir() / "numba" / folder)  # type: ignore[attr-defined]
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    finally:
+        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+
+
+@_compiled
 def _forward(model, data):  # type: ignore[no-untyped-def]
+    # As mj_step does; a state beyond all bounds starts anew
+    _mj_checkPos(model, data)
+    _mj_checkVel(model, data)
     _mj_forward(model, data)
     # robosuite calls mj_forward twice. The second changes nothing but the solver's warm start, to which the bits of the
     # result are sensitive, so its constraint stage is kept.
@@ -124,7 +152,7 @@ def _finish(model, data, state, arm, osc, actuation, goal_pos, goal_ori, gripper
 
 
 # One function with everything in it: several that call each other are compiled again for each caller
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@_compiled
 def _substeps(model, data, state, arm, osc, actuation, work, goal_pos, goal_ori, gripper, grip, measured, stale, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         if i > 0:
