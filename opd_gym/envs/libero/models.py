@@ -132,7 +132,8 @@ def _is_readable(path: Path) -> bool:
 
 
 def _key(xml: str) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {mujoco.mj_versionString()} {xml}".encode())
+    settings = FORMAT, mujoco.mj_versionString(), light.MESH_SETTINGS, light.MAX_TEXTURE
+    digest = hashlib.sha256(f"{settings} {xml}".encode())
     for element in ET.fromstring(xml).iter():
         if "file" in element.attrib:
             status = os.stat(element.attrib["file"])
