@@ -1,0 +1,12 @@
+"""OpenVLA and OpenVLA-OFT with discrete tokens: the published checkpoints as a body of ``VLAPolicy``."""
+
+from transformers import AutoConfig, AutoModel
+
+from opd_gym.policies.openvla.checkpoints import complete_checkpoint
+from opd_gym.policies.openvla.configuration import OpenVLAConfig
+from opd_gym.policies.openvla.modeling import OpenVLAModel
+
+AutoConfig.register(OpenVLAConfig.model_type, OpenVLAConfig, exist_ok=True)
+AutoModel.register(OpenVLAConfig, OpenVLAModel, exist_ok=True)
+
+__all__ = ["OpenVLAConfig", "OpenVLAModel", "complete_checkpoint"]
