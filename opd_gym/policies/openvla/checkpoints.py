@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch as th
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from opd_gym.policies.openvla.configuration import INPUT_PROFILES, OpenVLAConfig
+from opd_gym.policies.openvla.configuration import INPUT_PROFILES, OpenVLAConfig, data_set, get_profile
 from opd_gym.policies.openvla.processing import PromptTokenizer
-from opd_gym.policies.vla import CONFIG_FILE, WEIGHTS_FILE
+from opd_gym.policies.vla import CONFIG_FILE, WEIGHTS_FILE, locate_checkpoint, remove_stale_weights
 
 if TYPE_CHECKING:
     from opd_gym.policies.openvla.modeling import OpenVLAModel
@@ -28,6 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 STATISTICS_FILE = "dataset_statistics.json"
 TOKENIZER_FILE = "tokenizer.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
+PROPRIO_FILE = "proprio_projector--latest_checkpoint.pt"
 PROPRIO_PATTERN = "proprio_projector--*checkpoint.pt"
 # As in the published checkpoints; all else is in tokenizer.json
 TOKENIZER_CONFIG = {
@@ -50,41 +49,19 @@ HEAD_PATTERNS = ("action_head--*checkpoint.pt", "noisy_action_projector--*checkp
 # Where a checkpoint is, and what it is
 
 
-def is_hub_id(checkpoint: str | os.PathLike[str]) -> bool:
-    """
-    :param checkpoint: anything that names a checkpoint
-    :return: whether it has the form ``owner/name``
-    """
-    return isinstance(checkpoint, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", checkpoint) is not None
-
-
 def locate(checkpoint: str | os.PathLike[str]) -> Path:
     """
-    :param checkpoint: a directory, or ``owner/name`` on the Hugging Face hub, which is downloaded into the hub's cache
+    :param checkpoint: see :func:`opd_gym.policies.vla.locate_checkpoint`
     :return: the directory
-    :raises FileNotFoundError: there is none, or the hub cannot be reached
+    :raises FileNotFoundError: there is none
     """
-    path = Path(checkpoint).expanduser()
-    if path.is_dir():
-        return path
-    if not is_hub_id(checkpoint):
+    directory = locate_checkpoint(checkpoint)
+    if directory is None or not directory.is_dir():
         raise FileNotFoundError(
-            f"{os.fspath(checkpoint)!r} is neither a directory nor the id of a model on the Hugging Face hub "
-            "(owner/name)."
+            f"{os.fspath(checkpoint)!r} is neither a directory, nor a name of the zoo, nor the id of a model on the "
+            "Hugging Face hub (owner/name)."
         )
-    try:
-        return Path(
-            snapshot_download(
-                os.fspath(checkpoint), allow_patterns=["*.json", "*.safetensors", "*checkpoint.pt", "tokenizer.model"]
-            )
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(
-            f"{os.fspath(checkpoint)!r} is not a directory here, and it could not be downloaded from the Hugging Face "
-            f"hub ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}). Without a "
-            f"network: run `hf download {os.fspath(checkpoint)}` on a machine that has one, copy the directory that "
-            "it prints, and pass its path as the checkpoint."
-        ) from error
+    return directory
 
 
 def read_values(directory: Path) -> dict[str, Any]:
@@ -107,28 +84,29 @@ def read_values(directory: Path) -> dict[str, Any]:
     return values
 
 
-def detect_profile(directory: Path, values: Mapping[str, Any]) -> str:
+def detect_profile(directory: Path) -> str:
     """
-    Find out which code trained a published checkpoint, from the names under which it was published.
+    Find out which code trained a published checkpoint, from the name under which it was published.
 
     :param directory: the checkpoint
-    :param values: its ``config.json``
     :return: the name of its :class:`InputProfile`
     :raises ValueError: it does not show
     """
-    # Directories of the hub's cache are called models--owner--name/snapshots/<revision>
-    names = " ".join([str(values.get("_name_or_path", "")), *directory.absolute().parts[-3:]]).lower()
-    if "rlinf" in names:
-        return "rlinf"
-    if re.search(r"openvla-oft-sft|simplevla", names):
+    path = directory.absolute()
+    in_cache = path.parent.name == "snapshots"  # of the hub: models--owner--name/snapshots/<revision>
+    name = (path.parent.parent if in_cache else path).name.lower().removeprefix("models--")
+    if name.startswith("rlinf"):
+        # For two arms RLinf took over SimpleVLA-RL's inputs
+        return "simplevla-rl" if "robotwin" in name else "rlinf"
+    if name.startswith("haozhan72--") or "openvla-oft-sft-" in name:
         return "simplevla-rl"
-    if re.search(r"openvla-7b(?!-oft)", names):
+    if re.fullmatch(r"(openvla--)?openvla-7b(-finetuned-libero-\w+)?", name):
         return "openvla"
     raise ValueError(
-        f"{directory} does not say what inputs it was trained on, and on others it scores far lower. Say it once, it is "
-        "written to its config.json: opd_gym.policies.openvla.complete_checkpoint(checkpoint, input_profile=...), "
-        f"where input_profile is one of {sorted(INPUT_PROFILES)}: the code that it was fine-tuned with (openvla-oft's "
-        'discrete checkpoints: "simplevla-rl").'
+        f"{directory} does not say what inputs it was trained on, and on others it scores far lower. Say it once: "
+        "opd_gym.policies.openvla.complete_checkpoint(checkpoint, input_profile=...) writes it to its config.json. One "
+        f"of {sorted(INPUT_PROFILES)}, the code that it was fine-tuned with (a discrete checkpoint of openvla-oft: "
+        '"simplevla-rl").'
     )
 
 
@@ -168,12 +146,12 @@ def complete_values(directory: Path, values: Mapping[str, Any]) -> dict[str, Any
         )
     values["norm_stats"] = norm_stats
     if "input_profile" not in values:
-        values["input_profile"] = detect_profile(directory, values)
-    probe = OpenVLAConfig(norm_stats=norm_stats, unnorm_key=values.get("unnorm_key"), n_tokens=1, action_dim=1,
-                          statistics={"q01": [0.0]})  # fmt: skip
-    action_dim = values.setdefault("action_dim", len(probe.data_statistics("action")["q01"]))
+        values["input_profile"] = detect_profile(directory)
+    values["unnorm_key"] = data_set(norm_stats, values.get("unnorm_key"))
+    action = norm_stats[values["unnorm_key"]].get("action") or {}
+    action_dim = values.setdefault("action_dim", len(action.get("q01") or action.get("min") or [0.0] * 7))
     bimanual = action_dim == 14
-    parallel = INPUT_PROFILES[values["input_profile"]].parallel
+    parallel = get_profile(values["input_profile"]).parallel
     values.setdefault("n_tokens", action_dim * ((25 if bimanual else 8) if parallel else 1))
     if bimanual:
         # Two arms (RoboTwin, ALOHA): joint angles from min to max, pictures as they are
@@ -441,7 +419,7 @@ def save_model(model: OpenVLAModel, directory: str | os.PathLike[str], max_shard
         shards[-1][name] = part
         room -= size
         total += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {
@@ -450,22 +428,23 @@ def save_model(model: OpenVLAModel, directory: str | os.PathLike[str], max_shard
         }
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
+    written = set(weight_map.values())
     if len(shards) > 1:
+        written.add(INDEX_FILE)
         _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     if model.proprio_projector is not None:
-        th.save(
-            {name: tensor.cpu() for name, tensor in model.proprio_projector.state_dict().items()},
-            directory / "proprio_projector--latest_checkpoint.pt",
-        )
+        written.add(PROPRIO_FILE)
+        weights = {name: tensor.cpu() for name, tensor in model.proprio_projector.state_dict().items()}
+        th.save(weights, directory / PROPRIO_FILE)
     config = model.config
     if model.tokenizer is not None:
         (directory / TOKENIZER_FILE).write_text(model.tokenizer.to_str(), encoding="utf-8")
         _write_json(directory / "tokenizer_config.json", TOKENIZER_CONFIG)
-    size = [3, config.vision_size, config.vision_size]
+    input_size = [3, config.vision_size, config.vision_size]
     preprocessor = {
         "image_processor_type": "PrismaticImageProcessor",
         "image_resize_strategy": "resize-naive",
-        "input_sizes": [size, size],
+        "input_sizes": [input_size, input_size],
         "interpolations": ["bicubic", "bicubic"],
         "means": config.pixel_means,
         "processor_class": "PrismaticProcessor",
@@ -473,6 +452,7 @@ def save_model(model: OpenVLAModel, directory: str | os.PathLike[str], max_shard
         "use_fused_vision_backbone": True,
     }
     _write_json(directory / PREPROCESSOR_FILE, preprocessor)
+    remove_stale_weights(directory, written)
     # The configuration is last: with it the checkpoint is complete
     _write_json(
         directory / CONFIG_FILE,

@@ -22,8 +22,8 @@ class InputProfile:
     :param parallel: all tokens of a decision come from one pass with bidirectional attention (OpenVLA-OFT); otherwise
         one after the other with causal attention (OpenVLA)
     :param stop_token: parallel decoding only: whether the end of the sequence is in sight of all others
-    :param tensorflow_images: JPEG, Lanczos and a centre crop of 0.9 of the area, as OpenVLA's data loader did;
-        otherwise one bicubic resize
+    :param tensorflow_images: LIBERO's pictures go through JPEG, a Lanczos resize and a centre crop of 0.9 of the area,
+        as in OpenVLA's data loader; otherwise through one bicubic resize
     """
 
     parallel: bool
@@ -36,6 +36,37 @@ INPUT_PROFILES = {
     "simplevla-rl": InputProfile(parallel=True, stop_token=True, tensorflow_images=True),
     "rlinf": InputProfile(parallel=True, stop_token=False, tensorflow_images=False),
 }
+
+
+def get_profile(name: str) -> InputProfile:
+    """
+    :param name: "openvla", "simplevla-rl" or "rlinf"
+    :return: the profile
+    :raises ValueError: unknown name
+    """
+    if name not in INPUT_PROFILES:
+        raise ValueError(f"input_profile must be one of {sorted(INPUT_PROFILES)}, got {name!r}.")
+    return INPUT_PROFILES[name]
+
+
+def data_set(norm_stats: Mapping[str, Any], unnorm_key: str | None) -> str:
+    """
+    :param norm_stats: statistics by data set
+    :param unnorm_key: name of a data set, with or without LIBERO's suffix ``_no_noops``; None if there is one only
+    :return: the name in ``norm_stats``
+    :raises ValueError: it is not there, or there are several to choose from
+    """
+    if unnorm_key is None and len(norm_stats) == 1:
+        return next(iter(norm_stats))
+    for name in (unnorm_key, f"{unnorm_key}_no_noops"):
+        if name in norm_stats:
+            return str(name)
+    raise ValueError(
+        f"unnorm_key {unnorm_key!r} names no data set of this checkpoint. It has statistics of: "
+        f"{sorted(norm_stats) or 'none'}. Say which ones to use: "
+        'opd_gym.policies.openvla.complete_checkpoint(checkpoint, unnorm_key="...").'
+    )
+
 
 # What the published config.json of every checkpoint with this architecture says; written so that other software reads
 # what is saved here.
@@ -77,7 +108,7 @@ class OpenVLAConfig(VLAConfig):
     :param unnorm_key: name of the data set whose statistics turn tokens into actions; None if there is one only
     :param input_profile: "openvla", "simplevla-rl" or "rlinf", see :class:`InputProfile`
     :param libero_images: the training pictures are those of LIBERO's data sets: raw pictures of MuJoCo turned by 180
-        degrees, which makes them upright and mirrored, and stored as JPEG
+        degrees, which makes them upright and mirrored. Other pictures are cropped and otherwise left as they are
     :param normalization: "bounds_q99" if actions and proprioception were normalised with q01 and q99, "bounds" with min
         and max
     :param gripper: "open_is_one" if the last action dimension is 1 for an open gripper and 0 for a closed one (LIBERO),
@@ -120,8 +151,7 @@ class OpenVLAConfig(VLAConfig):
         statistics: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        if input_profile not in INPUT_PROFILES:
-            raise ValueError(f"input_profile must be one of {sorted(INPUT_PROFILES)}, got {input_profile!r}.")
+        profile = get_profile(input_profile)
         if normalization not in ("bounds", "bounds_q99"):
             raise ValueError(f'normalization must be "bounds" or "bounds_q99", got {normalization!r}.')
         backbone = kwargs.get("vision_backbone_id", PUBLISHED_FIELDS["vision_backbone_id"])
@@ -154,7 +184,7 @@ class OpenVLAConfig(VLAConfig):
         self.pixel_stds = [list(row) for row in pixel_stds]
         kwargs.setdefault("n_bins", kwargs.pop("n_action_bins", 256))
         kwargs.pop("image_sizes", None)
-        kwargs.setdefault("n_tokens", 56 if INPUT_PROFILES[input_profile].parallel else 7)
+        kwargs.setdefault("n_tokens", 56 if profile.parallel else 7)
         if statistics is None and self.norm_stats:
             statistics = self._action_statistics()
         super().__init__(
@@ -184,7 +214,7 @@ class OpenVLAConfig(VLAConfig):
     @property
     def profile(self) -> InputProfile:
         """What :attr:`input_profile` means."""
-        return INPUT_PROFILES[self.input_profile]
+        return get_profile(self.input_profile)
 
     @property
     def vision_size(self) -> int:
@@ -208,17 +238,7 @@ class OpenVLAConfig(VLAConfig):
         :return: ``q01``, ``q99`` (or min and max, under these names) and ``mask``, of :attr:`unnorm_key`'s data set
         :raises ValueError: no or several data sets and no :attr:`unnorm_key`; unknown data set; statistics missing
         """
-        found = sorted(self.norm_stats)
-        key = self.unnorm_key
-        if key is None and len(found) == 1:
-            key = found[0]
-        if key not in self.norm_stats and f"{key}_no_noops" in self.norm_stats:
-            key = f"{key}_no_noops"
-        if key not in self.norm_stats:
-            raise ValueError(
-                f"unnorm_key {key!r} names no data set of this checkpoint. It has statistics of: {found or 'none'}. "
-                'Say which one to use: opd_gym.policies.openvla.complete_checkpoint(checkpoint, unnorm_key="...").'
-            )
+        key = data_set(self.norm_stats, self.unnorm_key)
         values = self.norm_stats[key].get(kind)
         low, high = ("q01", "q99") if self.normalization == "bounds_q99" else ("min", "max")
         if not values or low not in values or high not in values:

@@ -88,8 +88,8 @@ class VisionBackbone(nn.Module):
         self.dino = Dinov2WithRegistersModel(dino)
         self.siglip = SiglipVisionModel(siglip)
         # Not run; as parameters they would wait for gradients in vain
-        self.dino.layernorm = self.siglip.post_layernorm = nn.Identity()
-        self.dino.embeddings.mask_token = None
+        self.dino.layernorm = self.siglip.post_layernorm = nn.Identity()  # type: ignore[assignment]
+        self.dino.embeddings.mask_token = None  # type: ignore[assignment]
         self.unused = Unused(_unused_shapes(config))
 
     def forward(self, pixels: th.Tensor) -> th.Tensor:
@@ -182,8 +182,9 @@ class OpenVLAModel(VLABody):
         self.projector = Projector(vision_size, hidden_size)
         self.proprio_projector = ProprioProjector(config.proprio_inputs, hidden_size) if config.proprio_inputs else None
         # transformers makes the mask of a decoder bidirectional where its configuration says so
-        config.text_config.is_causal = not config.profile.parallel
-        self.language_model = LlamaForCausalLM(config.text_config)
+        text_config = copy.deepcopy(config.text_config)
+        text_config.is_causal = not config.profile.parallel
+        self.language_model = LlamaForCausalLM(text_config)
         self.tokenizer: PromptTokenizer | None = None
         self.post_init()
 
@@ -202,13 +203,13 @@ class OpenVLAModel(VLABody):
         """
         decoder, embeddings = self.language_model.model, self.vision_backbone.siglip.embeddings
         decoder.rotary_emb = type(decoder.rotary_emb)(self.config.text_config).to(device)
-        embeddings.position_ids = th.arange(embeddings.num_positions, device=device)[None]
+        embeddings.position_ids = th.arange(embeddings.num_positions, device=device)[None]  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------- the sequence
 
     @property
     def autoregressive(self) -> bool:
-        """Whether a token depends on the tokens before it."""
+        """See :attr:`VLABody.autoregressive`."""
         return not self.config.profile.parallel
 
     def get_input_embeddings(self) -> nn.Module:
@@ -217,7 +218,7 @@ class OpenVLAModel(VLABody):
     def _prompt(self, instruction: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         if self.tokenizer is None:
             raise RuntimeError(
-                "This OpenVLA has no tokenizer. A published checkpoint brings one (tokenizer.json); a new model gets it "
+                "This OpenVLA has no tokenizer. A published checkpoint brings one (tokenizer.json); give a new model one "
                 "with `model.tokenizer = PromptTokenizer(Path('tokenizer.json').read_text())`."
             )
         ids, mask = self.tokenizer(instruction.cpu().numpy(), self.config.pad_token_id)
@@ -319,10 +320,13 @@ class OpenVLAModel(VLABody):
         *,
         choose: Callable[[th.Tensor], th.Tensor],
     ) -> tuple[th.Tensor, VLAOutput]:
+        """See :meth:`VLABody.decode`."""
         sequence = self.prefix(images, instruction, proprio)
         cache = DynamicCache(config=self.config.text_config)
         hidden = self._hidden(sequence, cache)[:, -1:]
-        summary, logits, tokens = hidden[:, 0].float(), [], []
+        summary = hidden[:, 0].float()
+        logits: list[th.Tensor] = []
+        tokens: list[th.Tensor] = []
         for i in range(self.config.n_tokens):
             if i > 0:
                 sequence = sequence.append(self._action_embeddings(tokens[-1][:, None]))

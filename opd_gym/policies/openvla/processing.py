@@ -165,7 +165,7 @@ def center_crop(images: th.Tensor, size: int) -> th.Tensor:
     :param size: new height and width
     :return: uint8 ``(B, 3, size, size)``
     """
-    x = images.float() * np.float32(1.0 / 255.0)
+    x = images.float() * float(np.float32(1.0 / 255.0))
     for dim in (3, 2):
         below, above, fraction = (
             th.as_tensor(part, device=images.device) for part in _crop_positions(images.shape[dim], size)
@@ -184,22 +184,20 @@ def pixel_values(images: Sequence[th.Tensor], config: OpenVLAConfig) -> th.Tenso
     :param config: configuration of the model
     :return: float32 ``(B, n_cameras, 6, S, S)``: normalised for DINOv2, then for SigLIP
     """
-    size = config.vision_size
+    size, profile = config.vision_size, config.profile
     seen = []
     for image in images:
-        if config.libero_images:
-            image = image.flip(-1)
-        if config.profile.tensorflow_images:
-            if config.libero_images:
-                image = resize_lanczos(jpeg_round_trip(image), size)
+        if not config.libero_images:
             image = center_crop(image, size)
+        elif profile.tensorflow_images:
+            image = center_crop(resize_lanczos(jpeg_round_trip(image.flip(-1)), size), size)
         else:
-            image = resize_bicubic(image, size)
+            image = resize_bicubic(image.flip(-1), size)
         seen.append(image)
     pixels = th.stack(seen, dim=1).float() / 255.0
     parts = []
-    for mean, std in zip(config.pixel_means, config.pixel_stds, strict=True):
-        mean, std = (pixels.new_tensor(value).view(3, 1, 1) for value in (mean, std))
+    for means, stds in zip(config.pixel_means, config.pixel_stds, strict=True):
+        mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (means, stds))
         parts.append((pixels - mean) / std)
     return th.cat(parts, dim=2)
 

@@ -118,7 +118,8 @@ def reference_packages(references: Path, kind: str) -> tuple[Any, Any]:
     for name in ("", ".extern", ".extern.hf", ".vla", ".training", ".vla.datasets", ".vla.datasets.rlds"):
         package(f"prismatic{name}", root.joinpath(*name.split(".")[1:]))
     if kind == "openvla":
-        return tuple(importlib.import_module(f"prismatic.extern.hf.{part}_prismatic") for part in ("modeling", "processing"))
+        base = "prismatic.extern.hf"
+        return tuple(importlib.import_module(f"{base}.{part}_prismatic") for part in ("modeling", "processing"))
     root = references / "RLinf" / "rlinf"
     for name in ("", ".models", ".models.embodiment", ".models.embodiment.modules", ".utils",
                  ".models.embodiment.prismatic", ".models.embodiment.openvla_oft.rlinf"):  # fmt: skip
@@ -232,8 +233,12 @@ def images(references: Path) -> None:
     turned = th.as_tensor(stock()["agentview"][::-1, ::-1].copy()).permute(2, 0, 1)[None, None]
     bicubic = rlinf(turned, return_tensors="pt")["pixel_values"][0, 0]
     mean, std = (th.tensor(PREPROCESSOR[key][1])[:, None, None] for key in ("means", "stds"))
+    from PIL import Image
+
+    wide = np.hstack([stock()["agentview"][:240], stock()["wrist"][:240, :64]])  # 240 x 320, as RoboTwin's
     save(
         "images",
+        wide=np.asarray(tensorflow_functions(references).center_crop_image(Image.fromarray(wide)))[::4, ::4],
         agentview=np.asarray(agentview),
         wrist=np.asarray(wrist)[::4, ::4],
         bicubic=((bicubic[3:] * std + mean) * 255).round().to(th.uint8).permute(1, 2, 0).numpy(),
@@ -343,7 +348,7 @@ def libero_proprio() -> np.ndarray:
     obs = stock()
     tf = tensorflow_functions(Path(os.environ["OPENVLA_REFERENCES"]))
     state = np.concatenate([obs["eef_pos"], tf.quat2axisangle(obs["eef_quat"].copy()), obs["gripper_qpos"]])
-    return np.stack([state, state + 0.05])
+    return np.stack([state, state])
 
 
 def arms_proprio() -> np.ndarray:
@@ -371,9 +376,9 @@ def rlinf(references: Path) -> None:
         config, action_dim=7, num_action_chunks=8, add_value_head=False, max_prompt_length=128
     )
     load_weights(model)
-    processor = processing.MultiInputPrismaticProcessor(
-        image_processor=processing.PrismaticImageProcessor(**PREPROCESSOR), tokenizer=make_tokenizer(padding_side="left")
-    )
+    image_processor = processing.PrismaticImageProcessor(**PREPROCESSOR)
+    tokenizer = make_tokenizer(padding_side="left")
+    processor = processing.MultiInputPrismaticProcessor(image_processor=image_processor, tokenizer=tokenizer)
     model.setup_config_and_processor(config, processor)
     pictures = np.stack([stock()[key][::-1, ::-1] for key in ("agentview", "wrist")])
     obs = {
@@ -408,11 +413,13 @@ def openvla(references: Path) -> None:
     ids = th.tensor([make_tokenizer()(prompt_of(tiny.INSTRUCTIONS[0])).input_ids + [29871]])
     mask = th.ones_like(ids)
     with th.no_grad():
-        actions = model.predict_action(ids, tiny.LIBERO_KEY, pixel_values=pixels, attention_mask=mask, do_sample=False)
-        generated = model.generate(
-            ids, pixel_values=pixels, attention_mask=mask, do_sample=False, max_new_tokens=7,
-            return_dict_in_generate=True, output_logits=True,
+        # Trained models answer with action tokens by themselves
+        arguments = dict(
+            pixel_values=pixels, attention_mask=mask, do_sample=False,
+            prefix_allowed_tokens_fn=lambda batch, ids: list(range(31744, 32000)),
         )  # fmt: skip
+        actions = model.predict_action(ids, tiny.LIBERO_KEY, **arguments)
+        generated = model.generate(ids, max_new_tokens=7, return_dict_in_generate=True, output_logits=True, **arguments)
         given = th.tensor([[31999, 31744, 31872, 31800, 31900, 31850, 31750]])
         full = th.cat([ids, given], dim=1)
         forced = model(input_ids=full, pixel_values=pixels, attention_mask=th.ones_like(full)).logits[:, -8:-1]
