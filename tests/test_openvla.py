@@ -11,11 +11,13 @@ import torch as th
 from golden.openvla import tiny
 from gymnasium import spaces
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import DummyVecEnv
 from transformers import AutoConfig, AutoModel
 
 from opd_gym import OPD
+from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.envs.instructions import encode_instruction
 from opd_gym.envs.wrappers import ActionTokens, decode_tokens, encode_actions
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel, complete_checkpoint
@@ -200,6 +202,18 @@ def test_shorter_prompts_in_the_batch_do_not_matter(autoregressive, both, pictur
     th.testing.assert_close(cached.hidden, together.hidden, **TOLERANCE)
 
 
+@th.no_grad()
+def test_attention_of_any_implementation(sft, autoregressive, both):
+    """With padding in the batch, and without: the masks are the model's and not those of one kernel."""
+    for path in (sft, autoregressive):
+        models = [OpenVLAModel.from_pretrained(path, attn_implementation=kind) for kind in ("sdpa", "eager")]
+        assert [model.language_model.config._attn_implementation for model in models] == ["sdpa", "eager"]
+        kwargs = {"tokens": th.full((2, 7), 100)} if models[0].autoregressive else {}
+        for instruction in (instructions(), instructions(1).expand(2, -1)):
+            sdpa, eager = (model(both, instruction, **kwargs).logits for model in models)
+            th.testing.assert_close(sdpa, eager, **TOLERANCE)
+
+
 def test_images_bit_by_bit(pictures):
     """JPEG, Lanczos and crop as TensorFlow does them, the bicubic resize as torchvision does it."""
     expected = golden("images")
@@ -338,6 +352,20 @@ def test_projector_file_and_half_precision(hub, tmp_path):
     assert {p.dtype for p in single.parameters()} == {th.float32}
 
 
+def test_gamma_is_the_other_name_of_the_layer_scales(sft, tmp_path):
+    path = tiny.write_checkpoint(tmp_path / SFT)
+    for shard in path.glob("*.safetensors"):
+        with safe_open(shard, "np") as file:
+            tensors = {name.replace("scale_factor", "gamma"): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, shard)
+    index = (path / "model.safetensors.index.json").read_text().replace("scale_factor", "gamma")
+    (path / "model.safetensors.index.json").write_text(index)
+    for a, b in zip(
+        OpenVLAModel.from_pretrained(path).parameters(), OpenVLAModel.from_pretrained(sft).parameters(), strict=True
+    ):
+        assert th.equal(a, b)
+
+
 def test_nothing_is_left_on_the_meta_device(sft):
     model = OpenVLAModel.from_pretrained(sft)
     assert not any(x.is_meta for x in [*model.parameters(), *model.buffers()])
@@ -365,7 +393,7 @@ def test_published_sizes_follow_from_an_empty_configuration():
     vision = model.vision_backbone
     assert (len(vision.dino.encoder.layer), len(vision.siglip.encoder.layers)) == (23, 26)
     n = sum(x.numel() for x in [*model.parameters(), *vision.unused.buffers()])
-    assert n == 7_541_237_184  # as published
+    assert n == 7_541_237_184 + 1024  # as published, and the CLS token's position, which is part of it there
 
 
 def test_hub_cache(sft, tmp_path, monkeypatch):
@@ -518,7 +546,7 @@ def test_autoregressive_policy(autoregressive):
     other[:, 3] = (other[:, 3] + 100) % 256
     changed = (policy.get_distribution(obs, other).logits - distribution.logits).abs().amax((0, 2)) > 1e-4
     assert changed.tolist() == [False] * 4 + [True] * 3
-    with pytest.raises(ValueError, match="autoregressive.*parallel decoding"):
+    with pytest.raises(ValueError, match="autoregressive.*Pass the actions"):
         policy.get_distribution(obs)
 
 
@@ -546,6 +574,14 @@ def test_stable_baselines_drives_the_autoregressive_policy(autoregressive, tmp_p
     before = model.policy.body.projector.fc3.weight.detach().clone()
     model.learn(2)
     assert not th.equal(before, model.policy.body.projector.fc3.weight)
+
+
+def test_algorithms_of_all_tokens_at_once_refuse_it_at_once(autoregressive, sft):
+    env = Pictures(read_checkpoint_config(autoregressive)[1])
+    with pytest.raises(ValueError, match="The policy is autoregressive"):
+        OPD("VLAPolicy", env, teacher=autoregressive, policy_kwargs={"checkpoint": autoregressive})
+    with pytest.raises(ValueError, match="The teacher is autoregressive"):
+        make_teacher(autoregressive, env, make_policy(sft))
 
 
 # -------------------------------------------------------------------------------------------------------------- LIBERO

@@ -22,7 +22,15 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.losses import hermite_nodes
-from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens, TokenSpec, TokenView, token_spec, token_view
+from opd_gym.policies.tokens import (
+    CategoricalTokens,
+    GaussianTokens,
+    TokenSpec,
+    TokenView,
+    refuse_autoregressive,
+    token_spec,
+    token_view,
+)
 
 
 class Teacher(ABC):
@@ -87,6 +95,7 @@ class PolicyTeacher(Teacher):
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
         if not temperature > 0.0:
             raise ValueError(f"Expected a positive temperature of the teacher, got {temperature}.")
+        refuse_autoregressive(policy, "teacher")
         check_action_spaces(policy.action_space, env.action_space)
         check_statistics(policy, env, student)
         self._adapt = observation_adapter(policy.observation_space, env.observation_space)

@@ -618,8 +618,7 @@ class VLAPolicy(ActorCriticPolicy):
             if actions is None:
                 raise ValueError(
                     "This policy is autoregressive: the distribution of a token depends on the tokens before it. Pass "
-                    "the actions, or sample with forward() or predict(). OPD, GRPO, PPO and SFT ask for all "
-                    "distributions at once: use a checkpoint with parallel decoding (OpenVLA-OFT)."
+                    "the actions, or sample with forward() or predict()."
                 )
             inputs["tokens"] = actions
         output = self.body(**inputs)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,13 +151,15 @@ def complete_values(directory: Path, values: Mapping[str, Any]) -> dict[str, Any
     values["unnorm_key"] = data_set(norm_stats, values.get("unnorm_key"))
     action = norm_stats[values["unnorm_key"]].get("action") or {}
     action_dim = values.setdefault("action_dim", len(action.get("q01") or action.get("min") or [0.0] * 7))
-    bimanual = action_dim == 14
+    two_arms = action_dim == 14
     parallel = get_profile(values["input_profile"]).parallel
-    values.setdefault("n_tokens", action_dim * ((25 if bimanual else 8) if parallel else 1))
-    if bimanual:
-        # Two arms (RoboTwin, ALOHA): joint angles from min to max, pictures as they are
-        for name, value in (("normalization", "bounds"), ("gripper", None), ("libero_images", False)):
-            values.setdefault(name, value)
+    values.setdefault("n_tokens", action_dim * ((25 if two_arms else 8) if parallel else 1))
+    if not values["unnorm_key"].startswith("libero"):
+        values.setdefault("libero_images", False)
+        values.setdefault("gripper", None)
+    if two_arms:
+        # RoboTwin and ALOHA: joint angles, normalised from min to max
+        values.setdefault("normalization", "bounds")
         values.setdefault("image_keys", ["head_camera"])
         values.setdefault("image_size", [240, 320])
     path = directory / PREPROCESSOR_FILE
@@ -193,10 +196,25 @@ def complete_checkpoint(checkpoint: str | os.PathLike[str], **fields: Any) -> Op
     return config
 
 
-def _write_json(path: Path, values: Any) -> None:
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which then replaces ``path``: nobody sees half a file."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _write_json(path: Path, values: Any) -> None:
+    _write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,12 +331,13 @@ def _shards(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _published_tensors(directory: Path) -> Iterator[tuple[str, th.Tensor]]:
+def _published_tensors(directory: Path, with_proprio: bool) -> Iterator[tuple[str, th.Tensor]]:
     for shard in _shards(directory):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                yield name, file.get_tensor(name)
-    projector = _proprio_file(directory)
+                # timm's own name; the published files avoid it because transformers once renamed it
+                yield re.sub(r"(\.ls[12])\.gamma$", r"\1.scale_factor", name), file.get_tensor(name)
+    projector = _proprio_file(directory) if with_proprio else None
     if projector is not None:
         for name, tensor in _load_proprio(projector).items():
             yield f"proprio_projector.{name}", tensor
@@ -370,7 +389,7 @@ def load_model(
         layout |= {name: Part((name,)) for name in model.proprio_projector.state_dict(prefix="proprio_projector.")}
     missing = set(layout)
     unknown = []
-    for name, tensor in _published_tensors(directory):
+    for name, tensor in _published_tensors(directory, model.proprio_projector is not None):
         if name.endswith("rotary_emb.inv_freq"):  # older versions of transformers saved what can be computed
             continue
         if name not in layout:
@@ -426,7 +445,8 @@ def save_model(model: OpenVLAModel, directory: str | os.PathLike[str], max_shard
             name: part.join(*(state[ours] for ours in (*part.names, *part.reads))).contiguous().cpu()
             for name, part in shard.items()
         }
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        with _replacing(directory / file) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
     written = set(weight_map.values())
     if len(shards) > 1:
@@ -435,10 +455,11 @@ def save_model(model: OpenVLAModel, directory: str | os.PathLike[str], max_shard
     if model.proprio_projector is not None:
         written.add(PROPRIO_FILE)
         weights = {name: tensor.cpu() for name, tensor in model.proprio_projector.state_dict().items()}
-        th.save(weights, directory / PROPRIO_FILE)
+        with _replacing(directory / PROPRIO_FILE) as temporary:
+            th.save(weights, temporary)
     config = model.config
     if model.tokenizer is not None:
-        (directory / TOKENIZER_FILE).write_text(model.tokenizer.to_str(), encoding="utf-8")
+        _write_text(directory / TOKENIZER_FILE, model.tokenizer.to_str())
         _write_json(directory / "tokenizer_config.json", TOKENIZER_CONFIG)
     input_size = [3, config.vision_size, config.vision_size]
     preprocessor = {

@@ -218,8 +218,8 @@ class OpenVLAModel(VLABody):
     def _prompt(self, instruction: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         if self.tokenizer is None:
             raise RuntimeError(
-                "This OpenVLA has no tokenizer. A published checkpoint brings one (tokenizer.json); give a new model one "
-                "with `model.tokenizer = PromptTokenizer(Path('tokenizer.json').read_text())`."
+                "This OpenVLA has no tokenizer: a published checkpoint brings one (tokenizer.json), a new model gets "
+                "one by model.tokenizer = PromptTokenizer(Path('tokenizer.json').read_text())."
             )
         ids, mask = self.tokenizer(instruction.cpu().numpy(), self.config.pad_token_id)
         return th.as_tensor(ids, device=self.device), th.as_tensor(mask, device=self.device)
@@ -357,21 +357,28 @@ class OpenVLAModel(VLABody):
         config: OpenVLAConfig | None = None,
         dtype: th.dtype | None = None,
         device: th.device | str = "cpu",
-        **_: Any,
+        attn_implementation: str | None = None,
+        **hub_kwargs: Any,
     ) -> OpenVLAModel:
         """
-        Load a checkpoint in the published layout, one shard at a time.
+        Load a checkpoint in the published layout, one tensor after the other.
 
         :param pretrained_model_name_or_path: its directory, or its id on the hub
         :param config: its configuration; None to read it
         :param dtype: type of the weights; None for the one they are stored in
         :param device: where they go
-        :return: the model
+        :param attn_implementation: "eager", "sdpa", "flash_attention_2", ...; None for what transformers thinks best
+        :param hub_kwargs: what ``AutoModel`` passes on about the hub; a checkpoint that is here needs none
+        :return: the model, in evaluation mode
         """
+        del hub_kwargs
         from opd_gym.policies.openvla.checkpoints import load_model, locate
 
         directory = locate(pretrained_model_name_or_path)
-        return load_model(cls, directory, config or OpenVLAConfig.from_pretrained(directory), dtype, device)
+        config = config or OpenVLAConfig.from_pretrained(directory)
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation
+        return load_model(cls, directory, config, dtype, device)
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], max_shard_size: int = 5 * 10**9, **_: Any
