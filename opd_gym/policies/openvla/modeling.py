@@ -181,10 +181,7 @@ class OpenVLAModel(VLABody):
         vision_size = config.dino_config.hidden_size + config.siglip_config.hidden_size
         self.projector = Projector(vision_size, hidden_size)
         self.proprio_projector = ProprioProjector(config.proprio_inputs, hidden_size) if config.proprio_inputs else None
-        # transformers makes the mask of a decoder bidirectional where its configuration says so
-        text_config = copy.deepcopy(config.text_config)
-        text_config.is_causal = not config.profile.parallel
-        self.language_model = LlamaForCausalLM(text_config)
+        self.language_model = LlamaForCausalLM(config.text_config)
         self.tokenizer: PromptTokenizer | None = None
         self.post_init()
 
