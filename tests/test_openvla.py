@@ -445,7 +445,13 @@ def test_statistics_are_chosen_and_missing_ones_named(tmp_path):
         complete_checkpoint(path, unnorm_key="libero_spatial")
     with pytest.raises(ValueError, match="'kuka' have no 'action'"):
         complete_checkpoint(path, unnorm_key="kuka")
-    (path / "dataset_statistics.json").unlink()
+    # A checkpoint that was saved here may change its mind too
+    saved = tmp_path / "saved"
+    two = {"bridge_orig": tiny.statistics(tiny.ARMS_KEY), "libero_goal": tiny.statistics(tiny.LIBERO_KEY)}
+    OpenVLAConfig(norm_stats=two, unnorm_key="libero_goal").save_pretrained(saved)
+    with pytest.raises(ValueError, match="14 action dimensions, action_dim is 7"):
+        complete_checkpoint(saved, unnorm_key="bridge_orig")
+    assert complete_checkpoint(saved, unnorm_key="bridge_orig", action_dim=14).statistics["q01"][0] != 0
     path = broken(tmp_path / "none", norm_stats={})
     (path / "dataset_statistics.json").unlink()
     with pytest.raises(ValueError, match="no statistics"):

@@ -98,7 +98,8 @@ def _sub_config(config_class: type[PretrainedConfig], given: Any, **published: A
 
 class OpenVLAConfig(VLAConfig):
     """
-    Configuration of :class:`OpenVLAModel`. The arguments of :class:`VLAConfig`, and:
+    Configuration of :class:`OpenVLAModel`. The arguments of :class:`VLAConfig`, of which ``statistics`` follow from
+    ``norm_stats`` where there are any, and:
 
     :param text_config: of the language model; None for Llama-2-7B with the 32,064 rows of OpenVLA
     :param dino_config: of the first vision transformer; None for DINOv2 ViT-L/14 with registers at 224 pixels
@@ -185,7 +186,8 @@ class OpenVLAConfig(VLAConfig):
         kwargs.setdefault("n_bins", kwargs.pop("n_action_bins", 256))
         kwargs.pop("image_sizes", None)
         kwargs.setdefault("n_tokens", 56 if profile.parallel else 7)
-        if statistics is None and self.norm_stats:
+        if self.norm_stats:
+            # Those that were saved may be another data set's by now
             statistics = self._action_statistics()
         super().__init__(
             image_keys=image_keys,
