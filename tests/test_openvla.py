@@ -21,6 +21,7 @@ from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.envs.instructions import encode_instruction
 from opd_gym.envs.wrappers import ActionTokens, decode_tokens, encode_actions
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel, complete_checkpoint
+from opd_gym.policies.openvla.checkpoints import detect_profile
 from opd_gym.policies.openvla.configuration import INPUT_PROFILES
 from opd_gym.policies.openvla.jpeg import jpeg_round_trip
 from opd_gym.policies.openvla.processing import (
@@ -417,6 +418,47 @@ def test_hub_cache(sft, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
+def test_fields_of_other_software_are_understood(tmp_path):
+    """RLinf and SimpleVLA-RL write their options into config.json, some under names that mean something else here."""
+    options = {
+        "implement_version": "rlinf", "action_dim": 7, "num_action_chunks": 5, "num_images_in_input": 2,
+        "unnorm_key": "libero_object", "hidden_size": 4096, "vocab_size": 32000, "image_size": [224, 224],
+        "use_proprio": False, "proprio_dim": 7, "max_prompt_length": 128,
+    }  # fmt: skip
+    path = tiny.write_checkpoint(tmp_path / "student", **options)
+    config = OpenVLAConfig.from_pretrained(path)
+    assert (config.input_profile, config.n_tokens, config.hidden_size) == ("rlinf", 35, 64)
+    assert (config.image_keys, config.image_size) == (["agentview", "wrist"], [256, 256])
+    assert (config.proprio_inputs, config.proprio_dim) == (0, 0)
+    assert OpenVLAConfig.from_pretrained(path, input_profile="simplevla-rl").input_profile == "simplevla-rl"
+    path = tiny.write_checkpoint(tmp_path / "other", implement_version="official", use_proprio=True, proprio_dim=8)
+    config = OpenVLAConfig.from_pretrained(path)
+    assert (config.input_profile, config.proprio_inputs, config.proprio_dim) == ("simplevla-rl", 8, 9)
+    # What is completed stays so, and is not translated again
+    assert complete_checkpoint(path, image_size=[128, 128]).proprio_dim == 9
+    config = OpenVLAConfig.from_pretrained(path)
+    assert (config.image_size, config.proprio_inputs, config.proprio_dim) == ([128, 128], 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "profile"),
+    [
+        ("models--Haozhan72--Openvla-oft-SFT-libero10-trajall/snapshots/1a2b", "simplevla-rl"),
+        ("models--RLinf--RLinf-OpenVLAOFT-LIBERO-130/snapshots/1a2b", "rlinf"),
+        ("RLinf-OpenVLAOFT-RoboTwin-SFT-place_empty_cup", "simplevla-rl"),
+        ("models--openvla--openvla-7b-finetuned-libero-10/snapshots/1a2b", "openvla"),
+        ("rlinf/my-model", None),
+        ("openvla-7b+libero_object_no_noops+b8+lr-0.0005", None),
+    ],
+)
+def test_profiles_of_published_names(tmp_path, name, profile):
+    if profile is None:
+        with pytest.raises(ValueError, match="does not say what inputs"):
+            detect_profile(tmp_path / name)
+    else:
+        assert detect_profile(tmp_path / name) == profile
+
+
 def broken(tmp_path, name=SFT, **changes):
     path = tiny.write_checkpoint(tmp_path / name)
     config = {**json.loads((path / "config.json").read_text()), **changes}
@@ -621,9 +663,10 @@ def test_opd_on_libero(libero, hub, sft, tmp_path):
     """Student and teacher in the published layout, one iteration of OPD on the real simulator."""
     import gymnasium as gym
 
-    small = {"image_size": [64, 64]}
-    student = tiny.write_checkpoint(hub / "student" / SFT, **small)
-    teacher = tiny.write_checkpoint(hub / "teacher" / RL, **small)
+    student = tiny.write_checkpoint(hub / "student" / SFT)
+    teacher = tiny.write_checkpoint(hub / "teacher" / RL)
+    for checkpoint in (student, teacher):
+        complete_checkpoint(checkpoint, image_size=[64, 64])  # the published 256 would only take longer
     env = gym.make("LiberoObject-v0", task_ids=(0,), image_size=64, visuals="light", horizon=24)
     model = OPD(
         "VLAPolicy", env, teacher=teacher, policy_kwargs={"checkpoint": student}, n_steps=2, gradient_steps=2,

@@ -44,6 +44,8 @@ TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "unk_token": "<unk>",
 }
+LIBERO_CAMERAS = ("agentview", "wrist")
+TWO_ARM_CAMERAS = ("head_camera", "left_camera", "right_camera")
 HEAD_PATTERNS = ("action_head--*checkpoint.pt", "noisy_action_projector--*checkpoint.pt")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,20 +87,23 @@ def read_values(directory: Path) -> dict[str, Any]:
     return values
 
 
-def detect_profile(directory: Path) -> str:
+def detect_profile(directory: Path, implementation: str | None = None) -> str:
     """
     Find out which code trained a published checkpoint, from the name under which it was published.
 
     :param directory: the checkpoint
+    :param implementation: which of its two implementations RLinf wrote into the configuration
     :return: the name of its :class:`InputProfile`
     :raises ValueError: it does not show
     """
     path = directory.absolute()
     in_cache = path.parent.name == "snapshots"  # of the hub: models--owner--name/snapshots/<revision>
     name = (path.parent.parent if in_cache else path).name.lower().removeprefix("models--")
-    if name.startswith("rlinf"):
-        # For two arms RLinf took over SimpleVLA-RL's inputs
-        return "simplevla-rl" if "robotwin" in name else "rlinf"
+    # RLinf took over SimpleVLA-RL's inputs for two arms, and for whatever was trained by openvla-oft itself
+    if implementation == "official" or (name.startswith("rlinf") and "robotwin" in name):
+        return "simplevla-rl"
+    if implementation == "rlinf" or name.startswith("rlinf"):
+        return "rlinf"
     if name.startswith("haozhan72--") or "openvla-oft-sft-" in name:
         return "simplevla-rl"
     if re.fullmatch(r"(openvla--)?openvla-7b(-finetuned-libero-\w+)?", name):
@@ -111,27 +116,35 @@ def detect_profile(directory: Path) -> str:
     )
 
 
-def complete_values(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+def _translate(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Other software's configuration in our terms; some of its fields have our names and mean something else."""
+    ours = dict(values)
+    # The projector's inputs, not the env's numbers; the vision transformers' pictures, not the env's; of no use
+    n_proprio = ours.pop("proprio_dim", 0)
+    for name in ("image_size", "hidden_size", "vocab_size"):
+        ours.pop(name, None)
+    if "use_proprio" in ours:
+        ours["proprio_inputs"] = n_proprio if ours.pop("use_proprio") else 0
+    return ours
+
+
+def complete_values(directory: Path, values: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
     """
     Fill in what a published ``config.json`` leaves open: inputs, action space, statistics.
 
     :param directory: the checkpoint
     :param values: its ``config.json``; what it says stands
+    :param fields: what is known besides
     :return: the arguments of :class:`OpenVLAConfig`
     :raises ValueError: continuous actions, no statistics, or something cannot be found out
     """
-    values = dict(values)
     heads = [path.name for pattern in HEAD_PATTERNS for path in directory.glob(pattern)]
     if heads:
         raise ValueError(
             f"{directory} predicts continuous actions ({', '.join(sorted(heads))}). Distillation needs action tokens: "
             "use a checkpoint of the discrete variant."
         )
-    if "proprio_inputs" not in values:
-        # SimpleVLA-RL means the projector's inputs by `proprio_dim`, this library the env's numbers
-        size = values.pop("proprio_dim", 0)
-        if values.pop("use_proprio", False):
-            values["proprio_inputs"] = size
+    values = {**(values if _is_complete(values) else _translate(values)), **fields}
     norm_stats = dict(values.get("norm_stats") or {})
     path = directory / STATISTICS_FILE
     if path.is_file():
@@ -147,21 +160,23 @@ def complete_values(directory: Path, values: Mapping[str, Any]) -> dict[str, Any
         )
     values["norm_stats"] = norm_stats
     if "input_profile" not in values:
-        values["input_profile"] = detect_profile(directory)
+        values["input_profile"] = detect_profile(directory, values.get("implement_version"))
     values["unnorm_key"] = data_set(norm_stats, values.get("unnorm_key"))
     action = norm_stats[values["unnorm_key"]].get("action") or {}
     action_dim = values.setdefault("action_dim", len(action.get("q01") or action.get("min") or [0.0] * 7))
     two_arms = action_dim == 14
+    chunk_size = values.get("num_action_chunks", 25 if two_arms else 8)
     parallel = get_profile(values["input_profile"]).parallel
-    values.setdefault("n_tokens", action_dim * ((25 if two_arms else 8) if parallel else 1))
-    if not values["unnorm_key"].startswith("libero"):
-        values.setdefault("libero_images", False)
-        values.setdefault("gripper", None)
+    values.setdefault("n_tokens", action_dim * (chunk_size if parallel else 1))
+    cameras = TWO_ARM_CAMERAS if two_arms else LIBERO_CAMERAS
+    values.setdefault("image_keys", list(cameras[: values.get("num_images_in_input", 1)]))
     if two_arms:
         # RoboTwin and ALOHA: joint angles, normalised from min to max
         values.setdefault("normalization", "bounds")
-        values.setdefault("image_keys", ["head_camera"])
         values.setdefault("image_size", [240, 320])
+    libero = values["unnorm_key"].startswith("libero")
+    values.setdefault("libero_images", libero)
+    values.setdefault("gripper", "open_is_one" if libero else None)
     path = directory / PREPROCESSOR_FILE
     if path.is_file():
         preprocessor = json.loads(path.read_text(encoding="utf-8"))
@@ -174,6 +189,11 @@ def complete_values(directory: Path, values: Mapping[str, Any]) -> dict[str, Any
     if values.get("proprio_inputs"):
         values.setdefault("proprio_dim", 9 if values["proprio_inputs"] == 8 else values["proprio_inputs"])
     return values
+
+
+def _is_complete(values: Mapping[str, Any]) -> bool:
+    # A field that nobody else's configuration has
+    return "libero_images" in values
 
 
 def complete_checkpoint(checkpoint: str | os.PathLike[str], **fields: Any) -> OpenVLAConfig:
@@ -190,9 +210,9 @@ def complete_checkpoint(checkpoint: str | os.PathLike[str], **fields: Any) -> Op
     unknown = sorted(set(fields) - set(OpenVLAConfig().to_dict()))
     if unknown:
         raise ValueError(f"Unknown fields of OpenVLA's configuration: {unknown}.")
-    values = {**read_values(directory), **fields}
-    config = OpenVLAConfig.from_checkpoint(directory, values)
-    _write_json(directory / CONFIG_FILE, values)
+    values = read_values(directory)
+    config = OpenVLAConfig.from_checkpoint(directory, values, **fields)
+    _write_json(directory / CONFIG_FILE, {**values, **config.to_dict()})
     return config
 
 
@@ -390,7 +410,8 @@ def load_model(
     missing = set(layout)
     unknown = []
     for name, tensor in _published_tensors(directory, model.proprio_projector is not None):
-        if name.endswith("rotary_emb.inv_freq"):  # older versions of transformers saved what can be computed
+        # Older versions of transformers saved what can be computed; RLinf saves the critic
+        if name.endswith("rotary_emb.inv_freq") or name.startswith("value_head."):
             continue
         if name not in layout:
             unknown.append(name)

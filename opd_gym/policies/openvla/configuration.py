@@ -264,22 +264,29 @@ class OpenVLAConfig(VLAConfig):
         return self.to_dict()
 
     @classmethod
-    def from_checkpoint(cls, directory: Path, values: Mapping[str, Any]) -> OpenVLAConfig:
-        """See :meth:`VLAConfig.from_checkpoint`; what a published ``config.json`` leaves open is found out."""
+    def from_checkpoint(cls, directory: Path, values: Mapping[str, Any], **fields: Any) -> OpenVLAConfig:
+        """
+        See :meth:`VLAConfig.from_checkpoint`. What a published ``config.json`` leaves open is found out.
+
+        :param directory: the checkpoint
+        :param values: its ``config.json``
+        :param fields: arguments of this class that are known besides
+        :return: its configuration
+        """
         from opd_gym.policies.openvla.checkpoints import complete_values
 
-        return cls.from_dict(complete_values(directory, values))
+        return cls.from_dict(complete_values(directory, values, **fields))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **fields: Any
     ) -> OpenVLAConfig:
         """
         :param pretrained_model_name_or_path: directory of a published checkpoint, or its id on the hub
-        :param kwargs: fields that are to differ
+        :param fields: arguments of this class that are known besides, or to differ
         :return: its configuration
         """
         from opd_gym.policies.openvla.checkpoints import locate, read_values
 
         directory = locate(pretrained_model_name_or_path)
-        return cls.from_checkpoint(directory, {**read_values(directory), **kwargs})
+        return cls.from_checkpoint(directory, read_values(directory), **fields)
