@@ -16,6 +16,10 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
+from opd_gym.envs.vec_env import Pipeline, announce
+
+# How often an episode that was lost with its worker is played again.
+MAX_REPLAYS = 3
 # Per-process seeds of sampled evaluation episodes start here: far from the small seeds that people train with.
 SAMPLED_EVAL_SEED = 1_000_000
 
@@ -246,7 +250,7 @@ def _as_spec(episode: EpisodeSpec | Mapping[str, Any]) -> EpisodeSpec:
     return EpisodeSpec(**episode)
 
 
-def _rows(obs: Any, rows: list[int]) -> Any:
+def _rows(obs: Any, rows: Sequence[int] | np.ndarray) -> Any:
     return {key: value[rows] for key, value in obs.items()} if isinstance(obs, dict) else obs[rows]
 
 
@@ -284,6 +288,7 @@ def evaluate_success(
     Play exactly the given episodes, each once, and count the solved ones.
 
     A worker goes from one episode to the next without waiting for the others, and stands still when there is none left.
+    An episode that is lost with its worker (``WorkerVecEnv``) is played again.
 
     :param model: algorithm or policy
     :param env: vectorised env whose workers are wrapped in ``EpisodeControl``, as :func:`opd_gym.make_vec` does it
@@ -293,6 +298,7 @@ def evaluate_success(
     :param reward_threshold: for envs without ``info["is_success"]``: an episode that reaches this return is a success
     :param record: number of episodes to record, or their positions; needs an env with ``render_mode="rgb_array"``
     :return: the result
+    :raises RuntimeError: an episode was lost again and again
     """
     specs = [_as_spec(episode) for episode in episodes]
     if not env.has_attr("set_next_reset"):
@@ -309,62 +315,128 @@ def evaluate_success(
     if not specs:
         return EvaluationResult([])
 
-    queue = _Queue(specs, env.num_envs)
-    records: dict[int, EpisodeRecord] = {}
-    frames: dict[int, list[np.ndarray]] = {index: [] for index in recorded}
-
-    def announce(worker: int) -> None:
-        index = queue.take(worker)
-        if index is None:
-            env.env_method("set_next_reset", frozen=True, indices=[worker])
-        else:
-            env.env_method("set_next_reset", specs[index].seed, specs[index].options, index, indices=[worker])
-
-    # A seed that was set on the VecEnv would win over that of the first episodes.
-    env.unwrapped._reset_seeds()
-    env.unwrapped._reset_options()
-    for worker in range(env.num_envs):
-        announce(worker)
-    obs = env.reset()
-    playing: list[int | None] = [info.get("episode_tag") for info in env.unwrapped.reset_infos]
-    # An env that was never reset has no observation to stand still with: its first reset began an episode.
-    astray = [i for i, info in enumerate(env.unwrapped.reset_infos) if playing[i] is None and not info.get("frozen")]
-    if astray:
-        env.env_method("reset", indices=astray)
-    for worker in range(env.num_envs):
-        if playing[worker] is not None:
-            announce(worker)
-
-    steps, returns = [0] * env.num_envs, [0.0] * env.num_envs
-    actions = np.stack([np.asarray(env.action_space.sample()) for _ in range(env.num_envs)])
     bar = _progress_bar(len(specs), progress)
     try:
-        while any(tag is not None for tag in playing):
-            active = [worker for worker, tag in enumerate(playing) if tag is not None]
-            for worker in active:
-                if playing[worker] in recorded:
-                    frames[playing[worker]].append(_render(env, worker))  # type: ignore[index]
-            actions[active], _ = model.predict(_rows(obs, active), deterministic=deterministic)
-            obs, rewards, dones, infos = env.step(actions)
-            for worker in active:
-                index, info = playing[worker], infos[worker]
-                assert index is not None
-                steps[worker] += int(info.get("n_executed", 1))
-                returns[worker] += float(rewards[worker])
-                if not dones[worker]:
-                    continue
-                records[index] = _record(specs[index], info, steps[worker], returns[worker], reward_threshold)
-                if index in recorded:
-                    _append_last(frames[index], info.get("terminal_observation"))
-                steps[worker], returns[worker] = 0, 0.0
-                playing[worker] = env.unwrapped.reset_infos[worker].get("episode_tag")
-                if playing[worker] is not None:
-                    announce(worker)
-                bar.update(1)
-                bar.set_postfix_str(f"success {sum(r.success for r in records.values())}/{len(records)}")
+        return _Evaluation(model, env, specs, deterministic, reward_threshold, recorded, bar).run()
     finally:
         bar.close()
-    return EvaluationResult([records[index] for index in range(len(specs))], frames)
+
+
+class _Evaluation:
+    """The episodes of one call of :func:`evaluate_success`, and who plays which."""
+
+    def __init__(
+        self,
+        model: Predictor,
+        env: VecEnv,
+        specs: list[EpisodeSpec],
+        deterministic: bool,
+        reward_threshold: float | None,
+        recorded: set[int],
+        bar: Any,
+    ):
+        self.model = model
+        self.env = env
+        self.specs = specs
+        self.deterministic = deterministic
+        self.reward_threshold = reward_threshold
+        self.bar = bar
+        self.queue = _Queue(specs, env.num_envs)
+        self.pipeline = Pipeline(env)
+        self.records: dict[int, EpisodeRecord] = {}
+        self.frames: dict[int, list[np.ndarray]] = {index: [] for index in recorded}
+        self.losses = [0] * len(specs)
+        self.playing: list[int | None] = [None] * env.num_envs
+        self.steps, self.returns = [0] * env.num_envs, [0.0] * env.num_envs
+        # What a worker that stands still is sent
+        self.idle_actions = np.stack([np.asarray(env.action_space.sample()) for _ in range(env.num_envs)])
+
+    def run(self) -> EvaluationResult:
+        # Again only if an episode was lost when the other workers stood still already
+        while self.queue.pending:
+            self._play()
+        return EvaluationResult([self.records[index] for index in range(len(self.specs))], self.frames)
+
+    def _play(self) -> None:
+        """Reset all workers and play until each stands still."""
+        # A seed that was set on the VecEnv would win over that of the first episodes.
+        self.env.unwrapped._reset_seeds()
+        self.env.unwrapped._reset_options()
+        for worker in range(self.env.num_envs):
+            self._announce_next(worker)
+        first = self.env.reset()
+        for worker in range(self.env.num_envs):
+            self._episode_started(worker)
+        in_flight = [self._act(part, _rows(first, workers)) for part, workers in enumerate(self.pipeline.parts)]
+        while any(in_flight):
+            for part, is_in_flight in enumerate(in_flight):
+                if is_in_flight:
+                    in_flight[part] = self._act(part, self._receive(part))
+
+    def _announce_next(self, worker: int) -> None:
+        index = self.queue.take(worker)
+        if index is None:
+            announce(self.env, worker, frozen=True)
+        else:
+            announce(self.env, worker, seed=self.specs[index].seed, options=self.specs[index].options, tag=index)
+
+    def _episode_started(self, worker: int) -> None:
+        self.playing[worker] = self.env.unwrapped.reset_infos[worker].get("episode_tag")
+        self.steps[worker], self.returns[worker] = 0, 0.0
+        if self.playing[worker] is not None:
+            self._announce_next(worker)
+
+    def _act(self, part: int, obs: Any) -> bool:
+        """Send some workers off, and say whether there was anything to do."""
+        workers = self.pipeline.parts[part]
+        active = [i for i, worker in enumerate(workers) if self.playing[worker] is not None]
+        if not active:
+            return False
+        for worker in workers[active]:
+            if self.playing[worker] in self.frames:
+                self.frames[self.playing[worker]].append(_render(self.env, int(worker)))
+        actions = self.idle_actions[workers]
+        actions[active], _ = self.model.predict(_rows(obs, active), deterministic=self.deterministic)
+        self.pipeline.send(part, actions)
+        return True
+
+    def _receive(self, part: int) -> Any:
+        """Wait for the steps of some workers, and take note of the episodes that ended."""
+        obs, rewards, dones, infos = self.pipeline.recv(part)
+        for worker, reward, done, info in zip(self.pipeline.parts[part].tolist(), rewards, dones, infos, strict=True):
+            index = self.playing[worker]
+            if index is None:
+                continue
+            self.steps[worker] += int(info.get("n_executed", 1))
+            self.returns[worker] += float(reward)
+            if done:
+                if info.get("episode_lost"):
+                    self._lost(index, info)
+                else:
+                    self._finished(worker, index, info)
+                self._episode_started(worker)
+        return obs
+
+    def _finished(self, worker: int, index: int, info: dict[str, Any]) -> None:
+        self.records[index] = _record(
+            self.specs[index], info, self.steps[worker], self.returns[worker], self.reward_threshold
+        )
+        if index in self.frames:
+            _append_last(self.frames[index], info.get("terminal_observation"))
+        self.bar.update(1)
+        n_success = sum(record.success for record in self.records.values())
+        self.bar.set_postfix_str(f"success {n_success}/{len(self.records)}")
+
+    def _lost(self, index: int, info: dict[str, Any]) -> None:
+        self.losses[index] += 1
+        if self.losses[index] > MAX_REPLAYS:
+            raise RuntimeError(
+                f"Episode {index} of the evaluation ({self.specs[index]}) was lost {self.losses[index]} times with the "
+                f"worker that played it; the last time: {info['worker_death']}. Play it in a DummyVecEnv to see why."
+            )
+        if index in self.frames:
+            self.frames[index].clear()
+        self.queue.pending.append(index)
 
 
 def _progress_bar(total: int, enabled: bool) -> Any:

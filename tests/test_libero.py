@@ -331,7 +331,7 @@ def test_leaves_no_traceback_and_no_files(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "" and result.stderr == ""
-    assert (tmp_path / "cache" / "light_meshes").is_dir()
+    assert (tmp_path / "cache" / "models").is_dir()
     # Mesa and matplotlib keep their own caches in the user's cache folder; nothing else is written.
     assert not any(p for p in home.rglob("*") if p.is_file() and not {".cache", ".config"} & set(p.parts))
     assert (os.stat(log).st_mtime_ns if os.path.exists(log) else None) == before

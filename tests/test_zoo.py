@@ -544,12 +544,10 @@ def test_quickstart_without_checkpoints(capsys: pytest.CaptureFixture[str]) -> N
 def test_quickstart_takes_what_the_memory_carries() -> None:
     from opd_gym.zoo.quickstart import fit_memory
 
-    ten = list(range(10))
-    assert fit_memory(2, ten, None) == (2, ten)
-    assert fit_memory(2, ten, 24.0) == (2, ten)  # 1.5 + 2 * (0.4 + 5.5) = 13.3
-    assert fit_memory(2, ten, 8.0) == (1, ten)  # 7.4
-    assert fit_memory(2, ten, 4.0) == (1, [0, 1, 2])  # 1.9 + 3 * 0.55 = 3.55
-    assert fit_memory(2, ten, 1.0) == (1, [0])
+    assert fit_memory(2, None) == 2
+    assert fit_memory(2, 24.0) == 2
+    assert fit_memory(2, 4.0) == 1  # 1.5 + 2 * 1.3 = 4.1
+    assert fit_memory(2, 1.0) == 1
 
 
 def test_sft_goes_on_with_its_demonstrations_and_learning_rate(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, ClassVar, TypeVar
 
 import gymnasium as gym
@@ -29,8 +30,9 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from opd_gym.algorithms.buffers import TeacherRolloutBuffer
+from opd_gym.algorithms.buffers import TeacherRolloutBuffer, map_obs
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id, make_vec
+from opd_gym.envs.vec_env import Pipeline, announce
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.policies.tokens import (
     TokenSpec,
@@ -63,6 +65,31 @@ class Episode:
     seed: int
     group: int
     member: int
+
+
+@dataclass
+class _Decisions:
+    """
+    What some of the workers have been sent to do.
+
+    :param workers: The workers
+    :param actions: Their actions, as the policy sampled them
+    :param values: Estimated values, (len(workers),)
+    :param token_log_probs: Log-probabilities of the tokens, (len(workers), T)
+    :param labels: Labels of a privileged teacher, (len(workers), T), or None
+    :param standing_still: Whether the worker plays no episode
+    :param group_ids: Group of the episode, -1 for none
+    :param episode_ids: Episode
+    """
+
+    workers: np.ndarray
+    actions: np.ndarray
+    values: th.Tensor
+    token_log_probs: th.Tensor
+    labels: np.ndarray | None
+    standing_still: np.ndarray
+    group_ids: np.ndarray
+    episode_ids: np.ndarray
 
 
 class DecisionProgressBar(ProgressBarCallback):
@@ -160,6 +187,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         self._n_iterations = 0
         self._n_episodes = 0
         self._n_finished = 0
+        self._n_lost = 0
+        self._lost_episodes: set[int] = set()
         self._n_announced = 0
         self._group_seed = 0
         self._episode_rng = np.random.default_rng(seed)
@@ -256,10 +285,9 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         assert self.env is not None
         episode = self._next_episode()
         if episode is None:
-            self.env.env_method("set_next_reset", frozen=True, indices=[worker])
+            announce(self.env, worker, frozen=True)
         else:
-            tag = (episode.group, episode.member)
-            self.env.env_method("set_next_reset", seed=episode.seed, tag=tag, indices=[worker])
+            announce(self.env, worker, seed=episode.seed, tag=(episode.group, episode.member))
         self._announced[worker] = episode
 
     def _before_reset(self) -> None:
@@ -326,8 +354,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         """Hook: whether the rollout is complete after ``n_steps`` decisions of each worker."""
         return n_steps >= n_rollout_steps
 
-    def _label_step(self) -> np.ndarray | None:
-        """Hook: labels of a privileged teacher for the present states, (n_envs, T); before the step is taken."""
+    def _label_step(self, workers: np.ndarray) -> np.ndarray | None:
+        """Hook: labels of a privileged teacher for the workers' present states, (len(workers), T); before the step."""
         return None
 
     def _end_rollout(self) -> None:
@@ -343,6 +371,10 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         """
         Collect experiences using the current policy.
 
+        With several envs in each worker process (``WorkerVecEnv``) one half of them acts while the other half is
+        simulated. The rows of the buffer and the calls of ``callback`` are the same as without; when ``callback`` is
+        called for a row, the first half has already begun the next one.
+
         :param env: The training environment
         :param callback: Callback that will be called at each step (and at the beginning and end of the rollout)
         :param rollout_buffer: Buffer to fill with rollouts
@@ -352,37 +384,85 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         assert isinstance(rollout_buffer, TeacherRolloutBuffer)
         self.policy.set_training_mode(False)
         self._n_iterations += 1
-        n_steps = 0
-        n_tokens = self.token_spec.n_tokens
         rollout_buffer.reset()
+        self._lost_episodes.clear()
         self._begin_rollout()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
         assert self._last_obs is not None and self._last_episode_starts is not None, "No previous observation"
-        dones = np.asarray(self._last_episode_starts)
 
+        complete = False
+        try:
+            complete = self._collect_rows(env, callback, rollout_buffer, n_rollout_steps)
+        finally:
+            if not complete:
+                # Workers are somewhere in the middle of a step: the next learn() starts with a reset
+                self._last_obs = None
+        if not complete:
+            return False
+
+        last_values = None
+        if self.uses_critic:
+            with th.no_grad():
+                obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+                last_values = self.policy.predict_values(obs_tensor)
+        rollout_buffer.finish(last_values, np.asarray(self._last_episode_starts))
+        self._end_rollout()
+
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _collect_rows(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: TeacherRolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """The loop of :meth:`collect_rollouts`: one row of the buffer after the other."""
+        # State-dependent exploration has one noise matrix for each row of a batch of all workers
+        pipeline = Pipeline(env, split=not self.use_sde)
+        last_part = len(pipeline.parts) - 1
+        ahead: list[_Decisions | None] = [None] * len(pipeline.parts)
+        n_steps = 0
         while not self._rollout_done(n_steps, n_rollout_steps):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
 
-            with th.no_grad():
-                obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-                actions, values, token_log_probs = self._act(obs_tensor)
-            teacher_actions = self._label_step()
-            standing_still = self._standing_still.copy()
+            row = [
+                ahead[part] or self._decide(pipeline, part, map_obs(itemgetter(workers), self._last_obs))
+                for part, workers in enumerate(pipeline.parts)
+            ]
+            results = []
+            for part, decisions in enumerate(row):
+                results.append(pipeline.recv(part))
+                ahead[part] = None
+                if part < last_part:
+                    obs, _, part_dones, part_infos = results[part]
+                    self._episodes_ended(decisions, part_dones, part_infos)
+                    # Whether there is a next row is not known if only the others still play
+                    plays = not self._standing_still[decisions.workers].all()
+                    if plays and not self._rollout_done(n_steps + 1, n_rollout_steps):
+                        ahead[part] = self._decide(pipeline, part, obs)
 
-            new_obs, rewards, dones, infos = env.step(self._env_actions(actions))
+            new_obs = _join([result[0] for result in results])
+            rewards, dones = (np.concatenate([result[i] for result in results]) for i in (1, 2))
+            infos = [info for result in results for info in result[3]]
+            actions, standing_still, group_ids, episode_ids = (
+                np.concatenate([getattr(decisions, name) for decisions in row])
+                for name in ("actions", "standing_still", "group_ids", "episode_ids")
+            )
+            values, token_log_probs = (
+                th.cat([getattr(decisions, name) for decisions in row]) for name in ("values", "token_log_probs")
+            )
             if any(info.get("frozen") and not still for info, still in zip(infos, standing_still, strict=True)):
                 raise RuntimeError(
                     "A worker stands still that should be playing: the training env was used for something else, an "
                     "evaluation for instance, in the middle of learn(). Give the evaluation an env of its own."
                 )
+            # A decision that was not carried out: nothing is learned from it, and it is not counted
+            void = standing_still | np.array([bool(info.get("episode_lost")) for info in infos])
 
-            self.num_timesteps += int((~standing_still).sum())
-            self.num_env_steps += sum(
-                info.get("n_executed", 1) for info, still in zip(infos, standing_still, strict=True) if not still
-            )
+            self.num_timesteps += int((~void).sum())
+            self.num_env_steps += sum(info.get("n_executed", 1) for info, no in zip(infos, void, strict=True) if not no)
 
             # Give access to local variables
             callback.update_locals(locals())
@@ -392,14 +472,16 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             self._update_info_buffer(infos, dones)
             n_steps += 1
             if self.uses_critic:
-                rewards = self._bootstrap_truncated(rewards, dones, infos)
+                rewards = self._bootstrap_truncated(rewards, dones, infos, values)
 
+            n_tokens = token_log_probs.shape[1]
             token_mask = np.ones((env.num_envs, n_tokens), dtype=np.float32)
             success = np.full(env.num_envs, np.nan, dtype=np.float32)
             for worker, info in enumerate(infos):
-                token_mask[worker, 0 if standing_still[worker] else info.get("n_executed_tokens", n_tokens) :] = 0.0
+                token_mask[worker, 0 if void[worker] else info.get("n_executed_tokens", n_tokens) :] = 0.0
                 if dones[worker] and "is_success" in info:
                     success[worker] = info["is_success"]
+            labels = None if row[0].labels is None else np.concatenate([d.labels for d in row])  # type: ignore[misc]
             rollout_buffer.add(
                 self._last_obs,  # type: ignore[arg-type]
                 actions,
@@ -408,28 +490,58 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
                 values,
                 token_log_probs,
                 token_mask,
-                group_id=np.array([-1 if episode is None else episode.group for episode in self._running]),
-                episode_id=self._episode_ids,
+                group_id=group_ids,
+                episode_id=episode_ids,
                 success=success,
-                teacher_action=teacher_actions,
+                teacher_action=labels,
             )
-            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_obs = new_obs
             self._last_episode_starts = dones
-            for finished in np.flatnonzero(dones):
-                self._n_finished += 1
-                self._episode_started(int(finished))
-
-        last_values = None
-        if self.uses_critic:
-            with th.no_grad():
-                obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-                last_values = self.policy.predict_values(obs_tensor)
-        rollout_buffer.finish(last_values, dones)
-        self._end_rollout()
-
-        callback.update_locals(locals())
-        callback.on_rollout_end()
+            self._episodes_ended(row[last_part], *results[last_part][2:])
         return True
+
+    def _decide(self, pipeline: Pipeline, part: int, obs: Any) -> _Decisions:
+        """
+        Sample actions for some of the workers, and send them off.
+
+        :param pipeline: The training environment
+        :param part: Number of the part of the workers
+        :param obs: Their observations
+        :return: What was decided
+        """
+        workers = pipeline.parts[part]
+        with th.no_grad():
+            actions, values, token_log_probs = self._act(obs_as_tensor(obs, self.device))
+        running = [self._running[worker] for worker in workers]
+        decisions = _Decisions(
+            workers,
+            actions,
+            # One zero for all of them, where there is no critic
+            values.flatten().expand(len(workers)),
+            token_log_probs,
+            labels=self._label_step(workers),
+            standing_still=self._standing_still[workers],
+            group_ids=np.array([-1 if episode is None else episode.group for episode in running]),
+            episode_ids=self._episode_ids[workers],
+        )
+        pipeline.send(part, self._env_actions(actions))
+        return decisions
+
+    def _episodes_ended(self, decisions: _Decisions, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        """
+        Take note of the episodes that ended with a step of some of the workers.
+
+        :param decisions: The decisions that led there
+        :param dones: Whether the episode ended
+        :param infos: Infos of the step
+        """
+        for i in np.flatnonzero(dones):
+            if infos[i].get("episode_lost"):
+                self._n_lost += 1
+                self._lost_episodes.add(int(decisions.episode_ids[i]))
+            else:
+                self._n_finished += 1
+            self._episode_started(int(decisions.workers[i]))
 
     def _act(self, obs: PyTorchObs) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
         """
@@ -494,11 +606,16 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             return np.clip(actions, self.action_space.low, self.action_space.high)
         return actions
 
-    def _bootstrap_truncated(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+    def _bootstrap_truncated(
+        self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], values: th.Tensor
+    ) -> np.ndarray:
         # See https://github.com/DLR-RM/stable-baselines3/issues/633
         for worker in np.flatnonzero(dones):
             info = infos[worker]
-            if info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
+            if info.get("episode_lost"):
+                # The episode is cut where its last decision was taken, which then has no advantage
+                rewards[worker] = values[worker].item()
+            elif info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
                 terminal_obs = self.policy.obs_to_tensor(info["terminal_observation"])[0]
                 with th.no_grad():
                     rewards[worker] += self.gamma * self.policy.predict_values(terminal_obs)[0].item()
@@ -549,6 +666,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         """
         self.logger.record("time/env_steps", self.num_env_steps)
         self.logger.record("time/episodes", self._n_finished)
+        if self._n_lost:
+            self.logger.record("rollout/episodes_lost", self._n_lost)
         super().dump_logs(iteration)
 
     def learn(
@@ -589,7 +708,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         # Observations hold images, and the workers' episodes end with the process
         runtime = ["_last_obs", "_last_original_obs", "_last_episode_starts", "_announced", "_running"]
-        return [*super()._excluded_save_params(), *runtime, "_standing_still", "_episode_ids", "_workers_controlled"]
+        runtime += ["_standing_still", "_episode_ids", "_workers_controlled", "_lost_episodes"]
+        return [*super()._excluded_save_params(), *runtime]
 
     def save(
         self,
@@ -649,6 +769,13 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             assert data is not None, "No data found in the saved file"
             env = prepare_env(env, data["policy_class"], data["policy_kwargs"], data["verbose"], data["seed"])
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+
+def _join(parts: list[Any]) -> Any:
+    """One batch of observations from those of all parts."""
+    if isinstance(parts[0], dict):
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    return np.concatenate(parts)
 
 
 def prepare_env(

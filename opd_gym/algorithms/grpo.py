@@ -35,6 +35,8 @@ class GRPO(RolloutAlgorithm):
     Episodes are handed out from a queue: a worker that has finished takes the next one, and stands still at no cost
     when the queue is empty. So the envs must be wrapped in ``EpisodeControl`` (``make_vec`` does it, and so does this
     class for a single env or an env id), must be determined by the seed of their reset, and must end their episodes.
+    An episode that is lost with its worker (``WorkerVecEnv``) has no outcome: its group is one member smaller, and
+    nothing is learned from it.
 
     :param policy: The policy model to use (VLAPolicy, MlpPolicy, CnnPolicy, MultiInputPolicy, or a class)
     :param env: The environment to learn from: an id, an env, or a vectorised env
@@ -171,6 +173,10 @@ class GRPO(RolloutAlgorithm):
         rows = buffer.valid_rows()
         # Rows of one episode follow each other: the buffer is flattened env by env
         trajectories = np.split(rows, np.flatnonzero(np.diff(buffer.episode_ids[rows])) + 1)
+        trajectories = [t for t in trajectories if len(t) and int(buffer.episode_ids[t[0]]) not in self._lost_episodes]
+        self._trajectories = []
+        if not trajectories:
+            return
         groups = np.array([buffer.group_ids[trajectory[0]] for trajectory in trajectories])
         successes = np.array([buffer.successes[trajectory[-1]] for trajectory in trajectories])
         reports_success = not bool(np.isnan(successes).any())

@@ -192,15 +192,12 @@ class OPD(RolloutAlgorithm):
 
     # ------------------------------------------------------------------------------------------------------ rollout
 
-    def _label_step(self) -> np.ndarray | None:
+    def _label_step(self, workers: np.ndarray) -> np.ndarray | None:
         assert self._teacher is not None and self.env is not None
         if not self._teacher.privileged:
             return None
-        labels = np.full((self.n_envs, self.token_spec.n_tokens), np.nan, dtype=np.float32)
-        workers = np.flatnonzero(~self._standing_still)
         # All workers simulate ahead at once: a vectorised env sends to all of them before it waits for the first
-        labels[workers] = self._teacher.label(self.env, workers)
-        return labels
+        return self._teacher.label(self.env, workers)
 
     def _end_rollout(self) -> None:
         """The teacher gives its opinion on every state of the rollout, in large batches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -102,26 +103,37 @@ def make_vec(
     statistics: Statistics | None = None,
     wrapper: Callable[[gym.Env], gym.Env] | None = None,
     vec_env_cls: Callable[..., VecEnv] | None = None,
+    n_workers: int | None = None,
 ) -> VecEnv:
     """
-    The vectorised env that the algorithms of this library train on, one process a worker.
+    The vectorised env that the algorithms of this library train on.
 
     On a benchmark's ids (LIBERO) one step is one decision of a policy that emits a chunk of action tokens.
 
     :param env_id: registered id, for instance ``LiberoObject-v0``
-    :param n_envs: number of workers
-    :param seed: worker i gets ``seed + i``
+    :param n_envs: number of envs
+    :param seed: env i gets ``seed + i``
     :param env_kwargs: see :func:`make_env_fn`, as for the arguments that follow
-    :param vec_env_cls: None for processes where there are several workers
+    :param vec_env_cls: None for :class:`WorkerVecEnv` where a benchmark has several envs, or ``n_workers`` is given,
+        and for ``DummyVecEnv`` elsewhere
+    :param n_workers: processes that host the envs, see :class:`WorkerVecEnv`; None for one a core, at most one an env
     :return: the vectorised env
-    :raises ValueError: ``n_envs`` below 1
+    :raises ValueError: ``n_envs`` or ``n_workers`` below 1, or ``n_workers`` for another class of env
     """
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from opd_gym.envs.vec_env import WorkerVecEnv
 
     if n_envs < 1:
         raise ValueError(f"n_envs must be at least 1, got {n_envs}.")
+    if n_workers is not None and vec_env_cls is not None:
+        raise ValueError(
+            f"n_workers is an argument of WorkerVecEnv, got it with vec_env_cls={vec_env_cls}. Give one of the two."
+        )
     build = make_env_fn(env_id, env_kwargs, chunk_size, tokens, n_bins, statistics, wrapper)
-    cls = vec_env_cls or (SubprocVecEnv if n_envs > 1 and bare_id(env_id) in CHUNK_SIZES else DummyVecEnv)
+    if n_workers is not None or (vec_env_cls is None and n_envs > 1 and bare_id(env_id) in CHUNK_SIZES):
+        vec_env_cls = partial(WorkerVecEnv, n_workers=n_workers)
+    cls = vec_env_cls or DummyVecEnv
     if cls is not DummyVecEnv:
         # What is wrong with the arguments or the installation is said here and not in a worker, whose error would
         # arrive as a broken connection. Simulators are lazy, so this costs little.

@@ -30,6 +30,7 @@ ALGORITHMS = ("opd", "grpo", "ppo", "sft")
 RUN_KEYS = {
     "n_timesteps": "total number of decisions of all envs",
     "n_envs": "number of parallel envs",
+    "n_workers": "processes that host the envs",
     "env_kwargs": "keyword arguments of the env",
     "env_wrapper": "import path of a wrapper, a mapping from it to its keyword arguments, or a list of these",
     "chunk_size": "actions per decision",
@@ -252,7 +253,7 @@ def split_hyperparams(
     for key in SCHEDULE_KEYS:
         if key in kwargs and "Schedule" in str(parameters[key].annotation):
             kwargs[key] = schedule(kwargs[key], key)
-    for key in ("n_timesteps", "n_envs", "chunk_size", "n_bins"):
+    for key in ("n_timesteps", "n_envs", "n_workers", "chunk_size", "n_bins"):
         if run.get(key) is not None:
             if not isinstance(run[key], (int, float)) or isinstance(run[key], bool):
                 raise ValueError(f"{key}: expected a number, got {run[key]!r}.")
@@ -273,7 +274,7 @@ def build_env(
 
     :param env_id: environment id
     :param run: the part of the configuration about the env, see :func:`split_hyperparams`
-    :param n_envs: number of workers; None for what the configuration says
+    :param n_envs: number of envs; None for what the configuration says
     :param seed: seed of the workers
     :param settings: what a checkpoint needs, see ``opd_gym.algorithms.base.checkpoint_settings``; it wins over the
         configuration where it comes to pictures
@@ -299,5 +300,6 @@ def build_env(
         seed=seed,
         env_kwargs=kwargs,
         wrapper=wrapper_function(run.get("env_wrapper")),
+        n_workers=run.get("n_workers"),
         **token_kwargs,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
-from opd_gym.envs.libero.suites import N_TASKS
 from opd_gym.envs.registration import LIBERO_IDS, bare_id
 from opd_gym.evaluation import EpisodeSpec, EvaluationResult, evaluate_success, write_atomic
 
 # Seconds of the budget that are for starting up, the curve and the film.
 OVERHEAD = 45.0
-# GB, measured: the learner, a worker, and each simulator in it.
-LEARNER_MEMORY, WORKER_MEMORY, SIMULATOR_MEMORY = 1.5, 0.4, 0.55
+# GB, measured: the learner, and a worker with ten tasks (half as much once their models are in the cache).
+LEARNER_MEMORY, WORKER_MEMORY = 1.5, 1.3
 MIN_TRAINING = 30.0
 
 
@@ -52,26 +50,17 @@ def available_memory() -> float | None:
     return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("MemAvailable")), None)
 
 
-def fit_memory(n_envs: int, task_ids: Sequence[int], available: float | None) -> tuple[int, list[int]]:
+def fit_memory(n_envs: int, available: float | None) -> int:
     """
-    As many workers and tasks as the memory carries: every worker keeps a simulator for every task.
+    As many workers as the memory carries.
 
     :param n_envs: workers wanted
-    :param task_ids: tasks wanted
     :param available: memory, in GB; None if unknown
-    :return: workers and tasks to use
+    :return: workers to use, at least one
     """
-    tasks = list(task_ids)
-
-    def needed(workers: int, n_tasks: int) -> float:
-        return LEARNER_MEMORY + workers * (WORKER_MEMORY + SIMULATOR_MEMORY * n_tasks)
-
-    if available is None or needed(n_envs, len(tasks)) <= available:
-        return n_envs, tasks
-    n_envs = 1
-    while len(tasks) > 1 and needed(n_envs, len(tasks)) > available:
-        tasks.pop()
-    return n_envs, tasks
+    if available is None:
+        return n_envs
+    return max(1, min(n_envs, int((available - LEARNER_MEMORY) / WORKER_MEMORY)))
 
 
 class TimeBudget(BaseCallback):
@@ -156,12 +145,9 @@ def run(args: argparse.Namespace) -> int:
         env_kwargs["task_ids"] = tuple(args.task_ids)
     n_envs = args.n_envs or run_values.get("n_envs") or 1
     if bare_id(args.env) in LIBERO_IDS:
-        suite = LIBERO_IDS[bare_id(args.env)]
-        wanted = args.task_ids or suite.get("task_ids") or range(N_TASKS.get(suite["suite"], 10))
-        n_envs, tasks = fit_memory(n_envs, wanted, available_memory())
-        if len(tasks) < len(wanted) or n_envs < (args.n_envs or run_values.get("n_envs") or 1):
-            print(f"Not enough memory for everything: {n_envs} worker, tasks {', '.join(map(str, tasks))}.", flush=True)
-            env_kwargs["task_ids"] = tuple(tasks)
+        wanted, n_envs = n_envs, fit_memory(n_envs, available_memory())
+        if n_envs < wanted:
+            print(f"Not enough memory for {wanted} parallel simulators: {n_envs}.", flush=True)
     settings = settings_of(resolve_checkpoint(student))
     print(f"Student {Path(student).name}, teacher {teacher}, on {args.env} (LIBERO's own simulator)", flush=True)
     env = build_env(args.env, run_values, n_envs, args.seed, settings, **env_kwargs)

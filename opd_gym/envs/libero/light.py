@@ -1,30 +1,17 @@
 """
-Light visuals: the visual meshes of a compiled MuJoCo model simplified in place, its physics untouched.
+Light visuals: simplified meshes and smaller textures.
 
-Software rendering of LIBERO is bound by geometry (380,000 faces; one basket has 66,000), not by pixels. Only meshes
-that
-no colliding geom uses are changed, so neither contacts nor masses can differ.
+Software rendering of LIBERO is bound by geometry (380,000 faces; one basket has 66,000), not by pixels.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
-from pathlib import Path
-
-import mujoco
 import numpy as np
 
 KEEP = 0.05  # share of the faces that stay
 MIN_FACES = 300  # no mesh is simplified below this
 MAX_TEXTURE = 512  # pixels a side; LIBERO's largest are 4096, for pictures of 128
-
-
-def _visual_meshes(model: mujoco.MjModel) -> list[int]:
-    is_mesh = model.geom_type == mujoco.mjtGeom.mjGEOM_MESH
-    visual = is_mesh & (model.geom_contype == 0) & (model.geom_conaffinity == 0)
-    return sorted(set(model.geom_dataid[visual].tolist()) - set(model.geom_dataid[is_mesh & ~visual].tolist()))
+MESH_SETTINGS = (1, KEEP, MIN_FACES)  # part of the cached meshes' names; the first number is that of the method
 
 
 def _normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -96,85 +83,36 @@ def simplify_mesh(
     return new_vertices, new_faces, normals.reshape(-1, 3, 3), uv
 
 
-def _cached(
-    path: Path, mesh: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None], n_faces: int
-) -> dict[str, np.ndarray]:
-    if path.exists():
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    vertices, faces, normals, uv = simplify_mesh(*mesh, n_faces)
-    result = {"vertices": vertices, "faces": faces, "normals": normals.astype(np.float32)}
-    if uv is not None:
-        result["uv"] = uv.astype(np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz")
-    os.close(handle)
-    np.savez_compressed(temporary, **result)  # type: ignore[arg-type]
-    os.replace(temporary, path)
-    return result
+def lighten_mesh(
+    vertices: np.ndarray, faces: np.ndarray, corner_normals: np.ndarray, corner_uv: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """
+    Simplify a mesh to ``KEEP`` of its faces; small ones stay as they are. See :func:`simplify_mesh`.
+
+    :param vertices: (n, 3) float
+    :param faces: (m, 3) int
+    :param corner_normals: (m, 3, 3) float
+    :param corner_uv: (m, 3, 2) float or None
+    :return: the same of the simplified mesh
+    """
+    if len(faces) <= 2 * MIN_FACES:
+        return vertices, faces, corner_normals, corner_uv
+    target = max(MIN_FACES, int(len(faces) * KEEP))
+    return simplify_mesh(vertices.astype(np.float64), faces, corner_normals, corner_uv, target)
 
 
-def _simplify_in_place(model: mujoco.MjModel, mesh: int, cache: Path) -> None:
-    v0, nv = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
-    f0, nf = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
-    n0, t0 = model.mesh_normaladr[mesh], model.mesh_texcoordadr[mesh]
-    target = max(MIN_FACES, int(nf * KEEP))
-    if nf <= 2 * MIN_FACES:
-        return
-    vertices = model.mesh_vert[v0 : v0 + nv].astype(np.float64)
-    faces = model.mesh_face[f0 : f0 + nf].copy()
-    normals = model.mesh_normal[n0 : n0 + model.mesh_normalnum[mesh]][model.mesh_facenormal[f0 : f0 + nf]]
-    uv = None
-    if t0 >= 0:
-        uv = model.mesh_texcoord[t0 : t0 + model.mesh_texcoordnum[mesh]][model.mesh_facetexcoord[f0 : f0 + nf]]
-    digest = hashlib.sha256(f"1 {target}".encode())
-    for array in (vertices, faces, normals) + (() if uv is None else (uv,)):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    new = _cached(cache / f"{digest.hexdigest()[:32]}.npz", (vertices, faces, normals, uv), target)
-    n_vertices, n_faces = len(new["vertices"]), len(new["faces"])
-    # MuJoCo's arrays cannot grow: three corners a face are stored in the space of the original's normals and
-    # coordinates.
-    fits = n_vertices <= nv and n_faces <= nf and 3 * n_faces <= model.mesh_normalnum[mesh]
-    if not fits or (uv is not None and 3 * n_faces > model.mesh_texcoordnum[mesh]):
-        return
-    model.mesh_vert[v0 : v0 + n_vertices] = new["vertices"]
-    model.mesh_face[f0 : f0 + n_faces] = new["faces"]
-    corner_index = np.arange(3 * n_faces).reshape(-1, 3)
-    model.mesh_normal[n0 : n0 + 3 * n_faces] = new["normals"].reshape(-1, 3)
-    model.mesh_facenormal[f0 : f0 + n_faces] = corner_index
-    if uv is not None:
-        model.mesh_texcoord[t0 : t0 + 3 * n_faces] = new["uv"].reshape(-1, 2)
-        model.mesh_facetexcoord[f0 : f0 + n_faces] = corner_index
-    model.mesh_facenum[mesh] = n_faces
+def shrink_texture(pixels: np.ndarray) -> np.ndarray:
+    """
+    Halve a texture until its shorter side is no longer than ``MAX_TEXTURE`` (the six faces of a cube are one column).
 
-
-def _shrink_texture(model: mujoco.MjModel, texture: int) -> None:
-    height, width, channels = model.tex_height[texture], model.tex_width[texture], model.tex_nchannel[texture]
-    if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
-        return
+    :param pixels: uint8 (height, width, channels)
+    :return: uint8, the same picture
+    """
+    height, width, channels = pixels.shape
     factor = 1
-    while max(height, width) // factor > MAX_TEXTURE and height % (2 * factor) == 0 and width % (2 * factor) == 0:
+    while min(height, width) // factor > MAX_TEXTURE and height % (2 * factor) == 0 and width % (2 * factor) == 0:
         factor *= 2
     if factor == 1:
-        return
-    start = model.tex_adr[texture]
-    pixels = model.tex_data[start : start + height * width * channels].reshape(
-        height // factor, factor, width // factor, factor, channels
-    )
-    small = pixels.mean(axis=(1, 3)).round().astype(np.uint8)
-    model.tex_data[start : start + small.size] = small.reshape(-1)
-    model.tex_height[texture], model.tex_width[texture] = height // factor, width // factor
-
-
-def lighten(model: mujoco.MjModel, cache: Path) -> None:
-    """
-    Simplify the visual meshes and shrink the textures of a compiled model, in place.
-
-    :param model: changed in place; nothing that its physics reads is touched
-    :param cache: folder that keeps simplified meshes
-    """
-    for mesh in _visual_meshes(model):
-        _simplify_in_place(model, mesh, cache)
-    for texture in range(model.ntex):
-        _shrink_texture(model, texture)
-    model.vis.quality.offsamples = 0
+        return pixels
+    blocks = pixels.reshape(height // factor, factor, width // factor, factor, channels)
+    return blocks.mean(axis=(1, 3)).round().astype(np.uint8)

@@ -12,7 +12,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from opd_gym.envs.libero.light import lighten
+from opd_gym.envs.libero.models import Visuals, load_model
 from opd_gym.envs.libero.physics import ControllerState, OscStepper
 from opd_gym.envs.libero.rendering import Renderer
 from opd_gym.envs.libero.runtime import cache_dir, import_libero
@@ -56,27 +56,23 @@ class Simulator:
     :param task: which task
     :param visuals: "exact" for LIBERO's own pictures, "light" for simplified visual meshes (physics identical)
     :param max_size: largest side of a picture, in pixels
+    :param msaa: whether edges are smoothed (LIBERO's own pictures always are)
     """
 
-    def __init__(self, task: TaskSpec, visuals: str = "exact", max_size: int = 256):
+    def __init__(self, task: TaskSpec, visuals: str = "exact", max_size: int = 256, msaa: bool = True):
         import_libero()
         import libero.libero.envs.bddl_utils as bddl_utils
         import robosuite
         from libero.libero.envs import TASK_MAPPING
 
         self.task = task
+        self._visuals: Visuals
         problem = bddl_utils.get_problem_info(str(task.bddl_file))["problem_name"]
         domain_class = TASK_MAPPING[problem]
         self.domain: Any = domain_class.__new__(domain_class)
 
-        def initialize_sim(xml_string: str | None = None) -> None:
-            domain_class._initialize_sim(self.domain, xml_string)
-            model = self.domain.sim.model._model
-            self._body_pose = model.body_pos.copy(), model.body_quat.copy()
-
-        # Fixtures are placed by editing the model, in the constructor already; every reset starts from the model as it
-        # was compiled, which exists only between these two calls of the constructor.
-        self.domain._initialize_sim = initialize_sim
+        # robosuite's constructor would compile the model
+        self.domain._initialize_sim = lambda: self._load(visuals)
         try:
             with contextlib.redirect_stdout(io.StringIO()), _global_seed(0):
                 self.domain.__init__(
@@ -99,10 +95,9 @@ class Simulator:
             ) from error
         self.model: mujoco.MjModel = self.domain.sim.model._model
         self.data: mujoco.MjData = self.domain.sim.data._data
-        self._light = visuals == "light"
-        if self._light:
-            lighten(self.model, cache_dir() / "light_meshes")
         self._max_size = max_size
+        if not msaa:
+            self.model.vis.quality.offsamples = 0
         self._renderer: Renderer | None = None
         self._init_states: np.ndarray | None = None
         self._stepper: OscStepper | None = None
@@ -113,6 +108,18 @@ class Simulator:
         self._eef_site = robot.eef_site_id
         self._eef_body = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, robot.robot_model.eef_name)
         self._gripper_qpos = np.asarray(robot._ref_gripper_joint_pos_indexes)
+
+    def _load(self, visuals: str) -> None:
+        """In place of robosuite's ``_initialize_sim``: the compiled model comes from the cache."""
+        from robosuite.utils.binding_utils import MjSim
+
+        model, self._visuals = load_model(self.domain.model.get_xml(), visuals, cache_dir())
+        # Fixtures are placed by editing the model, in the constructor already; every reset starts from the model as it
+        # was compiled.
+        self._body_pose = model.body_pos.copy(), model.body_quat.copy()
+        self.domain.sim = MjSim(model)
+        self.domain.sim.forward()
+        self.domain.initialize_time(self.domain.control_freq)
 
     @property
     def init_states(self) -> np.ndarray:
@@ -191,7 +198,7 @@ class Simulator:
     def render(self, cameras: tuple[str, ...], size: int) -> list[np.ndarray]:
         """See :meth:`Renderer.render`."""
         if self._renderer is None:
-            self._renderer = Renderer(self.model, self._max_size)
+            self._renderer = Renderer(self.model, self._visuals, self._max_size)
         return self._renderer.render(self.data, cameras, size)
 
     def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:

@@ -1,0 +1,294 @@
+"""
+Compiled models on disk, with what only the pictures need kept apart from what the physics needs.
+
+A LIBERO model is 250 MB, of which the physics reads five: the rest are textures and visual meshes, most of them shared
+by many tasks. Here they are files of their own, named by their content, which all workers map into memory and whose GL
+objects all tasks of a process share. The model that is left loads in milliseconds, and its physics is that of the
+original bit by bit: every array but those of visual meshes and textures is the original's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+
+from opd_gym.envs.libero import light
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of the files; in their names, so that an older version's are not read
+# What may differ from the original: the data of meshes, textures and the trees that only ray casting reads.
+_VISUAL_ARRAYS = ("_", "mesh_", "tex_", "bvh_", "oct_")
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """
+    What has been taken out of a model, by the model's own ids.
+
+    :param meshes: id -> stem of ``<stem>.vertices.npy`` (float32 ``(n, 8)``: position, normal, texture coordinates) and
+        ``<stem>.indices.npy`` (uint32 ``(3 m,)``)
+    :param textures: id -> ``<name>.<kind>.npy``, uint8 ``(height, width, channels)``; the kind is "rgb" or "srgb" (the
+        colour space of a flat texture) or "cube", whose six faces lie below each other, or are the same if there is
+        only one
+    """
+
+    meshes: dict[int, Path]
+    textures: dict[int, Path]
+
+
+def load_model(xml: str, visuals: str, cache: Path) -> tuple[mujoco.MjModel, Visuals]:
+    """
+    Compile a model, or take it from the cache.
+
+    :param xml: MJCF with absolute paths of its assets
+    :param visuals: "exact" or "light"
+    :param cache: folder of the cache; several processes may use it at once
+    :return: the model without its visual meshes and textures, and these
+    """
+    entry = cache / "models" / _key(xml)
+    for attempt in range(2):
+        if not (entry / f"{visuals}.json").is_file():
+            _build(xml, visuals, cache, entry)
+        try:
+            index = json.loads((entry / f"{visuals}.json").read_text(encoding="utf-8"))
+            model = mujoco.MjModel.from_binary_path(str(entry / "physics.mjb"))
+            found = Visuals(
+                {int(i): cache / "meshes" / stem for i, stem in index["meshes"].items()},
+                {int(i): cache / "textures" / stem for i, stem in index["textures"].items()},
+            )
+            missing = [path for path in found.textures.values() if not path.is_file()]
+            missing += [path for path in found.meshes.values() if not _mesh_files(path)[1].is_file()]
+            if missing:
+                raise ValueError(f"{missing[0]} is missing")
+            break
+        except (ValueError, KeyError) as error:
+            if attempt:
+                raise
+            logger.warning("The cached model in %s is damaged (%s) and is made anew.", entry, error)
+            shutil.rmtree(entry, ignore_errors=True)
+    return model, found
+
+
+def read_mesh(stem: Path) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :param stem: see :class:`Visuals`
+    :return: vertices and indices, mapped into memory
+    """
+    vertices, indices = _mesh_files(stem)
+    return np.load(vertices, mmap_mode="r"), np.load(indices, mmap_mode="r")
+
+
+def _mesh_files(stem: Path) -> tuple[Path, Path]:
+    return stem.with_name(f"{stem.name}.vertices.npy"), stem.with_name(f"{stem.name}.indices.npy")
+
+
+def _key(xml: str) -> str:
+    digest = hashlib.sha256(f"{FORMAT} {mujoco.mj_versionString()} {xml}".encode())
+    for element in ET.fromstring(xml).iter():
+        if "file" in element.attrib:
+            status = os.stat(element.attrib["file"])
+            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file in one step: other workers see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _build(xml: str, visuals: str, cache: Path, entry: Path) -> None:
+    full = mujoco.MjModel.from_xml_string(xml)
+    try:
+        stripped = _strip(xml, full)
+        reason = _copy_physics(full, stripped) or _difference(full, stripped)
+    except (AttributeError, TypeError, ValueError) as error:  # another version's MjSpec
+        reason = str(error)
+    if reason:
+        logger.warning("The visuals stay in the compiled model, which costs memory and time: %s.", reason)
+        stripped = None
+    index: dict[str, dict[int, str]] = {"meshes": {}, "textures": {}}
+    if stripped is not None:
+        shown = set(full.geom_dataid[full.geom_type == mujoco.mjtGeom.mjGEOM_MESH].tolist())
+        for mesh in _visual_meshes(full):
+            if mesh in shown:
+                index["meshes"][mesh] = _save_mesh(full, mesh, visuals, cache)
+        for texture in range(full.ntex):
+            index["textures"][texture] = _save_texture(full, texture, visuals, cache)
+    model = full if stripped is None else stripped
+    _write(entry / "physics.mjb", lambda path: mujoco.mj_saveModel(model, str(path)))
+    # Last, because it says that the rest is there
+    _write(entry / f"{visuals}.json", lambda path: path.write_text(json.dumps(index), encoding="utf-8"))
+
+
+def _visual_meshes(model: mujoco.MjModel) -> list[int]:
+    """Meshes that no geom collides with; LIBERO's scenes also bring meshes that no geom uses at all."""
+    is_mesh = model.geom_type == mujoco.mjtGeom.mjGEOM_MESH
+    collides = is_mesh & ((model.geom_contype != 0) | (model.geom_conaffinity != 0))
+    return sorted(set(range(model.nmesh)) - set(model.geom_dataid[collides].tolist()))
+
+
+def _strip(xml: str, full: mujoco.MjModel) -> mujoco.MjModel:
+    """The same model with a tetrahedron for every visual mesh and a pixel for every texture."""
+    spec = mujoco.MjSpec.from_string(xml)
+    textured = full.mesh_texcoordadr >= 0
+    drop = set(_visual_meshes(full))
+    for i, mesh in enumerate(spec.meshes):
+        if i not in drop:
+            continue
+        mesh.name = mujoco.mj_id2name(full, mujoco.mjtObj.mjOBJ_MESH, i)
+        mesh.file = ""
+        mesh.uservert = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32).ravel()
+        mesh.userface = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]], dtype=np.int32).ravel()
+        if textured[i]:
+            mesh.usertexcoord = np.zeros(8, dtype=np.float32)
+    for i, texture in enumerate(spec.textures):
+        texture.name = mujoco.mj_id2name(full, mujoco.mjtObj.mjOBJ_TEXTURE, i) or ""  # a sky box needs no name
+        texture.file = ""
+        texture.builtin = mujoco.mjtBuiltin.mjBUILTIN_FLAT
+        texture.width = texture.height = 1
+    return spec.compile()
+
+
+def _copy_physics(source: mujoco.MjModel, target: mujoco.MjModel) -> str | None:
+    """
+    :return: what does not fit, None if all does
+    """
+    if (source.nmesh, source.ntex) != (target.nmesh, target.ntex):
+        return "the numbers of meshes or textures differ"
+    for name in dir(source):
+        value = getattr(source, name)
+        if name.startswith(_VISUAL_ARRAYS) or not isinstance(value, np.ndarray):
+            continue
+        copy = getattr(target, name)
+        if copy.shape != value.shape:
+            return f"{name} has shape {copy.shape} and not {value.shape}"
+        if copy.flags.writeable:
+            copy[...] = value
+        elif not np.array_equal(copy, value):
+            return f"{name} differs"
+    for name in ("extent", "meaninertia", "meanmass", "meansize"):
+        setattr(target.stat, name, getattr(source.stat, name))
+    target.stat.center[:] = source.stat.center
+    # The bounding volumes of a body's geoms, which collision detection reads, come before those of the meshes.
+    n = int((source.body_bvhadr + source.body_bvhnum).max())
+    for name in ("bvh_aabb", "bvh_child", "bvh_nodeid", "bvh_depth"):
+        getattr(target, name)[:n] = getattr(source, name)[:n]
+    return None
+
+
+def _difference(a: mujoco.MjModel, b: mujoco.MjModel, n_steps: int = 200) -> str | None:
+    """
+    Let two models fall and flail.
+
+    :return: what differs, None if all bits agree
+    """
+    states = []
+    for model in (a, b):
+        data, rng = mujoco.MjData(model), np.random.default_rng(0)
+        trace = []
+        for _ in range(n_steps):
+            data.ctrl[:] = rng.uniform(-1.0, 1.0, model.nu)
+            mujoco.mj_step(model, data)
+            trace.append(np.concatenate([data.qpos, data.qvel]))
+        states.append(np.array(trace))
+    if not np.array_equal(states[0], states[1]):
+        return f"their physics differ from step {int((states[0] != states[1]).any(1).argmax())} on"
+    return None
+
+
+def _save_mesh(model: mujoco.MjModel, mesh: int, visuals: str, cache: Path) -> str:
+    vertices, faces, normals, uv = _mesh_arrays(model, mesh)
+    digest = hashlib.sha256(f"{FORMAT} {visuals} {light.MESH_SETTINGS if visuals == 'light' else ''}".encode())
+    for array in (vertices, faces, normals, uv):
+        digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+    stem = digest.hexdigest()[:32]
+    vertex_file, index_file = _mesh_files(cache / "meshes" / stem)
+    if not index_file.is_file():
+        if visuals == "light":
+            vertices, faces, normals, uv = light.lighten_mesh(vertices, faces, normals, uv)
+        corners, indices = _interleave(vertices, faces, normals, uv)
+        _write(vertex_file, lambda path: np.save(path, corners))
+        _write(index_file, lambda path: np.save(path, indices))
+    return stem
+
+
+def _mesh_arrays(model: mujoco.MjModel, mesh: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """
+    :return: vertices (n, 3), faces (m, 3), normals of the corners (m, 3, 3), texture coordinates of the corners
+        (m, 3, 2) or None
+    """
+    v0, n0, t0 = model.mesh_vertadr[mesh], model.mesh_normaladr[mesh], model.mesh_texcoordadr[mesh]
+    part = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
+    return (
+        model.mesh_vert[v0 : v0 + model.mesh_vertnum[mesh]],
+        model.mesh_face[part],
+        model.mesh_normal[n0 + model.mesh_facenormal[part]],
+        model.mesh_texcoord[t0 + model.mesh_facetexcoord[part]] if t0 >= 0 else None,
+    )
+
+
+def _interleave(
+    vertices: np.ndarray, faces: np.ndarray, normals: np.ndarray, uv: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What MuJoCo's renderer sends to GL for a mesh, equal corners merged: see ``read_mesh``."""
+    positions = np.asarray(vertices, dtype=np.float32)[faces]
+    normals = np.asarray(normals, dtype=np.float32)
+    if uv is None:
+        # MuJoCo shades an untextured mesh flat where its edges are sharp
+        face_normals = np.cross(positions[:, 1] - positions[:, 0], positions[:, 2] - positions[:, 0])
+        length = np.sqrt((face_normals * face_normals).sum(axis=1, keepdims=True))
+        # Multiplied by the inverse and not divided, as there: the last bits show in the pixels
+        with np.errstate(divide="ignore", invalid="ignore"):
+            inverse = np.float32(1) / length
+            face_normals = np.where(length < 1e-10, np.array([0, 0, 1], dtype=np.float32), face_normals * inverse)
+        sharp = np.einsum("fcx,fx->fc", normals, face_normals) < 0.8
+        normals = np.where(sharp[..., None], face_normals[:, None], normals)
+        uv = np.zeros((*faces.shape, 2), dtype=np.float32)
+    corners = np.concatenate([positions, normals, uv], axis=-1, dtype=np.float32).reshape(-1, 8)
+    _, first, unique = np.unique(corners.view("V32").ravel(), return_index=True, return_inverse=True)
+    # In the order of their first use, which keeps neighbours together
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return corners[first[order]], rank[unique].astype(np.uint32)
+
+
+def _save_texture(model: mujoco.MjModel, texture: int, visuals: str, cache: Path) -> str:
+    height, width, channels = model.tex_height[texture], model.tex_width[texture], model.tex_nchannel[texture]
+    start = model.tex_adr[texture]
+    pixels = model.tex_data[start : start + height * width * channels].reshape(height, width, channels)
+    settings = light.MAX_TEXTURE if visuals == "light" else ""
+    digest = hashlib.sha256(f"{FORMAT} {visuals} {settings} {pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels).tobytes())
+    if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
+        kind = "cube"
+    # Before MuJoCo 3.3 textures had no colour space
+    elif hasattr(model, "tex_colorspace") and model.tex_colorspace[texture] == mujoco.mjtColorSpace.mjCOLORSPACE_SRGB:
+        kind = "srgb"
+    else:
+        kind = "rgb"
+    name = f"{digest.hexdigest()[:32]}.{kind}.npy"
+    if not (cache / "textures" / name).is_file():
+        picture = light.shrink_texture(pixels) if visuals == "light" else pixels
+        _write(cache / "textures" / name, lambda path: np.save(path, picture))
+    return name

@@ -1,0 +1,151 @@
+"""The scripts of benchmarks/ that measure the environments, on the real simulator: short, but as they are published."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import libero_throughput  # noqa: E402
+import light_visuals  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs the source tree")
+
+
+def cells(markdown: str, label: str) -> list[list[str]]:
+    """The cells of a table's rows that begin with a label."""
+    rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows if row[0].strip() == label]
+
+
+def test_throughput_measures_ours_and_the_floor(tmp_path, capsys):
+    missing = ["--lerobot-python", sys.executable]
+    modes = ["--modes", "light", "lerobot", "floor_light"]
+    libero_throughput.main(["--quick", "--image-size", "32", "--output", str(tmp_path), *modes, *missing])
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["not_installed"] == ["lerobot"] and "lerobot is not installed" in capsys.readouterr().out
+    kinds = [(r["mode"], r["processes"], r["cold"]) for r in result["records"]]
+    assert kinds == [
+        ("light", 1, True),
+        ("light", 1, False),
+        ("light", 2, False),
+        ("floor_light", 1, False),
+        ("floor_light", 2, False),
+    ]
+    assert [r.get("error") for r in result["records"]] == [None] * 5
+    cold, one, two = result["records"][:3]
+    assert cold["reset_s"] == [] and cold["startup_s"] > 0 and cold["first_decision_s"] > 0
+    assert len(one["reset_s"]) == len(one["step_s"]) == 1
+    # Both worked: 16 random actions move the hand, and those of two workers differ.
+    positions = np.array(two["positions"])
+    assert positions.shape == (1, 2, 3) and np.abs(positions[:, 0] - positions[:, 1]).max() > 1e-3
+    assert len(two["memory"]["workers"]) == 2 and len(one["memory"]["workers"]) == 0
+    text = (tmp_path / "results.md").read_text()
+    speed = cells(text, "opd_gym, light")
+    steps = 2 * libero_throughput.CHUNK
+    assert [row[1] for row in speed[:2]] == ["1", "2"]
+    assert speed[0][2] == f"{steps / one['step_s'][0]:,.1f}" and speed[1][2] == f"{2 * steps / two['step_s'][0]:,.1f}"
+    assert "not installed" in cells(text, "LeRobot")[0]
+    # Results are published: nothing of the machine but what it is.
+    assert str(Path.home()) + "/" not in json.dumps(result) and str(ROOT) not in json.dumps(result)
+
+
+def test_all_the_envs_of_a_comparison_get_the_same_work():
+    values = dict(suite="libero_object", task_ids=(3,), bddl_file="", states="", image_size=8, episodes=1, decisions=4)
+    plans = [
+        libero_throughput.Plan(mode=mode, processes=2, seed=0, cold=False, repeat=repeat, **values)
+        for mode, repeat in (("stock", 0), ("light", 1))
+    ]
+    first, again = (plan.actions(0) for plan in plans)
+    assert first.shape == (4, 8, 2, 7) and first.dtype == np.float32 and np.abs(first).max() <= 1.0
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, plans[0].actions(1))
+
+
+def test_a_failed_process_is_reported_and_not_hidden(tmp_path):
+    tasks = libero_throughput.prepare("libero_object", [0], tmp_path)
+    args = libero_throughput.parse_args(["--quick", "--processes", "1", "--tasks", "0"])
+    _, plan = next(libero_throughput.schedule(args, tasks, ["torchrl"]))
+    record = libero_throughput.run(plan, sys.executable, tmp_path, tmp_path / "cache")
+    assert record["error"].startswith("ModuleNotFoundError") and "torchrl" in record["error"]
+    text = libero_throughput.throughput_table([record], ["torchrl"], [1], [])
+    assert "failed: ModuleNotFoundError" in text
+
+
+@pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--processes", "0"], ["--modes", "fast"]])
+def test_throughput_refuses_bad_arguments(arguments):
+    with pytest.raises(SystemExit):
+        libero_throughput.parse_args(arguments)
+
+
+def test_ratios_are_taken_within_a_repetition():
+    """A machine that is twice as slow in the second repetition changes the speeds and not the ratio."""
+
+    def record(mode, repeat, seconds):
+        return {
+            **{"mode": mode, "repeat": repeat, "task_ids": [0], "cold": False, "processes": 1},
+            **{"episodes": 1, "decisions": 1, "step_s": [seconds]},
+        }
+
+    records = [record("stock", 0, 4.0), record("light", 0, 1.0), record("stock", 1, 8.0), record("light", 1, 2.0)]
+    assert libero_throughput.ratios(
+        libero_throughput.select(records, "light", 1), libero_throughput.select(records, "stock", 1)
+    ) == [4.0, 4.0]
+
+
+def test_light_pictures_are_compared_in_the_same_states(tmp_path):
+    light_visuals.main(
+        ["--suites", "libero_object", "--task-ids", "0", "--states", "1", "--moments", "0", "3"]
+        + ["--processes", "1", "--output", str(tmp_path)]
+    )
+    records = json.loads((tmp_path / "pictures.json").read_text())
+    assert len(records) == 2 * len(light_visuals.SIZES) * len(light_visuals.CAMERAS)
+    assert {r["step"] for r in records} == {0, 3}
+    # Alike, but not the same: a mode that was ignored would give 1.
+    assert all(0.5 < r["ssim"] < 0.9999 and r["mse"] > 0 for r in records)
+    assert (tmp_path / "worst.png").read_bytes().startswith(b"\x89PNG")
+    row = cells((tmp_path / "pictures.md").read_text(), "libero_object")[0]
+    agent = [r["ssim"] for r in records if r["camera"] == "agentview" and r["size"] == 128]
+    assert row[1] == "agentview" and row[2:4] == [f"{np.mean(agent):.3f}", f"{min(agent):.3f}"]
+
+
+def test_a_policy_is_compared_on_the_same_episodes(tmp_path):
+    light_visuals.main(
+        ["--policy", "libero-object-student", "--task-ids", "3", "--episodes", "1"]
+        + ["--processes", "1", "--output", str(tmp_path)]
+    )
+    result = json.loads((tmp_path / "policy_libero-object-student.json").read_text())
+    exact, light = (result[visuals]["episodes"] for visuals in ("exact", "light"))
+    assert [(e["task_id"], e["init_state_id"]) for e in exact] == [(3, 0)]
+    assert [(e["task_id"], e["init_state_id"]) for e in light] == [(3, 0)]
+    paired = result["paired"]
+    assert sum(paired[key] for key in ("both", "only_exact", "only_light", "neither")) == 1
+    assert paired["difference"] == light[0]["success"] - exact[0]["success"]
+
+
+def test_scores_of_pictures():
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    same = light_visuals.compare(picture, picture)
+    assert same == {"ssim": pytest.approx(1.0), "mse": 0.0} and light_visuals.psnr(same["mse"]) == math.inf
+    # Off by one everywhere: 20 log10(255) by definition.
+    assert light_visuals.psnr(1.0) == pytest.approx(48.1308, abs=1e-4)
+    assert light_visuals.compare(picture, 255 - picture)["ssim"] < 0.0
+
+
+def test_paired_statistics():
+    # Exact binomial test of 8 against 1 of 9: 2 * (1 + 9) / 512.
+    assert light_visuals.mcnemar(8, 1) == pytest.approx(20 / 512)
+    assert light_visuals.mcnemar(0, 0) == 1.0 and light_visuals.mcnemar(3, 3) == 1.0
+    difference = np.array([1.0] * 10 + [0.0] * 80 + [-1.0] * 10)
+    low, high = light_visuals.bootstrap(difference, seed=0)
+    # Standard error of a mean of 100 with variance 0.2: 0.0447.
+    assert low == pytest.approx(-1.96 * 0.0447, abs=0.012) and high == pytest.approx(1.96 * 0.0447, abs=0.012)
