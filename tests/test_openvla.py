@@ -252,6 +252,8 @@ def test_prompts():
         ids = tokenizer.prompt_ids(instruction)
         np.testing.assert_array_equal(ids, golden("prompts")[f"simplevla_{i}"])
         np.testing.assert_array_equal(ids, golden("prompts")[f"rlinf_{i}"])
+    plain = PromptTokenizer(json.dumps({**json.loads(tiny.tokenizer_json()), "post_processor": None}))
+    assert plain.prompt_ids(tiny.INSTRUCTIONS[0]) == tokenizer.prompt_ids(tiny.INSTRUCTIONS[0])
     ids, mask = tokenizer(instructions(3).numpy(), pad_token_id=32000)
     assert ids.shape == mask.shape and (ids[:, 0] == 1).all() and (ids[:, -1] == 29871).all() and mask[:, 0].all()
     assert ((ids == 32000) == (mask == 0)).all()
@@ -566,12 +568,29 @@ def test_policy_trains_every_parameter_and_saves(sft, tmp_path):
     policy.save_checkpoint(tmp_path / "trained")
     again = make_policy(tmp_path / "trained")
     th.testing.assert_close(again.get_distribution(obs).logits, policy.get_distribution(obs).logits)
+    policy.save_checkpoint(tmp_path / "trained", dtype=th.bfloat16)
+    half = make_policy(tmp_path / "trained")  # stored in half precision, trained in single
+    assert half.get_distribution(obs).logits.dtype == th.float32
+    th.testing.assert_close(half.get_distribution(obs).logits, policy.get_distribution(obs).logits, atol=0.2, rtol=0)
     # The state dict brings the tokenizer, the arguments the rest: the checkpoint may be gone
     fresh = VLAPolicy(policy.observation_space, policy.action_space, lambda _: 1e-3, **policy.portable_kwargs())
     with pytest.raises(RuntimeError, match="no tokenizer"):
         fresh(obs)
     fresh.load_state_dict(policy.state_dict())
     th.testing.assert_close(fresh.get_distribution(obs).logits, policy.get_distribution(obs).logits)
+
+
+def test_gradient_checkpointing_changes_nothing(sft, both):
+    gradients = []
+    for enabled in (False, True):
+        model = OpenVLAModel.from_pretrained(sft).train()
+        if enabled:
+            model.gradient_checkpointing_enable()
+        assert model.is_gradient_checkpointing == enabled
+        model(both, instructions()).logits.logsumexp(-1).mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        th.testing.assert_close(plain, checkpointed)
 
 
 def test_autoregressive_policy(autoregressive):

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from opd_gym.policies.openvla.configuration import OpenVLAConfig
 
 CROP_AREA = 0.9
-# The space before the first action token; Llama's tokenizer makes none of a space at the end of a text
+BOS = 1
+# The space between the prompt and the first action token. SimpleVLA-RL appends its id, RLinf ends the prompt with it.
 EMPTY_TOKEN = 29871
 _MAX_CACHED_PROMPTS = 4096
 
@@ -57,7 +58,9 @@ class PromptTokenizer:
         :return: ids of the prompt, from BOS to the empty token
         """
         prompt = f"In: What action should the robot take to {instruction.lower()}?\nOut:"
-        return [*self._tokenizer.encode(prompt).ids, EMPTY_TOKEN]
+        ids = self._tokenizer.encode(prompt).ids
+        # Llama's tokenizer class adds BOS, whether or not the file says so
+        return [*([] if ids[0] == BOS else [BOS]), *ids, EMPTY_TOKEN]
 
     def __call__(self, instructions: np.ndarray, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
         """
