@@ -23,6 +23,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -157,12 +158,10 @@ def make_config(config_class: Any, key: str, **fields: Any) -> Any:
 def make_tokenizer(**kwargs: Any) -> Any:
     from transformers import LlamaTokenizerFast
 
-    path = Path("/tmp") / f"tiny-tokenizer-{os.getpid()}.json"
-    path.write_text(tiny.tokenizer_json())
-    try:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "tokenizer.json"
+        path.write_text(tiny.tokenizer_json(), encoding="utf-8")
         return LlamaTokenizerFast(tokenizer_file=str(path), pad_token="<PAD>", legacy=False, **kwargs)
-    finally:
-        path.unlink()
 
 
 PREPROCESSOR = dict(
