@@ -415,6 +415,9 @@ def test_hub_cache(sft, tmp_path, monkeypatch):
     assert read_checkpoint_config(snapshot)[1].input_profile == "rlinf"
     with pytest.raises(FileNotFoundError, match="hf download nobody/nothing"):
         locate_checkpoint("nobody/nothing")
+    # A saved algorithm has the arguments of its body, and goes without the checkpoint it once started from
+    with pytest.warns(UserWarning, match="nobody/nothing does not exist"):
+        VLAPolicy(*spaces_of(OpenVLAConfig()), lambda _: 1e-3, checkpoint="nobody/nothing", body_kwargs={})
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
