@@ -34,7 +34,14 @@ from opd_gym.algorithms.buffers import TeacherRolloutBuffer, map_obs
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id, make_vec
 from opd_gym.envs.vec_env import Pipeline, announce
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
-from opd_gym.policies.tokens import TokenSpec, TokenView, distribution_and_values, token_spec, token_view
+from opd_gym.policies.tokens import (
+    TokenSpec,
+    TokenView,
+    distribution_and_values,
+    refuse_autoregressive,
+    token_spec,
+    token_view,
+)
 
 SelfRolloutAlgorithm = TypeVar("SelfRolloutAlgorithm", bound="RolloutAlgorithm")
 
@@ -233,6 +240,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        refuse_autoregressive(self.policy, "policy")
         # A saved algorithm must load where the checkpoint that its policy started from is gone
         portable_kwargs = getattr(self.policy, "portable_kwargs", None)
         if portable_kwargs is not None:

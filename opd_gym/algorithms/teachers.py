@@ -22,7 +22,15 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.losses import hermite_nodes
-from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens, TokenSpec, TokenView, token_spec, token_view
+from opd_gym.policies.tokens import (
+    CategoricalTokens,
+    GaussianTokens,
+    TokenSpec,
+    TokenView,
+    refuse_autoregressive,
+    token_spec,
+    token_view,
+)
 
 
 class Teacher(ABC):
@@ -87,6 +95,7 @@ class PolicyTeacher(Teacher):
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
         if not temperature > 0.0:
             raise ValueError(f"Expected a positive temperature of the teacher, got {temperature}.")
+        refuse_autoregressive(policy, "teacher")
         check_action_spaces(policy.action_space, env.action_space)
         check_statistics(policy, env, student)
         self._adapt = observation_adapter(policy.observation_space, env.observation_space)
@@ -342,7 +351,7 @@ def locate_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.
     :return: An existing file or directory
     """
     # Here, because the zoo's command line imports the algorithms
-    from opd_gym.zoo import find_checkpoint, find_teacher
+    from opd_gym.zoo import find_teacher
 
     if spec is None:
         env_id = _env_id(env)
@@ -358,13 +367,15 @@ def locate_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.
     for candidate in (path, path.with_name(f"{path.name}.zip")):
         if candidate.exists():
             return candidate
-    found = find_checkpoint(os.fspath(spec))
+    from opd_gym.policies.vla import locate_checkpoint
+
+    found = locate_checkpoint(spec)
     if found is None:
         raise FileNotFoundError(
             f"Teacher {os.fspath(spec)!r} not found: it is neither a directory nor a zip file nor the name of a "
-            'checkpoint of the zoo. Expected one of these, or "expert".'
+            'checkpoint of the zoo. Expected one of these, the id of a VLA on the Hugging Face hub, or "expert".'
         )
-    return pathlib.Path(found)
+    return found
 
 
 def load_vla(directory: pathlib.Path, env: VecEnv) -> BasePolicy:
@@ -495,7 +506,7 @@ def _same_statistics(a: Any, b: Any) -> bool:
     if not a or not b:
         return not a and not b
     mask = np.ones_like(a["q01"], dtype=bool)
-    return all(
+    return a.get("gripper") == b.get("gripper") and all(
         np.shape(a.get(key, mask)) == np.shape(b.get(key, mask)) and np.allclose(a.get(key, mask), b.get(key, mask))
         for key in ("q01", "q99", "mask")
     )

@@ -317,6 +317,22 @@ def token_view(dist: Distribution) -> TokenView:
     )
 
 
+def refuse_autoregressive(policy: Any, role: str) -> None:
+    """
+    Refuse a policy whose distribution of a token depends on the tokens before it, where all are asked for at once.
+
+    :param policy: Any policy
+    :param role: What it is to be, for the message
+    :raises ValueError: It is autoregressive
+    """
+    if getattr(policy, "autoregressive", False):
+        raise ValueError(
+            f"The {role} is autoregressive: it chooses one token after the other, and the algorithms of this library "
+            "compare the distributions of all tokens in a state. Use a checkpoint with parallel decoding "
+            "(OpenVLA-OFT); prediction, evaluation and the algorithms of Stable-Baselines3 take either."
+        )
+
+
 def distribution_and_values(policy: ActorCriticPolicy, obs: PyTorchObs) -> tuple[Distribution, th.Tensor]:
     """
     Action distribution and state values of a batch of observations.

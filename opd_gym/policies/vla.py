@@ -7,8 +7,9 @@ import importlib
 import inspect
 import json
 import os
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
@@ -27,6 +30,7 @@ from opd_gym.policies.tokens import TokenDistribution
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+HUB_FILES = ["*.json", "*.safetensors", "*checkpoint.pt"]
 
 
 @contextmanager
@@ -108,6 +112,19 @@ class VLAConfig(PretrainedConfig):
     def chunk_size(self) -> int:
         """Number of actions of one decision."""
         return self.n_tokens // self.action_dim
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path, values: Mapping[str, Any]) -> VLAConfig:
+        """
+        Configuration of a stored body. Checkpoints of other software may leave unsaid what their files tell.
+
+        :param directory: the checkpoint
+        :param values: its ``config.json``
+        :return: its configuration
+        :raises ValueError: something is missing or wrong
+        """
+        del directory
+        return cls.from_dict(dict(values))
 
     @classmethod
     def from_spaces(cls, observation_space: spaces.Space, action_space: spaces.Space, **kwargs: Any) -> VLAConfig:
@@ -205,19 +222,50 @@ class VLABody(PreTrainedModel):
     config_class = VLAConfig
     config: VLAConfig
 
+    @property
+    def autoregressive(self) -> bool:
+        """
+        Whether a token depends on those before it. Then ``forward`` has a further argument ``tokens`` and there is
+        :meth:`decode`.
+        """
+        return False
+
     def forward(
         self, images: dict[str, th.Tensor], instruction: th.Tensor, proprio: th.Tensor | None = None
     ) -> VLAOutput:
         """
+        An autoregressive body also takes ``tokens``, ``(B, n_tokens)``; the logits of each token are those after the
+        tokens before it.
+
         :param images: uint8 ``(B, 3, H, W)`` of each camera; normalising them is the body's business
         :param instruction: uint8 ``(B, N)``, UTF-8 bytes, zero padded
         :param proprio: float ``(B, P)`` or None
         """
         raise NotImplementedError
 
+    def decode(
+        self,
+        images: dict[str, th.Tensor],
+        instruction: th.Tensor,
+        proprio: th.Tensor | None = None,
+        *,
+        choose: Callable[[th.Tensor], th.Tensor],
+    ) -> tuple[th.Tensor, VLAOutput]:
+        """
+        Choose the tokens of an autoregressive body one after the other.
+
+        :param images: see :meth:`forward`, as for ``instruction`` and ``proprio``
+        :param choose: logits ``(B, n_bins)`` of the next token to tokens ``(B,)``
+        :return: tokens ``(B, n_tokens)``, and what ``forward`` gives for them
+        """
+        raise NotImplementedError
+
 
 # Names are resolved on first use, so that a large body costs nothing to those who do not use it.
-_BODIES: dict[str, str | type[VLABody]] = {"tiny": "opd_gym.policies.tiny:TinyVLAModel"}
+_BODIES: dict[str, str | type[VLABody]] = {
+    "tiny": "opd_gym.policies.tiny:TinyVLAModel",
+    "openvla": "opd_gym.policies.openvla:OpenVLAModel",
+}
 
 
 def register_body(name: str, body: str | type[VLABody]) -> None:
@@ -267,7 +315,7 @@ def read_checkpoint_config(checkpoint: str | os.PathLike[str]) -> tuple[str, VLA
     for name in _BODIES:
         body_class = get_body_class(name)
         if body_class.config_class.model_type == model_type:
-            return name, body_class.config_class.from_dict(values)
+            return name, body_class.config_class.from_checkpoint(path, values)
     raise ValueError(
         f"{config_path} is of model type {model_type!r}; known bodies: "
         f"{ {name: get_body_class(name).config_class.model_type for name in _BODIES} }."
@@ -276,14 +324,49 @@ def read_checkpoint_config(checkpoint: str | os.PathLike[str]) -> tuple[str, VLA
 
 def locate_checkpoint(checkpoint: str | os.PathLike[str]) -> Path | None:
     """
-    :param checkpoint: directory of a VLA checkpoint, or the name of one of the zoo
+    :param checkpoint: directory of a VLA checkpoint, the name of one of the zoo, or the id of one on the Hugging Face
+        hub (``owner/name``), which is downloaded into the hub's cache
     :return: the directory; None if there is none
+    :raises FileNotFoundError: it has the form of an id, and the hub does not give it
     """
     # Here, because the zoo's command line imports the policies
     from opd_gym.zoo import find_checkpoint
 
     path = Path(checkpoint).expanduser()
-    return path if path.exists() else find_checkpoint(os.fspath(checkpoint))
+    found = path if path.exists() else find_checkpoint(os.fspath(checkpoint))
+    if found is None and isinstance(checkpoint, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", checkpoint):
+        return download_checkpoint(checkpoint)
+    return found
+
+
+def download_checkpoint(hub_id: str) -> Path:
+    """
+    :param hub_id: ``owner/name`` on the Hugging Face hub
+    :return: the directory in the hub's cache; what is there already is not downloaded again
+    :raises FileNotFoundError: it is not there, or the hub cannot be reached
+    """
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise FileNotFoundError(
+            f"{hub_id!r} is neither a directory nor a name of the zoo, and the Hugging Face hub does not give it "
+            f"({type(error).__name__}: {reason}). Without a network: run `hf download {hub_id}` on a machine that has "
+            "one, copy the directory that it prints, and pass its path as the checkpoint."
+        ) from error
+
+
+def remove_stale_weights(directory: Path, written: Iterable[str]) -> None:
+    """
+    Remove weights that would be read besides those that replace them.
+
+    :param directory: a checkpoint
+    :param written: names of its new files
+    """
+    for pattern in ("*.safetensors", "*.safetensors.index.json", "*_checkpoint.pt"):
+        for path in directory.glob(pattern):
+            if path.name not in written:
+                path.unlink()
 
 
 def _token_space(action_space: spaces.Space) -> tuple[int, int]:
@@ -306,15 +389,16 @@ class VLAPolicy(ActorCriticPolicy):
     Actor-critic policy around a vision-language-action model with discrete action tokens.
 
     It takes raw observations (uint8 pictures, instruction bytes, proprioception), so none of Stable-Baselines3's
-    preprocessing and feature extractors is used. All tokens of a decision are predicted in parallel.
+    preprocessing and feature extractors is used. All tokens of a decision are predicted in parallel, or, if the body is
+    autoregressive, one after the other; then distributions are those of given actions.
 
     :param observation_space: flat Dict: uint8 pictures, ``instruction`` (bytes) and, optionally, ``proprio``
     :param action_space: ``MultiDiscrete([n_bins] * n_tokens)``, as ``ActionTokens`` makes it
     :param lr_schedule: learning rate schedule
     :param body: name of a registered body (see :func:`register_body`); a checkpoint names its own
     :param body_kwargs: configuration of a new body; a checkpoint brings its own
-    :param checkpoint: directory of ``config.json`` and ``model.safetensors`` to start from, or the name of a checkpoint
-        of the zoo
+    :param checkpoint: what to start from: a directory that :meth:`save_checkpoint` wrote, the name of a checkpoint of
+        the zoo, or a published OpenVLA checkpoint, its directory or its id on the Hugging Face hub (``owner/name``)
     :param temperature: divides the logits, when sampling and in log-probabilities
     :param value_head: learn a value function on the body's summary; without it values are zero
     :param optimizer_class: the optimizer
@@ -348,7 +432,12 @@ class VLAPolicy(ActorCriticPolicy):
             raise ValueError("State-dependent exploration (use_sde) is for continuous actions; VLAPolicy has tokens.")
         self._checkpoint: Path | None = None
         if checkpoint is not None:
-            directory = locate_checkpoint(checkpoint)
+            try:
+                directory = locate_checkpoint(checkpoint)
+            except FileNotFoundError:
+                if body_kwargs is None:
+                    raise
+                directory = None
             if directory is not None or body_kwargs is None:
                 self._checkpoint = directory or Path(checkpoint).expanduser()
                 body, self._config = read_checkpoint_config(self._checkpoint)
@@ -469,6 +558,8 @@ class VLAPolicy(ActorCriticPolicy):
                 body.save_pretrained(temporary)
             written = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_FILE)
             for path in written:
+                if path.name == CONFIG_FILE:
+                    remove_stale_weights(directory, [path.name for path in written])
                 path.chmod(0o644)  # safetensors writes files that only their owner can read
                 os.replace(path, directory / path.name)
         finally:
@@ -493,23 +584,45 @@ class VLAPolicy(ActorCriticPolicy):
         proprio = obs["proprio"].float().flatten(1) if self._config.proprio_dim else None
         return {"images": images, "instruction": obs["instruction"].flatten(1), "proprio": proprio}
 
-    def distribution_and_values(self, obs: PyTorchObs) -> tuple[TokenDistribution, th.Tensor]:
-        """
-        One pass through the body for both.
+    @property
+    def autoregressive(self) -> bool:
+        """Whether a token depends on those before it, so that distributions are those of given actions."""
+        return self.body.autoregressive
 
-        :param obs: observation
-        :return: distribution of each action token and values ``(B, 1)``
-        """
-        output = self.body(**self.body_inputs(obs))
-        logits = output.logits
+    def _distribution(self, logits: th.Tensor) -> TokenDistribution:
         if not bool(th.isfinite(logits).all()):
             raise FloatingPointError(
                 "The policy's logits are not finite (NaN or infinite): the training has diverged or the checkpoint is "
                 "broken. Lower learning_rate or max_grad_norm and go on from the last good checkpoint."
             )
-        distribution = TokenDistribution(logits / self._temperature if self._temperature != 1.0 else logits)
-        values = logits.new_zeros(len(logits), 1) if self.value_net is None else self.value_net(output.hidden)
-        return distribution, values
+        return TokenDistribution(logits / self._temperature if self._temperature != 1.0 else logits)
+
+    def _values(self, output: VLAOutput) -> th.Tensor:
+        if self.value_net is None:
+            return output.logits.new_zeros(len(output.logits), 1)
+        return self.value_net(output.hidden)
+
+    def distribution_and_values(
+        self, obs: PyTorchObs, actions: th.Tensor | None = None
+    ) -> tuple[TokenDistribution, th.Tensor]:
+        """
+        One pass through the body for both.
+
+        :param obs: observation
+        :param actions: tokens ``(B, n_tokens)``, which an autoregressive body needs: the distribution of each token is
+            the one after the tokens before it
+        :return: distribution of each action token and values ``(B, 1)``
+        """
+        inputs = self.body_inputs(obs)
+        if self.autoregressive:
+            if actions is None:
+                raise ValueError(
+                    "This policy is autoregressive: the distribution of a token depends on the tokens before it. Pass "
+                    "the actions, or sample with forward() or predict()."
+                )
+            inputs["tokens"] = actions
+        output = self.body(**inputs)
+        return self._distribution(output.logits), self._values(output)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
         """
@@ -517,16 +630,28 @@ class VLAPolicy(ActorCriticPolicy):
         :param deterministic: most likely token instead of a sample
         :return: tokens ``(B, n_tokens)``, values ``(B, 1)``, log-probability ``(B,)`` of the whole decision
         """
-        distribution, values = self.distribution_and_values(obs)
-        actions = distribution.get_actions(deterministic=deterministic)
+        if self.autoregressive:
+
+            def choose(logits: th.Tensor) -> th.Tensor:
+                return self._distribution(logits[:, None]).get_actions(deterministic=deterministic)[:, 0]
+
+            actions, output = self.body.decode(**self.body_inputs(obs), choose=choose)
+            distribution, values = self._distribution(output.logits), self._values(output)
+        else:
+            distribution, values = self.distribution_and_values(obs)
+            actions = distribution.get_actions(deterministic=deterministic)
         return actions, values, distribution.log_prob(actions)
 
-    def get_distribution(self, obs: PyTorchObs) -> TokenDistribution:  # type: ignore[override]
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.forward(observation, deterministic)[0]
+
+    def get_distribution(self, obs: PyTorchObs, actions: th.Tensor | None = None) -> TokenDistribution:  # type: ignore[override]
         """
         :param obs: observation
+        :param actions: see :meth:`distribution_and_values`
         :return: distribution of each action token
         """
-        return self.distribution_and_values(obs)[0]
+        return self.distribution_and_values(obs, actions)[0]
 
     def evaluate_actions(  # type: ignore[override]
         self, obs: PyTorchObs, actions: th.Tensor
@@ -536,7 +661,7 @@ class VLAPolicy(ActorCriticPolicy):
         :param actions: tokens ``(B, n_tokens)``
         :return: values ``(B, 1)``, log-probability ``(B,)`` and entropy ``(B,)`` of the whole decision
         """
-        distribution, values = self.distribution_and_values(obs)
+        distribution, values = self.distribution_and_values(obs, actions)
         return values, distribution.log_prob(actions), distribution.entropy()
 
     def token_log_probs(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
@@ -545,16 +670,19 @@ class VLAPolicy(ActorCriticPolicy):
         :param actions: tokens ``(B, n_tokens)``
         :return: log-probability of each token, ``(B, n_tokens)``
         """
-        return self.get_distribution(obs).token_log_prob(actions)
+        return self.get_distribution(obs, actions).token_log_prob(actions)
 
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
         """
         :param obs: observation
         :return: values ``(B, 1)``; zeros without a value head, so that nothing is bootstrapped from an untrained critic
         """
+        batch = len(next(iter(obs.values())))  # type: ignore[union-attr]
         if self.value_net is None:
-            return th.zeros(len(next(iter(obs.values()))), 1, device=self.device)  # type: ignore[union-attr]
-        return self.distribution_and_values(obs)[1]
+            return th.zeros(batch, 1, device=self.device)
+        # The summary is made before the first token: any tokens will do
+        tokens = th.zeros(batch, self._config.n_tokens, dtype=th.long, device=self.device)
+        return self.distribution_and_values(obs, tokens)[1]
 
     def extract_features(self, *args: Any, **kwargs: Any) -> Any:
         """Not available: the body reads raw observations."""
