@@ -391,7 +391,16 @@ class StateReplay:
             self.add(observations, arrays["distributions"], arrays["masks"])
 
 
-def map_obs(function: Callable[[np.ndarray], Any], obs: Any) -> Any:
+def obs_rows(obs: Any, rows: Any) -> Any:
+    """
+    :param obs: Observations of a batch
+    :param rows: Rows of it
+    :return: The observations in these rows
+    """
+    return map_obs(lambda array: array[rows], obs)
+
+
+def map_obs(function: Callable[[Any], Any], obs: Any) -> Any:
     """
     Apply a function to the array of a plain observation or to each array of a Dict observation.
 

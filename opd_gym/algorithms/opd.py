@@ -15,7 +15,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from opd_gym.algorithms.base import RolloutAlgorithm
-from opd_gym.algorithms.buffers import StateReplay, map_obs, micro_batches, random_shift
+from opd_gym.algorithms.buffers import StateReplay, micro_batches, obs_rows, random_shift
 from opd_gym.algorithms.losses import (
     DIVERGENCES,
     DistillationMetrics,
@@ -220,7 +220,7 @@ class OPD(RolloutAlgorithm):
             )
         if self.replay_buffer is not None:
             rows = buffer.valid_rows()
-            observations = map_obs(lambda array: array[rows], buffer.observations)
+            observations = obs_rows(buffer.observations, rows)
             self.replay_buffer.add(observations, buffer.teacher_distributions[rows], buffer.token_mask[rows])
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -248,7 +248,7 @@ class OPD(RolloutAlgorithm):
             observations = self._augment(observations)
             parts = []
             for rows, share in micro_batches(mask, self.micro_batch_size):
-                student = self._student(map_obs(lambda x, rows=rows: x[rows], observations))
+                student = self._student(obs_rows(observations, rows))
                 teacher = self.token_spec.from_flat(distributions[rows])
                 loss, part_metrics = exact_opd_loss(student, teacher, mask[rows], self.divergence)
                 (share * loss).backward()

@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import obs_as_tensor
 
 from opd_gym.algorithms.base import RolloutAlgorithm, checkpoint_settings
-from opd_gym.algorithms.buffers import map_obs, micro_batches, random_shift
+from opd_gym.algorithms.buffers import micro_batches, obs_rows, random_shift
 from opd_gym.algorithms.losses import masked_mean, weighted_mean
 from opd_gym.demonstrations import Demonstrations, PathLike
 from opd_gym.policies.tokens import CategoricalTokens, TokenView, token_view
@@ -413,7 +413,7 @@ class SFT(RolloutAlgorithm):
         parts = []
         counts = th.ones(actions.shape, device=self.device) if mask is None else mask
         for part, share in micro_batches(counts, self.micro_batch_size):
-            view = token_view(self._distribution(map_obs(lambda x, part=part: x[part], obs))[0])
+            view = token_view(self._distribution(obs_rows(obs, part))[0])
             loss, part_metrics = self.loss(view, actions[part], counts[part])
             (share * loss).backward()
             parts.append((share, part_metrics))

@@ -1,4 +1,4 @@
-"""Large bodies: low-rank adapters, half precision, gradient checkpointing, and saving what was trained without the rest."""
+"""Large bodies: low-rank adapters, half precision, gradient checkpointing; saving what was trained without the rest."""
 
 from __future__ import annotations
 
@@ -237,13 +237,13 @@ def merged(body: VLABody) -> Iterator[VLABody]:
     except ImportError:  # without peft there are no adapters
         yield body
         return
-    adapted = {name: module for name, module in body.named_modules() if isinstance(module, BaseTunerLayer)}
+    adapted: dict[str, Any] = {name: m for name, m in body.named_modules() if isinstance(m, BaseTunerLayer)}
     try:
         for name, layer in adapted.items():
             dtype = layer.get_base_layer().weight.dtype
             # In single precision, so that a small update is not rounded before it is added
-            plain = copy.deepcopy(layer).cpu().float()
-            plain.merge()  # type: ignore[operator]
+            plain: Any = copy.deepcopy(layer)
+            plain.cpu().float().merge()
             body.set_submodule(name, plain.get_base_layer().to(dtype))
         yield body
     finally:

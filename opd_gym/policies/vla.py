@@ -442,7 +442,7 @@ class VLAPolicy(ActorCriticPolicy):
     :param lora: True, or arguments of ``peft.LoraConfig`` such as ``dict(r=32)``: freeze the body and train low-rank
         adapters of its linear layers. The base is a checkpoint that stays where it is: ``save()`` stores the adapters
         and a reference to it
-    :param gradient_checkpointing: compute each layer a second time in the backward pass instead of storing what is in it
+    :param gradient_checkpointing: compute each layer a second time in the backward pass instead of storing its insides
     :param dtype: "bfloat16" or "float32": type in which the body computes and of the weights that are not trained;
         those that are trained are float32
     :param trainable: False for a policy that only acts or teaches: no weight is trained, and there is no optimizer
@@ -495,8 +495,8 @@ class VLAPolicy(ActorCriticPolicy):
                 directory = None
             if directory is None and body_kwargs is not None and self._lora is not None:
                 raise FileNotFoundError(
-                    f"The base checkpoint of these LoRA adapters is gone: {checkpoint}. Put it back there, or load with "
-                    'custom_objects={"policy_kwargs": {...}} and its new place as "checkpoint".'
+                    f"The base checkpoint of these LoRA adapters is gone: {checkpoint}. Put it back there, or load "
+                    'with custom_objects={"policy_kwargs": {...}} and its new place as "checkpoint".'
                 )
             if directory is not None or body_kwargs is None:
                 self._checkpoint = directory or Path(checkpoint).expanduser()
@@ -565,6 +565,7 @@ class VLAPolicy(ActorCriticPolicy):
             self.optimizer = self.optimizer_class(trained.values(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
         else:
             self.requires_grad_(False)
+            self.optimizer = None  # type: ignore[assignment]
 
     def _base_directory(self) -> Path | None:
         # Where the weights are that this policy starts from
@@ -608,8 +609,8 @@ class VLAPolicy(ActorCriticPolicy):
 
     def portable_kwargs(self) -> dict[str, Any]:
         """
-        Keyword arguments that rebuild this policy: with random weights and without its original checkpoint or, with LoRA,
-        from the checkpoint that it adapts.
+        Keyword arguments that rebuild this policy: with random weights and without its original checkpoint or, with
+        LoRA, from the checkpoint that it adapts.
 
         :return: for ``policy_kwargs`` of an algorithm that is to be saved
         """
