@@ -298,12 +298,13 @@ def test_micro_batches():
 class Recorder:
     """Keeps the gradients of every optimizer step."""
 
-    def __init__(self, model):
+    def __init__(self, model, trained_only=False):
         self.steps = []
+        parameters = [p for p in model.policy.parameters() if p.requires_grad or not trained_only]
         step = model.policy.optimizer.step
 
         def record(*args, **kwargs):
-            self.steps.append(th.cat([p.grad.flatten() for p in model.policy.parameters()]))
+            self.steps.append(th.cat([p.grad.flatten() for p in parameters]))
             return step(*args, **kwargs)
 
         model.policy.optimizer.step = record

@@ -303,6 +303,7 @@ class VLABody(PreTrainedModel):
 _BODIES: dict[str, str | type[VLABody]] = {
     "tiny": "opd_gym.policies.tiny:TinyVLAModel",
     "openvla": "opd_gym.policies.openvla:OpenVLAModel",
+    "vlm": "opd_gym.policies.vlm:VLMModel",
 }
 
 
