@@ -135,6 +135,10 @@ def add_lora(body: VLABody, lora: dict[str, Any]) -> None:
         kwargs["target_modules"] = linear_layers(body)
     body.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(**kwargs), body)
+    for module in body.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            # autocast takes care of types; a cast to single precision would be a further copy for each adapter
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
     for name in body.full_rank_modules:
         body.get_submodule(name).requires_grad_(True)
     for parameter in body.parameters():

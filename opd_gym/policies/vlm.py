@@ -244,7 +244,7 @@ class VLMModel(VLABody):
             self.bins.weight.copy_(output.weight[-config.n_bins :])
             if output.bias is not None:
                 self.bins.bias.copy_(output.bias[-config.n_bins :])
-        self.vlm: PreTrainedModel = vlm.base_model
+        self.vlm: Any = vlm.base_model
         if config.bidirectional:
             # The masks follow from the configuration; where there is no mask, attention asks its module
             for module in self.vlm.modules():
