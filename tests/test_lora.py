@@ -7,6 +7,7 @@ import pytest
 import torch as th
 from golden.openvla import tiny as tiny_openvla
 from gymnasium import spaces
+from huggingface_hub import ModelCard
 from test_vla import SMALL, observation_space, sample, tensors
 from toys import TINY_BODY, Robot, vec
 
@@ -14,7 +15,9 @@ from opd_gym import GRPO, OPD, SFT
 from opd_gym.algorithms.buffers import micro_batches
 from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
+from opd_gym.evaluation import EpisodeRecord, EvaluationResult
 from opd_gym.policies.vla import VLAPolicy, read_checkpoint_config
+from opd_gym.zoo import hub
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'opd_gym[vla]'")
 
@@ -399,3 +402,63 @@ def test_teacher_that_is_not_read_cannot_be_cast(robot_base):
     for teacher in ("expert", algorithm(OPD, teacher="expert", policy_kwargs={"body_kwargs": TINY_BODY})):
         with pytest.raises(ValueError, match="read from files"):
             opd(robot_base, teacher=teacher, teacher_kwargs={"dtype": "bfloat16"})
+
+
+# ------------------------------------------------------------------------------------------------------------------ hub
+
+
+def evaluation():
+    return EvaluationResult([EpisodeRecord(i % 2, -1, success=i != 3, steps=9, reward=1.0) for i in range(6)])
+
+
+def test_folder_for_the_hub(robot_base, tmp_path):
+    """A plain checkpoint with adapters merged, and a card that says what it is, without a path of this machine."""
+    model = opd(robot_base, policy_kwargs={"lora": LORA}).learn(8)
+    folder = hub.write_model_folder(model, tmp_path / "folder", "somebody/robot", evaluation())
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    obs = model.env.reset()
+    loaded = VLAPolicy(model.observation_space, model.action_space, lambda _: 1e-3, checkpoint=folder)
+    np.testing.assert_allclose(logits(loaded, obs), logits(model.policy, obs), atol=1e-5)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "opd_gym" and card.data.pipeline_tag == "robotics"
+    assert "opd" in card.data.tags and card.data.to_dict().get("base_model") is None
+    for text in (
+        "# robot",
+        "| algorithm | OPD of opd_gym",
+        "| started from | robot |",
+        "| teacher | expert |",
+        "LoRA of rank 4, merged",
+        "| all | 83.3 % |",
+        'policy_kwargs={"checkpoint": "somebody/robot"}',
+    ):
+        assert text in card.content, text
+    assert str(robot_base.parent) not in card.content
+
+
+def test_card_names_a_base_on_the_hub(robot_base):
+    model = opd(robot_base)
+    model.policy._reference = "Haozhan72/Openvla-oft-SFT-libero-object-traj1"
+    card = ModelCard(hub.model_card(model, "somebody/robot"))
+    assert card.data.base_model == "Haozhan72/Openvla-oft-SFT-libero-object-traj1"
+    assert "## Success" not in card.content and "adapters" not in card.content
+
+
+def test_without_a_network(robot_base, monkeypatch):
+    import huggingface_hub.constants
+
+    model = opd(robot_base)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConnectionError, match="did not take somebody/robot.*write_model_folder.*hf upload somebody/robot"
+    ):
+        model.push_to_hub("somebody/robot", token="none")
+
+
+def test_only_policies_of_tokens_are_published(tmp_path):
+    model = OPD("MlpPolicy", vec(1), teacher="expert", device="cpu")
+    with pytest.raises(ValueError, match="Only a VLAPolicy"):
+        hub.write_model_folder(model, tmp_path, "somebody/robot")
+    with pytest.raises(ValueError, match="owner/name"):
+        hub.write_model_folder(
+            algorithm(OPD, teacher="expert", policy_kwargs={"body_kwargs": TINY_BODY}), tmp_path, "x"
+        )

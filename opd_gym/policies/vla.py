@@ -124,8 +124,13 @@ class VLAConfig(PretrainedConfig):
         return self.n_tokens // self.action_dim
 
     @property
+    def pretrained_model(self) -> str | None:
+        """Directory or name of the pretrained model that a new body starts from; None for random weights."""
+        return None
+
+    @property
     def base_directory(self) -> Path | None:
-        """The pretrained model that a new body starts from; None if it starts from random weights."""
+        """Where :attr:`pretrained_model` is."""
         return None
 
     def without_base(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -607,6 +612,17 @@ class VLAPolicy(ActorCriticPolicy):
         if not value > 0.0:
             raise ValueError(f"temperature must be positive, got {value}.")
         self._temperature = float(value)
+
+    @property
+    def lora(self) -> dict[str, Any] | None:
+        """Arguments of the LoRA adapters; None if there are none."""
+        return self._lora
+
+    @property
+    def base_model(self) -> str | None:
+        """Directory or name of what this policy started from, as far as it is known; None for random weights."""
+        reference = self._config.pretrained_model if self._reference is None else self._reference
+        return None if reference is None else os.fspath(reference)
 
     def portable_kwargs(self) -> dict[str, Any]:
         """

@@ -95,6 +95,11 @@ class VLMConfig(VLAConfig):
         return 0 if self.vlm_config is None else int(self.vlm_config.get_text_config().hidden_size)
 
     @property
+    def pretrained_model(self) -> str | None:
+        """See :attr:`VLAConfig.pretrained_model`."""
+        return self.model
+
+    @property
     def base_directory(self) -> Path | None:
         """See :attr:`VLAConfig.base_directory`."""
         return None if self.model is None else find_model(self.model)

@@ -206,7 +206,7 @@ def token_counts(config: Any) -> tuple[int, int, int]:
             )
         sides = [getattr(vision, "image_size", None) or side for side in config.image_size]
         patches = n_images * (sides[0] // vision.patch_size) * (sides[1] // vision.patch_size)
-        scale: int = getattr(vision, "spatial_merge_size", None) or getattr(config.vlm_config, "scale_factor", 1)
+        scale: Any = getattr(vision, "spatial_merge_size", None) or getattr(config.vlm_config, "scale_factor", 1)
         merged = patches // scale**2
     return patches, merged, merged + PROMPT_TOKENS + bool(config.proprio_dim) + config.n_tokens
 
