@@ -738,6 +738,20 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         finally:
             temporary.unlink(missing_ok=True)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """
+        Publish a VLA on the Hugging Face hub: a plain checkpoint (LoRA merged) and a model card of this run.
+
+        :param repo_id: ``owner/name``; created if needed
+        :param kwargs: See :func:`opd_gym.zoo.hub.push_to_hub`: ``result`` (of an evaluation), ``dtype``, ``private``,
+            ``token``
+        :return: Address of the commit
+        """
+        # Here, because the zoo's command line imports the algorithms
+        from opd_gym.zoo.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
     @classmethod
     def load(
         cls: type[SelfRolloutAlgorithm],

@@ -153,6 +153,13 @@ class CategoricalTokens:
         """
         return CategoricalTokens(self.log_probs.detach())
 
+    def to(self, device: th.device) -> CategoricalTokens:
+        """
+        :param device: Device
+        :return: The same values there
+        """
+        return CategoricalTokens(self.log_probs.to(device))
+
     def flatten(self) -> th.Tensor:
         """
         :return: One row per sample, (batch, T * V)
@@ -219,6 +226,13 @@ class GaussianTokens:
         :return: The same values without gradient
         """
         return GaussianTokens(self.mean.detach(), self.log_std.detach(), self.squashed)
+
+    def to(self, device: th.device) -> GaussianTokens:
+        """
+        :param device: Device
+        :return: The same values there
+        """
+        return GaussianTokens(self.mean.to(device), self.log_std.to(device), self.squashed)
 
     def flatten(self) -> th.Tensor:
         """

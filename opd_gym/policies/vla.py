@@ -26,11 +26,21 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from opd_gym.policies.adapters import (
+    DTYPES,
+    TrainedState,
+    add_lora,
+    cast_parameters,
+    check_dtype,
+    check_lora,
+    enable_gradient_checkpointing,
+    merged,
+)
 from opd_gym.policies.tokens import TokenDistribution
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-HUB_FILES = ["*.json", "*.safetensors", "*checkpoint.pt"]
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors", "*checkpoint.pt"]
 
 
 @contextmanager
@@ -112,6 +122,23 @@ class VLAConfig(PretrainedConfig):
     def chunk_size(self) -> int:
         """Number of actions of one decision."""
         return self.n_tokens // self.action_dim
+
+    @property
+    def pretrained_model(self) -> str | None:
+        """Directory or name of the pretrained model that a new body starts from; None for random weights."""
+        return None
+
+    @property
+    def base_directory(self) -> Path | None:
+        """Where :attr:`pretrained_model` is."""
+        return None
+
+    def without_base(self, values: dict[str, Any]) -> dict[str, Any]:
+        """
+        :param values: arguments of this configuration
+        :return: those of a body that is given all its weights, so that it need not find its pretrained model
+        """
+        return values
 
     @classmethod
     def from_checkpoint(cls, directory: Path, values: Mapping[str, Any]) -> VLAConfig:
@@ -222,6 +249,22 @@ class VLABody(PreTrainedModel):
     config_class = VLAConfig
     config: VLAConfig
 
+    # Names of modules that no pretrained checkpoint brings: LoRA trains them in full
+    full_rank_modules: tuple[str, ...] = ()
+
+    @classmethod
+    def create(cls, config: VLAConfig, dtype: th.dtype = th.float32) -> VLABody:
+        """
+        A body that no checkpoint of this library brings.
+
+        :param config: its configuration
+        :param dtype: type of the weights
+        :return: a body with random weights, as far as they do not come from a pretrained model
+        """
+        body = cls(config)
+        cast_parameters(body, dtype)
+        return body
+
     @property
     def autoregressive(self) -> bool:
         """
@@ -265,6 +308,7 @@ class VLABody(PreTrainedModel):
 _BODIES: dict[str, str | type[VLABody]] = {
     "tiny": "opd_gym.policies.tiny:TinyVLAModel",
     "openvla": "opd_gym.policies.openvla:OpenVLAModel",
+    "vlm": "opd_gym.policies.vlm:VLMModel",
 }
 
 
@@ -401,6 +445,13 @@ class VLAPolicy(ActorCriticPolicy):
         the zoo, or a published OpenVLA checkpoint, its directory or its id on the Hugging Face hub (``owner/name``)
     :param temperature: divides the logits, when sampling and in log-probabilities
     :param value_head: learn a value function on the body's summary; without it values are zero
+    :param lora: True, or arguments of ``peft.LoraConfig`` such as ``dict(r=32)``: freeze the body and train low-rank
+        adapters of its linear layers. The base is a checkpoint that stays where it is: ``save()`` stores the adapters
+        and a reference to it
+    :param gradient_checkpointing: compute each layer a second time in the backward pass instead of storing its insides
+    :param dtype: "bfloat16" or "float32": type in which the body computes and of the weights that are not trained;
+        those that are trained are float32
+    :param trainable: False for a policy that only acts or teaches: no weight is trained, and there is no optimizer
     :param optimizer_class: the optimizer
     :param optimizer_kwargs: keyword arguments of the optimizer, other than the learning rate
     :param sb3_kwargs: other arguments of ``ActorCriticPolicy``; those about feature extractors and MLPs have no effect
@@ -419,6 +470,10 @@ class VLAPolicy(ActorCriticPolicy):
         checkpoint: str | os.PathLike[str] | None = None,
         temperature: float = 1.0,
         value_head: bool = False,
+        lora: bool | Mapping[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        dtype: str | th.dtype = "float32",
+        trainable: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         **sb3_kwargs: Any,
@@ -430,7 +485,13 @@ class VLAPolicy(ActorCriticPolicy):
             )
         if sb3_kwargs.pop("use_sde", False):
             raise ValueError("State-dependent exploration (use_sde) is for continuous actions; VLAPolicy has tokens.")
+        self._lora = check_lora(lora)
+        self._gradient_checkpointing = bool(gradient_checkpointing)
+        self._dtype = check_dtype(dtype)
+        self._trainable = bool(trainable)
+        self._trained_state: TrainedState | None = None
         self._checkpoint: Path | None = None
+        self._reference = checkpoint
         if checkpoint is not None:
             try:
                 directory = locate_checkpoint(checkpoint)
@@ -438,6 +499,11 @@ class VLAPolicy(ActorCriticPolicy):
                 if body_kwargs is None:
                     raise
                 directory = None
+            if directory is None and body_kwargs is not None and self._lora is not None:
+                raise FileNotFoundError(
+                    f"The base checkpoint of these LoRA adapters is gone: {checkpoint}. Put it back there, or load "
+                    'with custom_objects={"policy_kwargs": {...}} and its new place as "checkpoint".'
+                )
             if directory is not None or body_kwargs is None:
                 self._checkpoint = directory or Path(checkpoint).expanduser()
                 body, self._config = read_checkpoint_config(self._checkpoint)
@@ -448,6 +514,10 @@ class VLAPolicy(ActorCriticPolicy):
             config_class = get_body_class(body).config_class
             self._config = config_class.from_spaces(observation_space, action_space, **(body_kwargs or {}))
         self._config.check_spaces(observation_space, action_space)
+        if self._lora is not None and self._base_directory() is None:
+            raise ValueError(
+                "LoRA adapts pretrained weights: pass checkpoint=... (or train all weights of a new body: lora=None)."
+            )
         self._body_name = body
         self._temperature = float(temperature)
         self._has_value_head = bool(value_head)
@@ -470,23 +540,57 @@ class VLAPolicy(ActorCriticPolicy):
         :param lr_schedule: learning rate schedule
         """
         body_class = get_body_class(self._body_name)
+        # Weights may be stored in half precision; they are trained in single.
+        frozen = self._lora is not None or not self._trainable
+        dtype = DTYPES[self._dtype] if frozen else th.float32
         if self._checkpoint is not None:
             if not (self._checkpoint / WEIGHTS_FILE).is_file() and not list(self._checkpoint.glob("*.safetensors")):
                 raise FileNotFoundError(f"{self._checkpoint} has no {WEIGHTS_FILE}: the checkpoint is incomplete.")
             with _no_progress_bars():
-                # Weights may be stored in half precision; they are trained in single.
                 self.body = body_class.from_pretrained(
-                    self._checkpoint, config=self._config, local_files_only=True, dtype=th.float32
+                    self._checkpoint, config=self._config, local_files_only=True, dtype=dtype
                 )
         else:
-            self.body = body_class(self._config)
+            with _no_progress_bars():
+                self.body = body_class.create(self._config, dtype)
+        if self._lora is not None:
+            add_lora(self.body, self._lora)
+        if self._gradient_checkpointing:
+            enable_gradient_checkpointing(self.body)
         self.value_net: nn.Linear | None = None  # type: ignore[assignment]
         if self._has_value_head:
             self.value_net = nn.Linear(self._config.hidden_size, 1)
             # Values start at zero: the first advantages are those of a policy without a critic.
             nn.init.zeros_(self.value_net.weight)
             nn.init.zeros_(self.value_net.bias)
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        base = self._base_directory()
+        if self._lora is not None and base is not None:
+            self._trained_state = TrainedState(trained, base)
+        if self._trainable:
+            self.optimizer = self.optimizer_class(trained.values(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        else:
+            self.requires_grad_(False)
+            self.optimizer = None  # type: ignore[assignment]
+
+    def _base_directory(self) -> Path | None:
+        # Where the weights are that this policy starts from
+        return self._checkpoint or self._config.base_directory
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The state; of a policy with LoRA what it has trained, and which checkpoint the rest is in."""
+        state = super().state_dict(*args, **kwargs)
+        return state if self._trained_state is None else self._trained_state.extract(state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """
+        :param state_dict: what :meth:`state_dict` gave
+        :param strict: whether a missing or unknown key is an error
+        :param assign: see ``torch.nn.Module.load_state_dict``
+        """
+        if self._trained_state is not None:
+            state_dict = self._trained_state.complete(state_dict, super().state_dict())
+        return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def config(self) -> VLAConfig:
@@ -509,21 +613,44 @@ class VLAPolicy(ActorCriticPolicy):
             raise ValueError(f"temperature must be positive, got {value}.")
         self._temperature = float(value)
 
+    @property
+    def lora(self) -> dict[str, Any] | None:
+        """Arguments of the LoRA adapters; None if there are none."""
+        return self._lora
+
+    @property
+    def base_model(self) -> str | None:
+        """Directory or name of what this policy started from, as far as it is known; None for random weights."""
+        reference = self._config.pretrained_model if self._reference is None else self._reference
+        return None if reference is None else os.fspath(reference)
+
     def portable_kwargs(self) -> dict[str, Any]:
         """
-        Keyword arguments that rebuild this policy (with random weights) without its original checkpoint.
+        Keyword arguments that rebuild this policy: with random weights and without its original checkpoint or, with
+        LoRA, from the checkpoint that it adapts.
 
         :return: for ``policy_kwargs`` of an algorithm that is to be saved
         """
         return dict(
             body=self._body_name,
             body_kwargs=self._body_kwargs(),
-            checkpoint=None,
+            checkpoint=None if self._lora is None else self._portable_reference(),
             temperature=self._temperature,
             value_head=self._has_value_head,
+            lora=self._lora,
+            gradient_checkpointing=self._gradient_checkpointing,
+            dtype=self._dtype,
+            trainable=self._trainable,
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=dict(self.optimizer_kwargs),
         )
+
+    def _portable_reference(self) -> str | None:
+        # A directory by its absolute path; the name of the zoo or of the hub means the same everywhere
+        if self._reference is None:
+            return None
+        path = Path(self._reference).expanduser()
+        return str(path.absolute()) if path.exists() else os.fspath(self._reference)
 
     def _body_kwargs(self) -> dict[str, Any]:
         # What the configuration's classes take, without what transformers adds for itself.
@@ -531,7 +658,8 @@ class VLAPolicy(ActorCriticPolicy):
         for config_class in type(self._config).__mro__:
             if issubclass(config_class, VLAConfig):
                 accepted.update(inspect.signature(config_class.__init__).parameters)
-        return {key: value for key, value in self._config.to_dict().items() if key in accepted}
+        values = {key: value for key, value in self._config.to_dict().items() if key in accepted}
+        return values if self._lora is not None else self._config.without_base(values)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return dict(
@@ -541,20 +669,29 @@ class VLAPolicy(ActorCriticPolicy):
             **self.portable_kwargs(),
         )
 
-    def save_checkpoint(self, directory: str | os.PathLike[str], dtype: th.dtype | None = None) -> None:
+    def save_checkpoint(
+        self, directory: str | os.PathLike[str], dtype: th.dtype | None = None, merge: bool = True
+    ) -> None:
         """
         Write ``config.json`` and ``model.safetensors``; an interrupted write leaves the old files untouched.
 
         :param directory: created if needed; ``VLAPolicy(..., checkpoint=directory)`` reads it
         :param dtype: type in which the weights are stored, for instance ``torch.float16``; None for their own
+        :param merge: add LoRA adapters to the weights that they adapt
+        :raises ValueError: there are adapters, and they are not to be merged: a plain checkpoint has no place for them
         """
+        if self._lora is not None and not merge:
+            raise ValueError(
+                "A checkpoint has no place for LoRA adapters: merge=True adds them to the weights; save() stores them "
+                "apart, with a reference to the checkpoint that they adapt."
+            )
         directory = Path(directory).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
         # Beside the target, because os.replace must not cross file systems.
         temporary = directory / f".tmp-{os.getpid()}"
         try:
-            with _no_progress_bars():
-                body = self.body if dtype is None else copy.deepcopy(self.body).to(dtype=dtype)  # type: ignore[call-arg,arg-type]
+            with _no_progress_bars(), merged(self.body) as body:
+                body = body if dtype is None else copy.deepcopy(body).to(dtype=dtype)  # type: ignore[call-arg,arg-type]
                 body.save_pretrained(temporary)
             written = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_FILE)
             for path in written:
@@ -589,7 +726,12 @@ class VLAPolicy(ActorCriticPolicy):
         """Whether a token depends on those before it, so that distributions are those of given actions."""
         return self.body.autoregressive
 
+    def _precision(self) -> Any:
+        dtype = DTYPES[self._dtype]
+        return th.autocast(self.device.type, dtype=dtype, enabled=dtype != th.float32)
+
     def _distribution(self, logits: th.Tensor) -> TokenDistribution:
+        logits = logits.float()
         if not bool(th.isfinite(logits).all()):
             raise FloatingPointError(
                 "The policy's logits are not finite (NaN or infinite): the training has diverged or the checkpoint is "
@@ -599,8 +741,8 @@ class VLAPolicy(ActorCriticPolicy):
 
     def _values(self, output: VLAOutput) -> th.Tensor:
         if self.value_net is None:
-            return output.logits.new_zeros(len(output.logits), 1)
-        return self.value_net(output.hidden)
+            return th.zeros(len(output.logits), 1, device=output.logits.device)
+        return self.value_net(output.hidden.float())
 
     def distribution_and_values(
         self, obs: PyTorchObs, actions: th.Tensor | None = None
@@ -621,7 +763,8 @@ class VLAPolicy(ActorCriticPolicy):
                     "the actions, or sample with forward() or predict()."
                 )
             inputs["tokens"] = actions
-        output = self.body(**inputs)
+        with self._precision():
+            output = self.body(**inputs)
         return self._distribution(output.logits), self._values(output)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
@@ -635,7 +778,8 @@ class VLAPolicy(ActorCriticPolicy):
             def choose(logits: th.Tensor) -> th.Tensor:
                 return self._distribution(logits[:, None]).get_actions(deterministic=deterministic)[:, 0]
 
-            actions, output = self.body.decode(**self.body_inputs(obs), choose=choose)
+            with self._precision():
+                actions, output = self.body.decode(**self.body_inputs(obs), choose=choose)
             distribution, values = self._distribution(output.logits), self._values(output)
         else:
             distribution, values = self.distribution_and_values(obs)

@@ -1,4 +1,4 @@
-"""The command line: ``opd-gym train | eval | enjoy | demos | list | quickstart``."""
+"""The command line: ``opd-gym train | eval | enjoy | demos | list | plan | quickstart``."""
 
 from __future__ import annotations
 
@@ -101,6 +101,16 @@ def build_parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="environments and checkpoints", description="What there is to run.")
     listing.add_argument("--all", action="store_true", help="every environment id, single tasks included")
     listing.set_defaults(run=_list)
+
+    plan = commands.add_parser(
+        "plan",
+        help="memory and time of a run",
+        description="What a run of OPD takes: memory by what it is for, which GPUs have it, what to change, time.",
+    )
+    from opd_gym.zoo.plan import add_arguments as add_plan_arguments
+
+    add_plan_arguments(plan)
+    plan.set_defaults(run=_plan)
 
     quick = commands.add_parser(
         "quickstart", help="OPD on real LIBERO in minutes", description="Student before and after OPD, on real LIBERO."
@@ -216,6 +226,12 @@ def _list(args: argparse.Namespace) -> int:
     if not read_registry():
         print("  none")
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from opd_gym.zoo.plan import main
+
+    return main(args)
 
 
 def _quickstart(args: argparse.Namespace) -> int:
