@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel
 from opd_gym import OPD
 from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.envs.instructions import encode_instruction
+from opd_gym.algorithms.base import checkpoint_settings
 from opd_gym.envs.wrappers import ActionTokens, decode_tokens, encode_actions
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel, complete_checkpoint
 from opd_gym.policies.openvla.checkpoints import detect_profile
@@ -689,6 +690,7 @@ def test_opd_on_libero(libero, hub, sft, tmp_path):
     teacher = tiny.write_checkpoint(hub / "teacher" / RL)
     for checkpoint in (student, teacher):
         complete_checkpoint(checkpoint, image_size=[64, 64])  # the published 256 would only take longer
+    assert checkpoint_settings({"checkpoint": student})["visuals"] == "exact", "what it was trained on"
     env = gym.make("LiberoObject-v0", task_ids=(0,), image_size=64, visuals="light", horizon=24)
     model = OPD(
         "VLAPolicy", env, teacher=teacher, policy_kwargs={"checkpoint": student}, n_steps=2, gradient_steps=2,

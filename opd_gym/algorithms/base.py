@@ -47,7 +47,7 @@ SelfRolloutAlgorithm = TypeVar("SelfRolloutAlgorithm", bound="RolloutAlgorithm")
 
 DEFAULT_CHUNK_SIZE = 8
 # Of the settings of a checkpoint, those that the env itself takes
-ENV_SETTINGS = ("image_size", "cameras")
+ENV_SETTINGS = ("image_size", "cameras", "visuals")
 # Gymnasium and NumPy take seeds of 32 bits
 MAX_SEED = 2**31
 
@@ -873,8 +873,8 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     What an env must be like for a token policy, as far as that is known before there is an env.
 
     :param policy_kwargs: Keyword arguments of the policy: its ``checkpoint``, or the configuration of its body
-    :return: ``chunk_size``, ``n_bins``, ``statistics`` (arguments of ``make_vec``), ``image_size`` and ``cameras`` (of
-        the env), those that are known
+    :return: ``chunk_size``, ``n_bins``, ``statistics`` (arguments of ``make_vec``), ``image_size``, ``cameras`` and
+        ``visuals`` (of the env), those that are known
     """
     checkpoint = policy_kwargs.get("checkpoint")
     config = policy_kwargs.get("body_kwargs") or {}
@@ -891,4 +891,7 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         settings["image_size"] = int(config["image_size"][0])
     if config.get("image_keys"):
         settings["cameras"] = tuple(config["image_keys"])
+    if config.get("libero_images"):
+        # Trained on LIBERO's own pictures
+        settings["visuals"] = "exact"
     return settings

@@ -156,15 +156,16 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     film = args.command != "eval"
     path = resolve_checkpoint(args.checkpoint)
+    settings = settings_of(path)
     env_kwargs: dict[str, Any] = {}
     if bare_id(args.env) in LIBERO_IDS:
-        env_kwargs["visuals"] = "light"
+        env_kwargs["visuals"] = settings.get("visuals", "light")
         if args.task_ids:
             env_kwargs["task_ids"] = tuple(args.task_ids)
     if film:
         env_kwargs["render_mode"] = "rgb_array"
     env_kwargs.update(parse_overrides(args.env_kwargs))
-    env = build_env(args.env, n_envs=args.n_envs, seed=args.seed, settings=settings_of(path), **env_kwargs)
+    env = build_env(args.env, n_envs=args.n_envs, seed=args.seed, settings=settings, **env_kwargs)
     try:
         episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
         threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(args.env)

@@ -285,7 +285,7 @@ def build_env(
     run, settings = dict(run or {}), dict(settings or {})
     kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
     if bare_id(env_id) in LIBERO_IDS:
-        for key in ("image_size", "cameras"):
+        for key in ("image_size", "cameras", "visuals"):
             if key in settings and key not in env_kwargs:
                 kwargs[key] = settings[key]
     token_kwargs: dict[str, Any] = {
