@@ -998,7 +998,10 @@ def test_other_systems_have_no_workers(monkeypatch, system):
         WorkerVecEnv([Probe])
     with pytest.raises(NotImplementedError, match="SubprocVecEnv"):
         opd_gym.make_vec("CartPole-v1", n_envs=2, n_workers=1)
-    # As a benchmark's id
+
+
+def test_a_benchmark_goes_without_workers_on_other_systems(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setitem(registration.CHUNK_SIZES, "CartPole-v1", 0)
     for n_envs, cls in ((1, DummyVecEnv), (2, SubprocVecEnv)):
         env = opd_gym.make_vec("CartPole-v1", n_envs=n_envs)
