@@ -701,6 +701,8 @@ class Sleeper(gym.Env):
         return 0, 0.0, False, False, {{}}
 
 if __name__ == "__main__":
+    # Whoever runs the tests in the background may have taken it away
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     env = WorkerVecEnv([Sleeper] * 3, n_workers=2, start_method={method!r})
     env.reset()
     pids = env.env_method("process")
