@@ -27,7 +27,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -696,51 +696,37 @@ def schedule(args: argparse.Namespace, tasks: list[Task], modes: list[str]) -> I
     :return: cache folder and plan of each process, in the order in which they run
     """
     measured = [task for task in tasks if task.task_id in args.tasks]
+    base = Plan(
+        mode=modes[0],
+        suite=args.suite,
+        task_ids=(),
+        bddl_file="",
+        states="",
+        processes=1,
+        image_size=args.image_size,
+        episodes=0,
+        decisions=args.decisions,
+        seed=args.seed,
+        cold=True,
+        repeat=0,
+    )
     for repeat in range(args.repeats):
         for task in measured:
+            of_task = replace(
+                base, repeat=repeat, task_ids=(task.task_id,), bddl_file=task.bddl_file, states=task.states
+            )
             for mode in (mode for mode in modes if mode not in MANY):
-                base = Plan(
-                    mode=mode,
-                    suite=args.suite,
-                    task_ids=(task.task_id,),
-                    bddl_file=task.bddl_file,
-                    states=task.states,
-                    processes=1,
-                    image_size=args.image_size,
-                    episodes=0,
-                    decisions=args.decisions,
-                    seed=args.seed,
-                    cold=True,
-                    repeat=repeat,
-                )
+                plan = replace(of_task, mode=mode)
                 # Those without a start of their own come after ours, and take what that has cached.
-                cache = f"{repeat}-{task.task_id}-{base.visuals}"
+                cache = f"{repeat}-{task.task_id}-{plan.visuals}"
                 if mode not in FLOORS + EVERY_STEP:
-                    yield cache, base
+                    yield cache, plan
                 for processes in args.processes if mode not in EVERY_STEP else (1,):
-                    yield (
-                        cache,
-                        Plan(**{**asdict(base), "processes": processes, "episodes": args.episodes, "cold": False}),
-                    )
+                    yield cache, replace(plan, processes=processes, episodes=args.episodes, cold=False)
+        of_suite = replace(base, repeat=repeat, task_ids=tuple(task.task_id for task in tasks))
         for mode in (mode for mode in modes if mode in MANY):
             for cold in (True, False):
-                yield (
-                    f"{repeat}-{mode}",
-                    Plan(
-                        mode=mode,
-                        suite=args.suite,
-                        task_ids=tuple(task.task_id for task in tasks),
-                        bddl_file="",
-                        states="",
-                        processes=1,
-                        image_size=args.image_size,
-                        episodes=0,
-                        decisions=args.decisions,
-                        seed=args.seed,
-                        cold=cold,
-                        repeat=repeat,
-                    ),
-                )
+                yield f"{repeat}-{mode}", replace(of_suite, mode=mode, cold=cold)
 
 
 # Tables -----------------------------------------------------------------------------------------------------------

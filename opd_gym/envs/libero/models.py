@@ -277,8 +277,8 @@ def _save_mesh(model: mujoco.MjModel, mesh: int, visuals: str, cache: Path) -> s
     vertex_file, index_file = _mesh_files(cache / "meshes" / stem)
     if not (_is_readable(vertex_file) and _is_readable(index_file)):
         if visuals == "light":
-            mesh_ = light.lighten_mesh(light.Mesh(vertices, faces, normals, uv))
-            vertices, faces, normals, uv = mesh_.vertices, mesh_.faces, mesh_.normals, mesh_.uv
+            simple = light.lighten_mesh(light.Mesh(vertices, faces, normals, uv))
+            vertices, faces, normals, uv = simple.vertices, simple.faces, simple.normals, simple.uv
         corners, indices = _interleave(vertices, faces, normals, uv)
         _write(vertex_file, lambda path: np.save(path, corners))
         _write(index_file, lambda path: np.save(path, indices))
