@@ -27,7 +27,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,15 @@ LABELS = {
     "torchrl": "TorchRL",
     "exact": "opd_gym, exact",
     "light": "opd_gym, light",
+    "step_exact": "opd_gym, exact, every step drawn",
+    "step_light": "opd_gym, light, every step drawn",
     "floor_exact": "floor, exact",
     "floor_light": "floor, light",
     "many_exact": "opd_gym, exact",
     "many_light": "opd_gym, light",
 }
 VECTORISED = ("stock", "lerobot", "torchrl", "exact", "light")
+EVERY_STEP = ("step_exact", "step_light")  # what the others do, who cannot skip pictures
 FLOORS = ("floor_exact", "floor_light")
 MANY = ("many_exact", "many_light")
 DISTRIBUTIONS = ("mujoco", "robosuite", "numpy", "torch", "gymnasium", "numba", "lerobot", "torchrl", "opd-gym")
@@ -282,6 +285,19 @@ class _OneEnv(Subject):
         self._env.close()
 
 
+class _EveryStep(_OneEnv):
+    """Ours, in this process, with a picture of every step."""
+
+    def __init__(self, plan: Plan):
+        super().__init__(plan)
+        self._env = self._env.env  # below ActionChunk
+
+    def decide(self, chunk: np.ndarray) -> None:
+        for actions in chunk:
+            self._obs, _, terminated, truncated, _ = self._env.step(actions[0])
+            _refuse_end(terminated or truncated)
+
+
 class _SeveralEnvs(Subject):
     """Ours, as the algorithms run it."""
 
@@ -340,6 +356,8 @@ SUBJECTS: dict[str, Callable[[Plan], Subject]] = {
     "torchrl": TorchRL,
     "exact": _ours,
     "light": _ours,
+    "step_exact": _EveryStep,
+    "step_light": _EveryStep,
 }
 
 
@@ -678,51 +696,37 @@ def schedule(args: argparse.Namespace, tasks: list[Task], modes: list[str]) -> I
     :return: cache folder and plan of each process, in the order in which they run
     """
     measured = [task for task in tasks if task.task_id in args.tasks]
+    base = Plan(
+        mode=modes[0],
+        suite=args.suite,
+        task_ids=(),
+        bddl_file="",
+        states="",
+        processes=1,
+        image_size=args.image_size,
+        episodes=0,
+        decisions=args.decisions,
+        seed=args.seed,
+        cold=True,
+        repeat=0,
+    )
     for repeat in range(args.repeats):
         for task in measured:
+            of_task = replace(
+                base, repeat=repeat, task_ids=(task.task_id,), bddl_file=task.bddl_file, states=task.states
+            )
             for mode in (mode for mode in modes if mode not in MANY):
-                base = Plan(
-                    mode=mode,
-                    suite=args.suite,
-                    task_ids=(task.task_id,),
-                    bddl_file=task.bddl_file,
-                    states=task.states,
-                    processes=1,
-                    image_size=args.image_size,
-                    episodes=0,
-                    decisions=args.decisions,
-                    seed=args.seed,
-                    cold=True,
-                    repeat=repeat,
-                )
-                # The floor has no start of its own: it comes after ours, and takes what that has cached.
-                cache = f"{repeat}-{task.task_id}-{base.visuals}"
-                if mode not in FLOORS:
-                    yield cache, base
-                for processes in args.processes:
-                    yield (
-                        cache,
-                        Plan(**{**asdict(base), "processes": processes, "episodes": args.episodes, "cold": False}),
-                    )
+                plan = replace(of_task, mode=mode)
+                # Those without a start of their own come after ours, and take what that has cached.
+                cache = f"{repeat}-{task.task_id}-{plan.visuals}"
+                if mode not in FLOORS + EVERY_STEP:
+                    yield cache, plan
+                for processes in args.processes if mode not in EVERY_STEP else (1,):
+                    yield cache, replace(plan, processes=processes, episodes=args.episodes, cold=False)
+        of_suite = replace(base, repeat=repeat, task_ids=tuple(task.task_id for task in tasks))
         for mode in (mode for mode in modes if mode in MANY):
             for cold in (True, False):
-                yield (
-                    f"{repeat}-{mode}",
-                    Plan(
-                        mode=mode,
-                        suite=args.suite,
-                        task_ids=tuple(task.task_id for task in tasks),
-                        bddl_file="",
-                        states="",
-                        processes=1,
-                        image_size=args.image_size,
-                        episodes=0,
-                        decisions=args.decisions,
-                        seed=args.seed,
-                        cold=cold,
-                        repeat=repeat,
-                    ),
-                )
+                yield f"{repeat}-{mode}", replace(of_suite, mode=mode, cold=cold)
 
 
 # Tables -----------------------------------------------------------------------------------------------------------
@@ -804,7 +808,7 @@ def throughput_table(records: list[Record], modes: list[str], processes: list[in
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for mode in (mode for mode in modes if mode not in MANY):
-        for n in processes:
+        for n in processes if mode not in EVERY_STEP else (1,):
             runs = select(records, mode, n)
             if not runs:
                 lines.append(f"| {LABELS[mode]} | {n} | {_unavailable(records, mode, missing)} | | | | | | |")

@@ -337,6 +337,24 @@ def test_leaves_no_traceback_and_no_files(tmp_path):
     assert (os.stat(log).st_mtime_ns if os.path.exists(log) else None) == before
 
 
+def test_asking_for_experts_leaves_the_running_episode_alone():
+    env = LiberoEnv("libero_object", task_ids=[0, 1, 2], image_size=8, visuals="light", cameras=(), max_simulators=1)
+    env.reset(seed=0, options={"task_id": 1})
+    assert env.has_expert
+    env.step(np.zeros(7))
+    assert env.instruction
+    env.close()
+    with pytest.raises(RuntimeError, match="reset"):
+        env.instruction  # noqa: B018
+
+
+def test_a_state_beyond_all_bounds_starts_anew_as_in_stock_mujoco(env):
+    env.reset(seed=0)
+    env.simulator.data.qpos[9] = 1e11
+    env.step(np.zeros(7))
+    assert np.abs(env.simulator.data.qpos).max() < 10
+
+
 def test_stepper_refuses_other_controllers(env):
     env.reset(seed=0)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,14 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecTransposeImage
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecTransposeImage
 from toys import Match, parameters
 
 import opd_gym
 from opd_gym.algorithms.grpo import GRPO
 from opd_gym.algorithms.opd import OPD
 from opd_gym.algorithms.ppo import PPO
+from opd_gym.envs import registration
 from opd_gym.envs.vec_env import Pipeline, WorkerTraceback, WorkerVecEnv
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.evaluation import EpisodeSpec, evaluate_success
@@ -34,7 +37,9 @@ from opd_gym.evaluation import EpisodeSpec, evaluate_success
 # Workers are forked from a process that has imported everything: they start in no time
 multiprocessing.set_forkserver_preload(["opd_gym.envs.vec_env", "toys"])
 
-GO, DIE, CRASH, DIVERGE, MISTAKE, HANG, SLEEP = range(7)
+GO, DIE, CRASH, DIVERGE, MISTAKE, HANG, SLEEP, SEIZE = range(8)
+# More than a socket takes at once
+BALLAST = bytes(2_000_000)
 
 
 class Probe(gym.Env):
@@ -46,7 +51,7 @@ class Probe(gym.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 1}
     observation_space = spaces.Box(-1e6, 1e6, (2,), np.float32)
-    action_space = spaces.Discrete(7)
+    action_space = spaces.Discrete(8)
 
     def __init__(self, horizon: int = 4, render_mode: str | None = None):
         self.horizon = horizon
@@ -75,6 +80,9 @@ class Probe(gym.Env):
             time.sleep(3600)
         elif action == SLEEP:
             time.sleep(0.05)
+        elif action == SEIZE:
+            # Native code that keeps the interpreter's lock: no thread of this process reads what it is sent
+            ctypes.PyDLL(None).sleep(3600)
         self.t += 1
         done = self.t >= self.horizon
         return self._obs(), float(self.t), done, False, {"is_success": True} if done else {}
@@ -87,6 +95,12 @@ class Probe(gym.Env):
 
     def process(self):
         return os.getpid()
+
+    def fork(self):
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(3600)
+        return pid
 
     def add(self, a, b=0):
         return a + b
@@ -106,6 +120,21 @@ def env():
 def go(n: int = 4, **others: int) -> np.ndarray:
     """Actions: GO, but for the envs that are named, as in ``go(env2=DIE)``."""
     return np.array([others.get(f"env{i}", GO) for i in range(n)])
+
+
+@pytest.fixture
+def never_blocked():
+    """A learner that is blocked fails, and does not block the tests."""
+
+    def fail(*_):
+        raise AssertionError("the learner was blocked")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, 60.0, 10.0)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
+    signal.signal(signal.SIGALRM, before)
+    assert not any(thread.name == "WorkerVecEnv-outbox" for thread in threading.enumerate())
 
 
 def assert_same(a, b):
@@ -511,6 +540,27 @@ def test_whenever_workers_die_episodes_are_played_in_the_announced_order(n_worke
         env.close()
 
 
+@pytest.mark.filterwarnings("ignore:WorkerVecEnv:RuntimeWarning")
+@pytest.mark.parametrize("death", [None, "in the step", "after the step"])
+def test_an_announced_episode_that_began_in_a_dropped_step_is_still_to_come(env, death):
+    env.seed(0)
+    env.reset()
+    for _ in range(3):
+        env.step(go())
+    for i in range(4):
+        env.announce(i, seed=10 + i, tag=i)
+    env.send(go(env0=DIE if death == "in the step" else GO))
+    env.announce(1, seed=21, tag="newer")
+    if death == "after the step":
+        os.kill(env.env_method("process", indices=[0])[0], signal.SIGKILL)
+        env.get_attr("horizon")
+    assert env.reset()[:, 0].tolist() == [10, 21, 12, 13]
+    assert [info["episode_tag"] for info in env.reset_infos] == [0, "newer", 2, 3]
+    assert len(env.deaths) == (death is not None)
+    # Once
+    assert env.reset()[:, 0].tolist() == [-1] * 4
+
+
 def test_who_stands_still_goes_on_standing_still(env):
     env.announce(0, frozen=True)
     env.reset()
@@ -565,8 +615,78 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(env):
     assert len(env.deaths) == 5
 
 
+# --------------------------------------------------------------------------------------------- workers that do not read
+
+
+@pytest.mark.parametrize("action", [GO, SEIZE])
+def test_the_timeout_holds_where_a_worker_does_not_read(never_blocked, action):
+    env = probes(2, 1, timeout=2.0)
+    try:
+        env.seed(0)
+        env.reset()
+        if action == GO:
+            os.kill(env.env_method("process", indices=[0])[0], signal.SIGSTOP)
+        env.send(go(1, env0=action), [0])
+        time.sleep(0.5)  # into the step
+        for i in range(2):
+            env.announce(i, options={"episode": 10 + i, "ballast": BALLAST}, tag=i)
+        env.send(go(1), [1])
+        with pytest.warns(RuntimeWarning, match="no answer to 'step' for 2 s: killed"):
+            obs, _, dones, _ = env.recv()
+        # Env 0 was sent its step before the announcement
+        assert dones.all() and obs.tolist() == [[-1, 0], [11, 0]]
+        assert env.reset_infos[1]["options"]["ballast"] == BALLAST
+        for _ in range(4):
+            obs, *_ = env.step(go(2))
+        assert obs[0].tolist() == [10, 0] and env.reset_infos[0]["options"]["ballast"] == BALLAST
+        assert len(env.deaths) == 1
+    finally:
+        env.close()
+
+
+class Listener(Probe):
+    """Notes what is announced."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard: list[int] = []
+
+    def set_next_reset(self, seed, options, tag, frozen):
+        assert options["ballast"] == BALLAST[: options["size"]]
+        self.heard.append(tag)
+
+
+def test_what_a_worker_does_not_read_at_once_arrives_in_order(never_blocked):
+    env = WorkerVecEnv([Listener] * 2, n_workers=1)
+    (pid,) = env.env_method("process", indices=[0])
+    try:
+        for tag in range(120):
+            if tag == 40:
+                os.kill(pid, signal.SIGSTOP)
+            if tag == 80:
+                os.kill(pid, signal.SIGCONT)
+            size = len(BALLAST) if tag % 10 == 0 else tag
+            env.announce(tag % 2, options={"size": size, "ballast": BALLAST[:size]}, tag=tag)
+        assert env.get_attr("heard") == [list(range(0, 120, 2)), list(range(1, 120, 2))]
+    finally:
+        env.close()
+
+
+def test_closing_gives_up_what_is_not_read(never_blocked):
+    env = probes(2, 1)
+    # A process that the env has started holds the worker's end of the pipe
+    pid, child = (env.env_method(method, indices=[0])[0] for method in ("process", "fork"))
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        env.announce(0, options={"ballast": BALLAST})
+        env.close()
+        assert not _alive(pid) and _alive(child)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 SCRIPT = """
-import os, time
+import os, signal, time
 import gymnasium as gym
 from opd_gym.envs.vec_env import WorkerVecEnv
 
@@ -581,9 +701,15 @@ class Sleeper(gym.Env):
         return 0, 0.0, False, False, {{}}
 
 if __name__ == "__main__":
+    # Whoever runs the tests in the background may have taken it away
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     env = WorkerVecEnv([Sleeper] * 3, n_workers=2, start_method={method!r})
-    print(*env.env_method("process"), flush=True)
     env.reset()
+    pids = env.env_method("process")
+    if {stop}:
+        os.kill(pids[0], signal.SIGSTOP)
+        env.announce(0, options={{"ballast": bytes(2_000_000)}})
+    print(*pids, flush=True)
     try:
         env.step([3600, 0, 0])
     except KeyboardInterrupt:
@@ -592,10 +718,18 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("method", "end"), [("forkserver", signal.SIGKILL), ("fork", signal.SIGKILL), ("forkserver", signal.SIGINT)]
+    ("method", "end", "stop"),
+    [
+        ("forkserver", signal.SIGKILL, False),
+        ("fork", signal.SIGKILL, False),
+        ("forkserver", signal.SIGINT, False),
+        # In the middle of a message
+        ("forkserver", signal.SIGKILL, True),
+        ("fork", signal.SIGKILL, True),
+    ],
 )
-def test_workers_end_with_the_learner(tmp_path, method, end):
-    (tmp_path / "learner.py").write_text(SCRIPT.format(method=method))
+def test_workers_end_with_the_learner(tmp_path, method, end, stop):
+    (tmp_path / "learner.py").write_text(SCRIPT.format(method=method, stop=stop))
     learner = subprocess.Popen(
         [sys.executable, "learner.py"],
         cwd=tmp_path,
@@ -612,6 +746,9 @@ def test_workers_end_with_the_learner(tmp_path, method, end):
         os.killpg(learner.pid, end)
     else:
         learner.kill()
+    if stop:
+        learner.wait()
+        os.kill(pids[0], signal.SIGCONT)
     out, err = learner.communicate(timeout=60)
     if end == signal.SIGINT:
         assert "interrupted" in out and "Traceback" not in err
@@ -854,6 +991,26 @@ def test_make_vec_chooses_workers():
     assert isinstance(opd_gym.make_vec("CartPole-v1", n_envs=3), DummyVecEnv)
     with pytest.raises(ValueError, match="n_workers is an argument of WorkerVecEnv"):
         opd_gym.make_vec("CartPole-v1", n_workers=1, vec_env_cls=DummyVecEnv)
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_other_systems_have_no_workers(monkeypatch, system):
+    monkeypatch.setattr(sys, "platform", system)
+    with pytest.raises(NotImplementedError, match=f"'{system}'. Use .* SubprocVecEnv"):
+        WorkerVecEnv([Probe])
+    with pytest.raises(NotImplementedError, match="SubprocVecEnv"):
+        opd_gym.make_vec("CartPole-v1", n_envs=2, n_workers=1)
+
+
+def test_a_benchmark_goes_without_workers_on_other_systems(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setitem(registration.CHUNK_SIZES, "CartPole-v1", 0)
+    for n_envs, cls in ((1, DummyVecEnv), (2, SubprocVecEnv)):
+        env = opd_gym.make_vec("CartPole-v1", n_envs=n_envs)
+        try:
+            assert type(env) is cls and env.reset().shape == (n_envs, 4)
+        finally:
+            env.close()
 
 
 def test_configurations_may_say_how_many_workers():

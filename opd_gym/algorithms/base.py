@@ -34,13 +34,20 @@ from opd_gym.algorithms.buffers import TeacherRolloutBuffer, map_obs
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id, make_vec
 from opd_gym.envs.vec_env import Pipeline, announce
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
-from opd_gym.policies.tokens import TokenSpec, TokenView, distribution_and_values, token_spec, token_view
+from opd_gym.policies.tokens import (
+    TokenSpec,
+    TokenView,
+    distribution_and_values,
+    refuse_autoregressive,
+    token_spec,
+    token_view,
+)
 
 SelfRolloutAlgorithm = TypeVar("SelfRolloutAlgorithm", bound="RolloutAlgorithm")
 
 DEFAULT_CHUNK_SIZE = 8
 # Of the settings of a checkpoint, those that the env itself takes
-ENV_SETTINGS = ("image_size", "cameras")
+ENV_SETTINGS = ("image_size", "cameras", "visuals")
 # Gymnasium and NumPy take seeds of 32 bits
 MAX_SEED = 2**31
 
@@ -233,6 +240,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        refuse_autoregressive(self.policy, "policy")
         # A saved algorithm must load where the checkpoint that its policy started from is gone
         portable_kwargs = getattr(self.policy, "portable_kwargs", None)
         if portable_kwargs is not None:
@@ -730,6 +738,20 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         finally:
             temporary.unlink(missing_ok=True)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """
+        Publish a VLA on the Hugging Face hub: a plain checkpoint (LoRA merged) and a model card of this run.
+
+        :param repo_id: ``owner/name``; created if needed
+        :param kwargs: See :func:`opd_gym.zoo.hub.push_to_hub`: ``result`` (of an evaluation), ``dtype``, ``private``,
+            ``token``
+        :return: Address of the commit
+        """
+        # Here, because the zoo's command line imports the algorithms
+        from opd_gym.zoo.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
     @classmethod
     def load(
         cls: type[SelfRolloutAlgorithm],
@@ -851,8 +873,8 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     What an env must be like for a token policy, as far as that is known before there is an env.
 
     :param policy_kwargs: Keyword arguments of the policy: its ``checkpoint``, or the configuration of its body
-    :return: ``chunk_size``, ``n_bins``, ``statistics`` (arguments of ``make_vec``), ``image_size`` and ``cameras`` (of
-        the env), those that are known
+    :return: ``chunk_size``, ``n_bins``, ``statistics`` (arguments of ``make_vec``), ``image_size``, ``cameras`` and
+        ``visuals`` (of the env), those that are known
     """
     checkpoint = policy_kwargs.get("checkpoint")
     config = policy_kwargs.get("body_kwargs") or {}
@@ -869,4 +891,7 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         settings["image_size"] = int(config["image_size"][0])
     if config.get("image_keys"):
         settings["cameras"] = tuple(config["image_keys"])
+    if config.get("libero_images"):
+        # Trained on LIBERO's own pictures
+        settings["visuals"] = "exact"
     return settings

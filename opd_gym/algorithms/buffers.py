@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,21 @@ from opd_gym.policies.tokens import TokenSpec, token_spec
 
 # An observation, or one array per observation of a batch: an array for plain spaces, a dict of arrays for Dict spaces
 ObsArray = np.ndarray | dict[str, np.ndarray]
+
+
+def micro_batches(mask: th.Tensor, size: int | None) -> Iterator[tuple[slice, float]]:
+    """
+    Cut a minibatch into parts whose gradients add up to that of the whole, if the loss is a mean over its tokens.
+
+    :param mask: 1 for tokens that count, (batch, T)
+    :param size: Number of rows of a part; None: all
+    :return: For each part its rows, and its share of the tokens that count, by which its loss is to be multiplied
+    """
+    parts = [slice(start, start + (size or len(mask))) for start in range(0, len(mask), size or max(len(mask), 1))]
+    total = mask.sum().clamp(min=1.0)
+    shares = th.stack([mask[part].sum() for part in parts]) / total
+    # A minibatch in which nothing counts has a loss of 0 whatever its parts weigh
+    yield from zip(parts, shares.tolist(), strict=True)
 
 
 class TeacherRolloutSamples(NamedTuple):
@@ -376,7 +391,16 @@ class StateReplay:
             self.add(observations, arrays["distributions"], arrays["masks"])
 
 
-def map_obs(function: Callable[[np.ndarray], Any], obs: Any) -> Any:
+def obs_rows(obs: Any, rows: Any) -> Any:
+    """
+    :param obs: Observations of a batch
+    :param rows: Rows of it
+    :return: The observations in these rows
+    """
+    return map_obs(lambda array: array[rows], obs)
+
+
+def map_obs(function: Callable[[Any], Any], obs: Any) -> Any:
     """
     Apply a function to the array of a plain observation or to each array of a Dict observation.
 

@@ -7,8 +7,9 @@ Every function takes per-token tensors of shape (batch, T) with a mask of the to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch as th
@@ -17,6 +18,7 @@ from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens, TokenView
 
 Divergence = Literal["reverse_kl", "forward_kl", "hard_ce", "jsd"]
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
+Metrics = TypeVar("Metrics")
 
 # A teacher that rules a bin out gives it a log-probability of -inf, and the student's KL no finite value to descend
 MIN_LOG_PROB = -100.0
@@ -66,6 +68,20 @@ def masked_mean(values: th.Tensor, mask: th.Tensor) -> th.Tensor:
     """
     # Multiplying by the mask would let a NaN or an infinity of a masked token through
     return values.masked_fill(mask == 0, 0.0).sum() / mask.sum().clamp(min=1.0)
+
+
+def weighted_mean(parts: Sequence[tuple[float, Metrics]]) -> Metrics:
+    """
+    Metrics of a minibatch from those of its parts.
+
+    :param parts: The share of each part, all of them adding up to 1, and its metrics
+    :return: Metrics of the whole
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    first: Any = parts[0][1]
+    means = {name: sum(share * getattr(m, name) for share, m in parts) for name in first.__dataclass_fields__}
+    return replace(first, **means)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from opd_gym.algorithms.base import RolloutAlgorithm
-from opd_gym.algorithms.buffers import StateReplay, map_obs, random_shift
+from opd_gym.algorithms.buffers import StateReplay, micro_batches, obs_rows, random_shift
 from opd_gym.algorithms.losses import (
     DIVERGENCES,
     DistillationMetrics,
     Divergence,
     exact_opd_loss,
     sampled_opd_loss,
+    weighted_mean,
 )
 from opd_gym.algorithms.teachers import Teacher, make_teacher
 
@@ -54,6 +55,8 @@ class OPD(RolloutAlgorithm):
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
     :param n_steps: Number of decisions of each worker per iteration
     :param batch_size: Minibatch size
+    :param micro_batch_size: Number of decisions that go through student or teacher at once; gradients are accumulated
+        over the parts of a minibatch. None: the whole minibatch
     :param divergence: "reverse_kl" (the paper's), "forward_kl", "hard_ce" (cross-entropy on the teacher's mode) or
         "jsd"
     :param estimator: "exact" or "sampled" ("sampled" estimates the reverse KL only)
@@ -87,6 +90,7 @@ class OPD(RolloutAlgorithm):
         learning_rate: float | Schedule = 5e-4,
         n_steps: int = 32,
         batch_size: int = 128,
+        micro_batch_size: int | None = None,
         divergence: Divergence = "reverse_kl",
         estimator: Literal["exact", "sampled"] = "exact",
         group_size: int = 8,
@@ -129,12 +133,14 @@ class OPD(RolloutAlgorithm):
                 raise ValueError(
                     'estimator="sampled" scores the observations that were acted on: use augmentation=None.'
                 )
-        for name, value in (("batch_size", batch_size), ("gradient_steps", gradient_steps), ("n_epochs", n_epochs)):
-            if value < 1:
+        sizes = dict(batch_size=batch_size, gradient_steps=gradient_steps, n_epochs=n_epochs)
+        for name, value in {**sizes, "micro_batch_size": micro_batch_size}.items():
+            if value is not None and value < 1:
                 raise ValueError(f"Expected {name} to be at least 1, got {value}.")
         self.teacher = teacher
         self.teacher_kwargs = teacher_kwargs or {}
         self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
         self.divergence = divergence
         self.estimator = estimator
         self.state_replay = estimator == "exact" if state_replay is None else state_replay
@@ -203,7 +209,7 @@ class OPD(RolloutAlgorithm):
         """The teacher gives its opinion on every state of the rollout, in large batches."""
         assert self._teacher is not None
         buffer = self.rollout_buffer
-        for samples in buffer.get(self.batch_size, rows=buffer.valid_rows()):
+        for samples in buffer.get(self.micro_batch_size or self.batch_size, rows=buffer.valid_rows()):
             labels = th.as_tensor(buffer.teacher_actions[samples.rows], device=self.device)
             teacher = self._teacher.distribution(samples.observations, labels)
             if self.estimator == "sampled" and self.temperature != 1.0:
@@ -214,7 +220,7 @@ class OPD(RolloutAlgorithm):
             )
         if self.replay_buffer is not None:
             rows = buffer.valid_rows()
-            observations = map_obs(lambda array: array[rows], buffer.observations)
+            observations = obs_rows(buffer.observations, rows)
             self.replay_buffer.add(observations, buffer.teacher_distributions[rows], buffer.token_mask[rows])
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -239,12 +245,16 @@ class OPD(RolloutAlgorithm):
         """Descend the divergence of the two distributions, on replayed states or on those of this rollout."""
         metrics, grad_norms = [], []
         for observations, distributions, mask in self._exact_batches():
-            student = self._student(self._augment(observations))
-            teacher = self.token_spec.from_flat(distributions)
-            loss, batch_metrics = exact_opd_loss(student, teacher, mask, self.divergence)
-            loss.backward()
+            observations = self._augment(observations)
+            parts = []
+            for rows, share in micro_batches(mask, self.micro_batch_size):
+                student = self._student(obs_rows(observations, rows))
+                teacher = self.token_spec.from_flat(distributions[rows])
+                loss, part_metrics = exact_opd_loss(student, teacher, mask[rows], self.divergence)
+                (share * loss).backward()
+                parts.append((share, part_metrics))
             grad_norms.append(self._gradient_step())
-            metrics.append(batch_metrics)
+            metrics.append(weighted_mean(parts))
         return metrics, grad_norms
 
     def _exact_batches(self) -> Any:
@@ -261,7 +271,7 @@ class OPD(RolloutAlgorithm):
         buffer = self.rollout_buffer
         n_trajectories = len(np.unique(buffer.episode_ids[buffer.valid_rows()]))
         metrics: list[DistillationMetrics] = []
-        for samples in buffer.get(self.batch_size):
+        for samples in buffer.get(self.micro_batch_size or self.batch_size):
             student = self._student(samples.observations, self.temperature)
             log_probs = student.log_prob(samples.actions.reshape(len(samples.rows), -1))
             loss, batch_metrics = sampled_opd_loss(

@@ -20,8 +20,8 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import obs_as_tensor
 
 from opd_gym.algorithms.base import RolloutAlgorithm, checkpoint_settings
-from opd_gym.algorithms.buffers import random_shift
-from opd_gym.algorithms.losses import masked_mean
+from opd_gym.algorithms.buffers import micro_batches, obs_rows, random_shift
+from opd_gym.algorithms.losses import masked_mean, weighted_mean
 from opd_gym.demonstrations import Demonstrations, PathLike
 from opd_gym.policies.tokens import CategoricalTokens, TokenView, token_view
 
@@ -137,6 +137,8 @@ class SFT(RolloutAlgorithm):
     :param lr_decay: "cosine" decays the learning rate to 0 over the steps of a ``learn``; "constant"
     :param warmup_steps: Number of first gradient steps over which the learning rate grows from 0
     :param batch_size: Minibatch size
+    :param micro_batch_size: Number of samples that go through the policy at once; gradients are accumulated over the
+        parts of a minibatch. None: the whole minibatch
     :param label_smoothing: Standard deviation, in bins, of labels over neighbouring bins; 0 is plain cross-entropy
     :param augmentation: "random_shift" shifts each image by up to 1/16 of its size, "random_shift_batch" all images of
         a minibatch by the same amount (cheaper); None does not
@@ -168,6 +170,7 @@ class SFT(RolloutAlgorithm):
         lr_decay: Literal["cosine", "constant"] = "cosine",
         warmup_steps: int = 50,
         batch_size: int = 128,
+        micro_batch_size: int | None = None,
         label_smoothing: float = 0.0,
         augmentation: Literal["random_shift", "random_shift_batch"] | None = None,
         mask_padding: bool = False,
@@ -197,6 +200,8 @@ class SFT(RolloutAlgorithm):
                 "Expected batch_size and validation_freq of at least 1 and warmup_steps of at least 0, got "
                 f"{batch_size}, {validation_freq} and {warmup_steps}."
             )
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"Expected micro_batch_size to be at least 1, got {micro_batch_size}.")
         super().__init__(
             policy,
             env,
@@ -215,6 +220,7 @@ class SFT(RolloutAlgorithm):
         self.lr_decay = lr_decay
         self.warmup_steps = warmup_steps
         self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
         self.label_smoothing = label_smoothing
         self.augmentation = augmentation
         self.mask_padding = mask_padding
@@ -404,8 +410,14 @@ class SFT(RolloutAlgorithm):
         self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
         rows = self._training_rows[th.randint(len(self._training_rows), (self.batch_size,)).numpy()]
         obs, actions, mask = self._batch(rows, augment=True)
-        loss, metrics = self.loss(token_view(self._distribution(obs)[0]), actions, mask)
-        loss.backward()
+        parts = []
+        counts = th.ones(actions.shape, device=self.device) if mask is None else mask
+        for part, share in micro_batches(counts, self.micro_batch_size):
+            view = token_view(self._distribution(obs_rows(obs, part))[0])
+            loss, part_metrics = self.loss(view, actions[part], counts[part])
+            (share * loss).backward()
+            parts.append((share, part_metrics))
+        metrics = weighted_mean(parts)
         grad_norm = self._gradient_step()
         # Means over the interval of logging: one minibatch alone says little
         for name, value in vars(metrics).items():
@@ -444,7 +456,7 @@ class SFT(RolloutAlgorithm):
             rows = rows[np.linspace(0, len(rows) - 1, max_batches * self.batch_size).astype(int)]
         parts, weights = [], []
         with th.no_grad():
-            for batch in np.array_split(rows, math.ceil(len(rows) / self.batch_size)):
+            for batch in np.array_split(rows, math.ceil(len(rows) / (self.micro_batch_size or self.batch_size))):
                 obs, actions, mask = self._batch(batch, augment=False)
                 parts.append(self.loss(token_view(self._distribution(obs)[0]), actions, mask)[1])
                 weights.append(len(batch))

@@ -21,8 +21,17 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
+from opd_gym.algorithms.buffers import map_obs
 from opd_gym.algorithms.losses import hermite_nodes
-from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens, TokenSpec, TokenView, token_spec, token_view
+from opd_gym.policies.tokens import (
+    CategoricalTokens,
+    GaussianTokens,
+    TokenSpec,
+    TokenView,
+    refuse_autoregressive,
+    token_spec,
+    token_view,
+)
 
 
 class Teacher(ABC):
@@ -87,6 +96,7 @@ class PolicyTeacher(Teacher):
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
         if not temperature > 0.0:
             raise ValueError(f"Expected a positive temperature of the teacher, got {temperature}.")
+        refuse_autoregressive(policy, "teacher")
         check_action_spaces(policy.action_space, env.action_space)
         check_statistics(policy, env, student)
         self._adapt = observation_adapter(policy.observation_space, env.observation_space)
@@ -141,7 +151,9 @@ class PolicyTeacher(Teacher):
     def distribution(self, observations: PyTorchObs, labels: th.Tensor) -> TokenView:
         self.policy.set_training_mode(False)
         try:
-            view = self._read(self._adapt(observations))
+            # A large teacher may have a device of its own
+            observations = self._adapt(map_obs(lambda x: x.to(self.policy.device), observations))
+            view = self._read(observations).to(labels.device)
         except (ValueError, FloatingPointError) as error:
             # How torch's and the VLA's distributions refuse NaN
             if "nan" not in str(error).lower():
@@ -301,7 +313,14 @@ def unsquash(view: GaussianTokens, action_space: spaces.Space) -> GaussianTokens
 # From a specification to a teacher
 
 
-def make_teacher(spec: Any, env: VecEnv, student: BasePolicy, **kwargs: Any) -> Teacher:
+def make_teacher(
+    spec: Any,
+    env: VecEnv,
+    student: BasePolicy,
+    device: th.device | str | None = None,
+    dtype: str | th.dtype | None = None,
+    **kwargs: Any,
+) -> Teacher:
     """
     Build a teacher and check that it fits the student: action space, bins, statistics, observations.
 
@@ -310,9 +329,16 @@ def make_teacher(spec: Any, env: VecEnv, student: BasePolicy, **kwargs: Any) -> 
         :class:`Teacher`; None for the teacher that the zoo has for this env
     :param env: The student's env
     :param student: The student's policy
+    :param device: Device of a teacher that is read from files; None: the student's
+    :param dtype: "bfloat16" or "float32": type in which a VLA that is read from files computes, and of its weights;
+        None: float32
     :param kwargs: Arguments of :class:`PolicyTeacher` or :class:`ExpertTeacher`
     :return: The teacher
     """
+    if not (spec is None or isinstance(spec, (str, os.PathLike))) or spec == "expert":
+        given = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
+        if given:
+            raise ValueError(f"teacher_kwargs {given} are for a teacher that is read from files, got {spec!r}.")
     if isinstance(spec, Teacher):
         return spec
     if isinstance(spec, str) and spec == "expert":
@@ -329,8 +355,8 @@ def make_teacher(spec: Any, env: VecEnv, student: BasePolicy, **kwargs: Any) -> 
     path = locate_teacher(spec, env)
     # Building networks draws random numbers; the student's run must not depend on the kind of its teacher
     with preserved_rng():
-        policy = load_vla(path, env) if path.is_dir() else load_policy(path)
-    return PolicyTeacher(policy.to(student.device), env, student, **kwargs)
+        policy = load_vla(path, env, dtype) if path.is_dir() else load_policy(path, dtype, trainable=False)
+    return PolicyTeacher(policy.to(student.device if device is None else device), env, student, **kwargs)
 
 
 def locate_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.Path:
@@ -342,7 +368,7 @@ def locate_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.
     :return: An existing file or directory
     """
     # Here, because the zoo's command line imports the algorithms
-    from opd_gym.zoo import find_checkpoint, find_teacher
+    from opd_gym.zoo import find_teacher
 
     if spec is None:
         env_id = _env_id(env)
@@ -358,39 +384,51 @@ def locate_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.
     for candidate in (path, path.with_name(f"{path.name}.zip")):
         if candidate.exists():
             return candidate
-    found = find_checkpoint(os.fspath(spec))
+    from opd_gym.policies.vla import locate_checkpoint
+
+    found = locate_checkpoint(spec)
     if found is None:
         raise FileNotFoundError(
             f"Teacher {os.fspath(spec)!r} not found: it is neither a directory nor a zip file nor the name of a "
-            'checkpoint of the zoo. Expected one of these, or "expert".'
+            'checkpoint of the zoo. Expected one of these, the id of a VLA on the Hugging Face hub, or "expert".'
         )
-    return pathlib.Path(found)
+    return found
 
 
-def load_vla(directory: pathlib.Path, env: VecEnv) -> BasePolicy:
+def load_vla(directory: pathlib.Path, env: VecEnv, dtype: str | th.dtype | None = None) -> BasePolicy:
     """
-    Load a VLA checkpoint.
+    Load a VLA checkpoint, to teach.
 
     :param directory: Directory of ``config.json`` and ``model.safetensors``
     :param env: The student's env
+    :param dtype: Type in which it computes, and of its weights; None: float32
     :return: The policy
     """
     from opd_gym.policies.vla import VLAPolicy, read_checkpoint_config
 
     read_checkpoint_config(directory)
     try:
-        return VLAPolicy(env.observation_space, env.action_space, _no_learning, checkpoint=directory)
+        return VLAPolicy(
+            env.observation_space,
+            env.action_space,
+            _no_learning,
+            checkpoint=directory,
+            dtype=dtype or "float32",
+            trainable=False,
+        )
     except ValueError as error:
         raise ValueError(f"Teacher {directory} does not fit the student's env. {error}") from error
 
 
-def load_policy(path: pathlib.Path) -> BasePolicy:
+def load_policy(path: pathlib.Path, dtype: str | th.dtype | None = None, trainable: bool = True) -> BasePolicy:
     """
     Load the policy of any algorithm from its zip file.
 
     The zip names the class of the policy, so the class of the algorithm is not needed (nor its replay buffer).
 
     :param path: Zip file that ``save()`` of an algorithm wrote
+    :param dtype: Type in which a VLA computes, and of its weights; None: as it was saved
+    :param trainable: False for a VLA without gradients and optimizer
     :return: The policy
     """
     try:
@@ -410,6 +448,12 @@ def load_policy(path: pathlib.Path) -> BasePolicy:
     if "use_sde" in accepted and data.get("use_sde"):
         kwargs["use_sde"] = True
     kwargs.pop("device", None)
+    if "trainable" in accepted:
+        kwargs["trainable"] = trainable
+    if dtype is not None:
+        if "dtype" not in accepted:
+            raise ValueError(f"Only a VLA can be read in another dtype; {path} holds a {policy_class.__name__}.")
+        kwargs["dtype"] = dtype
     policy = policy_class(data["observation_space"], data["action_space"], **kwargs)
     policy.load_state_dict(params["policy"])
     return policy
@@ -495,7 +539,7 @@ def _same_statistics(a: Any, b: Any) -> bool:
     if not a or not b:
         return not a and not b
     mask = np.ones_like(a["q01"], dtype=bool)
-    return all(
+    return a.get("gripper") == b.get("gripper") and all(
         np.shape(a.get(key, mask)) == np.shape(b.get(key, mask)) and np.allclose(a.get(key, mask), b.get(key, mask))
         for key in ("q01", "q99", "mask")
     )

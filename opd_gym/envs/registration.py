@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -122,12 +123,13 @@ def make_vec(
     :param seed: env i gets ``seed + i``
     :param env_kwargs: see :func:`make_env_fn`, as for the arguments that follow
     :param vec_env_cls: None for :class:`WorkerVecEnv` where a benchmark has several envs, or ``n_workers`` is given,
-        and for ``DummyVecEnv`` elsewhere
+        and for ``DummyVecEnv`` elsewhere. On other systems than Linux a benchmark's envs go to ``SubprocVecEnv``
     :param n_workers: processes that host the envs, see :class:`WorkerVecEnv`; None for one a core, at most one an env
     :return: the vectorised env
+    :raises NotImplementedError: ``n_workers`` on another system than Linux
     :raises ValueError: ``n_envs`` or ``n_workers`` below 1, or ``n_workers`` for another class of env
     """
-    from stable_baselines3.common.vec_env import DummyVecEnv
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
     from opd_gym.envs.vec_env import WorkerVecEnv
 
@@ -139,7 +141,9 @@ def make_vec(
         )
     build = make_env_fn(env_id, env_kwargs, chunk_size, tokens, n_bins, statistics, wrapper)
     if n_workers is not None or (vec_env_cls is None and n_envs > 1 and bare_id(env_id) in CHUNK_SIZES):
-        vec_env_cls = partial(WorkerVecEnv, n_workers=n_workers)
+        workers = partial(WorkerVecEnv, n_workers=n_workers)
+        # Who asks for a number of workers is told that there are none
+        vec_env_cls = workers if n_workers is not None or sys.platform == "linux" else SubprocVecEnv
     cls = vec_env_cls or DummyVecEnv
     if cls is not DummyVecEnv:
         # What is wrong with the arguments or the installation is said here and not in a worker, whose error would

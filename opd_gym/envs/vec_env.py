@@ -9,6 +9,8 @@ import os
 import pickle
 import queue
 import signal
+import socket
+import sys
 import tempfile
 import threading
 import time
@@ -116,6 +118,68 @@ class _Request:
     def resets(self) -> bool:
         return self.command == "reset" or (self.command == "env_method" and self.payload[0] in ("reset", "thaw"))
 
+    @property
+    def began_episode(self) -> bool:
+        """Whether this is the answer of a step behind or in place of which an episode began."""
+        return self.answered and self.error is None and (self.lost is not None or self.value[1])
+
+
+class _Outbox:
+    """
+    What the learner sends to a worker, in order. It never waits for the worker to read: what the socket does not take
+    at once, a thread sends.
+
+    :param pipe: The learner's end of the pipe
+    """
+
+    def __init__(self, pipe: Any):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(pipe.fileno()))
+        self.socket.setblocking(True)  # whatever socket.setdefaulttimeout() says
+        self._lock = threading.Lock()
+        self._left: deque[memoryview] = deque()
+        self._thread: threading.Thread | None = None
+
+    def put(self, message: bytes) -> None:
+        """
+        :param message: What is to be sent; what is said to a process that has ended is dropped
+        """
+        rest = memoryview(message)
+        with self._lock:
+            if not self._left:
+                try:
+                    rest = rest[self.socket.send(rest, socket.MSG_DONTWAIT) :]
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    # A worker that has died is noticed where its answer is waited for
+                    return
+                if not rest:
+                    return
+                self._thread = threading.Thread(target=self._send_rest, name="WorkerVecEnv-outbox", daemon=True)
+                self._thread.start()
+            self._left.append(rest)
+
+    def _send_rest(self) -> None:
+        with self._lock:
+            rest = self._left[0]
+        with suppress(OSError):
+            while True:
+                self.socket.sendall(rest)
+                with self._lock:
+                    self._left.popleft()
+                    if not self._left:
+                        return
+                    rest = self._left[0]
+
+    def close(self) -> None:
+        """Give up what is not yet sent."""
+        # Ends the thread's write too, also where a process that the worker has forked holds the other end
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        if self._thread is not None:
+            self._thread.join()
+        self.socket.close()
+
 
 class _Worker:
     """The learner's side of a worker process."""
@@ -130,6 +194,16 @@ class _Worker:
         self.last_words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (close() closes it)
         self.process: Any = None
         self.pipe: Any = None
+        self.outbox: Any = None
+
+    @property
+    def ends(self) -> list[Any]:
+        """The learner's ends of what connects it with the process."""
+        return [] if self.pipe is None else [self.pipe, self.outbox.socket]
+
+    def hang_up(self) -> None:
+        self.outbox.close()
+        self.pipe.close()
 
 
 class WorkerVecEnv(VecEnv):
@@ -150,11 +224,13 @@ class WorkerVecEnv(VecEnv):
     An exception that says that the caller is wrong (``CALLER_ERRORS``: a wrong action, a missing attribute), or that
     anything but a step raises, is raised here, with the worker's traceback as its cause.
 
+    For Linux: the memory that learner and workers share is a file without a name, which is handed to a running process.
+
     :param env_fns: Functions that build the envs; they are sent to the workers by cloudpickle
     :param n_workers: Number of worker processes, at most one an env; None: as many as there are cores for this process
     :param timeout: Seconds without an answer after which a worker counts as dead; None: it may take for ever
-    :param start_method: As of ``SubprocVecEnv``: "forkserver" where there is one, else "spawn"; "fork" is not
-        thread-safe
+    :param start_method: "forkserver", "spawn", or "fork", which is not thread-safe
+    :raises NotImplementedError: On another system than Linux
     :raises ValueError: No env, a bad number of workers, envs of different spaces, or observations that are not arrays
     """
 
@@ -163,19 +239,22 @@ class WorkerVecEnv(VecEnv):
         env_fns: list[Callable[[], gym.Env]],
         n_workers: int | None = None,
         timeout: float | None = 300.0,
-        start_method: str | None = None,
+        start_method: str = "forkserver",
     ):
+        if sys.platform != "linux":
+            raise NotImplementedError(
+                f"WorkerVecEnv works on Linux only, and this is {sys.platform!r}. Use Stable-Baselines3's "
+                "SubprocVecEnv, as make_vec() does here where it is given no n_workers."
+            )
         if not env_fns:
             raise ValueError("WorkerVecEnv expects at least one function that builds an env, got none.")
         if n_workers is not None and n_workers < 1:
             raise ValueError(f"Expected n_workers to be at least 1, or None for one per core, got {n_workers}.")
         if timeout is not None and not timeout > 0.0:
             raise ValueError(f"Expected timeout to be positive, or None for no limit, got {timeout}.")
-        if start_method is None:
-            start_method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
         self.closed = False
         self.timeout = timeout
-        self.n_workers = min(n_workers or _available_cores(), len(env_fns))
+        self.n_workers = min(n_workers or len(os.sched_getaffinity(0)), len(env_fns))
         #: Every death so far
         self.deaths: list[WorkerDeath] = []
         self._context: Any = mp.get_context(start_method)
@@ -226,9 +305,10 @@ class WorkerVecEnv(VecEnv):
 
     def _start(self, worker: _Worker, build: _Request) -> None:
         worker.pipe, remote = self._context.Pipe()
-        # A forked process holds the learner's end of every pipe: it would never see the learner's death
+        worker.outbox = _Outbox(worker.pipe)
+        # A forked process holds the learner's ends of every pipe: it would never see the learner's death
         forks = self._context.get_start_method() == "fork"
-        inherited = [other.pipe for other in self._workers if other.pipe is not None] if forks else []
+        inherited = [end for other in self._workers for end in other.ends] if forks else []
         env_fns = [self._env_fns[index] for index in worker.envs]
         worker.process = self._context.Process(
             target=_work,
@@ -248,9 +328,7 @@ class WorkerVecEnv(VecEnv):
         return self._workers[index % self.n_workers]
 
     def _write(self, index: int, command: str, payload: bytes) -> None:
-        # A worker that has died is noticed where its answer is waited for
-        with suppress(OSError):
-            self._worker_of(index).pipe.send_bytes(pickle.dumps((command, index, payload)))
+        self._worker_of(index).outbox.put(pickle.dumps((command, index, payload)))
 
     def _submit(self, request: _Request) -> _Request:
         payload = pickle.dumps(request.payload)  # before anything is noted: what cannot be sent changes nothing
@@ -332,7 +410,7 @@ class WorkerVecEnv(VecEnv):
         death = WorkerDeath(worker.number, worker.envs, worker.process.exitcode, reason, details)
         self.deaths.append(death)
         worker.deaths += 1
-        worker.pipe.close()
+        worker.hang_up()
         if worker.deaths >= MAX_DEATHS:
             worker.failure = (
                 f"WorkerVecEnv: {death}; it died {worker.deaths} times in a row without completing a step. "
@@ -498,12 +576,15 @@ class WorkerVecEnv(VecEnv):
         # Until nothing is on its way: a death that is noticed meanwhile makes new requests for all envs of the worker
         while on_their_way := [r for r in (*self._steps, *self._lost) if r is not None and r.sent and not r.answered]:
             self._wait(on_their_way[0])
-        for index, lost in enumerate(self._lost):
-            if lost is not None and lost.announcement is not None and self._announced[index] is None:
-                # The episode that took the place of a lost one was never seen: it is still to come
-                self._announced[index] = lost.announcement
-                self._tell(index, lost.announcement)
-            self._lost[index] = self._steps[index] = None
+        # What took the place of a lost episode is newer than what began in a step before that
+        for request in (*self._lost, *self._steps):
+            if request is None or request.announcement is None or not request.began_episode:
+                continue
+            if self._announced[request.index] is None:
+                # Nobody saw the announced episode, and nothing was announced since: it is still to come
+                self._announced[request.index] = request.announcement
+                self._tell(request.index, request.announcement)
+        self._lost, self._steps = [None] * self.num_envs, [None] * self.num_envs
         requests = [
             self._submit(_Request(index, "reset", (self._seeds[index], self._options[index]), self._announced[index]))
             for index in range(self.num_envs)
@@ -620,7 +701,7 @@ class WorkerVecEnv(VecEnv):
             if worker.process.exitcode is None:
                 worker.process.kill()
                 worker.process.join()
-            worker.pipe.close()
+            worker.hang_up()
         for worker in self._workers:
             worker.last_words.close()
             worker.failure = "This WorkerVecEnv is closed: build a new one."
@@ -686,13 +767,9 @@ def announce(env: VecEnv, index: int, **announcement: Any) -> None:
         env.env_method("set_next_reset", indices=[index], **announcement)
 
 
-def _available_cores() -> int:
-    # macOS knows no affinity
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _send_file(worker: _Worker, fd: int) -> None:
-    # A worker that has died is noticed where its answer is waited for
+    # This does not wait: files are sent to a new worker, before anything else. One that has died is noticed where its
+    # answer is waited for
     with suppress(OSError):
         reduction.send_handle(worker.pipe, fd, worker.process.pid)
 
@@ -793,14 +870,15 @@ def _work(
 
 
 def _serve(pipe: Any, envs: dict[int, gym.Env], memory: _Memory) -> None:
-    commands: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    commands: queue.SimpleQueue[tuple[str, int, bytes] | None] = queue.SimpleQueue()
 
     def listen() -> None:
-        # In a thread: the learner never waits to be read, and its death is noticed in the middle of a step
+        # In a thread: the learner's death is noticed in the middle of a step
+        stream = os.fdopen(pipe.fileno(), "rb", closefd=False)
         try:
             while True:
-                commands.put(pipe.recv_bytes())
-        except (EOFError, OSError):
+                commands.put(pickle.load(stream))
+        except (EOFError, OSError, pickle.UnpicklingError):
             commands.put(None)
             time.sleep(CLOSE_SECONDS)
             os._exit(1)
@@ -809,7 +887,7 @@ def _serve(pipe: Any, envs: dict[int, gym.Env], memory: _Memory) -> None:
     failed: dict[int, Exception] = {}
     busy = 0.0
     while (message := commands.get()) is not None:
-        command, index, payload = pickle.loads(message)
+        command, index, payload = message
         if command == "close":
             return
         began = time.perf_counter()

@@ -42,6 +42,8 @@ def _bounds(statistics: Statistics, action_dim: int) -> tuple[np.ndarray, np.nda
             raise ValueError(
                 f"statistics[{name!r}] must have shape ({action_dim},), one entry a dimension, got {value.shape}."
             )
+    if statistics.get("gripper") not in (None, "open_is_one"):
+        raise ValueError(f'statistics["gripper"] must be "open_is_one" or None, got {statistics["gripper"]!r}.')
     return low, high, mask
 
 
@@ -51,13 +53,17 @@ def encode_actions(actions: np.ndarray, statistics: Statistics | None = None, n_
 
     :param actions: float array of shape ``(..., D)``; in [-1, 1], or in the data set's units if ``statistics`` are
         given
-    :param statistics: ``{"q01": (D,), "q99": (D,), "mask": (D,)}`` of the data set the policy was trained on
+    :param statistics: ``{"q01": (D,), "q99": (D,), "mask": (D,)}`` of the data set the policy was trained on, where
+        dimensions with a false mask were not normalised; ``"gripper": "open_is_one"`` says that its last dimension is
+        1 for an open gripper and 0 for a closed one, where the env's is negative and positive (OpenVLA on LIBERO)
     :param n_bins: number of tokens of one action dimension
     :return: int64 array of the same shape, tokens in ``[0, n_bins - 1]``
     """
     x = np.asarray(actions, dtype=np.float64)
     if statistics is not None:
         low, high, mask = _bounds(statistics, x.shape[-1])
+        if statistics.get("gripper"):
+            x = np.concatenate([x[..., :-1], x[..., -1:] <= 0.0], axis=-1)
         x = np.where(mask, 2.0 * (x - low) / (high - low + 1e-8) - 1.0, x)
     edges = np.linspace(-1.0, 1.0, n_bins)
     return np.clip(np.digitize(np.clip(x, -1.0, 1.0), edges) - 1, 0, n_bins - 1).astype(np.int64)
@@ -69,7 +75,7 @@ def decode_tokens(tokens: np.ndarray, statistics: Statistics | None = None, n_bi
 
     :param tokens: integer array of shape ``(..., D)``
     :param statistics: see :func:`encode_actions`; the un-normalisation is OpenVLA's ``0.5 (x + 1) (q99 - q01 + 1e-8) +
-        q01``
+        q01``, and ``"gripper": "open_is_one"`` turns the last dimension into -1 (open) or 1 (closed)
     :param n_bins: number of tokens of one action dimension
     :return: float32 array of the same shape
     """
@@ -77,6 +83,9 @@ def decode_tokens(tokens: np.ndarray, statistics: Statistics | None = None, n_bi
     if statistics is not None:
         low, high, mask = _bounds(statistics, x.shape[-1])
         x = np.where(mask, 0.5 * (x + 1.0) * (high - low + 1e-8) + low, x)
+        if statistics.get("gripper"):
+            # As published evaluations execute it: fully open (-1) or closed (1). No centre of a bin is at 0.5.
+            x[..., -1] = -np.sign(2.0 * x[..., -1] - 1.0)
     return x.astype(np.float32)
 
 

@@ -153,6 +153,13 @@ class CategoricalTokens:
         """
         return CategoricalTokens(self.log_probs.detach())
 
+    def to(self, device: th.device) -> CategoricalTokens:
+        """
+        :param device: Device
+        :return: The same values there
+        """
+        return CategoricalTokens(self.log_probs.to(device))
+
     def flatten(self) -> th.Tensor:
         """
         :return: One row per sample, (batch, T * V)
@@ -219,6 +226,13 @@ class GaussianTokens:
         :return: The same values without gradient
         """
         return GaussianTokens(self.mean.detach(), self.log_std.detach(), self.squashed)
+
+    def to(self, device: th.device) -> GaussianTokens:
+        """
+        :param device: Device
+        :return: The same values there
+        """
+        return GaussianTokens(self.mean.to(device), self.log_std.to(device), self.squashed)
 
     def flatten(self) -> th.Tensor:
         """
@@ -315,6 +329,22 @@ def token_view(dist: Distribution) -> TokenView:
         f"Cannot read {type(dist).__name__} (holding {type(inner).__name__}) as tokens: expected a categorical, "
         "multi-categorical, Bernoulli or Gaussian distribution of Stable-Baselines3, or a TokenDistribution."
     )
+
+
+def refuse_autoregressive(policy: Any, role: str) -> None:
+    """
+    Refuse a policy whose distribution of a token depends on the tokens before it, where all are asked for at once.
+
+    :param policy: Any policy
+    :param role: What it is to be, for the message
+    :raises ValueError: It is autoregressive
+    """
+    if getattr(policy, "autoregressive", False):
+        raise ValueError(
+            f"The {role} is autoregressive: it chooses one token after the other, and the algorithms of this library "
+            "compare the distributions of all tokens in a state. Use a checkpoint with parallel decoding "
+            "(OpenVLA-OFT); prediction, evaluation and the algorithms of Stable-Baselines3 take either."
+        )
 
 
 def distribution_and_values(policy: ActorCriticPolicy, obs: PyTorchObs) -> tuple[Distribution, th.Tensor]:

@@ -1,4 +1,4 @@
-"""The command line: ``opd-gym train | eval | enjoy | demos | list | quickstart | robotwin``."""
+"""The command line: ``opd-gym train | eval | enjoy | demos | list | plan | quickstart | robotwin``."""
 
 from __future__ import annotations
 
@@ -103,6 +103,16 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("--all", action="store_true", help="every environment id, single tasks included")
     listing.set_defaults(run=_list)
 
+    plan = commands.add_parser(
+        "plan",
+        help="memory and time of a run",
+        description="What a run of OPD takes: memory by what it is for, which GPUs have it, what to change, time.",
+    )
+    from opd_gym.zoo.plan import add_arguments as add_plan_arguments
+
+    add_plan_arguments(plan)
+    plan.set_defaults(run=_plan)
+
     quick = commands.add_parser(
         "quickstart", help="OPD on real LIBERO in minutes", description="Student before and after OPD, on real LIBERO."
     )
@@ -154,15 +164,16 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     film = args.command != "eval"
     path = resolve_checkpoint(args.checkpoint)
+    settings = settings_of(path)
     env_kwargs: dict[str, Any] = {}
     if bare_id(args.env) in LIBERO_IDS:
-        env_kwargs["visuals"] = "light"
+        env_kwargs["visuals"] = settings.get("visuals", "light")
         if args.task_ids:
             env_kwargs["task_ids"] = tuple(args.task_ids)
     if film:
         env_kwargs["render_mode"] = "rgb_array"
     env_kwargs.update(parse_overrides(args.env_kwargs))
-    env = build_env(args.env, n_envs=args.n_envs, seed=args.seed, settings=settings_of(path), **env_kwargs)
+    env = build_env(args.env, n_envs=args.n_envs, seed=args.seed, settings=settings, **env_kwargs)
     try:
         episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
         threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(args.env)
@@ -229,6 +240,12 @@ def _list(args: argparse.Namespace) -> int:
     if not read_registry():
         print("  none")
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from opd_gym.zoo.plan import main
+
+    return main(args)
 
 
 def _quickstart(args: argparse.Namespace) -> int:

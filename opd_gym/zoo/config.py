@@ -21,7 +21,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.envs.registration import CHUNK_SIZES, bare_id, make_vec
+from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, bare_id, make_vec
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 ALGORITHMS = ("opd", "grpo", "ppo", "sft")
@@ -285,7 +285,8 @@ def build_env(
     run, settings = dict(run or {}), dict(settings or {})
     kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
     if bare_id(env_id) in CHUNK_SIZES:
-        for key in ("image_size", "cameras"):
+        # How LIBERO's pictures are drawn is nothing that other benchmarks know of
+        for key in ("image_size", "cameras", *(("visuals",) if bare_id(env_id) in LIBERO_IDS else ())):
             if key in settings and key not in env_kwargs:
                 kwargs[key] = settings[key]
     token_kwargs: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -164,12 +164,17 @@ class LiberoEnv(gym.Env):
             tasks = suites.tasks(self.suite)
             if not 0 <= task_id < len(tasks):
                 raise ValueError(f"Unknown task id {task_id}: {self.suite!r} has the tasks 0 to {len(tasks) - 1}.")
-            while len(self._simulators) >= self._max_simulators:
-                self._simulators.popitem(last=False)[1].close()
             size = max(self.image_size, RENDER_SIZE)
             self._simulators[task_id] = Simulator(tasks[task_id], self.visuals, size, self.msaa)
         self._simulators.move_to_end(task_id)
+        self._trim({task_id, self._task_id})
         return self._simulators[task_id]
+
+    def _trim(self, in_use: Collection[int | None]) -> None:
+        """Close the least recently used simulators, but not one in use: has_expert builds some during an episode."""
+        idle = [task_id for task_id in self._simulators if task_id not in in_use]
+        for task_id in idle[: max(0, len(self._simulators) - self._max_simulators)]:
+            self._simulators.pop(task_id).close()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -197,6 +202,7 @@ class LiberoEnv(gym.Env):
         task_id = int(options.get("task_id", drawn_task))
         simulator = self._use(task_id)
         self._task_id = task_id
+        self._trim({task_id})
         init_state_id = options.get("init_state_id")
         if init_state_id is None:
             if self.init_states == "sampled":
@@ -303,4 +309,5 @@ class LiberoEnv(gym.Env):
         """Free the simulators; may be called twice."""
         while self._simulators:
             self._simulators.popitem()[1].close()
+        self._task_id = None
         self._done = True

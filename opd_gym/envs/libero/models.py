@@ -9,12 +9,16 @@ original bit by bit: every array but those of visual meshes and textures is the 
 
 from __future__ import annotations
 
+import atexit
+import errno
+import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +32,7 @@ from opd_gym.envs.libero import light
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; in their names, so that an older version's are not read
+FORMAT = 2  # of the files; in their names, so that an older version's are not read
 # What may differ from the original: the data of meshes, textures and the trees that only ray casting reads.
 _VISUAL_ARRAYS = ("_", "mesh_", "tex_", "bvh_", "oct_")
 
@@ -51,35 +55,58 @@ class Visuals:
 
 def load_model(xml: str, visuals: str, cache: Path) -> tuple[mujoco.MjModel, Visuals]:
     """
-    Compile a model, or take it from the cache.
+    Compile a model, or take it from the cache. What is damaged there is made anew; a cache that cannot be written or
+    read is replaced by a temporary one of this process.
 
     :param xml: MJCF with absolute paths of its assets
     :param visuals: "exact" or "light"
-    :param cache: folder of the cache; several processes may use it at once
+    :param cache: folder of the cache; several processes, and users, may use it at once
     :return: the model without its visual meshes and textures, and these
+    :raises FileNotFoundError: an asset is missing
     """
-    entry = cache / "models" / _key(xml)
+    key = _key(xml)
+    try:
+        return _load(xml, visuals, cache, cache / "models" / key)
+    except OSError as error:
+        private = _private_cache()
+        logger.warning(
+            "The cache %s cannot be used (%s): models go to %s until this process ends.", cache, error, private
+        )
+        return _load(xml, visuals, private, private / "models" / key)
+
+
+@functools.cache
+def _private_cache() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="opd_gym-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _load(xml: str, visuals: str, cache: Path, entry: Path) -> tuple[mujoco.MjModel, Visuals]:
     for attempt in range(2):
         if not (entry / f"{visuals}.json").is_file():
             _build(xml, visuals, cache, entry)
         try:
             index = json.loads((entry / f"{visuals}.json").read_text(encoding="utf-8"))
-            model = mujoco.MjModel.from_binary_path(str(entry / "physics.mjb"))
+            physics = entry / f"{visuals}.mjb"
+            if hashlib.sha256(physics.read_bytes()).hexdigest() != index["sha256"]:
+                raise ValueError(f"{physics.name} has changed")
+            model = mujoco.MjModel.from_binary_path(str(physics))
             found = Visuals(
                 {int(i): cache / "meshes" / stem for i, stem in index["meshes"].items()},
-                {int(i): cache / "textures" / stem for i, stem in index["textures"].items()},
+                {int(i): cache / "textures" / name for i, name in index["textures"].items()},
             )
-            missing = [path for path in found.textures.values() if not path.is_file()]
-            missing += [path for path in found.meshes.values() if not _mesh_files(path)[1].is_file()]
-            if missing:
-                raise ValueError(f"{missing[0]} is missing")
-            break
-        except (ValueError, KeyError) as error:
+            files = [*found.textures.values(), *(file for stem in found.meshes.values() for file in _mesh_files(stem))]
+            damaged = [file for file in files if not _is_readable(file)]
+            if damaged:
+                raise ValueError(f"{damaged[0].name} is missing or damaged")
+            return model, found
+        except (ValueError, KeyError, FileNotFoundError) as error:
             if attempt:
                 raise
             logger.warning("The cached model in %s is damaged (%s) and is made anew.", entry, error)
-            shutil.rmtree(entry, ignore_errors=True)
-    return model, found
+            (entry / f"{visuals}.json").unlink(missing_ok=True)
+    raise AssertionError("unreachable")
 
 
 def read_mesh(stem: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -95,8 +122,18 @@ def _mesh_files(stem: Path) -> tuple[Path, Path]:
     return stem.with_name(f"{stem.name}.vertices.npy"), stem.with_name(f"{stem.name}.indices.npy")
 
 
+def _is_readable(path: Path) -> bool:
+    """Whether an array is there, and as long as its header says."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, FileNotFoundError):
+        return False
+    return True
+
+
 def _key(xml: str) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {mujoco.mj_versionString()} {xml}".encode())
+    settings = FORMAT, mujoco.mj_versionString(), light.MESH_SETTINGS, light.MAX_TEXTURE
+    digest = hashlib.sha256(f"{settings} {xml}".encode())
     for element in ET.fromstring(xml).iter():
         if "file" in element.attrib:
             status = os.stat(element.attrib["file"])
@@ -105,15 +142,23 @@ def _key(xml: str) -> str:
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file in one step: other workers see all of it or nothing."""
+    """Write a file in one step: other workers see all of it or nothing, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
-    os.close(handle)
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix}")
     try:
-        write(Path(temporary))
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _save_model(model: mujoco.MjModel, path: Path) -> None:
+    mujoco.mj_saveModel(model, str(path))
+    # MuJoCo does not say that the disk is full
+    if not path.is_file() or path.stat().st_size != mujoco.mj_sizeModel(model):
+        raise OSError(errno.ENOSPC, "the compiled model could not be written whole", str(path))
 
 
 def _build(xml: str, visuals: str, cache: Path, entry: Path) -> None:
@@ -126,16 +171,19 @@ def _build(xml: str, visuals: str, cache: Path, entry: Path) -> None:
     if reason:
         logger.warning("The visuals stay in the compiled model, which costs memory and time: %s.", reason)
         stripped = None
-    index: dict[str, dict[int, str]] = {"meshes": {}, "textures": {}}
+    meshes: dict[int, str] = {}
+    textures: dict[int, str] = {}
     if stripped is not None:
         shown = set(full.geom_dataid[full.geom_type == mujoco.mjtGeom.mjGEOM_MESH].tolist())
         for mesh in _visual_meshes(full):
             if mesh in shown:
-                index["meshes"][mesh] = _save_mesh(full, mesh, visuals, cache)
+                meshes[mesh] = _save_mesh(full, mesh, visuals, cache)
         for texture in range(full.ntex):
-            index["textures"][texture] = _save_texture(full, texture, visuals, cache)
+            textures[texture] = _save_texture(full, texture, visuals, cache)
     model = full if stripped is None else stripped
-    _write(entry / "physics.mjb", lambda path: mujoco.mj_saveModel(model, str(path)))
+    _write(entry / f"{visuals}.mjb", lambda path: _save_model(model, path))
+    digest = hashlib.sha256((entry / f"{visuals}.mjb").read_bytes()).hexdigest()
+    index = {"sha256": digest, "meshes": meshes, "textures": textures}
     # Last, because it says that the rest is there
     _write(entry / f"{visuals}.json", lambda path: path.write_text(json.dumps(index), encoding="utf-8"))
 
@@ -218,18 +266,28 @@ def _difference(a: mujoco.MjModel, b: mujoco.MjModel, n_steps: int = 200) -> str
 
 def _save_mesh(model: mujoco.MjModel, mesh: int, visuals: str, cache: Path) -> str:
     vertices, faces, normals, uv = _mesh_arrays(model, mesh)
+    if uv is None:
+        normals = _shading_normals(vertices[faces], normals)
+    elif visuals == "light" and not _is_textured(model, mesh):
+        uv = None  # nothing to spend faces on
     digest = hashlib.sha256(f"{FORMAT} {visuals} {light.MESH_SETTINGS if visuals == 'light' else ''}".encode())
     for array in (vertices, faces, normals, uv):
         digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
     stem = digest.hexdigest()[:32]
     vertex_file, index_file = _mesh_files(cache / "meshes" / stem)
-    if not index_file.is_file():
+    if not (_is_readable(vertex_file) and _is_readable(index_file)):
         if visuals == "light":
-            vertices, faces, normals, uv = light.lighten_mesh(vertices, faces, normals, uv)
+            simple = light.lighten_mesh(light.Mesh(vertices, faces, normals, uv))
+            vertices, faces, normals, uv = simple.vertices, simple.faces, simple.normals, simple.uv
         corners, indices = _interleave(vertices, faces, normals, uv)
         _write(vertex_file, lambda path: np.save(path, corners))
         _write(index_file, lambda path: np.save(path, indices))
     return stem
+
+
+def _is_textured(model: mujoco.MjModel, mesh: int) -> bool:
+    shows = (model.geom_type == mujoco.mjtGeom.mjGEOM_MESH) & (model.geom_dataid == mesh) & (model.geom_matid >= 0)
+    return bool((model.mat_texid[model.geom_matid[shows]] >= 0).any())
 
 
 def _mesh_arrays(model: mujoco.MjModel, mesh: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
@@ -247,23 +305,31 @@ def _mesh_arrays(model: mujoco.MjModel, mesh: int) -> tuple[np.ndarray, np.ndarr
     )
 
 
+def _shading_normals(positions: np.ndarray, normals: np.ndarray) -> np.ndarray:
+    """
+    MuJoCo shades an untextured mesh flat where its edges are sharp.
+
+    :param positions: corners of the faces, float32 (m, 3, 3)
+    :param normals: their normals, float32 (m, 3, 3)
+    :return: the normals that are drawn
+    """
+    face_normals = np.cross(positions[:, 1] - positions[:, 0], positions[:, 2] - positions[:, 0])
+    length = np.sqrt((face_normals * face_normals).sum(axis=1, keepdims=True))
+    # Multiplied by the inverse and not divided, as there: the last bits show in the pixels
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.float32(1) / length
+        face_normals = np.where(length < 1e-10, np.array([0, 0, 1], dtype=np.float32), face_normals * inverse)
+    sharp = np.einsum("fcx,fx->fc", normals, face_normals) < 0.8
+    return np.where(sharp[..., None], face_normals[:, None], normals)
+
+
 def _interleave(
     vertices: np.ndarray, faces: np.ndarray, normals: np.ndarray, uv: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """What MuJoCo's renderer sends to GL for a mesh, equal corners merged: see ``read_mesh``."""
     positions = np.asarray(vertices, dtype=np.float32)[faces]
     normals = np.asarray(normals, dtype=np.float32)
-    if uv is None:
-        # MuJoCo shades an untextured mesh flat where its edges are sharp
-        face_normals = np.cross(positions[:, 1] - positions[:, 0], positions[:, 2] - positions[:, 0])
-        length = np.sqrt((face_normals * face_normals).sum(axis=1, keepdims=True))
-        # Multiplied by the inverse and not divided, as there: the last bits show in the pixels
-        with np.errstate(divide="ignore", invalid="ignore"):
-            inverse = np.float32(1) / length
-            face_normals = np.where(length < 1e-10, np.array([0, 0, 1], dtype=np.float32), face_normals * inverse)
-        sharp = np.einsum("fcx,fx->fc", normals, face_normals) < 0.8
-        normals = np.where(sharp[..., None], face_normals[:, None], normals)
-        uv = np.zeros((*faces.shape, 2), dtype=np.float32)
+    uv = np.zeros((*faces.shape, 2), dtype=np.float32) if uv is None else uv
     corners = np.concatenate([positions, normals, uv], axis=-1, dtype=np.float32).reshape(-1, 8)
     _, first, unique = np.unique(corners.view("V32").ravel(), return_index=True, return_inverse=True)
     # In the order of their first use, which keeps neighbours together
@@ -288,7 +354,7 @@ def _save_texture(model: mujoco.MjModel, texture: int, visuals: str, cache: Path
     else:
         kind = "rgb"
     name = f"{digest.hexdigest()[:32]}.{kind}.npy"
-    if not (cache / "textures" / name).is_file():
+    if not _is_readable(cache / "textures" / name):
         picture = light.shrink_texture(pixels) if visuals == "light" else pixels
         _write(cache / "textures" / name, lambda path: np.save(path, picture))
     return name

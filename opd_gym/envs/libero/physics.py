@@ -10,6 +10,9 @@ sub-steps is compiled by numba, calls MuJoCo's C functions directly, and does no
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,14 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from opd_gym.envs.libero.runtime import import_libero
+from opd_gym.envs.libero.runtime import cache_dir, import_libero
 
 import_libero()  # first, because it tells numba where to keep compiled code and keeps robosuite quiet
 
 import llvmlite.binding  # noqa: E402
 import numba  # noqa: E402
 from numba.core import types  # noqa: E402
+from robosuite.utils import control_utils, transform_utils  # noqa: E402
 from robosuite.utils.control_utils import (  # noqa: E402
     nullspace_torques,
     opspace_matrices,
@@ -54,6 +58,8 @@ def _c_function(name: str, *arguments: types.Type) -> types.ExternalFunction:
     return types.ExternalFunction(name, types.void(*arguments))
 
 
+_mj_checkPos = _c_function("mj_checkPos", types.intp, types.intp)
+_mj_checkVel = _c_function("mj_checkVel", types.intp, types.intp)
 _mj_forward = _c_function("mj_forward", types.intp, types.intp)
 _mj_forwardSkip = _c_function("mj_forwardSkip", types.intp, types.intp, types.int32, types.int32)
 _mj_step2 = _c_function("mj_step2", types.intp, types.intp)
@@ -61,15 +67,37 @@ _mj_jacSite = _c_function("mj_jacSite", types.intp, types.intp, types.intp, type
 _mj_fullM = _c_function("mj_fullM", types.intp, types.intp, types.intp)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _compiled(function: Callable[..., Any]) -> Any:
+    """
+    ``numba.njit`` whose cache belongs to the installed versions.
+
+    Numba's own key is this file and the processor; but robosuite's controller and the layout of MuJoCo's functions are
+    compiled in.
+    """
+    names = ("mujoco", "robosuite", "numba", "llvmlite", "numpy", "scipy")
+    key = " ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (control_utils, transform_utils))
+    folder = hashlib.sha256(key.encode() + sources).hexdigest()[:16]
+    before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    numba.config.CACHE_DIR = str(cache_dir() / "numba" / folder)  # type: ignore[attr-defined]
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    finally:
+        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+
+
+@_compiled
 def _forward(model, data):  # type: ignore[no-untyped-def]
+    # As mj_step does; a state beyond all bounds starts anew
+    _mj_checkPos(model, data)
+    _mj_checkVel(model, data)
     _mj_forward(model, data)
     # robosuite calls mj_forward twice. The second changes nothing but the solver's warm start, to which the bits of the
     # result are sensitive, so its constraint stage is kept.
     _mj_forwardSkip(model, data, _VELOCITY_STAGE, 1)  # type: ignore[call-overload]
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def _measure(model, data, state, arm, work):  # type: ignore[no-untyped-def]
     """What the controller knows of the arm, as robosuite's ``Controller.update`` reads it."""
     site_xpos, site_xmat, qpos, qvel, _ctrl, _bias, _inertia = state
@@ -96,7 +124,7 @@ def _measure(model, data, state, arm, work):  # type: ignore[no-untyped-def]
     return ee_pos, ee_ori_mat, ee_pos_vel, ee_ori_vel, joint_pos, joint_vel, j_pos, j_ori, mass
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
 def _finish(model, data, state, arm, osc, actuation, goal_pos, goal_ori, gripper, grip, measured):  # type: ignore[no-untyped-def]
     """Torques from a measurement (``OperationalSpaceController.run_controller``), gripper, and the integration."""
     ee_pos, ee_ori_mat, ee_pos_vel, ee_ori_vel, joint_pos, joint_vel, j_pos, j_ori, mass = measured
@@ -123,12 +151,14 @@ def _finish(model, data, state, arm, osc, actuation, goal_pos, goal_ori, gripper
     _mj_step2(model, data)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _substeps(model, data, state, arm, osc, actuation, work, goal_pos, goal_ori, gripper, grip, first, n):  # type: ignore[no-untyped-def]
-    for i in range(first, n):
+# One function with everything in it: several that call each other are compiled again for each caller
+@_compiled
+def _substeps(model, data, state, arm, osc, actuation, work, goal_pos, goal_ori, gripper, grip, measured, stale, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
         if i > 0:
             _forward(model, data)
-        measured = _measure(model, data, state, arm, work)
+        if i > 0 or not stale:
+            measured = _measure(model, data, state, arm, work)
         _finish(model, data, state, arm, osc, actuation, goal_pos, goal_ori, gripper, grip, measured)
 
 
@@ -198,7 +228,8 @@ class OscStepper:
         # robosuite's first control step still uses what the controller measured while the robot was being reset,
         # before the gripper was set; without that first value the bits differ from the first step on.
         vectors = ("ee_pos", "ee_ori_mat", "ee_pos_vel", "ee_ori_vel", "joint_pos", "joint_vel")
-        self._measured: tuple[np.ndarray, ...] | None = (
+        self._stale = True
+        self._measured = (
             *(np.array(getattr(controller, name), dtype=np.float64) for name in vectors),
             *(np.asfortranarray(getattr(controller, name)) for name in ("J_pos", "J_ori", "mass_matrix")),
         )
@@ -225,19 +256,29 @@ class OscStepper:
         :param action: float64 array of shape ``(7,)``: OSC deltas in [-1, 1] and the gripper (negative opens)
         """
         grip = np.array([-1.0, 1.0]) * self._robot.gripper.speed * np.sign(action[6])
-        shared = *self._pointers, self._state, self._arm, self._osc, self._actuation
-        measured, self._measured = self._measured, None
-        if measured is None:
+        stale, self._stale = self._stale, False
+        if stale:
+            mujoco.mj_forward(self._model, self._data)
+            ee_pos, ee_ori_mat = self._measured[:2]
+        else:
             _forward(*self._pointers)
             ee_pos, ee_ori_mat = self._state[0][self._site].copy(), self._state[1][self._site].reshape(3, 3).copy()
-            goal_pos = self._goal_position(action[:6], ee_pos, ee_ori_mat)
-            first = 0
-        else:
-            mujoco.mj_forward(self._model, self._data)
-            goal_pos = self._goal_position(action[:6], measured[0], measured[1])
-            _finish(*shared, goal_pos, self._goal_ori, self._gripper, grip, measured)
-            first = 1
-        _substeps(*shared, self._work, goal_pos, self._goal_ori, self._gripper, grip, first, self._n_substeps)
+        goal_pos = self._goal_position(action[:6], ee_pos, ee_ori_mat)
+        _substeps(
+            *self._pointers,
+            self._state,
+            self._arm,
+            self._osc,
+            self._actuation,
+            self._work,
+            goal_pos,
+            self._goal_ori,
+            self._gripper,
+            grip,
+            self._measured,
+            stale,
+            self._n_substeps,
+        )
 
 
 def _index(values: Any) -> np.ndarray:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import atexit
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mujoco
 import numpy as np
@@ -24,7 +25,6 @@ _HIDDEN_GROUP = 5  # a geom group that is not drawn
 _CULL_MARGIN = 0.01  # m; simplified meshes may leave their bounding boxes a little
 
 _context: Any = None
-_renderers: weakref.WeakSet[Renderer] = weakref.WeakSet()
 
 
 def _gl_context() -> Any:
@@ -43,8 +43,8 @@ def _gl_context() -> Any:
 
 def _close_all() -> None:
     global _context
-    for renderer in list(_renderers):
-        renderer.close()
+    for objects in list(_Objects.live):
+        objects.free()
     if _context is not None:
         _context.free()
         _context = None
@@ -74,7 +74,7 @@ class _Shared:
 
 
 @contextmanager
-def _client_arrays(vertices: np.ndarray) -> Any:
+def _client_arrays(vertices: np.ndarray) -> Iterator[None]:
     from OpenGL import GL
 
     stride, start = vertices.strides[0], vertices.ctypes.data
@@ -158,6 +158,60 @@ _meshes = _Shared(_create_mesh, _delete_mesh)
 _textures = _Shared(_create_texture, _delete_texture)
 
 
+class _Objects:
+    """
+    The GL objects of one model: MuJoCo's own and the shared ones.
+
+    Freed on purpose and never by the garbage collector, which may run in any thread and would have MuJoCo delete
+    textures that other models show.
+    """
+
+    live: ClassVar[set[_Objects]] = set()
+    retired: ClassVar[deque[_Objects]] = deque()
+
+    def __init__(self, model: mujoco.MjModel, visuals: Visuals):
+        from OpenGL import GL
+
+        self._textures: dict[int, Path] = {}
+        self._meshes: list[Path] = []
+        self.mjr: Any = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
+        self.live.add(self)
+        try:
+            for mesh, stem in visuals.meshes.items():
+                shared = _meshes.take(stem)
+                self._meshes.append(stem)
+                GL.glNewList(self.mjr.baseMesh + 2 * mesh, GL.GL_COMPILE)
+                GL.glCallList(shared)
+                GL.glEndList()
+            for texture, path in visuals.textures.items():
+                shared = _textures.take(path)
+                _delete_texture(int(self.mjr.texture[texture]))
+                self.mjr.texture[texture] = shared
+                self._textures[texture] = path
+        except BaseException:
+            self.free()
+            raise
+
+    @classmethod
+    def free_retired(cls) -> None:
+        """Free what renderers that are gone have left; the GL context is current."""
+        while cls.retired:
+            cls.retired.popleft().free()
+
+    def free(self) -> None:
+        """May be called twice; the GL context is current."""
+        if self.mjr is None:
+            return
+        for texture, path in self._textures.items():
+            self.mjr.texture[texture] = 0
+            _textures.release(path)
+        self.mjr.free()
+        self.mjr = None
+        for stem in self._meshes:
+            _meshes.release(stem)
+        self.live.discard(self)
+
+
 class Renderer:
     """
     Draws one compiled model as robosuite does: the same scene, options and flags, so the same pixels.
@@ -169,16 +223,18 @@ class Renderer:
 
     def __init__(self, model: mujoco.MjModel, visuals: Visuals, max_size: int):
         self._model = model
-        self._visuals = visuals
         model.vis.global_.offwidth = model.vis.global_.offheight = max_size
         if not model.light_castshadow.any():
             model.vis.quality.shadowsize = 0  # MuJoCo would keep 64 MB for shadows that nothing casts
-        _gl_context().make_current()
+        self._max_size = max_size
+        self._make_current()
         try:
-            self._mjr: Any = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
-            self._take_visuals()
+            self._objects = _Objects(model, visuals)
+        except (OSError, ValueError):  # a file of the cache
+            raise
         except Exception as error:
             raise gl_error(error) from error
+        weakref.finalize(self, _Objects.retired.append, self._objects).atexit = False
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
@@ -187,19 +243,11 @@ class Renderer:
         self._option.geomgroup[_HIDDEN_GROUP] = 0
         self._perturbation = mujoco.MjvPerturb()
         self._camera_ids: dict[str, int] = {}
-        _renderers.add(self)
 
-    def _take_visuals(self) -> None:
-        from OpenGL import GL
-
-        for mesh, stem in self._visuals.meshes.items():
-            shared = _meshes.take(stem)
-            GL.glNewList(self._mjr.baseMesh + 2 * mesh, GL.GL_COMPILE)
-            GL.glCallList(shared)
-            GL.glEndList()
-        for texture, path in self._visuals.textures.items():
-            _delete_texture(int(self._mjr.texture[texture]))
-            self._mjr.texture[texture] = _textures.take(path)
+    @staticmethod
+    def _make_current() -> None:
+        _gl_context().make_current()
+        _Objects.free_retired()
 
     def _camera_id(self, name: str) -> int:
         if name not in self._camera_ids:
@@ -217,6 +265,8 @@ class Renderer:
         :return: bool array, one entry a geom
         """
         model = self._model
+        if model.light_castshadow.any() or not _sees_a_pyramid(model, camera):
+            return np.zeros(model.ngeom, dtype=bool)
         rotation = data.geom_xmat.reshape(-1, 3, 3)
         centers = data.geom_xpos + np.einsum("gij,gj->gi", rotation, model.geom_aabb[:, :3])
         radii = np.linalg.norm(model.geom_aabb[:, 3:], axis=1) + _CULL_MARGIN
@@ -246,43 +296,48 @@ class Renderer:
         :param size: height and width in pixels
         :return: one uint8 array of shape ``(size, size, 3)`` a camera, upright
         """
-        if self._mjr is None:
+        if self._objects.mjr is None:
             raise RuntimeError("This renderer is closed.")
-        _gl_context().make_current()
+        if not 0 < size <= self._max_size:
+            raise ValueError(f"This renderer draws pictures of 1 to {self._max_size} pixels, got {size}.")
+        self._make_current()
         # The frame buffer belongs to the GL context, which other models draw in too.
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._objects.mjr)
         viewport = mujoco.MjrRect(0, 0, size, size)
         pictures = []
         for name in cameras:
             camera = self._camera.fixedcamid = self._camera_id(name)
             group = self._model.geom_group
             groups = group.copy()
-            group[self._outside(data, camera)] = _HIDDEN_GROUP
-            mujoco.mjv_updateScene(
-                self._model,
-                data,
-                self._option,
-                self._perturbation,
-                self._camera,
-                mujoco.mjtCatBit.mjCAT_ALL,
-                self._scene,
-            )
-            group[:] = groups
-            mujoco.mjr_render(viewport, self._scene, self._mjr)
+            try:
+                group[self._outside(data, camera)] = _HIDDEN_GROUP
+                mujoco.mjv_updateScene(
+                    self._model,
+                    data,
+                    self._option,
+                    self._perturbation,
+                    self._camera,
+                    mujoco.mjtCatBit.mjCAT_ALL,
+                    self._scene,
+                )
+            finally:
+                group[:] = groups
+            mujoco.mjr_render(viewport, self._scene, self._objects.mjr)
             pixels = np.empty((size, size, 3), dtype=np.uint8)
-            mujoco.mjr_readPixels(pixels, None, viewport, self._mjr)
+            mujoco.mjr_readPixels(pixels, None, viewport, self._objects.mjr)
             pictures.append(pixels[::-1].copy())  # OpenGL's first row is the lowest
         return pictures
 
     def close(self) -> None:
         """Free the GL resources; may be called twice."""
-        if self._mjr is not None:
-            if _context is not None:
-                _context.make_current()
-                for texture, path in self._visuals.textures.items():
-                    self._mjr.texture[texture] = 0  # shared: not this model's to delete
-                    _textures.release(path)
-                self._mjr.free()
-                for stem in self._visuals.meshes.values():
-                    _meshes.release(stem)
-            self._mjr = None
+        if self._objects.mjr is not None:
+            self._make_current()
+            self._objects.free()
+
+
+def _sees_a_pyramid(model: mujoco.MjModel, camera: int) -> bool:
+    """Whether a camera is a plain perspective one, of which the field of view says all."""
+    if hasattr(model, "cam_sensorsize") and model.cam_sensorsize[camera].any():
+        return False
+    kind = getattr(model, "cam_projection", getattr(model, "cam_orthographic", None))
+    return kind is None or not kind[camera]

@@ -33,7 +33,12 @@ def cache_dir() -> Path:
     path = (
         Path(root).expanduser() if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opd_gym"
     )
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"The cache folder {path} cannot be made ({error}). Set OPD_GYM_CACHE to a folder that can be written."
+        ) from error
     return path
 
 
@@ -70,7 +75,9 @@ def _avoid_first_import_prompt() -> None:
         "datasets": cache_dir() / "datasets",
         "assets": root / "assets",
     }
-    (folder / "config.yaml").write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    temporary = folder / f".config-{os.getpid()}.yaml"
+    temporary.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    os.replace(temporary, folder / "config.yaml")
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
 
 

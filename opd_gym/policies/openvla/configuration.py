@@ -1,0 +1,292 @@
+"""Configuration of OpenVLA: what the published ``config.json`` says, and what its users had to know besides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import Dinov2WithRegistersConfig, LlamaConfig, PretrainedConfig, SiglipVisionConfig
+
+from opd_gym.policies.vla import VLAConfig
+
+
+@dataclass(frozen=True)
+class InputProfile:
+    """
+    How the code that trained a checkpoint feeds it. A checkpoint works with the inputs that it was trained on.
+
+    :param parallel: all tokens of a decision come from one pass with bidirectional attention (OpenVLA-OFT); otherwise
+        one after the other with causal attention (OpenVLA)
+    :param stop_token: parallel decoding only: whether the end of the sequence is in sight of all others
+    :param tensorflow_images: LIBERO's pictures go through JPEG, a Lanczos resize and a centre crop of 0.9 of the area,
+        as in OpenVLA's data loader; otherwise through one bicubic resize
+    """
+
+    parallel: bool
+    stop_token: bool
+    tensorflow_images: bool
+
+
+INPUT_PROFILES = {
+    "openvla": InputProfile(parallel=False, stop_token=False, tensorflow_images=True),
+    "simplevla-rl": InputProfile(parallel=True, stop_token=True, tensorflow_images=True),
+    "rlinf": InputProfile(parallel=True, stop_token=False, tensorflow_images=False),
+}
+
+
+def get_profile(name: str) -> InputProfile:
+    """
+    :param name: "openvla", "simplevla-rl" or "rlinf"
+    :return: the profile
+    :raises ValueError: unknown name
+    """
+    if name not in INPUT_PROFILES:
+        raise ValueError(f"input_profile must be one of {sorted(INPUT_PROFILES)}, got {name!r}.")
+    return INPUT_PROFILES[name]
+
+
+def data_set(norm_stats: Mapping[str, Any], unnorm_key: str | None) -> str:
+    """
+    :param norm_stats: statistics by data set
+    :param unnorm_key: name of a data set, with or without LIBERO's suffix ``_no_noops``; None if there is one only
+    :return: the name in ``norm_stats``
+    :raises ValueError: it is not there, or there are several to choose from
+    """
+    if unnorm_key is None and len(norm_stats) == 1:
+        return next(iter(norm_stats))
+    for name in (unnorm_key, f"{unnorm_key}_no_noops"):
+        if name in norm_stats:
+            return str(name)
+    raise ValueError(
+        f"unnorm_key {unnorm_key!r} names no data set of this checkpoint. It has statistics of: "
+        f"{sorted(norm_stats) or 'none'}. Say which ones to use: "
+        'opd_gym.policies.openvla.complete_checkpoint(checkpoint, unnorm_key="...").'
+    )
+
+
+# What the published config.json of every checkpoint with this architecture says; written so that other software reads
+# what is saved here.
+PUBLISHED_FIELDS = {
+    "arch_specifier": "no-align+fused-gelu-mlp",
+    "hf_llm_id": "meta-llama/Llama-2-7b-hf",
+    "image_resize_strategy": "resize-naive",
+    "llm_backbone_id": "llama2-7b-pure",
+    "llm_max_length": 2048,
+    "output_projector_states": False,
+    "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
+    "timm_override_act_layers": [None, None],
+    "use_fused_vision_backbone": True,
+    "vision_backbone_id": "dinosiglip-vit-so-224px",
+}
+
+# The processors of the published checkpoints went through bfloat16, so these are not ImageNet's to the last digit.
+PIXEL_MEANS = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
+PIXEL_STDS = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
+
+
+def _sub_config(config_class: type[PretrainedConfig], given: Any, **published: Any) -> Any:
+    if isinstance(given, PretrainedConfig):
+        return given
+    # Written by transformers; LlamaConfig and its like would take them for fields of their own
+    values = {k: v for k, v in (given or {}).items() if k not in ("model_type", "torch_dtype", "transformers_version")}
+    return config_class(**{**published, **values})
+
+
+class OpenVLAConfig(VLAConfig):
+    """
+    Configuration of :class:`OpenVLAModel`. The arguments of :class:`VLAConfig`, of which ``statistics`` follow from
+    ``norm_stats`` where there are any, and:
+
+    :param text_config: of the language model; None for Llama-2-7B with the 32,064 rows of OpenVLA
+    :param dino_config: of the first vision transformer; None for DINOv2 ViT-L/14 with registers at 224 pixels
+    :param siglip_config: of the second; None for SigLIP So400m/14 at 224 pixels
+    :param norm_stats: statistics of the data sets, ``{name: {"action": {"q01": ..., "q99": ..., "mask": ...},
+        "proprio": ...}}``
+    :param unnorm_key: name of the data set whose statistics turn tokens into actions; None if there is one only
+    :param input_profile: "openvla", "simplevla-rl" or "rlinf", see :class:`InputProfile`
+    :param libero_images: the training pictures are those of LIBERO's data sets: raw pictures of MuJoCo turned by 180
+        degrees, which makes them upright and mirrored. Other pictures are cropped and otherwise left as they are
+    :param normalization: "bounds_q99" if actions and proprioception were normalised with q01 and q99, "bounds" with min
+        and max
+    :param gripper: "open_is_one" if the last action dimension is 1 for an open gripper and 0 for a closed one (LIBERO),
+        see :func:`opd_gym.envs.wrappers.decode_tokens`; None if it is as the env wants it
+    :param proprio_inputs: inputs of the proprioception projector; 0 if there is none. 8 inputs are position,
+        axis-angle and fingers, which are made from LIBERO's 9 numbers (position, quaternion, fingers)
+    :param pad_to_multiple_of: rows at the end of the vocabulary that are no tokens
+    :param pad_token_id: token that fills up shorter prompts
+    :param pixel_means: means of the three channels for either vision transformer
+    :param pixel_stds: standard deviations, likewise
+    :raises ValueError: unknown profile, normalisation, data set or vision backbone; statistics that do not fit
+    """
+
+    model_type = "openvla"
+    sub_configs = {  # noqa: RUF012
+        "text_config": LlamaConfig,
+        "dino_config": Dinov2WithRegistersConfig,
+        "siglip_config": SiglipVisionConfig,
+    }
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        dino_config: dict[str, Any] | PretrainedConfig | None = None,
+        siglip_config: dict[str, Any] | PretrainedConfig | None = None,
+        norm_stats: dict[str, Any] | None = None,
+        unnorm_key: str | None = None,
+        input_profile: str = "simplevla-rl",
+        libero_images: bool = True,
+        normalization: str = "bounds_q99",
+        gripper: str | None = "open_is_one",
+        proprio_inputs: int = 0,
+        pad_to_multiple_of: int = 64,
+        pad_token_id: int = 32000,
+        pixel_means: Any = PIXEL_MEANS,
+        pixel_stds: Any = PIXEL_STDS,
+        image_keys: list[str] | tuple[str, ...] = ("agentview",),
+        image_size: list[int] | tuple[int, int] = (256, 256),
+        proprio_dim: int = 0,
+        statistics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        profile = get_profile(input_profile)
+        if normalization not in ("bounds", "bounds_q99"):
+            raise ValueError(f'normalization must be "bounds" or "bounds_q99", got {normalization!r}.')
+        backbone = kwargs.get("vision_backbone_id", PUBLISHED_FIELDS["vision_backbone_id"])
+        if backbone != PUBLISHED_FIELDS["vision_backbone_id"]:
+            raise ValueError(
+                f"The checkpoint's vision backbone is {backbone!r}; OpenVLA's is "
+                f"{PUBLISHED_FIELDS['vision_backbone_id']!r}, and no other is supported."
+            )
+        for name, value in PUBLISHED_FIELDS.items():
+            setattr(self, name, kwargs.pop(name, value))
+        self.text_config = _sub_config(LlamaConfig, text_config, vocab_size=32064, pad_token_id=pad_token_id)
+        self.dino_config = _sub_config(
+            Dinov2WithRegistersConfig, dino_config, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+            patch_size=14, image_size=224, num_register_tokens=4, layerscale_value=1e-5,
+        )  # fmt: skip
+        # GELU and not its tanh approximation, which transformers' own SigLIP uses: so was OpenVLA trained
+        self.siglip_config = _sub_config(
+            SiglipVisionConfig, siglip_config, hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+            num_attention_heads=16, patch_size=14, image_size=224, hidden_act="gelu",
+        )  # fmt: skip
+        self.norm_stats = norm_stats or {}
+        self.unnorm_key = unnorm_key
+        self.input_profile = input_profile
+        self.libero_images = libero_images
+        self.normalization = normalization
+        self.gripper = gripper
+        self.proprio_inputs = proprio_inputs
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pixel_means = [list(row) for row in pixel_means]
+        self.pixel_stds = [list(row) for row in pixel_stds]
+        kwargs.setdefault("n_bins", kwargs.pop("n_action_bins", 256))
+        kwargs.pop("image_sizes", None)
+        kwargs.setdefault("n_tokens", 56 if profile.parallel else 7)
+        if self.norm_stats:
+            # Those that were saved may be another data set's by now
+            statistics = self._action_statistics()
+        super().__init__(
+            image_keys=image_keys,
+            image_size=image_size,
+            proprio_dim=proprio_dim,
+            statistics=statistics,
+            pad_token_id=pad_token_id,
+            **kwargs,
+        )
+        if proprio_inputs and proprio_inputs != proprio_dim and (proprio_dim, proprio_inputs) != (9, 8):
+            raise ValueError(
+                f"The proprioception projector has {proprio_inputs} inputs, the observation {proprio_dim} numbers. "
+                "Set proprio_dim to the env's: as many as the projector's, or LIBERO's 9 for a projector of 8."
+            )
+        if statistics is not None and np.size(statistics["q01"]) != self.action_dim:
+            raise ValueError(
+                f"The statistics are for {np.size(statistics['q01'])} action dimensions, action_dim is "
+                f"{self.action_dim}."
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model."""
+        return self.text_config.hidden_size
+
+    @property
+    def profile(self) -> InputProfile:
+        """What :attr:`input_profile` means."""
+        return get_profile(self.input_profile)
+
+    @property
+    def vision_size(self) -> int:
+        """Side of the pictures that the vision transformers see, in pixels."""
+        return int(self.dino_config.image_size)
+
+    @property
+    def n_patches(self) -> int:
+        """Number of tokens that all pictures of an observation become."""
+        return len(self.image_keys) * (self.vision_size // int(self.dino_config.patch_size)) ** 2
+
+    @property
+    def action_ids(self) -> slice:
+        """The ids of the action tokens; the highest id is the lowest bin."""
+        end = self.text_config.vocab_size - self.pad_to_multiple_of
+        return slice(end - self.n_bins, end)
+
+    def data_statistics(self, kind: str) -> dict[str, Any]:
+        """
+        :param kind: "action" or "proprio"
+        :return: ``q01``, ``q99`` (or min and max, under these names) and ``mask``, of :attr:`unnorm_key`'s data set
+        :raises ValueError: no or several data sets and no :attr:`unnorm_key`; unknown data set; statistics missing
+        """
+        key = data_set(self.norm_stats, self.unnorm_key)
+        values = self.norm_stats[key].get(kind)
+        low, high = ("q01", "q99") if self.normalization == "bounds_q99" else ("min", "max")
+        if not values or low not in values or high not in values:
+            raise ValueError(f"The statistics of {key!r} have no {kind!r} with {low!r} and {high!r}.")
+        mask = values.get("mask", np.ones(np.shape(values[low]), dtype=bool))
+        return {"q01": values[low], "q99": values[high], "mask": mask}
+
+    def _action_statistics(self) -> dict[str, Any]:
+        statistics = self.data_statistics("action")
+        return statistics if self.gripper is None else {**statistics, "gripper": self.gripper}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Our fields, and the published ones where other software expects them."""
+        values = super().to_dict()
+        values["n_action_bins"] = self.n_bins
+        values["image_sizes"] = [self.vision_size, self.vision_size]
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Everything: other software has other defaults."""
+        return self.to_dict()
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path, values: Mapping[str, Any], **fields: Any) -> OpenVLAConfig:
+        """
+        See :meth:`VLAConfig.from_checkpoint`. What a published ``config.json`` leaves open is found out.
+
+        :param directory: the checkpoint
+        :param values: its ``config.json``
+        :param fields: arguments of this class that are known besides
+        :return: its configuration
+        """
+        from opd_gym.policies.openvla.checkpoints import complete_values
+
+        return cls.from_dict(complete_values(directory, values, **fields))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **fields: Any
+    ) -> OpenVLAConfig:
+        """
+        :param pretrained_model_name_or_path: directory of a published checkpoint, or its id on the hub
+        :param fields: arguments of this class that are known besides, or to differ
+        :return: its configuration
+        """
+        from opd_gym.policies.openvla.checkpoints import locate, read_values
+
+        directory = locate(pretrained_model_name_or_path)
+        return cls.from_checkpoint(directory, read_values(directory), **fields)

@@ -1,0 +1,285 @@
+"""Any image-text-to-text model of transformers as a body: tiny random SmolVLM (Idefics3) and Qwen2.5-VL."""
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from test_lora import Recorder, logits, train
+from test_vla import observation_space, sample, tensors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from toys import Robot, vec
+from transformers import (
+    AutoModelForImageTextToText,
+    Idefics3Config,
+    Idefics3Processor,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLProcessor,
+)
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from opd_gym import OPD
+from opd_gym.envs.instructions import encode_instruction
+from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
+from opd_gym.policies.vla import VLAPolicy, read_checkpoint_config
+from opd_gym.policies.vlm import VLMConfig, VLMModel, _without_videos
+
+SPACE = observation_space(32)
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}:{% for part in message.content %}"
+    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+VOCAB_SIZE = 600
+
+
+def tokenizer(*special):
+    """Bytes as tokens."""
+    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    fast.add_special_tokens({"additional_special_tokens": list(special)})
+    return fast
+
+
+def smolvlm(directory, template=True):
+    words = tokenizer("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
+    size = {"longest_edge": 32}
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=True), words, image_seq_len=4,
+        chat_template=TEMPLATE.replace("IMAGE", "<image>") if template else None,
+    )  # fmt: skip
+    config = Idefics3Config(
+        text_config=LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=VOCAB_SIZE, pad_token_id=words.pad_token_id,
+        ).to_dict(),
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": 32, "patch_size": 8,
+        },
+        image_token_id=words.convert_tokens_to_ids("<image>"), scale_factor=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return write(directory, config, processor)
+
+
+def qwen(directory):
+    words = tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    processor = _without_videos(Qwen2_5_VLProcessor)(
+        Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024}), words,
+        chat_template=TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    )  # fmt: skip
+    text = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    }  # fmt: skip
+    ids = {f"{name}_token_id": words.convert_tokens_to_ids(token) for name, token in [
+        ("image", "<|image_pad|>"), ("video", "<|video_pad|>"), ("vision_start", "<|vision_start|>"),
+        ("vision_end", "<|vision_end|>"),
+    ]}  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
+        "window_size": 16, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    return write(directory, Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids), processor)
+
+
+def write(directory, config, processor):
+    th.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=[smolvlm, qwen], ids=["smolvlm", "qwen2.5-vl"])
+def pretrained(request, tmp_path_factory):
+    """A pretrained model as it would lie on the hub."""
+    return request.param(tmp_path_factory.mktemp("hub") / request.param.__name__)
+
+
+def make(model, space=SPACE, n_tokens=14, body_kwargs=None, **kwargs):
+    th.manual_seed(0)
+    return VLAPolicy(
+        space, spaces.MultiDiscrete([256] * n_tokens), lambda _: 1e-2, body="vlm",
+        body_kwargs={"model": model, "processor_kwargs": {}, **(body_kwargs or {})}, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def obs():
+    obs = sample(SPACE, 3)
+    obs["instruction"][1] = encode_instruction("open the middle drawer of the cabinet, and close it")
+    return obs
+
+
+def rows(obs, i):
+    return {key: value[i] for key, value in obs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- body
+
+
+def test_starts_from_the_pretrained_weights(pretrained, obs):
+    policy = make(pretrained)
+    vlm = AutoModelForImageTextToText.from_pretrained(pretrained)
+    ours = policy.body.vlm.state_dict()
+    assert ours.keys() == vlm.base_model.state_dict().keys()
+    for name, value in vlm.base_model.state_dict().items():
+        assert th.equal(ours[name], value), name
+    # The bins are the last 256 tokens of the vocabulary
+    np.testing.assert_array_equal(policy.body.bins.weight.detach(), vlm.get_output_embeddings().weight[-256:].detach())
+    assert logits(policy, obs).shape == (3, 14, 256)
+    assert policy.body.vlm.config._attn_implementation == "sdpa"
+
+
+def test_every_input_matters_and_the_batch_does_not(pretrained, obs):
+    policy = make(pretrained)
+    expected = logits(policy, obs)
+    # Prompts differ in length: padding of the shorter ones changes nothing
+    alone = th.cat([logits(policy, rows(obs, slice(i, i + 1))) for i in range(3)])
+    np.testing.assert_allclose(alone, expected, atol=2e-4)
+    for key in ("agentview", "wrist", "proprio", "instruction"):
+        changed = {name: value.copy() for name, value in obs.items()}
+        changed[key][0] = encode_instruction("stop") if key == "instruction" else changed[key][2] // 2
+        difference = (logits(policy, changed) - expected).abs().amax(dim=(1, 2))
+        assert difference[0] > 1e-4 and difference[1:].max() < 1e-4, key
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_attention_in_both_directions(pretrained, obs, bidirectional, padded):
+    """A later placeholder is seen by an earlier token, if it is to be; with a mask for padding, and without."""
+    policy = make(pretrained, body_kwargs={"bidirectional": bidirectional})
+    if not padded:
+        obs["instruction"][:] = obs["instruction"][0]
+    before = logits(policy, obs)
+    with th.no_grad():
+        policy.body.placeholders.weight[10] += 1.0
+    changed = (logits(policy, obs) - before).abs().amax(dim=(0, 2)) > 1e-6
+    assert changed[10:].all() and changed[:10].all() == bidirectional and changed[:10].any() == bidirectional
+
+
+def test_every_parameter_learns(pretrained, obs):
+    policy = make(pretrained, value_head=True, gradient_checkpointing=True)
+    policy.set_training_mode(True)
+    values, log_prob, _ = policy.evaluate_actions(tensors(obs), th.full((3, 14), 7))
+    (log_prob.mean() + values.mean()).backward()
+    missing = {name for name, p in policy.named_parameters() if p.grad is None}
+    # What a vision tower has after its last used layer
+    assert all("vision_model.head" in name for name in missing)
+    train(policy, obs, 30)
+    assert (logits(policy, obs).argmax(-1) == 42).float().mean() > 0.9
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_checkpoint_needs_no_pretrained_model(pretrained, obs, tmp_path):
+    policy = make(pretrained)
+    train(policy, obs, 1)
+    policy.save_checkpoint(tmp_path / "student")
+    name, config = read_checkpoint_config(tmp_path / "student")
+    assert name == "vlm" and config.model is None
+    assert str(pretrained) not in (tmp_path / "student" / "config.json").read_text()
+    again = VLAPolicy(SPACE, policy.action_space, lambda _: 1e-3, checkpoint=tmp_path / "student")
+    np.testing.assert_array_equal(logits(again, obs), logits(policy, obs))
+    half = VLAPolicy(
+        SPACE, policy.action_space, lambda _: 1e-3, checkpoint=tmp_path / "student", dtype="bfloat16", trainable=False
+    )
+    assert {p.dtype for p in half.parameters()} == {th.bfloat16}
+    np.testing.assert_allclose(logits(half, obs).exp(), logits(policy, obs).exp(), atol=0.05)
+
+
+def test_zip_of_a_fully_trained_model_loads_alone(tmp_path, obs):
+    base = smolvlm(tmp_path / "base")
+    policy = make(base)
+    train(policy, obs, 1)
+    expected = logits(policy, obs)
+    policy.save(tmp_path / "policy.pt")
+    base.rename(tmp_path / "gone")
+    np.testing.assert_array_equal(logits(VLAPolicy.load(tmp_path / "policy.pt", device="cpu"), obs), expected)
+
+
+def test_lora(pretrained, obs, tmp_path):
+    """Adapters in the model, the new head, placeholders and proprioception in full; the zip refers to the model."""
+    policy = make(pretrained, lora={"r": 2}, dtype="bfloat16")
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert {name.split(".")[1] for name in trained if ".lora_" not in name} == {"bins", "placeholders", "proprio"}
+    assert all(p.dtype == (th.float32 if name in trained else th.bfloat16) for name, p in policy.named_parameters())
+    train(policy, obs, 2)
+    expected = logits(policy, obs)
+    policy.save(tmp_path / "policy.pt")
+    loaded = VLAPolicy.load(tmp_path / "policy.pt", device="cpu")
+    np.testing.assert_array_equal(logits(loaded, obs), expected)
+    assert set(loaded.state_dict()) == trained | {"base_checkpoint"}
+    policy.save_checkpoint(tmp_path / "merged", dtype=th.float32)
+    merged = VLAPolicy(SPACE, policy.action_space, lambda _: 1e-3, checkpoint=tmp_path / "merged")
+    np.testing.assert_allclose(logits(merged, obs).exp(), expected.exp(), atol=0.05)
+
+
+def test_opd_distils_into_a_vlm(pretrained):
+    model = OPD(
+        "VLAPolicy", vec(2, env=lambda: EpisodeControl(ActionTokens(ActionChunk(Robot(), 2))), control=False),
+        teacher="expert", n_steps=3, batch_size=6, micro_batch_size=4, gradient_steps=1, seed=0, device="cpu",
+        policy_kwargs={"body": "vlm", "body_kwargs": {"model": pretrained}, "lora": {"r": 2}},
+    )  # fmt: skip
+    recorder = Recorder(model, trained_only=True)
+    model.learn(6)
+    assert len(recorder.steps) == 1 and recorder.steps[0].norm() > 0
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_prompts(tmp_path, obs):
+    policy = make(smolvlm(tmp_path / "plain", template=False), body_kwargs={"prompt": "do {instruction}"})
+    body = policy.body
+    assert body._prompt(obs["instruction"][0]) == "<image>\n<image>\ndo pick up the milk"
+    chat = make(smolvlm(tmp_path / "chat")).body._prompt(obs["instruction"][0])
+    assert chat == "user:<image><image>What action should the robot take to pick up the milk? assistant:"
+    assert logits(policy, obs).shape == (3, 14, 256)
+
+
+def test_processor_options_make_pictures_cheaper(tmp_path, obs):
+    base = smolvlm(tmp_path / "base")
+    widths = {}
+    for splitting in (True, False):
+        options = {"do_image_splitting": splitting, "size": {"longest_edge": 64}}
+        body = make(base, body_kwargs={"processor_kwargs": options}).body
+        images = {key: th.as_tensor(obs[key]).permute(0, 3, 1, 2) for key in ("agentview", "wrist")}
+        widths[splitting] = body.inputs(images, th.as_tensor(obs["instruction"]))["input_ids"].shape[1]
+    assert widths[False] < 0.8 * widths[True]
+
+
+def test_models_that_do_not_fit(tmp_path):
+    base = smolvlm(tmp_path / "base")
+    LlamaConfig(vocab_size=64).save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="'llama'.*image-text-to-text"):
+        make(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match="pretrained model .*nowhere"):
+        make(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="needs a model"):
+        VLAPolicy(SPACE, spaces.MultiDiscrete([256] * 14), lambda _: 1e-2, body="vlm")
+    with pytest.raises(ValueError, match=r"must contain \{instruction\}"):
+        make(base, body_kwargs={"prompt": "go"})
+    with pytest.raises(ValueError, match=f"has {VOCAB_SIZE} tokens, fewer than the 1000 bins"):
+        VLAPolicy(SPACE, spaces.MultiDiscrete([1000] * 14), lambda _: 1, body="vlm", body_kwargs={"model": base})
+    for path in (*base.glob("*token*"), *base.glob("*process*")):
+        path.unlink()
+    with pytest.raises(ValueError, match="has no processor"):
+        make(base)
+    with pytest.raises(RuntimeError, match="no processor"):
+        VLMModel(VLMConfig(model=base))({}, th.zeros(1, 128, dtype=th.uint8))
+
+
+def test_lora_without_its_model(tmp_path):
+    base = smolvlm(tmp_path / "base")
+    make(base, lora=True).save(tmp_path / "policy.pt")
+    base.rename(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="pretrained model .*base"):
+        VLAPolicy.load(tmp_path / "policy.pt", device="cpu")
