@@ -163,9 +163,9 @@ class RemoteSimulator:
         code = self.process.wait()
         self._connection.close()
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
-        self._last_words.seek(0, os.SEEK_END)
-        self._last_words.seek(max(self._last_words.tell() - 2000, 0))
-        words = self._last_words.read().decode(errors="replace").strip()
+        self._last_words.seek(0)
+        # Python ends its report of a crash with a list of all modules
+        words = self._last_words.read().decode(errors="replace").split("\nExtension modules: ")[0].strip()[-2000:]
         return WorkerLost(f"RoboTwin's worker {reason} ({name})." + (f" Its last words:\n{words}" if words else ""))
 
     def close(self) -> None:

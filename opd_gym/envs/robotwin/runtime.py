@@ -35,6 +35,7 @@ NOT_COMPARABLE = "Success rates with it cannot be compared to published ones."
 # With which people choose a Vulkan driver
 DRIVER_VARIABLES = ("VK_ICD_FILENAMES", "VK_DRIVER_FILES")
 STAND_IN_MARKER = ".stand-in.json"
+_renderers: list[Any] = []
 # What RoboTwin's runtime imports besides what it is made of; the installer looks for the same.
 MODULES = ("robotwin", "sapien", "toppra", "transforms3d", "trimesh", "cv2", "scipy", "imageio", "yaml", "torch")
 
@@ -213,7 +214,8 @@ def import_robotwin() -> Any:
     # Configurations of a planner that runs on CUDA alone and plays no part here; the stand-in robots have none
     robot.load_curobo_config = lambda embodiment_root, arm: {}  # type: ignore[attr-defined]
     try:
-        sapien.SapienRenderer()
+        # While one lives, new scenes share what it has computed: without it each one takes 5 s on a CPU
+        _renderers.append(sapien.SapienRenderer())
     except RuntimeError as error:
         raise vulkan_error(error) from error
     return sapien

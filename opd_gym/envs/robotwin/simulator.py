@@ -38,6 +38,8 @@ EXPERT_METHODS = (
     "close_gripper",
     "delay",
 )
+# Random starts of the inverse kinematics of a candidate grasp; mplib's own is 20
+IK_ATTEMPTS = 4
 Arrays = dict[str, np.ndarray]
 
 
@@ -306,6 +308,25 @@ def _task_class(task: str) -> type:
             if self.trace is not None:
                 robot = self.robot
                 self.trace.append(np.array([*robot.get_left_arm_jointState(), *robot.get_right_arm_jointState()]))
+
+        def choose_best_pose(self, res_pose: Any, center_pose: Any, arm_tag: Any = None) -> Any:
+            """
+            RoboTwin plans to all candidates, most of them out of reach, and takes the first that it can reach. Here the
+            search ends there, and gives a candidate up sooner: a recording takes a quarter of the time.
+            """
+            if not self.plan_success:
+                return super().choose_best_pose(res_pose, center_pose, arm_tag)
+            left = str(arm_tag) == "left"
+            plan = self.robot.left_plan_multi_path if left else self.robot.right_plan_multi_path
+            planner = (self.robot.left_planner if left else self.robot.right_planner).planner
+            planner.IK = functools.partial(planner.IK, n_init_qpos=IK_ATTEMPTS)
+            try:
+                for pose in self.robot.create_target_pose_list(res_pose, center_pose, arm_tag):
+                    if plan([pose])["status"][0] == "Success":
+                        return pose
+            finally:
+                del planner.IK
+            return None
 
     def paused(name: str) -> Callable[..., Any]:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
