@@ -305,6 +305,30 @@ def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
     return files
 
 
+def read_statistics(paths: PathLike | Sequence[PathLike]) -> dict[str, list[Any]] | None:
+    """
+    Statistics with which action tokens cover demonstrations, where those who made them have stored any.
+
+    :param paths: HDF5 files or directories of them
+    :return: statistics for ``ActionTokens`` whose range is that of all files together; None if a file has none
+    :raises ValueError: the files normalise different dimensions
+    """
+    found: list[dict[str, Any]] = []
+    for path in find_files(paths):
+        with h5py.File(path, "r") as file:
+            found.append(json.loads(file["data"].attrs.get("env_args", "{}")).get("statistics"))
+    if any(statistics is None for statistics in found):
+        return None
+    masks = [statistics.get("mask") for statistics in found]
+    if any(mask != masks[0] for mask in masks):
+        raise ValueError(f"The statistics of {paths} normalise different dimensions: {masks}.")
+    merged = {
+        "q01": np.min([statistics["q01"] for statistics in found], axis=0).tolist(),
+        "q99": np.max([statistics["q99"] for statistics in found], axis=0).tolist(),
+    }
+    return merged if masks[0] is None else {**merged, "mask": masks[0]}
+
+
 class Demonstrations:
     """
     Observations with the actions that were shown for them, one row per time step (or decision).

@@ -29,7 +29,7 @@ from opd_gym.envs.robotwin.actions import (
 from opd_gym.envs.robotwin.assets import unpack
 from opd_gym.envs.robotwin.remote import RemoteSimulator, receive, send
 from opd_gym.envs.robotwin.stand_in import write_stand_in
-from opd_gym.envs.robotwin.traces import Trace, find_traces, replay
+from opd_gym.envs.robotwin.traces import Trace, find_traces, make_env, replay
 from opd_gym.envs.wrappers import decode_tokens, encode_actions
 from opd_gym.evaluation import eval_episodes, evaluate_success
 from opd_gym.zoo.cli import main
@@ -291,7 +291,7 @@ def test_proprioception_of_another_robot_in_a_file(tmp_path):
 @pytest.mark.parametrize("name", TRACES)
 def test_the_experts_trace_ends_in_success(name, worker):
     trace = Trace.load(DATA / f"{name}.npz")
-    played = replay(trace, borrow(trace.make_env(**KWARGS), worker))
+    played = replay(trace, borrow(make_env([trace], **KWARGS), worker))
     assert played.success
     n = len(played.action_chunks)
     # Not from the beginning, and not only at the end of the stand-still

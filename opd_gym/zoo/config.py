@@ -21,7 +21,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, bare_id, make_vec
+from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, ROBOTWIN_IDS, bare_id, make_vec
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 ALGORITHMS = ("opd", "grpo", "ppo", "sft")
@@ -108,8 +108,11 @@ def read_hyperparams(path: Path) -> dict[str, Any]:
 def suite_id(env_id: str) -> str:
     """
     :param env_id: environment id
-    :return: ``LiberoObject-v0`` for ``LiberoObjectTask3-v0``; other ids as they are
+    :return: ``LiberoObject-v0`` for ``LiberoObjectTask3-v0``, ``RoboTwin-v0`` for any of RoboTwin's; other ids as they
+        are
     """
+    if env_id in ROBOTWIN_IDS:
+        return "RoboTwin-v0"
     return re.sub(r"Task\d+(-v\d+)$", r"\1", env_id)
 
 

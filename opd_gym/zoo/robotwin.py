@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from opd_gym.envs.robotwin.traces import Trace
 
 # Replays of one trace before it is given up
 MAX_ATTEMPTS = 5
@@ -140,7 +145,7 @@ def _demos(args: argparse.Namespace) -> int:
 
 
 def make_demonstrations(
-    traces: list[Any],
+    traces: Sequence[Trace],
     path: Path,
     replays: int = 1,
     perturbation: float = 0.0,
@@ -153,9 +158,9 @@ def make_demonstrations(
 
     The file's ``env_args`` hold the ``statistics`` with which action tokens cover these demonstrations.
 
-    :param traces: :class:`opd_gym.envs.robotwin.traces.Trace` of one task
+    :param traces: of one task
     :param path: the file
-    :param replays: demonstrations of each trace; all but the first begin with a chunk of another length
+    :param replays: demonstrations of each trace; every second one begins with a chunk of another length
     :param perturbation: see :func:`opd_gym.envs.robotwin.traces.replay`
     :param seed: seed of the perturbations
     :param progress: show a progress bar
@@ -167,38 +172,37 @@ def make_demonstrations(
 
     from opd_gym.demonstrations import Episode, write_demonstrations
     from opd_gym.envs.robotwin.actions import statistics_of_actions
-    from opd_gym.envs.robotwin.traces import replay
+    from opd_gym.envs.robotwin.traces import make_env, replay
 
     if replays < 1:
         raise ValueError(f"replays must be at least 1, got {replays}.")
     episodes: list[Episode] = []
-    with tqdm(total=len(traces) * replays, desc="replaying", unit="episode", disable=not progress) as bar:
-        for trace in traces:
-            env = trace.make_env(**env_kwargs)
-            robot = "a stand-in" if trace.stand_in else "RoboTwin's own"
-            try:
-                attempt = kept = 0
-                while kept < replays:
-                    if attempt >= MAX_ATTEMPTS * replays:
-                        raise ValueError(
-                            f"The trace of {trace.task} in scene {trace.scene_seed} ended in success {kept} times in "
-                            f"{attempt} replays. Lower the perturbation ({perturbation}), or replay it with the robot "
-                            f"that it was recorded with ({robot})."
-                        )
-                    own_seed = seed + 1000 * len(episodes) + attempt
-                    size = env.chunk_size or 1
-                    first = int(np.random.default_rng(own_seed).integers(1, size + 1)) if kept else None
-                    played = replay(trace, env, perturbation if kept or replays == 1 else 0.0, first, own_seed)
-                    attempt += 1
-                    if not played.success:
-                        continue
-                    kept += 1
-                    bar.update(1)
-                    attrs = {"task_id": env.task_id, "scene_seed": trace.scene_seed, "seed": own_seed}
-                    chunks = played.action_chunks
-                    episodes.append(Episode(played.observations, chunks[:, 0], chunks, played.instruction, attrs=attrs))
-            finally:
-                env.close()
+    with (
+        closing(make_env(traces, **env_kwargs)) as env,
+        tqdm(total=len(traces) * replays, desc="replaying", unit="episode", disable=not progress) as bar,
+    ):
+        size = env.chunk_size or 1
+        for i, trace in enumerate(traces):
+            attempt = kept = 0
+            while kept < replays:
+                if attempt >= MAX_ATTEMPTS * replays:
+                    robot = "a stand-in" if trace.stand_in else "RoboTwin's own"
+                    raise ValueError(
+                        f"The trace of {trace.task} in scene {trace.scene_seed} ended in success {kept} times in "
+                        f"{attempt} replays. Lower the perturbation ({perturbation}), or replay it with the robot that "
+                        f"it was recorded with ({robot})."
+                    )
+                own_seed = seed + 1000 * len(episodes) + attempt
+                first = int(np.random.default_rng(own_seed).integers(1, size + 1)) if kept % 2 else None
+                played = replay(trace, env, perturbation if kept or replays == 1 else 0.0, first, own_seed, i)
+                attempt += 1
+                if not played.success:
+                    continue
+                kept += 1
+                bar.update(1)
+                attrs = {"task_id": env.task_id, "scene_seed": trace.scene_seed, "seed": own_seed}
+                chunks = played.action_chunks
+                episodes.append(Episode(played.observations, chunks[:, 0], chunks, played.instruction, attrs=attrs))
     statistics = statistics_of_actions(np.concatenate([e.action_chunks.reshape(-1, 14) for e in episodes]))  # type: ignore[union-attr]
     about = {"env_name": traces[0].task, "perturbation": perturbation, "stand_in": traces[0].stand_in}
     write_demonstrations(path, episodes, str(episodes[0].instruction), env_args={**about, "statistics": statistics})

@@ -18,7 +18,8 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.envs.registration import LIBERO_IDS, bare_id
+from opd_gym.demonstrations import read_statistics
+from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
 from opd_gym.zoo.config import (
     algorithm_class,
@@ -130,7 +131,7 @@ def default_threshold(env_id: str) -> float | None:
     :param env_id: environment id
     :return: return that counts as success, for envs that say nothing about it; None where the env does say
     """
-    if bare_id(env_id) in LIBERO_IDS:
+    if bare_id(env_id) in CHUNK_SIZES:
         return None
     return gym.spec(env_id).reward_threshold
 
@@ -261,6 +262,11 @@ def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
         student = student_for(args.env)
         if student is not None and "checkpoint" not in policy_kwargs:
             policy_kwargs["checkpoint"] = student
+    if values.get("demonstrations") and values.get("policy") == "VLAPolicy" and "checkpoint" not in policy_kwargs:
+        # A new policy's tokens cover what is demonstrated, where the demonstrations say what that is
+        statistics = read_statistics(values["demonstrations"])
+        if statistics is not None:
+            policy_kwargs["body_kwargs"] = {"statistics": statistics, **(policy_kwargs.get("body_kwargs") or {})}
     if policy_kwargs.get("checkpoint") is not None:
         # A name of the zoo stays a name: a configuration that somebody publishes should not hold their paths.
         path = resolve_checkpoint(policy_kwargs["checkpoint"])
@@ -279,6 +285,8 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     :param resume: directory of a run to go on with; ``args`` are then those of :func:`read_args`
     :return: the outcome
     """
+    from opd_gym.algorithms.base import checkpoint_settings
+
     cls = algorithm_class(args.algo)
     if resume is None:
         values = complete_hyperparams(args)
@@ -297,7 +305,8 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
         data, weights, _ = load_from_zip_file(start, device="cpu")
         kwargs["policy_kwargs"] = {**((data or {}).get("policy_kwargs") or {}), **kwargs["policy_kwargs"]}
     source = saved[-1] if saved else start
-    settings = settings_of(resolve_checkpoint(source)) if source is not None else {}
+    policy_kwargs = kwargs.get("policy_kwargs") or {}
+    settings = settings_of(resolve_checkpoint(source)) if source is not None else checkpoint_settings(policy_kwargs)
     env = build_env(args.env, run, seed=args.seed, settings=settings)
     try:
         if saved:

@@ -18,7 +18,7 @@ import numpy as np
 
 from opd_gym.envs.robotwin.actions import to_actions
 from opd_gym.envs.robotwin.env import RoboTwinEnv
-from opd_gym.envs.robotwin.tasks import ACTION_DIM, TASKS
+from opd_gym.envs.robotwin.tasks import ACTION_DIM, SEED_STRIDE, TASKS
 
 # How far a perturbation turns a joint, in rad (standard deviation)
 PUSH = 0.05
@@ -79,13 +79,23 @@ class Trace:
             raise ValueError(f"{path} is not a trace: {trace.task!r} with positions of shape {trace.positions.shape}.")
         return trace
 
-    def make_env(self, **kwargs: Any) -> RoboTwinEnv:
-        """
-        :param kwargs: keyword arguments of the env
-        :return: an env with one evaluation scene, that of the trace
-        """
-        seeds = {"eval_seeds": (self.scene_seed,), "train_seeds": (0 if self.scene_seed else 1,), "init_states": "eval"}
-        return RoboTwinEnv(self.task, embodiment=self.embodiment, task_config=self.task_config, **{**seeds, **kwargs})
+
+def make_env(traces: Sequence[Trace], **kwargs: Any) -> RoboTwinEnv:
+    """
+    :param traces: traces of one task, made alike
+    :param kwargs: keyword arguments of the env
+    :return: an env whose evaluation scenes are those of the traces, in their order
+    :raises ValueError: the traces are of several tasks, robots or configurations
+    """
+    kinds = {(trace.task, trace.embodiment, trace.task_config) for trace in traces}
+    if len(kinds) != 1:
+        raise ValueError(f"Expected traces of one task, robot and task configuration, got {sorted(kinds)}.")
+    ((task, embodiment, task_config),) = kinds
+    # An unstable scene is asked for by its own seed, and replaced as it was when it was recorded
+    seeds = tuple(trace.scene_seed % SEED_STRIDE for trace in traces)
+    other = next(seed for seed in range(len(seeds) + 1) if seed not in seeds)
+    arguments = {"eval_seeds": seeds, "train_seeds": (other,), "init_states": "eval", **kwargs}
+    return RoboTwinEnv(task, embodiment=embodiment, task_config=task_config, **arguments)
 
 
 def find_traces(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -120,7 +130,12 @@ class Replay:
 
 
 def replay(
-    trace: Trace, env: RoboTwinEnv, perturbation: float = 0.0, first: int | None = None, seed: int = 0
+    trace: Trace,
+    env: RoboTwinEnv,
+    perturbation: float = 0.0,
+    first: int | None = None,
+    seed: int = 0,
+    init_state_id: int = 0,
 ) -> Replay:
     """
     Play a trace in chunks, and label every decision with the chunk that the expert played there.
@@ -130,10 +145,11 @@ def replay(
     leads back (noise injection in the manner of DART, https://arxiv.org/abs/1703.09327). A push is never a label.
 
     :param trace: the trace
-    :param env: raw env of the trace's scene with chunks, see :meth:`Trace.make_env`
+    :param env: raw env of the trace's scene with chunks, see :func:`make_env`
     :param perturbation: probability that a chunk is pushed
     :param first: actions before the second decision, so that those after it come at other moments; None: a chunk
     :param seed: seed of the perturbations
+    :param init_state_id: the env's number of that scene
     :return: the episode
     :raises ValueError: the env has no chunks
     """
@@ -144,7 +160,7 @@ def replay(
     actions = to_actions(trace.positions)
     # The expert stands still once it has succeeded: the last action is repeated.
     actions = np.concatenate([actions, np.repeat(actions[-1:], 2 * size, axis=0)])
-    observation, info = env.reset(options={"init_state_id": 0})
+    observation, info = env.reset(options={"init_state_id": init_state_id})
     observations, chunks = [], []
     done, position = False, 0
     while not done and position < len(actions) - size:
