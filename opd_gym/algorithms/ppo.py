@@ -229,7 +229,7 @@ class PPO(RolloutAlgorithm):
         self, samples: TeacherRolloutSamples, clip_range: float
     ) -> tuple[th.Tensor, PolicyGradientMetrics, th.Tensor, th.Tensor]:
         """Policy loss with its metrics, entropy and values of decisions whose advantages are normalised."""
-        dist, values = self._distribution(samples.observations)
+        dist, values = self._distribution(samples.observations, samples.actions)
         view = token_view(dist) if self.temperature == 1.0 else token_view(dist).temper(self.temperature)
         mask = samples.token_mask
         log_probs = view.log_prob(samples.actions.reshape(len(samples.rows), -1))
