@@ -95,7 +95,7 @@ def test_state_replay_is_a_bounded_ring(space, tmp_path):
     assert replay.size == 1500 and len(replay.masks) == 1500
     values = replay.observations["b"] if isinstance(space, spaces.Dict) else replay.observations
     assert np.bincount(values[:, 0].astype(int)).tolist() == [0, 800, 400, 300]
-    observations, distributions, masks = replay.sample(32)
+    observations, distributions, masks, actions = replay.sample(32)
     if isinstance(space, spaces.Dict):
         assert observations["a"].dtype == th.uint8 and observations["a"].shape == (32, 3, 4, 4)
     assert distributions.shape == (32, 12) and masks.sum() == 96
@@ -113,9 +113,38 @@ def test_state_replay_is_a_bounded_ring(space, tmp_path):
         wrong.load(tmp_path / "states.npz")
 
 
+def test_state_replay_keeps_actions_where_asked_to(tmp_path):
+    spec = token_spec(ACTIONS)
+    plain, replay = StateReplay(1500, PLAIN, spec, "cpu"), StateReplay(1500, PLAIN, spec, "cpu", store_actions=True)
+    for n in (1000, 800):
+        values = np.arange(n) % 4
+        obs = np.repeat(values[:, None], PLAIN.shape[0], axis=1)
+        arrays = (obs, np.full((n, 12), -1.5), np.ones((n, 3)), np.repeat(values[:, None], 3, axis=1))
+        replay.add(*arrays)
+        plain.add(*arrays)
+    assert replay.size == 1500 and plain.sample(8).actions is None and plain.actions.nbytes == 0
+    samples = replay.sample(64)
+    assert samples.actions.shape == (64, 3) and len(samples.actions.unique()) == 4
+    assert (samples.actions == samples.observations[:, :1]).all()
+    replay.save(tmp_path / "states.npz")
+    again = StateReplay(1500, PLAIN, spec, "cpu", store_actions=True)
+    again.load(tmp_path / "states.npz")
+    assert (again.actions == again.observations[:, :1]).all()
+    assert np.array_equal(np.bincount(again.actions[:, 0]), np.bincount(replay.actions[:, 0]))
+    StateReplay(1500, PLAIN, spec, "cpu").load(tmp_path / "states.npz")  # more than it needs
+    plain.save(tmp_path / "plain.npz")
+    with pytest.raises(ValueError, match="no tokens of the student"):
+        again.load(tmp_path / "plain.npz")
+    with pytest.raises(ValueError, match="pass actions"):
+        replay.add(*arrays[:3])
+
+
 def test_state_replay_stores_small():
     per_state = StateReplay.bytes_per_state(DICT, token_spec(ACTIONS))
     assert per_state == 48 + 8 + 12 * 2 + 3
+    assert StateReplay.bytes_per_state(DICT, token_spec(ACTIONS), store_actions=True) == per_state + 3
+    many = token_spec(spaces.MultiDiscrete([257, 300]))
+    assert StateReplay.bytes_per_state(DICT, many, True) == StateReplay.bytes_per_state(DICT, many) + 2 * 4
     with pytest.raises(ValueError, match="capacity"):
         StateReplay(0, PLAIN, token_spec(ACTIONS))
 

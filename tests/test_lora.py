@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from test_vla import SMALL, observation_space, sample, tensors
 from toys import TINY_BODY, Robot, vec
 
-from opd_gym import GRPO, OPD, SFT
+from opd_gym import GRPO, OPD, PPO, SFT
 from opd_gym.algorithms.buffers import micro_batches
 from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
@@ -366,7 +366,7 @@ def test_sft_gradient_is_that_of_the_whole_minibatch(tmp_path):
     check_gradients(gradients[1], gradients[0])
 
 
-@pytest.mark.parametrize("cls", [OPD, SFT, GRPO])
+@pytest.mark.parametrize("cls", [OPD, SFT, GRPO, PPO])
 def test_bad_micro_batch_size(cls):
     with pytest.raises(ValueError, match="micro_batch_size"):
         cls("VLAPolicy", None, micro_batch_size=0)

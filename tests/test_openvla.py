@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModel
 
 from opd_gym import OPD
 from opd_gym.algorithms.base import checkpoint_settings
-from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.envs.instructions import encode_instruction
 from opd_gym.envs.wrappers import ActionTokens, decode_tokens, encode_actions
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel, complete_checkpoint
@@ -645,14 +644,6 @@ def test_stable_baselines_drives_the_autoregressive_policy(autoregressive, tmp_p
     before = model.policy.body.projector.fc3.weight.detach().clone()
     model.learn(2)
     assert not th.equal(before, model.policy.body.projector.fc3.weight)
-
-
-def test_algorithms_of_all_tokens_at_once_refuse_it_at_once(autoregressive, sft):
-    env = Pictures(read_checkpoint_config(autoregressive)[1])
-    with pytest.raises(ValueError, match="The policy is autoregressive"):
-        OPD("VLAPolicy", env, teacher=autoregressive, policy_kwargs={"checkpoint": autoregressive})
-    with pytest.raises(ValueError, match="The teacher is autoregressive"):
-        make_teacher(autoregressive, env, make_policy(sft))
 
 
 # -------------------------------------------------------------------------------------------------------------- LIBERO

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, ClassVar, TypeVar
@@ -37,8 +38,9 @@ from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.policies.tokens import (
     TokenSpec,
     TokenView,
+    action_distribution,
     distribution_and_values,
-    refuse_autoregressive,
+    is_autoregressive,
     token_spec,
     token_view,
 )
@@ -240,7 +242,6 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        refuse_autoregressive(self.policy, "policy")
         # A saved algorithm must load where the checkpoint that its policy started from is gone
         portable_kwargs = getattr(self.policy, "portable_kwargs", None)
         if portable_kwargs is not None:
@@ -550,6 +551,15 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         :param obs: Observations
         :return: actions, values, and log-probabilities of the tokens
         """
+        if is_autoregressive(self.policy):
+            # One pass gives all three: a token is sampled before the distribution of the next is known
+            policy: Any = self.policy
+            with self._nan_named():
+                tokens, dist, values = policy.decode(obs, self.temperature)
+            view = token_view(dist)
+            view = view if self.temperature == 1.0 else view.temper(self.temperature)
+            values = values if self.uses_critic else th.zeros(1, device=self.device)
+            return self._checked(tokens, values, view)
         dist, values = self._distribution(obs)
         if self.temperature == 1.0:
             # The distribution's own sampling, for the sake of state-dependent exploration
@@ -558,23 +568,36 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         else:
             view = token_view(dist).temper(self.temperature)
             tokens = view.sample()
+        return self._checked(tokens, values, view)
+
+    def _checked(
+        self, tokens: th.Tensor, values: th.Tensor, view: TokenView
+    ) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
+        """Actions for the env and log-probabilities of sampled tokens."""
         token_log_probs = view.log_prob(tokens)
         if not bool(th.isfinite(token_log_probs).all()):
             raise self._not_finite("log-probabilities of the policy's actions")
         actions = tokens.cpu().numpy().reshape(-1, *self.action_space.shape)  # type: ignore[misc]
         return actions.astype(self.action_space.dtype, copy=False), values, token_log_probs
 
-    def _distribution(self, obs: PyTorchObs) -> tuple[Any, th.Tensor]:
+    def _distribution(self, obs: PyTorchObs, actions: th.Tensor | None = None) -> tuple[Any, th.Tensor]:
         """
         The policy's distribution and, for algorithms with a critic, its values.
 
         :param obs: Observations
+        :param actions: Actions, after whose tokens an autoregressive policy gives the distributions of the next
         :return: distribution and values (zeros without a critic)
         """
-        try:
+        with self._nan_named():
             if self.uses_critic:
-                return distribution_and_values(self.policy, obs)
-            return self.policy.get_distribution(obs), th.zeros(1, device=self.device)
+                return distribution_and_values(self.policy, obs, actions)
+            return action_distribution(self.policy, obs, actions), th.zeros(1, device=self.device)
+
+    @contextmanager
+    def _nan_named(self) -> Iterator[None]:
+        """Say what has gone wrong where the policy's outputs are NaN."""
+        try:
+            yield
         except (ValueError, FloatingPointError) as error:
             # How torch's and the VLA's distributions refuse NaN
             finite = all(bool(th.isfinite(parameter).all()) for parameter in self.policy.parameters())
@@ -582,15 +605,16 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
                 raise
             raise self._not_finite("outputs of the policy") from error
 
-    def _student(self, obs: PyTorchObs, temperature: float = 1.0) -> TokenView:
+    def _student(self, obs: PyTorchObs, actions: th.Tensor | None, temperature: float = 1.0) -> TokenView:
         """
         The policy's distribution as tokens, with gradient.
 
         :param obs: Observations
+        :param actions: Actions that were taken there; only an autoregressive policy needs them
         :param temperature: Temperature to apply
         :return: Token view
         """
-        view = token_view(self._distribution(obs)[0])
+        view = token_view(self._distribution(obs, actions)[0])
         return view if temperature == 1.0 else view.temper(temperature)
 
     def _env_actions(self, actions: np.ndarray) -> np.ndarray:

@@ -272,6 +272,22 @@ class TeacherRolloutBuffer(RolloutBuffer):
         )
 
 
+class ReplayedStates(NamedTuple):
+    """
+    A minibatch of states.
+
+    :param observations: Observations
+    :param distributions: Teacher's flattened distributions, (batch, flat size)
+    :param masks: 1 for tokens that count, (batch, T)
+    :param actions: The student's tokens in these states, (batch, T); None where they are not kept
+    """
+
+    observations: th.Tensor | dict[str, th.Tensor]
+    distributions: th.Tensor
+    masks: th.Tensor
+    actions: th.Tensor | None
+
+
 class StateReplay:
     """
     Ring buffer of states with the teacher's distribution, so that an exact divergence can be descended on all states
@@ -283,10 +299,18 @@ class StateReplay:
     :param observation_space: Observation space
     :param spec: Token specification of the teacher's distributions
     :param device: Device of the samples
+    :param store_actions: Also keep the student's tokens: to an autoregressive student they are part of the state
     """
 
+    actions: np.ndarray
+
     def __init__(
-        self, capacity: int, observation_space: spaces.Space, spec: TokenSpec, device: th.device | str = "auto"
+        self,
+        capacity: int,
+        observation_space: spaces.Space,
+        spec: TokenSpec,
+        device: th.device | str = "auto",
+        store_actions: bool = False,
     ):
         if capacity < 1:
             raise ValueError(f"Expected a positive capacity of the state replay, got {capacity}.")
@@ -294,43 +318,58 @@ class StateReplay:
         self.observation_space = observation_space
         self.spec = spec
         self.device = get_device(device)
+        self.store_actions = store_actions
         self.size = 0
         self._next = 0
         self._allocate(min(capacity, 1024))
 
     @staticmethod
-    def bytes_per_state(observation_space: spaces.Space, spec: TokenSpec) -> int:
+    def bytes_per_state(observation_space: spaces.Space, spec: TokenSpec, store_actions: bool = False) -> int:
         """
         :param observation_space: Observation space
         :param spec: Token specification
+        :param store_actions: Whether the student's tokens are kept
         :return: Memory that one state takes
         """
         sizes: list[int] = []
         map_obs(lambda array: sizes.append(array.nbytes), zeros_like_space(observation_space, (1,)))
-        return sum(sizes) + spec.flat_size * np.dtype(spec.storage_dtype).itemsize + spec.n_tokens
+        actions = spec.n_tokens * np.dtype(_token_dtype(spec)).itemsize if store_actions else 0
+        return sum(sizes) + spec.flat_size * np.dtype(spec.storage_dtype).itemsize + spec.n_tokens + actions
 
     def _allocate(self, n: int) -> None:
         self.observations = zeros_like_space(self.observation_space, (n,))
         self.distributions = np.zeros((n, self.spec.flat_size), dtype=self.spec.storage_dtype)
         self.masks = np.zeros((n, self.spec.n_tokens), dtype=bool)
+        self.actions = np.zeros((n, self.spec.n_tokens if self.store_actions else 0), dtype=_token_dtype(self.spec))
 
     def _grow(self, n: int) -> None:
         allocated = len(self.masks)
         if n <= allocated:
             return
         old_obs, old_distributions, old_masks = self.observations, self.distributions, self.masks
+        old_actions = self.actions
         self._allocate(min(max(n, 2 * allocated), self.capacity))
         rows = np.arange(self.size)
         store_obs(self.observations, rows, map_obs(lambda array: array[: self.size], old_obs))
         self.distributions[rows] = old_distributions[: self.size]
         self.masks[rows] = old_masks[: self.size]
+        self.actions[rows] = old_actions[: self.size]
 
-    def add(self, observations: ObsArray, distributions: np.ndarray, masks: np.ndarray) -> None:
+    def add(
+        self,
+        observations: ObsArray,
+        distributions: np.ndarray,
+        masks: np.ndarray,
+        actions: np.ndarray | None = None,
+    ) -> None:
         """
         :param observations: Observations, (n, ...)
         :param distributions: Teacher's flattened distributions, (n, flat size)
         :param masks: Tokens that count, (n, T)
+        :param actions: The student's tokens, (n, T); not needed where they are not kept
         """
+        if self.store_actions and actions is None:
+            raise ValueError("This state replay keeps the student's tokens: pass actions.")
         keep = slice(max(len(masks) - self.capacity, 0), None)
         observations = map_obs(lambda array: array[keep], observations)
         distributions, masks = distributions[keep], masks[keep]
@@ -340,21 +379,24 @@ class StateReplay:
         store_obs(self.observations, rows, observations)
         self.distributions[rows] = distributions
         self.masks[rows] = masks > 0
+        if self.store_actions and actions is not None:
+            self.actions[rows] = actions[keep]
         self._next = (self._next + n) % self.capacity
         self.size = min(self.size + n, self.capacity)
 
-    def sample(self, batch_size: int) -> tuple[Any, th.Tensor, th.Tensor]:
+    def sample(self, batch_size: int) -> ReplayedStates:
         """
         States drawn uniformly, with replacement.
 
         :param batch_size: Number of states
-        :return: observations, flattened teacher distributions, token masks
+        :return: A minibatch
         """
         rows = np.random.randint(0, self.size, size=batch_size)
-        return (
+        return ReplayedStates(
             map_obs(lambda array: th.as_tensor(array[rows], device=self.device), self.observations),
             th.as_tensor(self.distributions[rows], device=self.device),
             th.as_tensor(self.masks[rows], device=self.device).float(),
+            th.as_tensor(self.actions[rows], device=self.device) if self.store_actions else None,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -367,6 +409,8 @@ class StateReplay:
         observations = self.observations if isinstance(self.observations, dict) else {"": self.observations}
         arrays = {f"obs/{key}": array[oldest_first] for key, array in observations.items()}
         arrays |= {"distributions": self.distributions[oldest_first], "masks": self.masks[oldest_first]}
+        if self.store_actions:
+            arrays["actions"] = self.actions[oldest_first]
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -388,7 +432,20 @@ class StateReplay:
                     f"The state replay in {path} holds distributions of {arrays['distributions'].shape[1]} numbers, "
                     f"this model needs {self.spec.flat_size}: it belongs to another action space."
                 )
-            self.add(observations, arrays["distributions"], arrays["masks"])
+            if self.store_actions and "actions" not in arrays.files:
+                raise ValueError(
+                    f"The state replay in {path} holds no tokens of the student, which an autoregressive student "
+                    "needs: it belongs to a student with parallel decoding."
+                )
+            actions = arrays["actions"] if self.store_actions else None
+            self.add(observations, arrays["distributions"], arrays["masks"], actions)
+
+
+def _token_dtype(spec: TokenSpec) -> type[np.generic]:
+    """Smallest type for the tokens of actions that torch indexes with too."""
+    if not spec.n_bins:
+        return np.float32
+    return np.uint8 if spec.n_bins <= 256 else np.int32
 
 
 def obs_rows(obs: Any, rows: Any) -> Any:

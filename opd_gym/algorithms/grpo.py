@@ -241,7 +241,7 @@ class GRPO(RolloutAlgorithm):
         ).numpy()
         metrics, entropies = [], []
         for samples in buffer.get(self.micro_batch_size, rows=rows):
-            policy = self._student(samples.observations, self.temperature)
+            policy = self._student(samples.observations, samples.actions, self.temperature)
             loss, micro_metrics = clipped_surrogate(
                 policy.log_prob(samples.actions.reshape(len(samples.rows), -1)),
                 samples.old_token_log_probs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -15,7 +16,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from opd_gym.algorithms.base import RolloutAlgorithm
-from opd_gym.algorithms.buffers import StateReplay, micro_batches, obs_rows, random_shift
+from opd_gym.algorithms.buffers import ReplayedStates, StateReplay, micro_batches, obs_rows, random_shift
 from opd_gym.algorithms.losses import (
     DIVERGENCES,
     DistillationMetrics,
@@ -25,6 +26,7 @@ from opd_gym.algorithms.losses import (
     weighted_mean,
 )
 from opd_gym.algorithms.teachers import Teacher, make_teacher
+from opd_gym.policies.tokens import is_autoregressive
 
 SelfOPD = TypeVar("SelfOPD", bound="OPD")
 
@@ -43,6 +45,10 @@ class OPD(RolloutAlgorithm):
     ``estimator="exact"`` (the default) sums the divergence over all bins, or takes the closed form for Gaussians. It is
     an expectation over states alone, so every state visited so far remains a valid target: they are kept with the
     teacher's opinion (``state_replay``), and each iteration takes ``gradient_steps`` minibatches from all of them.
+
+    Tokens of an autoregressive student (OpenVLA) are compared one by one after its own tokens before them, as on-policy
+    distillation of language models does (GKD, https://arxiv.org/abs/2306.13649): such a prefix is part of the state,
+    and of its probability there is no gradient. So replayed states come with the tokens that the student chose there.
 
     ``estimator="sampled"`` is Eq. 6 and 7 of the paper to the letter: REINFORCE with the token's own log-ratio as
     advantage, one update per rollout, no replay.
@@ -179,10 +185,12 @@ class OPD(RolloutAlgorithm):
         self.replay_buffer = None
         if self.state_replay:
             spec = self.token_spec
+            # A prefix of an autoregressive student belongs to the state
+            prefixes = is_autoregressive(self.policy)
             capacity = int(self.state_replay)
             if self.state_replay is True:
-                capacity = max(REPLAY_BYTES // StateReplay.bytes_per_state(self.observation_space, spec), 1)
-            self.replay_buffer = StateReplay(capacity, self.observation_space, spec, self.device)
+                capacity = max(REPLAY_BYTES // StateReplay.bytes_per_state(self.observation_space, spec, prefixes), 1)
+            self.replay_buffer = StateReplay(capacity, self.observation_space, spec, self.device, prefixes)
 
     def _setup_teacher(self) -> None:
         """Resolve the teacher's specification; a loaded model needs it only when it goes on learning."""
@@ -211,17 +219,19 @@ class OPD(RolloutAlgorithm):
         buffer = self.rollout_buffer
         for samples in buffer.get(self.micro_batch_size or self.batch_size, rows=buffer.valid_rows()):
             labels = th.as_tensor(buffer.teacher_actions[samples.rows], device=self.device)
-            teacher = self._teacher.distribution(samples.observations, labels)
+            tokens = samples.actions.reshape(len(samples.rows), -1)
+            teacher = self._teacher.distribution(samples.observations, labels, tokens)
             if self.estimator == "sampled" and self.temperature != 1.0:
                 teacher = teacher.temper(self.temperature)
-            tokens = samples.actions.reshape(len(samples.rows), -1)
             buffer.set_teacher(
                 samples.rows, teacher.log_prob(tokens), teacher.flatten() if buffer.store_distribution else None
             )
         if self.replay_buffer is not None:
             rows = buffer.valid_rows()
             observations = obs_rows(buffer.observations, rows)
-            self.replay_buffer.add(observations, buffer.teacher_distributions[rows], buffer.token_mask[rows])
+            self.replay_buffer.add(
+                observations, buffer.teacher_distributions[rows], buffer.token_mask[rows], buffer.actions[rows]
+            )
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -244,11 +254,11 @@ class OPD(RolloutAlgorithm):
     def _train_exact(self) -> tuple[list[DistillationMetrics], list[float]]:
         """Descend the divergence of the two distributions, on replayed states or on those of this rollout."""
         metrics, grad_norms = [], []
-        for observations, distributions, mask in self._exact_batches():
+        for observations, distributions, mask, actions in self._exact_batches():
             observations = self._augment(observations)
             parts = []
             for rows, share in micro_batches(mask, self.micro_batch_size):
-                student = self._student(obs_rows(observations, rows))
+                student = self._student(obs_rows(observations, rows), None if actions is None else actions[rows])
                 teacher = self.token_spec.from_flat(distributions[rows])
                 loss, part_metrics = exact_opd_loss(student, teacher, mask[rows], self.divergence)
                 (share * loss).backward()
@@ -257,14 +267,16 @@ class OPD(RolloutAlgorithm):
             metrics.append(weighted_mean(parts))
         return metrics, grad_norms
 
-    def _exact_batches(self) -> Any:
+    def _exact_batches(self) -> Iterator[ReplayedStates]:
         if self.replay_buffer is not None:
             for _ in range(self.gradient_steps):
                 yield self.replay_buffer.sample(self.batch_size)
         else:
             for _ in range(self.n_epochs):
                 for samples in self.rollout_buffer.get(self.batch_size):
-                    yield samples.observations, samples.teacher_distribution, samples.token_mask
+                    yield ReplayedStates(
+                        samples.observations, samples.teacher_distribution, samples.token_mask, samples.actions
+                    )
 
     def _train_sampled(self) -> tuple[list[DistillationMetrics], list[float]]:
         """One update (Algorithm 1 of the paper), its gradient accumulated over minibatches."""
@@ -272,7 +284,7 @@ class OPD(RolloutAlgorithm):
         n_trajectories = len(np.unique(buffer.episode_ids[buffer.valid_rows()]))
         metrics: list[DistillationMetrics] = []
         for samples in buffer.get(self.micro_batch_size or self.batch_size):
-            student = self._student(samples.observations, self.temperature)
+            student = self._student(samples.observations, samples.actions, self.temperature)
             log_probs = student.log_prob(samples.actions.reshape(len(samples.rows), -1))
             loss, batch_metrics = sampled_opd_loss(
                 log_probs, samples.teacher_log_probs, samples.token_mask, n_trajectories, student.entropy()

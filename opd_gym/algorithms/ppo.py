@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -12,11 +13,30 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch.nn import functional as F
 
 from opd_gym.algorithms.base import RolloutAlgorithm
-from opd_gym.algorithms.buffers import TeacherRolloutSamples
-from opd_gym.algorithms.losses import clipped_surrogate, masked_mean
+from opd_gym.algorithms.buffers import TeacherRolloutSamples, micro_batches, obs_rows
+from opd_gym.algorithms.losses import PolicyGradientMetrics, clipped_surrogate, masked_mean
 from opd_gym.policies.tokens import token_view
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
+
+
+@dataclass(frozen=True)
+class PPOMetrics:
+    """
+    :param loss: The loss that was differentiated
+    :param policy_gradient_loss: Clipped surrogate
+    :param entropy_loss: Negative entropy
+    :param value_loss: Squared error of the values
+    :param clip_fraction: See :class:`PolicyGradientMetrics`
+    :param approx_kl: See :class:`PolicyGradientMetrics`
+    """
+
+    loss: float
+    policy_gradient_loss: float
+    entropy_loss: float
+    value_loss: float
+    clip_fraction: float
+    approx_kl: float
 
 
 class PPO(RolloutAlgorithm):
@@ -42,6 +62,8 @@ class PPO(RolloutAlgorithm):
     :param max_grad_norm: The maximum value for the gradient clipping
     :param ratio: "joint": one ratio per decision, "token": one per token, "auto": "token" for policies of action tokens
     :param temperature: Temperature of the policy, when it acts and when it learns; ``predict()`` is not affected
+    :param micro_batch_size: Number of decisions that go through the policy at once; gradients are accumulated over the
+        parts of a minibatch. None: the whole minibatch
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE)
     :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE
     :param target_kl: Limit the KL divergence between updates; None: no limit
@@ -74,6 +96,7 @@ class PPO(RolloutAlgorithm):
         max_grad_norm: float = 0.5,
         ratio: Literal["auto", "joint", "token"] = "auto",
         temperature: float = 1.0,
+        micro_batch_size: int | None = None,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         target_kl: float | None = None,
@@ -91,7 +114,10 @@ class PPO(RolloutAlgorithm):
             raise ValueError(f"Expected batch_size to be at least 2 with normalize_advantage, got {batch_size}.")
         if isinstance(clip_range_vf, (int, float)) and clip_range_vf <= 0:
             raise ValueError(f"Expected clip_range_vf to be positive, or None for no clipping, got {clip_range_vf}.")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"Expected micro_batch_size to be at least 1, got {micro_batch_size}.")
         self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
         self.n_epochs = n_epochs
         self.clip_range = clip_range
         self.clip_range_vf = clip_range_vf
@@ -142,36 +168,28 @@ class PPO(RolloutAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         buffer = self.rollout_buffer
-        metrics, entropy_losses, value_losses, losses, grad_norms = [], [], [], [], []
+        metrics: list[PPOMetrics] = []
+        grad_norms = []
         continue_training = True
 
         for epoch in range(self.n_epochs):
             for samples in buffer.get(self.batch_size):
-                policy_loss, policy_metrics, entropy, values = self._evaluate(samples, clip_range)
-                value_loss = self._value_loss(samples, values)
-                loss = policy_loss - self.ent_coef * entropy + self.vf_coef * value_loss
-                metrics.append(policy_metrics)
-                entropy_losses.append(-entropy.item())
-                value_losses.append(value_loss.item())
-                losses.append(loss.item())
-
-                if self.target_kl is not None and policy_metrics.approx_kl > 1.5 * self.target_kl:
+                self.policy.optimizer.zero_grad()
+                metrics.append(self._accumulate_gradients(samples, clip_range))
+                approx_kl = metrics[-1].approx_kl
+                if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
+                    # Known only when all parts of the minibatch have gone through: their gradients are dropped
+                    self.policy.optimizer.zero_grad()
                     continue_training = False
                     if self.verbose >= 1:
-                        print(f"Early stopping at step {epoch} due to reaching max kl: {policy_metrics.approx_kl:.2f}")
+                        print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                     break
-
-                self.policy.optimizer.zero_grad()
-                loss.backward()
                 grad_norms.append(self._gradient_step())
             if not continue_training:
                 break
 
-        self.logger.record("train/policy_gradient_loss", float(np.mean([m.loss for m in metrics])))
         self._record_metrics(metrics)
-        self.logger.record("train/loss", losses[-1])
-        self.logger.record("train/entropy_loss", float(np.mean(entropy_losses)))
-        self.logger.record("train/value_loss", float(np.mean(value_losses)))
+        self.logger.record("train/loss", metrics[-1].loss)
         if grad_norms:
             self.logger.record("train/grad_norm", float(np.mean(grad_norms)))
         self.logger.record("train/explained_variance", explained_variance(buffer.values, buffer.returns))
@@ -180,18 +198,42 @@ class PPO(RolloutAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/clip_range", clip_range)
 
+    def _accumulate_gradients(self, samples: TeacherRolloutSamples, clip_range: float) -> PPOMetrics:
+        """Gradients of the loss of a minibatch, a part of it at a time; what a mean is taken over weighs each part."""
+        if self.normalize_advantage and len(samples.advantages) > 1:
+            advantages = samples.advantages
+            samples = samples._replace(advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8))
+        # Policy loss and entropy are means over tokens, or over decisions; the value loss is one over decisions
+        counts = samples.token_mask if self._per_token else th.ones_like(samples.advantages).unsqueeze(1)
+        parts = []
+        for rows, share in micro_batches(counts, self.micro_batch_size):
+            part = TeacherRolloutSamples(*(obs_rows(field, rows) for field in samples))
+            decisions = len(part.rows) / len(samples.rows)
+            policy_loss, policy_metrics, entropy, values = self._evaluate(part, clip_range)
+            value_loss = self._value_loss(part, values)
+            loss = share * (policy_loss - self.ent_coef * entropy) + decisions * self.vf_coef * value_loss
+            loss.backward()
+            parts.append(
+                (
+                    loss.item(),
+                    share * policy_metrics.loss,
+                    -share * entropy.item(),
+                    decisions * value_loss.item(),
+                    share * policy_metrics.clip_fraction,
+                    share * policy_metrics.approx_kl,
+                )
+            )
+        return PPOMetrics(*(sum(column) for column in zip(*parts, strict=True)))
+
     def _evaluate(
         self, samples: TeacherRolloutSamples, clip_range: float
-    ) -> tuple[th.Tensor, Any, th.Tensor, th.Tensor]:
-        """Policy loss with its metrics, entropy and values of a minibatch."""
-        dist, values = self._distribution(samples.observations)
+    ) -> tuple[th.Tensor, PolicyGradientMetrics, th.Tensor, th.Tensor]:
+        """Policy loss with its metrics, entropy and values of decisions whose advantages are normalised."""
+        dist, values = self._distribution(samples.observations, samples.actions)
         view = token_view(dist) if self.temperature == 1.0 else token_view(dist).temper(self.temperature)
         mask = samples.token_mask
         log_probs = view.log_prob(samples.actions.reshape(len(samples.rows), -1))
         old_log_probs = samples.old_token_log_probs
-        advantages = samples.advantages
-        if self.normalize_advantage and len(advantages) > 1:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         if self._per_token:
             entropy = masked_mean(view.entropy(), mask)
         else:
@@ -201,7 +243,7 @@ class PPO(RolloutAlgorithm):
             entropy = -log_probs.mean() if squashed else (view.entropy() * mask).sum(dim=1).mean()
             mask = th.ones_like(log_probs)
         loss, metrics = clipped_surrogate(
-            log_probs, old_log_probs, advantages.unsqueeze(1), mask / mask.sum(), clip_range
+            log_probs, old_log_probs, samples.advantages.unsqueeze(1), mask / mask.sum(), clip_range
         )
         return loss, metrics, entropy, values.flatten()
 

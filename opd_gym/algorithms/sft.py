@@ -127,7 +127,8 @@ class SFT(RolloutAlgorithm):
 
     One timestep is one gradient step. No env is needed: without one, the spaces are those of the demonstrations. Works
     for VLAPolicy (chunks of actions become tokens) and for every actor-critic policy of Stable-Baselines3 (demonstrated
-    actions as they are).
+    actions as they are). An autoregressive VLA is taught each token after the demonstrated tokens before it (teacher
+    forcing), also where ``label_smoothing`` spreads the label of that token over its neighbours.
 
     :param policy: The policy model to use (VLAPolicy, MlpPolicy, CnnPolicy, MultiInputPolicy, ...)
     :param env: The environment that the policy is for: an id, an env, or a vectorised env; it is not stepped
@@ -413,7 +414,7 @@ class SFT(RolloutAlgorithm):
         parts = []
         counts = th.ones(actions.shape, device=self.device) if mask is None else mask
         for part, share in micro_batches(counts, self.micro_batch_size):
-            view = token_view(self._distribution(obs_rows(obs, part))[0])
+            view = token_view(self._distribution(obs_rows(obs, part), actions[part])[0])
             loss, part_metrics = self.loss(view, actions[part], counts[part])
             (share * loss).backward()
             parts.append((share, part_metrics))
@@ -458,7 +459,7 @@ class SFT(RolloutAlgorithm):
         with th.no_grad():
             for batch in np.array_split(rows, math.ceil(len(rows) / (self.micro_batch_size or self.batch_size))):
                 obs, actions, mask = self._batch(batch, augment=False)
-                parts.append(self.loss(token_view(self._distribution(obs)[0]), actions, mask)[1])
+                parts.append(self.loss(token_view(self._distribution(obs, actions)[0]), actions, mask)[1])
                 weights.append(len(batch))
         names = list(SFTMetrics.__dataclass_fields__)
         return SFTMetrics(**{n: float(np.average([getattr(p, n) for p in parts], weights=weights)) for n in names})

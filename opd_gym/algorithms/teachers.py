@@ -28,7 +28,7 @@ from opd_gym.policies.tokens import (
     GaussianTokens,
     TokenSpec,
     TokenView,
-    refuse_autoregressive,
+    action_distribution,
     token_spec,
     token_view,
 )
@@ -45,10 +45,12 @@ class Teacher(ABC):
     privileged: bool = False
 
     @abstractmethod
-    def distribution(self, observations: PyTorchObs, labels: th.Tensor) -> TokenView:
+    def distribution(self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None) -> TokenView:
         """
         :param observations: Observations of the student's env
         :param labels: Labels of a privileged teacher in these states, (batch, T); NaN for any other teacher
+        :param actions: The student's actions in these states, (batch, T): an autoregressive teacher is asked for each
+            token after the student's own tokens before it
         :return: The teacher's distribution, without gradient
         """
 
@@ -70,6 +72,9 @@ class PolicyTeacher(Teacher):
     - Actor-critic policies and SAC-like actors give their own distribution.
     - Q-networks (DQN, QR-DQN) give ``softmax(Q / temperature)``.
     - Deterministic policies (TD3, DDPG, ARS) give their action, smoothed as a privileged teacher's label is.
+
+    An autoregressive policy gives its distribution of each token after the student's own tokens before it: what it
+    would choose there, whether or not it would have come there. The student may be autoregressive or not.
 
     A student that does not squash its Gaussian gets a squashed teacher as the Gaussian of the same mean and variance.
 
@@ -96,7 +101,6 @@ class PolicyTeacher(Teacher):
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
         if not temperature > 0.0:
             raise ValueError(f"Expected a positive temperature of the teacher, got {temperature}.")
-        refuse_autoregressive(policy, "teacher")
         check_action_spaces(policy.action_space, env.action_space)
         check_statistics(policy, env, student)
         self._adapt = observation_adapter(policy.observation_space, env.observation_space)
@@ -112,7 +116,7 @@ class PolicyTeacher(Teacher):
                 "no counterpart inside the bounds. Use a student without squash_output, or a squashed teacher (SAC)."
             )
 
-    def _reader(self) -> Callable[[PyTorchObs], TokenView]:
+    def _reader(self) -> Callable[[PyTorchObs, th.Tensor | None], TokenView]:
         policy: Any = self.policy
         if hasattr(policy, "lstm_actor"):
             raise ValueError(
@@ -120,14 +124,14 @@ class PolicyTeacher(Teacher):
                 "one by one. Use a teacher without memory."
             )
         if hasattr(policy, "get_distribution"):
-            return lambda obs: token_view(policy.get_distribution(obs))
+            return lambda obs, actions: token_view(action_distribution(policy, obs, actions))
         if hasattr(getattr(policy, "actor", None), "get_action_dist_params"):
-            return self._read_squashed_actor
+            return lambda obs, _: self._read_squashed_actor(obs)
         if hasattr(policy, "q_net"):
-            return lambda obs: self._softmax(policy.q_net(obs))
+            return lambda obs, _: self._softmax(policy.q_net(obs))
         if hasattr(policy, "quantile_net"):
-            return lambda obs: self._softmax(policy.quantile_net(obs).mean(dim=1))
-        return self._read_deterministic
+            return lambda obs, _: self._softmax(policy.quantile_net(obs).mean(dim=1))
+        return lambda obs, _: self._read_deterministic(obs)
 
     def _softmax(self, q_values: th.Tensor) -> TokenView:
         return CategoricalTokens(th.log_softmax(q_values / self.temperature, dim=-1).unsqueeze(1))
@@ -148,12 +152,13 @@ class PolicyTeacher(Teacher):
         return self._smooth(actions)
 
     @th.no_grad()
-    def distribution(self, observations: PyTorchObs, labels: th.Tensor) -> TokenView:
+    def distribution(self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None) -> TokenView:
         self.policy.set_training_mode(False)
         try:
             # A large teacher may have a device of its own
             observations = self._adapt(map_obs(lambda x: x.to(self.policy.device), observations))
-            view = self._read(observations).to(labels.device)
+            actions = None if actions is None else actions.to(self.policy.device)
+            view = self._read(observations, actions).to(labels.device)
         except (ValueError, FloatingPointError) as error:
             # How torch's and the VLA's distributions refuse NaN
             if "nan" not in str(error).lower():
@@ -176,6 +181,9 @@ def _nan_teacher() -> FloatingPointError:
 class ExpertTeacher(Teacher):
     """
     A scripted expert that sees the simulator's state: ``expert_action()`` of the env.
+
+    Its opinion on a token is its label, whatever the student's tokens before it: an autoregressive student learns the
+    expert's value of every action dimension also after a token of its own that the expert would not have chosen.
 
     :param env: The student's env
     :param student: The student's policy
@@ -213,7 +221,7 @@ class ExpertTeacher(Teacher):
         return labels
 
     @th.no_grad()
-    def distribution(self, observations: PyTorchObs, labels: th.Tensor) -> TokenView:
+    def distribution(self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None) -> TokenView:
         return self._smooth(labels)
 
 

@@ -26,7 +26,9 @@ LOG_2PI = math.log(2.0 * math.pi)
 
 class TokenDistribution(Distribution):
     """
-    T independent categorical tokens over V bins each.
+    T categorical tokens over V bins each: independent of each other or, of an autoregressive policy, each given the
+    tokens before it in one sequence of actions. Then ``log_prob`` is for these actions only, and ``entropy`` sums the
+    entropies of the tokens at these prefixes; samples and modes are not those of a sequence.
 
     ``log_prob`` and ``entropy`` keep Stable-Baselines3's contract (one number per sample); the per-token values are
     beside them.
@@ -331,23 +333,35 @@ def token_view(dist: Distribution) -> TokenView:
     )
 
 
-def refuse_autoregressive(policy: Any, role: str) -> None:
+def is_autoregressive(policy: Any) -> bool:
     """
-    Refuse a policy whose distribution of a token depends on the tokens before it, where all are asked for at once.
-
     :param policy: Any policy
-    :param role: What it is to be, for the message
-    :raises ValueError: It is autoregressive
+    :return: Whether its distribution of a token depends on the tokens before it, so that it is one of given actions
     """
-    if getattr(policy, "autoregressive", False):
-        raise ValueError(
-            f"The {role} is autoregressive: it chooses one token after the other, and the algorithms of this library "
-            "compare the distributions of all tokens in a state. Use a checkpoint with parallel decoding "
-            "(OpenVLA-OFT); prediction, evaluation and the algorithms of Stable-Baselines3 take either."
-        )
+    return bool(getattr(policy, "autoregressive", False))
 
 
-def distribution_and_values(policy: ActorCriticPolicy, obs: PyTorchObs) -> tuple[Distribution, th.Tensor]:
+def _given(policy: Any, actions: th.Tensor | None) -> dict[str, th.Tensor | None]:
+    # A policy of Stable-Baselines3 has no such argument
+    return {"actions": actions} if is_autoregressive(policy) else {}
+
+
+def action_distribution(policy: Any, obs: PyTorchObs, actions: th.Tensor | None = None) -> Distribution:
+    """
+    Action distribution of a batch of observations.
+
+    :param policy: Any policy with ``get_distribution``
+    :param obs: Observations
+    :param actions: Actions, one row per observation: an autoregressive policy gives the distribution of each token
+        after the tokens before it in them; other policies ignore them
+    :return: The distribution
+    """
+    return policy.get_distribution(obs, **_given(policy, actions))
+
+
+def distribution_and_values(
+    policy: ActorCriticPolicy, obs: PyTorchObs, actions: th.Tensor | None = None
+) -> tuple[Distribution, th.Tensor]:
     """
     Action distribution and state values of a batch of observations.
 
@@ -355,12 +369,13 @@ def distribution_and_values(policy: ActorCriticPolicy, obs: PyTorchObs) -> tuple
 
     :param policy: Actor-critic policy
     :param obs: Observations
+    :param actions: See :func:`action_distribution`
     :return: The distribution and the values (batch, 1)
     """
     shared_pass: Callable[..., tuple[Distribution, th.Tensor]] | None = getattr(policy, "distribution_and_values", None)
     if shared_pass is not None:
-        return shared_pass(obs)
-    return policy.get_distribution(obs), policy.predict_values(obs)
+        return shared_pass(obs, **_given(policy, actions))
+    return action_distribution(policy, obs, actions), policy.predict_values(obs)
 
 
 def policy_token_log_probs(
@@ -371,8 +386,9 @@ def policy_token_log_probs(
 
     :param policy: Actor-critic policy
     :param obs: Observations
-    :param actions: Actions in the action space of the policy, one row per observation
+    :param actions: Actions in the action space of the policy, one row per observation; what an autoregressive policy
+        says of a token is what it says after the tokens before it
     :return: values (batch, 1), token log-probabilities (batch, T), and the distribution
     """
-    dist, values = distribution_and_values(policy, obs)
+    dist, values = distribution_and_values(policy, obs, actions)
     return values, token_view(dist).log_prob(actions.reshape(len(actions), -1)), dist

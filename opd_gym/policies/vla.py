@@ -36,7 +36,7 @@ from opd_gym.policies.adapters import (
     enable_gradient_checkpointing,
     merged,
 )
-from opd_gym.policies.tokens import TokenDistribution
+from opd_gym.policies.tokens import TokenDistribution, token_view
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -767,23 +767,40 @@ class VLAPolicy(ActorCriticPolicy):
             output = self.body(**inputs)
         return self._distribution(output.logits), self._values(output)
 
+    def decode(
+        self, obs: PyTorchObs, temperature: float = 1.0, deterministic: bool = False
+    ) -> tuple[th.Tensor, TokenDistribution, th.Tensor]:
+        """
+        Choose the tokens of a decision, in parallel or one after the other, in one pass over the observation.
+
+        :param obs: observation
+        :param temperature: divides the logits once more when sampling
+        :param deterministic: most likely token instead of a sample
+        :return: tokens ``(B, n_tokens)``, the distribution of each (of an autoregressive body: after the tokens before
+            it; without ``temperature``), values ``(B, 1)``
+        """
+
+        def choose(distribution: TokenDistribution) -> th.Tensor:
+            if deterministic or temperature == 1.0:
+                return distribution.get_actions(deterministic=deterministic)
+            return token_view(distribution).temper(temperature).sample()
+
+        if not self.autoregressive:
+            distribution, values = self.distribution_and_values(obs)
+            return choose(distribution), distribution, values
+        with self._precision():
+            actions, output = self.body.decode(
+                **self.body_inputs(obs), choose=lambda logits: choose(self._distribution(logits[:, None]))[:, 0]
+            )
+        return actions, self._distribution(output.logits), self._values(output)
+
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
         """
         :param obs: observation
         :param deterministic: most likely token instead of a sample
         :return: tokens ``(B, n_tokens)``, values ``(B, 1)``, log-probability ``(B,)`` of the whole decision
         """
-        if self.autoregressive:
-
-            def choose(logits: th.Tensor) -> th.Tensor:
-                return self._distribution(logits[:, None]).get_actions(deterministic=deterministic)[:, 0]
-
-            with self._precision():
-                actions, output = self.body.decode(**self.body_inputs(obs), choose=choose)
-            distribution, values = self._distribution(output.logits), self._values(output)
-        else:
-            distribution, values = self.distribution_and_values(obs)
-            actions = distribution.get_actions(deterministic=deterministic)
+        actions, distribution, values = self.decode(obs, deterministic=deterministic)
         return actions, values, distribution.log_prob(actions)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:

@@ -262,10 +262,10 @@ class OpenVLAModel(VLABody):
         Outputs of the language model's last layer, ``(B, N, hidden_size)``.
 
         :param sequence: all tokens so far
-        :param cache: keys and values of all but the last ``last`` tokens; gets those of the rest
+        :param cache: keys and values of all but the last ``last`` tokens; gets those of the rest; None to compute all
         :param last: so many tokens are new; None for all
         """
-        start = 0 if last is None else sequence.embeddings.shape[1] - last
+        start = 0 if last is None or cache is None else sequence.embeddings.shape[1] - last
         causal = {} if self.autoregressive else {"is_causal": False}
         return self.language_model.model(
             inputs_embeds=sequence.embeddings[:, start:],
@@ -319,7 +319,8 @@ class OpenVLAModel(VLABody):
     ) -> tuple[th.Tensor, VLAOutput]:
         """See :meth:`VLABody.decode`."""
         sequence = self.prefix(images, instruction, proprio)
-        cache = DynamicCache(config=self.config.text_config)
+        # With gradient checkpointing, layers in training mode drop the cache without an error. Rollouts are not in it
+        cache = None if self.training else DynamicCache(config=self.config.text_config)
         hidden = self._hidden(sequence, cache)[:, -1:]
         summary = hidden[:, 0].float()
         logits: list[th.Tensor] = []
@@ -327,7 +328,7 @@ class OpenVLAModel(VLABody):
         for i in range(self.config.n_tokens):
             if i > 0:
                 sequence = sequence.append(self._action_embeddings(tokens[-1][:, None]))
-                hidden = self._hidden(sequence, cache, last=1)
+                hidden = self._hidden(sequence, cache, last=1)[:, -1:]
             logits.append(self._bins(hidden)[:, 0].float())
             tokens.append(choose(logits[-1]))
         return th.stack(tokens, dim=1), VLAOutput(logits=th.stack(logits, dim=1), hidden=summary)
