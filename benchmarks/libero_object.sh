@@ -24,8 +24,8 @@ checkpoints() {
     opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos/plain" --student none --n-timesteps 400 --seed 2 \
         --hyperparams $SFT n_demos:1 -f "$RUNS/student"
     # To make them the zoo's:
-    #   python benchmarks/libero_object.py --export "$RUNS/teacher/sft/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-teacher
-    #   python benchmarks/libero_object.py --export "$RUNS/student/sft/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-student
+    #   python benchmarks/report.py libero_object --export "$RUNS/teacher/sft/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-teacher
+    #   python benchmarks/report.py libero_object --export "$RUNS/student/sft/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-student
 }
 
 # 3. OPD and GRPO from that student (the zoo's defaults for this env), the same number of decisions.
@@ -51,7 +51,7 @@ evaluate() {
 }
 
 # 5. Tables and curves, from the files alone.
-report() { python benchmarks/libero_object.py --runs "$RUNS" --output benchmarks/results/libero_object; }
+report() { python benchmarks/report.py libero_object --runs "$RUNS"; }
 
 if [ $# -eq 0 ]; then set -- demos checkpoints compare evaluate report; fi
 for step in "$@"; do "$step"; done

@@ -113,7 +113,12 @@ def _record(args: argparse.Namespace) -> int:
             if not info["success"]:
                 continue
             trace = Trace(
-                task, info["scene_seed"], env.settings.embodiment, args.task_config, env.is_stand_in, arrays["actions"]
+                task,
+                info["scene_seed"],
+                tuple(env.settings.embodiment),
+                args.task_config,
+                env.is_stand_in,
+                arrays["actions"],
             )
             trace.save(args.output / f"{task}_{info['scene_seed']}.npz")
             saved += 1

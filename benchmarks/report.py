@@ -1,10 +1,16 @@
-"""Tables and curves of benchmarks/libero_object.sh, from the files of its runs."""
+"""
+Tables and curves of a comparison of OPD with GRPO, from the files of its runs.
+
+    python benchmarks/report.py libero_object
+    python benchmarks/report.py robotwin_handover
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +20,56 @@ from matplotlib.figure import Figure
 from opd_gym.evaluation import EvaluationResult
 from opd_gym.zoo.runs import read_progress
 
-ENV = "LiberoObject-v0"
-N_TASKS = 10
-LABELS = {
-    "student": "student: SFT, one demonstration a task",
-    "grpo": "student + GRPO",
-    "opd": "student + OPD",
-    "teacher": "teacher: SFT, 40 demonstrations a task",
+
+@dataclass(frozen=True)
+class Study:
+    """
+    What a comparison is about; ``benchmarks/<name>.sh`` runs it.
+
+    :param env: environment id
+    :param title: what is evaluated
+    :param n_tasks: number of tasks
+    :param labels: name of an evaluation -> its row in the table
+    """
+
+    env: str
+    title: str
+    n_tasks: int
+    labels: dict[str, str]
+
+
+STUDIES = {
+    "libero_object": Study(
+        "LiberoObject-v0",
+        "LIBERO-Object, ten tasks",
+        10,
+        {
+            "student": "student: SFT, one demonstration a task",
+            "grpo": "student + GRPO",
+            "opd": "student + OPD",
+            "teacher": "teacher: SFT, 40 demonstrations a task",
+        },
+    ),
+    "robotwin_handover": Study(
+        "RoboTwinHandoverBlock-v0",
+        "RoboTwin handover_block, stand-in robot",
+        1,
+        {
+            "student": "student: SFT, traces of 10 scenes",
+            "grpo": "student + GRPO",
+            "opd": "student + OPD",
+            "teacher": "teacher: SFT, traces of 80 scenes",
+        },
+    ),
 }
 COLORS = {"opd": "tab:blue", "grpo": "tab:orange"}
 
 
-def load_runs(folder: Path, output: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
+def load_runs(study: Study, folder: Path, output: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
     """
     Learning curves of all seeds; they are copied to the results, so that the picture can be drawn again from there.
 
+    :param study: what is compared
     :param folder: folder of the runs
     :param output: folder of the results
     :return: algorithm -> seed -> column -> values
@@ -36,7 +77,7 @@ def load_runs(folder: Path, output: Path) -> dict[str, dict[str, dict[str, list[
     curves: dict[str, dict[str, dict[str, list[float]]]] = {}
     columns = ("time/env_steps", "time/episodes", "time/time_elapsed", "rollout/success_rate", "train/kl")
     for algo in ("opd", "grpo"):
-        for run in sorted(folder.glob(f"seed*/{algo}/{ENV}_1")):
+        for run in sorted(folder.glob(f"seed*/{algo}/{study.env}_1")):
             rows = [row for row in read_progress(run) if "rollout/success_rate" in row]
             seed = run.parent.parent.name.removeprefix("seed")
             values = {key: [row.get(key, float("nan")) for row in rows] for key in columns}
@@ -54,18 +95,19 @@ def pooled(results: list[EvaluationResult]) -> EvaluationResult:
     return EvaluationResult([episode for result in results for episode in result.episodes])
 
 
-def table(evaluations: dict[str, dict[str, EvaluationResult]], curves: dict[str, Any]) -> str:
+def table(study: Study, evaluations: dict[str, dict[str, EvaluationResult]], curves: dict[str, Any]) -> str:
     """
+    :param study: what is compared
     :param evaluations: policy -> seed -> result
     :param curves: see :func:`load_runs`
     :return: markdown
     """
     lines = [
-        "| LIBERO-Object, ten tasks, held-out initial states | success | 95 % interval | each seed | episodes "
+        f"| {study.title}, held-out initial states | success | 95 % interval | each seed | episodes "
         "| training: env steps | training: wall-clock |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, label in LABELS.items():
+    for name, label in study.labels.items():
         seeds = evaluations.get(name)
         if not seeds:
             continue
@@ -83,12 +125,13 @@ def table(evaluations: dict[str, dict[str, EvaluationResult]], curves: dict[str,
     return "\n".join(lines) + "\n"
 
 
-def per_task(evaluations: dict[str, dict[str, EvaluationResult]]) -> str:
+def per_task(study: Study, evaluations: dict[str, dict[str, EvaluationResult]]) -> str:
     """
+    :param study: what is compared
     :param evaluations: policy -> seed -> result
     :return: markdown, success of every task
     """
-    names = [name for name in LABELS if name in evaluations]
+    names = [name for name in study.labels if name in evaluations]
     tasks = {name: pooled(list(evaluations[name].values())).per_task() for name in names}
     lines = ["| task | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for task in sorted(tasks[names[0]]):
@@ -96,10 +139,11 @@ def per_task(evaluations: dict[str, dict[str, EvaluationResult]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(path: Path, evaluations: dict[str, dict[str, EvaluationResult]], curves: dict[str, Any]) -> None:
+def draw(study: Study, path: Path, evaluations: dict[str, dict[str, EvaluationResult]], curves: dict[str, Any]) -> None:
     """
     Success while training, over env steps and over wall-clock, with the held-out success before and after.
 
+    :param study: what is compared
     :param path: PNG to write
     :param evaluations: policy -> seed -> result
     :param curves: see :func:`load_runs`
@@ -131,17 +175,18 @@ def draw(path: Path, evaluations: dict[str, dict[str, EvaluationResult]], curves
     axes[0].set_ylabel("success (%)")
     axes[0].legend(fontsize="small", loc="lower right")
     figure.suptitle(
-        "LIBERO-Object, ten tasks: success while training (sampled actions, last 100 episodes);\n"
-        "diamonds: held out afterwards (greedy actions, official states, 95 % interval)",
+        f"{study.title}: success while training (sampled actions, last 100 episodes);\n"
+        "diamonds: held out afterwards (greedy actions, 95 % interval)",
         fontsize="medium",
     )
     figure.savefig(path, dpi=120)
 
 
-def export(source: Path, target: Path) -> None:
+def export(study: Study, source: Path, target: Path) -> None:
     """
     Store a VLA checkpoint in half precision, as the zoo has it.
 
+    :param study: whose env the policy is for
     :param source: directory of the checkpoint
     :param target: directory to write
     """
@@ -152,7 +197,7 @@ def export(source: Path, target: Path) -> None:
     from opd_gym.zoo.config import build_env
     from opd_gym.zoo.train import settings_of
 
-    env = build_env(ENV, n_envs=1, settings=settings_of(source))
+    env = build_env(study.env, n_envs=1, settings=settings_of(source))
     policy = VLAPolicy(env.observation_space, env.action_space, ConstantSchedule(0.0), checkpoint=source)
     policy.save_checkpoint(target, dtype=torch.float16)
     env.close()
@@ -160,46 +205,50 @@ def export(source: Path, target: Path) -> None:
 
 def main() -> None:
     """Read the runs, write results.json, results.md and curves.png."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/libero_object"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/libero_object"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--runs", type=Path, help="default: runs/STUDY")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/STUDY")
     parser.add_argument("--export", type=Path, nargs=2, metavar=("SOURCE", "TARGET"), help="store in half precision")
     args = parser.parse_args()
+    study = STUDIES[args.study]
+    runs = args.runs or Path("runs") / args.study
+    output = args.output or Path("benchmarks/results") / args.study
     if args.export:
-        export(*args.export)
+        export(study, *args.export)
         return
-    args.output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     evaluations: dict[str, dict[str, EvaluationResult]] = {}
-    for path in sorted((args.runs / "eval").glob("*.json")):
+    for path in sorted((runs / "eval").glob("*.json")):
         name, _, seed = path.stem.partition("_seed")
-        if name in LABELS:
+        if name in study.labels:
             evaluations.setdefault(name, {})[seed or "-"] = EvaluationResult.load(path)
-            (args.output / "eval").mkdir(exist_ok=True)
-            shutil.copyfile(path, args.output / "eval" / path.name)
+            (output / "eval").mkdir(exist_ok=True)
+            shutil.copyfile(path, output / "eval" / path.name)
     if not evaluations:
-        raise SystemExit(f"No evaluations in {args.runs / 'eval'}: run benchmarks/libero_object.sh first.")
-    curves = load_runs(args.runs, args.output)
-    text = table(evaluations, curves) + "\n" + per_task(evaluations)
+        raise SystemExit(f"No evaluations in {runs / 'eval'}: run benchmarks/{args.study}.sh first.")
+    curves = load_runs(study, runs, output)
+    text = table(study, evaluations, curves) + "\n" + per_task(study, evaluations)
     for algo, seeds in curves.items():
         for seed, curve in seeds.items():
             goal = 0.9 * pooled(list(evaluations["teacher"].values())).success_rate if "teacher" in evaluations else 0.9
             reached = next((i for i, s in enumerate(curve["rollout/success_rate"]) if s >= goal), None)
             if reached is None:
-                said = f"did not reach it in {curve['time/episodes'][-1] / N_TASKS:.0f} episodes a task"
+                said = f"did not reach it in {curve['time/episodes'][-1] / study.n_tasks:.0f} episodes a task"
             else:
                 said = (
-                    f"after {curve['time/episodes'][reached] / N_TASKS:.0f} episodes a task, "
+                    f"after {curve['time/episodes'][reached] / study.n_tasks:.0f} episodes a task, "
                     f"{curve['time/env_steps'][reached]:,.0f} env steps, "
                     f"{curve['time/time_elapsed'][reached] / 60:.1f} min"
                 )
             text += f"\n{algo.upper()}, seed {seed}: 90 % of the teacher's success while training {said}.\n"
-    (args.output / "results.md").write_text(text, encoding="utf-8")
+    (output / "results.md").write_text(text, encoding="utf-8")
     summary = {
         name: {seed: {"success_rate": r.success_rate, "interval": r.interval} for seed, r in seeds.items()}
         for name, seeds in evaluations.items()
     }
-    (args.output / "results.json").write_text(json.dumps({"success": summary, "curves": curves}, indent=1) + "\n")
-    draw(args.output / "curves.png", evaluations, curves)
+    (output / "results.json").write_text(json.dumps({"success": summary, "curves": curves}, indent=1) + "\n")
+    draw(study, output / "curves.png", evaluations, curves)
     print(text)
 
 

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# RoboTwin's handover_block on its own task class, with the stand-in robot: a student from the traces of 10 scenes, distilled
+# on-policy from a teacher of 80, against GRPO with as many decisions. Every command behind the results; about two hours
+# and a half on two cores, half of it for the traces and the teacher.
+# PLANNER names the interpreter of a virtual environment with RoboTwin's planner (docs/robotwin.md, "Demonstrations").
+# Run it from the root of the repository, after ./quickstart --robotwin or ./test has made .venv.
+set -euo pipefail
+export PATH="$PWD/.venv/bin:$PATH"
+RUNS="${RUNS:-runs/robotwin_handover}"
+SEEDS="${SEEDS:-0}"
+ENV=RoboTwinHandoverBlock-v0
+SFT="learning_rate:1e-3 batch_size:64 label_smoothing:2.0 augmentation:random_shift_batch policy_kwargs.optimizer_kwargs.weight_decay:1e-4"
+
+# 1. Traces of RoboTwin's own expert in 80 training scenes, each replayed four times, mostly with pushes to recover from.
+demos() {
+    opd-gym robotwin assets --stand-in
+    opd-gym robotwin record --env $ENV -n 80 --python "${PLANNER:?the interpreter that has the planner}" -o "$RUNS/traces"
+    opd-gym robotwin demos --traces "$RUNS/traces" --replays 4 --perturbation 0.3 --image-size 64 \
+        --cameras head left_wrist right_wrist -o "$RUNS/demos"
+}
+
+# 2. The teacher, and the student: 40 demonstrations are those of 10 scenes.
+checkpoints() {
+    # shellcheck disable=SC2086
+    opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos" --student none --n-timesteps 6000 \
+        --hyperparams $SFT validation_fraction:0.05 -f "$RUNS/teacher"
+    # shellcheck disable=SC2086
+    opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos" --student none --n-timesteps 800 \
+        --hyperparams $SFT n_demos:40 -f "$RUNS/student"
+}
+
+# 3. OPD and GRPO from that student (the zoo's defaults for RoboTwin), the same number of decisions.
+compare() {
+    local seed student="$RUNS/student/sft/${ENV}_1/policy" teacher="$RUNS/teacher/sft/${ENV}_1/policy"
+    for seed in $SEEDS; do
+        opd-gym train --algo opd --env $ENV --seed "$seed" --student "$student" --teacher "$teacher" -f "$RUNS/seed$seed"
+        opd-gym train --algo grpo --env $ENV --seed "$seed" --student "$student" -f "$RUNS/seed$seed"
+    done
+}
+
+# 4. Greedy actions in the 100 scenes that are for evaluation.
+evaluate() {
+    local seed name
+    for name in student teacher; do
+        opd-gym eval --env $ENV --checkpoint "$RUNS/$name/sft/${ENV}_1/policy" --episodes 100 -o "$RUNS/eval/$name.json"
+    done
+    for seed in $SEEDS; do
+        for name in opd grpo; do
+            opd-gym eval --env $ENV --checkpoint "$RUNS/seed$seed/$name/${ENV}_1/policy" --episodes 100 \
+                -o "$RUNS/eval/${name}_seed$seed.json"
+        done
+    done
+}
+
+# 5. Tables and curves, from the files alone.
+report() { python benchmarks/report.py robotwin_handover --runs "$RUNS"; }
+
+if [ $# -eq 0 ]; then set -- demos checkpoints compare evaluate report; fi
+for step in "$@"; do "$step"; done
