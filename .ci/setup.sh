@@ -83,3 +83,10 @@ check_gl() {
     renders || die "MuJoCo still cannot render with EGL after installing $GL_PACKAGES. See the reason with:
        MUJOCO_GL=egl .venv/bin/python -c 'import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string(\"<mujoco/>\"))'"
 }
+
+# RoboTwin's runtime, into this library's own folder. The system's own driver brings the libraries that the private one needs.
+install_robotwin() {
+    say "RoboTwin's runtime"
+    .venv/bin/python -m opd_gym.zoo.cli robotwin install && return
+    apt_install mesa-vulkan-drivers && .venv/bin/python -m opd_gym.zoo.cli robotwin install
+}

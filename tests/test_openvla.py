@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel
 from opd_gym import OPD
 from opd_gym.algorithms.base import checkpoint_settings
 from opd_gym.envs.instructions import encode_instruction
+from opd_gym.envs.robotwin.actions import to_positions
 from opd_gym.envs.wrappers import ActionTokens, decode_tokens, encode_actions
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel, complete_checkpoint
 from opd_gym.policies.openvla.checkpoints import detect_profile
@@ -151,12 +152,13 @@ def test_two_cameras_and_proprioception(hub, pictures):
 @th.no_grad()
 def test_two_arms(hub, pictures):
     """25 actions of 14 dimensions, three cameras, joint angles normalised from min to max, as for RoboTwin."""
-    cameras = ["head_camera", "left_camera", "right_camera"]
-    path = tiny.write_checkpoint(hub / "arms" / SFT, tiny.ARMS_KEY, proprio_inputs=14, image_keys=cameras)
+    cameras = ["head", "left_wrist", "right_wrist"]
+    path = tiny.write_checkpoint(hub / "arms" / SFT, tiny.ARMS_KEY, proprio_inputs=14, num_images_in_input=3)
     model = OpenVLAModel.from_pretrained(path)
     config = model.config
     assert (config.n_tokens, config.action_dim, config.chunk_size) == (350, 14, 25)
     assert (config.normalization, config.gripper, config.libero_images) == ("bounds", None, False)
+    assert (config.image_keys, config.image_size, config.joint_positions) == (cameras, [240, 320], True)
     expected = golden("simplevla_arms")
     # The reference was given LIBERO's pictures: make the same of them by hand
     config.libero_images = True
@@ -167,8 +169,9 @@ def test_two_arms(hub, pictures):
     logits = model(images, instructions(), proprio).logits
     check_logits(logits, "simplevla_arms")
     check_tokens(logits.argmax(-1), "simplevla_arms")
+    # The reference's actions are joint positions, the env's are in [-1, 1]
     actions = decode_tokens(logits.argmax(-1).numpy().reshape(2, 25, 14), config.statistics)
-    np.testing.assert_allclose(actions, expected["actions"], atol=1e-6)
+    np.testing.assert_allclose(to_positions(actions), expected["actions"], atol=1e-6)
 
 
 @th.no_grad()

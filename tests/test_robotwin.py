@@ -9,12 +9,12 @@ import sys
 import warnings
 import zipfile
 from dataclasses import asdict
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from golden.openvla import tiny
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
@@ -33,15 +33,15 @@ from opd_gym.envs.robotwin.actions import (
 from opd_gym.envs.robotwin.assets import unpack
 from opd_gym.envs.robotwin.remote import RemoteSimulator, receive, send
 from opd_gym.envs.robotwin.stand_in import write_stand_in
-from opd_gym.envs.robotwin.traces import Trace, find_traces, make_env, replay
+from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Trace, find_traces, make_env, replay
 from opd_gym.envs.wrappers import decode_tokens, encode_actions
 from opd_gym.evaluation import eval_episodes, evaluate_success
 from opd_gym.policies.vla import VLAPolicy
 from opd_gym.zoo.cli import main
 from opd_gym.zoo.robotwin import make_demonstrations
 
-DATA = Path(__file__).parent / "data" / "robotwin"
-TRACES = ("handover_block_0", "stack_blocks_two_0", "blocks_ranking_rgb_0")
+DATA = EXPERT_TRACES
+TRACES = ("handover_block_0", "blocks_ranking_rgb_0")
 KWARGS = {"chunk_size": 25, "image_size": 64, "cameras": ("head", "left_wrist", "right_wrist")}
 
 pytestmark = pytest.mark.filterwarnings("ignore:RoboTwin with a stand-in")
@@ -306,6 +306,14 @@ def test_the_experts_trace_ends_in_success(name, worker):
     assert played.observations["head"].shape == (n, 64, 64, 3) and played.observations["proprio"].shape == (n, 14)
 
 
+def test_check_plays_and_films_the_experts_trace(tmp_path, capsys):
+    assert main(["robotwin", "check", "--env", "RoboTwinStackBlocksTwo-v0", "-o", str(tmp_path)]) == 0
+    assert "stack_blocks_two: solved in " in capsys.readouterr().out
+    assert (tmp_path / "stack_blocks_two.mp4").stat().st_size > 5_000
+    assert main(["robotwin", "check", "--env", "RoboTwinTurnSwitch-v0", "-o", str(tmp_path)]) == 2
+    assert "There is no trace of turn_switch" in capsys.readouterr().err
+
+
 def test_a_task_that_stands_still_does_not_succeed(worker):
     env = borrow(RoboTwinEnv("stack_blocks_three", **KWARGS), worker)
     observation, info = env.reset(seed=0, options={"init_state_id": 3, "horizon": 30})
@@ -540,3 +548,28 @@ def test_opd_and_grpo_train_on_it_though_a_simulator_dies():
         assert np.array_equal(starts[0][0], starts[1][0])
     finally:
         env.close()
+
+
+def test_a_checkpoint_for_two_arms_brings_its_own_env(tmp_path):
+    """OpenVLA-OFT in the published layout: cameras, picture size, chunk and statistics follow from its files alone."""
+    path = tiny.write_checkpoint(
+        tmp_path / "Openvla-oft-SFT-robotwin", tiny.ARMS_KEY, proprio_inputs=14, num_images_in_input=3
+    )
+    kwargs = {"policy_kwargs": {"checkpoint": str(path), "trainable": False}, "device": "cpu"}
+    model = OPD("VLAPolicy", "RoboTwinHandoverBlock-v0", teacher=str(path), n_steps=1, **kwargs)
+    try:
+        space = model.observation_space
+        assert {key: space[key].shape for key in ("head", "left_wrist", "right_wrist", "proprio")} == {
+            **dict.fromkeys(("head", "left_wrist", "right_wrist"), (3, 240, 320)),
+            "proprio": (14,),
+        }
+        assert model.action_space == gym.spaces.MultiDiscrete([256] * 350)
+        tokens, _ = model.predict(model.env.reset(), deterministic=True)
+        actions = decode_tokens(tokens.reshape(-1, 25, 14), model.policy.statistics)
+        published = tiny.statistics(tiny.ARMS_KEY)["action"]
+        # Joint positions where the published statistics, which are in rad, have them
+        positions = to_positions(actions)
+        assert (positions >= np.array(published["min"]) - 1e-6).all()
+        assert (positions <= np.array(published["max"]) + 1e-6).all()
+    finally:
+        model.env.close()

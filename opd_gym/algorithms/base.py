@@ -912,7 +912,8 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if "n_tokens" in config and "action_dim" in config:
         settings["chunk_size"] = config["n_tokens"] // config["action_dim"]
     if config.get("image_size"):
-        settings["image_size"] = int(config["image_size"][0])
+        height, width = (int(size) for size in config["image_size"])
+        settings["image_size"] = height if height == width else (height, width)
     if config.get("image_keys"):
         settings["cameras"] = tuple(config["image_keys"])
     if config.get("libero_images"):

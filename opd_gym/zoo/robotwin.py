@@ -1,4 +1,4 @@
-"""``opd-gym robotwin install | assets | record | demos``: RoboTwin's runtime, its assets, and demonstrations."""
+"""``opd-gym robotwin install | assets | check | record | demos``: RoboTwin's runtime, assets and demonstrations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--stand-in", action="store_true", help="a robot of boxes that needs no download")
     assets.add_argument("-o", "--output", type=Path, help="folder; default: where the environments look for it")
     assets.set_defaults(run=_assets)
+
+    check = commands.add_parser("check", help="play the expert's traces with the stand-in robot, and film it")
+    check.add_argument("--env", help="environment id of one of the tasks; default: all that there are traces of")
+    check.add_argument("-o", "--output", type=Path, default=Path("runs/robotwin"), help="folder of the films")
+    check.set_defaults(run=_check)
 
     record = commands.add_parser("record", help="traces of RoboTwin's own expert")
     record.add_argument("--env", required=True, help="environment id, for instance RoboTwinHandoverBlock-v0")
@@ -81,6 +87,34 @@ def _assets(args: argparse.Namespace) -> int:
         root = download_assets(args.output or runtime.home() / "assets")
         print(f"RoboTwin's assets: {root}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from opd_gym.envs.robotwin import runtime
+    from opd_gym.envs.robotwin.stand_in import write_stand_in
+    from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Trace, find_traces, make_env, replay
+    from opd_gym.zoo.video import write_video
+
+    traces = [Trace.load(path) for path in find_traces([EXPERT_TRACES])]
+    if args.env is not None:
+        task = _task_of(args.env)
+        traces = [trace for trace in traces if trace.task == task]
+        if not traces:
+            raise ValueError(f"There is no trace of {task}. Record one with `opd-gym robotwin record`.")
+    root = runtime.home() / "stand-in"
+    if not runtime.is_stand_in(root):
+        write_stand_in(root)
+    failed = 0
+    for trace in traces:
+        frames: list[np.ndarray] = []
+        with closing(make_env([trace], assets_root=str(root), chunk_size=25, render_mode="rgb_array")) as env:
+            played = replay(trace, env, frames=frames)
+        film = write_video(args.output / f"{trace.task}.mp4", frames)
+        failed += not played.success
+        print(
+            f"{trace.task}: {'solved' if played.success else 'NOT solved'} in {len(frames)} chunks, {film}", flush=True
+        )
+    return 1 if failed else 0
 
 
 def _task_of(env_id: str) -> str:
@@ -173,8 +207,6 @@ def make_demonstrations(
     :return: the file
     :raises ValueError: a trace fails again and again
     """
-    import numpy as np
-
     from opd_gym.demonstrations import Episode, write_demonstrations
     from opd_gym.envs.robotwin.actions import statistics_of_actions
     from opd_gym.envs.robotwin.traces import make_env, replay

@@ -20,6 +20,8 @@ from opd_gym.envs.robotwin.actions import to_actions
 from opd_gym.envs.robotwin.env import RoboTwinEnv
 from opd_gym.envs.robotwin.tasks import ACTION_DIM, SEED_STRIDE, TASKS
 
+# What `opd-gym robotwin check` plays, recorded with the stand-in robot
+EXPERT_TRACES = Path(__file__).parent / "expert"
 # How far a perturbation turns a joint, in rad (standard deviation)
 PUSH = 0.05
 
@@ -136,6 +138,7 @@ def replay(
     first: int | None = None,
     seed: int = 0,
     init_state_id: int = 0,
+    frames: list[np.ndarray] | None = None,
 ) -> Replay:
     """
     Play a trace in chunks, and label every decision with the chunk that the expert played there.
@@ -150,6 +153,7 @@ def replay(
     :param first: actions before the second decision, so that those after it come at other moments; None: a chunk
     :param seed: seed of the perturbations
     :param init_state_id: the env's number of that scene
+    :param frames: gets what the env renders after every decision
     :return: the episode
     :raises ValueError: the env has no chunks
     """
@@ -175,6 +179,8 @@ def replay(
             played = played + push * np.linspace(0.0, 1.0, size)[:, None]
         observation, _, terminated, truncated, step_info = env.step(played.astype(np.float32).clip(-1.0, 1.0))
         position += length
+        if frames is not None:
+            frames.append(env.render())  # type: ignore[arg-type]
         done = terminated or truncated
     keys = [key for key in observations[0] if key != "instruction"]
     return Replay(

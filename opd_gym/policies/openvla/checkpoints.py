@@ -45,7 +45,7 @@ TOKENIZER_CONFIG = {
     "unk_token": "<unk>",
 }
 LIBERO_CAMERAS = ("agentview", "wrist")
-TWO_ARM_CAMERAS = ("head_camera", "left_camera", "right_camera")
+TWO_ARM_CAMERAS = ("head", "left_wrist", "right_wrist")
 HEAD_PATTERNS = ("action_head--*checkpoint.pt", "noisy_action_projector--*checkpoint.pt")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,6 +174,7 @@ def complete_values(directory: Path, values: Mapping[str, Any], **fields: Any) -
         # RoboTwin and ALOHA: joint angles, normalised from min to max
         values.setdefault("normalization", "bounds")
         values.setdefault("image_size", [240, 320])
+        values.setdefault("joint_positions", True)
     libero = values["unnorm_key"].startswith("libero")
     values.setdefault("libero_images", libero)
     values.setdefault("gripper", "open_is_one" if libero else None)

@@ -114,6 +114,8 @@ class OpenVLAConfig(VLAConfig):
         and max
     :param gripper: "open_is_one" if the last action dimension is 1 for an open gripper and 0 for a closed one (LIBERO),
         see :func:`opd_gym.envs.wrappers.decode_tokens`; None if it is as the env wants it
+    :param joint_positions: actions are joint positions in rad and gripper openings from 0 to 1, of two arms (RoboTwin);
+        :attr:`statistics` are those of the same tokens in the units of the envs here
     :param proprio_inputs: inputs of the proprioception projector; 0 if there is none. 8 inputs are position,
         axis-angle and fingers, which are made from LIBERO's 9 numbers (position, quaternion, fingers)
     :param pad_to_multiple_of: rows at the end of the vocabulary that are no tokens
@@ -141,6 +143,7 @@ class OpenVLAConfig(VLAConfig):
         libero_images: bool = True,
         normalization: str = "bounds_q99",
         gripper: str | None = "open_is_one",
+        joint_positions: bool = False,
         proprio_inputs: int = 0,
         pad_to_multiple_of: int = 64,
         pad_token_id: int = 32000,
@@ -179,6 +182,7 @@ class OpenVLAConfig(VLAConfig):
         self.libero_images = libero_images
         self.normalization = normalization
         self.gripper = gripper
+        self.joint_positions = joint_positions
         self.proprio_inputs = proprio_inputs
         self.pad_to_multiple_of = pad_to_multiple_of
         self.pixel_means = [list(row) for row in pixel_means]
@@ -250,6 +254,10 @@ class OpenVLAConfig(VLAConfig):
 
     def _action_statistics(self) -> dict[str, Any]:
         statistics = self.data_statistics("action")
+        if self.joint_positions:
+            from opd_gym.envs.robotwin.actions import statistics_of_positions
+
+            statistics = statistics_of_positions(statistics)
         return statistics if self.gripper is None else {**statistics, "gripper": self.gripper}
 
     def to_dict(self) -> dict[str, Any]:
