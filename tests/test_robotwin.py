@@ -6,6 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 import warnings
 import zipfile
 from dataclasses import asdict
@@ -31,7 +34,8 @@ from opd_gym.envs.robotwin.actions import (
     to_positions,
 )
 from opd_gym.envs.robotwin.assets import unpack
-from opd_gym.envs.robotwin.remote import RemoteSimulator, receive, send
+from opd_gym.envs.robotwin import remote as remote_module
+from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost, receive, send
 from opd_gym.envs.robotwin.stand_in import write_stand_in
 from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Trace, find_traces, make_env, replay
 from opd_gym.envs.wrappers import decode_tokens, encode_actions
@@ -218,6 +222,109 @@ def test_messages_between_processes():
     with pytest.raises(EOFError):
         receive(there)
     there.close()
+
+
+class FakeSimulator(RemoteSimulator):
+    """The learner's side of a worker that is a thread, with answers that cost nothing."""
+
+    def __init__(self, dies_in=(), delay=0.0):
+        self.timeout = 10.0
+        self._last_words = tempfile.TemporaryFile()
+        self._connection, self.other = socket.socketpair()
+        self.process = subprocess.Popen(["sleep", "60"])
+        self.dies_in, self.delay, self.calls = dies_in, delay, []
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        observation = {"head": np.full((240, 320, 3), 7, np.uint8), "proprio": np.zeros(14, np.float32)}
+        while True:
+            try:
+                header, _ = receive(self.other)
+                command, arguments = header["command"], header["arguments"]
+                self.calls.append((command, arguments))
+                time.sleep(self.delay)
+                if command in self.dies_in:
+                    self.process.kill()
+                    self.other.close()
+                    return
+                value = {"command": command, "success": False, "instruction": "do it", **arguments}
+                picture = {"picture": np.full((240, 320, 3), 9, np.uint8)}
+                send(self.other, {"value": value}, picture if command == "picture" else observation)
+            except (EOFError, OSError):
+                return
+
+    def close(self):
+        self.process.kill()
+        super().close()
+
+
+def fake(env, **kwargs):
+    env._simulator = FakeSimulator(**kwargs)
+    return env
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next_one(monkeypatch):
+    simulator = FakeSimulator(delay=0.1)
+
+    def interrupted(connection):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_module, "receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            simulator.observe()
+    assert simulator.process.poll() is not None
+    with pytest.raises(WorkerLost, match="it was ended before 'picture'"):
+        simulator.picture()
+    simulator.close()
+
+
+@pytest.mark.parametrize("look", ["render", "current_observation"])
+def test_a_worker_that_dies_while_somebody_looks_costs_its_episode(look):
+    env = fake(RoboTwinEnv("handover_block", render_mode="rgb_array"), dies_in=("picture", "observe"))
+    env.reset(seed=0)
+    with pytest.warns(RuntimeWarning, match="died in '(picture|observe)'"):
+        seen = getattr(env, look)()
+    if look == "render":
+        # There has been none yet
+        assert seen.shape == (240, 320, 3) and not seen.any()
+    else:
+        assert (seen["head"] == 7).all()
+    assert env.render().shape == (240, 320, 3)
+    _, reward, terminated, truncated, info = env.step(np.zeros(14))
+    assert (reward, terminated, truncated, info["episode_lost"]) == (0.0, False, True, True)
+    assert look == "render" or "observe" in info["worker_death"]
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(np.zeros(14))
+    fake(env)
+    env.reset(seed=0)
+    assert (env.render() == 9).all() and not env.step(np.zeros(14))[4].get("episode_lost")
+    env.close()
+
+
+def test_a_replay_ends_where_its_episode_is_lost():
+    trace = Trace.load(DATA / "handover_block_0.npz")
+    env = fake(make_env([trace], chunk_size=25, render_mode="rgb_array"), dies_in=("step",))
+    frames = []
+    with pytest.warns(RuntimeWarning, match="died in 'step'"):
+        assert not replay(trace, env, frames=frames).success
+    assert not frames
+    env = fake(make_env([trace], chunk_size=25, eval_seeds=(trace.scene_seed + 7,)))
+    with pytest.raises(ValueError, match=f"recorded in scene {trace.scene_seed}, and the env's scene 0 is"):
+        replay(trace, env)
+
+
+def test_held_out_textures_are_those_of_evaluation_scenes():
+    def held_out(env, **options):
+        env.reset(options=options)
+        return env.simulator.calls[-1][1]["held_out"]
+
+    env = fake(RoboTwinEnv("handover_block"))
+    assert not held_out(env) and held_out(env, init_state_id=3)
+    # A trace is replayed with what it was recorded with
+    trace = Trace.load(DATA / "handover_block_0.npz")
+    assert not held_out(fake(make_env([trace], chunk_size=25)))
+    assert held_out(fake(RoboTwinEnv("handover_block", held_out_textures=True)))
 
 
 def test_the_random_state_of_the_learner_is_not_touched():

@@ -51,8 +51,8 @@ class RoboTwinEnv(gym.Env):
     ``instruction`` and ``is_success``.
 
     ## Workers
-    The simulator runs in a process of its own. If that dies or hangs, the step returns ``truncated`` with
-    ``info["episode_lost"]`` and ``info["worker_death"]``, and the next reset starts another.
+    The simulator runs in a process of its own. If that dies or hangs, the step (or the next one) returns ``truncated``
+    with ``info["episode_lost"]`` and ``info["worker_death"]``, and the next reset starts another.
 
     :param task: RoboTwin's name of the task, for instance ``handover_block``
     :param chunk_size: actions in a step; None for one, without the axis
@@ -68,6 +68,7 @@ class RoboTwinEnv(gym.Env):
     :param embodiment: two robots and their distance in m (published policies of chunked tokens have two pipers), or one
         robot of two arms, ``("aloha-agilex",)``
     :param task_config: "demo_clean", or "demo_randomized" for other textures, lights, heights and objects in between
+    :param held_out_textures: whether "demo_randomized" takes RoboTwin's "unseen" textures; None for evaluation scenes
     :param shader: "default" for SAPIEN's rasteriser without shadows, "rt" for RoboTwin's own ray tracing (NVIDIA GPU)
     :param instructions: RoboTwin's "seen" or "unseen" phrasings of the task
     :param in_process: simulate in this process; a crash is then everybody's
@@ -96,6 +97,7 @@ class RoboTwinEnv(gym.Env):
         assets_root: str | None = None,
         embodiment: Sequence[Any] = ("piper", "piper", 0.6),
         task_config: str = "demo_clean",
+        held_out_textures: bool | None = None,
         shader: str = "default",
         instructions: str = "seen",
         in_process: bool = False,
@@ -152,6 +154,7 @@ class RoboTwinEnv(gym.Env):
         self.horizon = tasks.TASKS[task] if horizon is None else int(horizon)
         self.cameras = tuple(cameras)
         self.render_mode = render_mode
+        self.held_out_textures = held_out_textures
         self.settings = Settings(
             task, str(root), embodiment, task_config, shader, self.cameras, tuple(size), instructions
         )
@@ -160,8 +163,11 @@ class RoboTwinEnv(gym.Env):
         self._in_process, self._python, self._timeout = in_process, python, timeout
         self._simulator: Simulator | RemoteSimulator | None = None
         self._deaths = 0
+        # What ended the worker of the present episode
+        self._death = ""
         self._done = True
         self._obs: dict[str, np.ndarray] = {}
+        self._picture = np.zeros((*PICTURE_SIZE, 3), np.uint8)
         picture = spaces.Box(0, 255, (*size, 3), np.uint8)
         self.observation_space = spaces.Dict(
             {
@@ -231,6 +237,7 @@ class RoboTwinEnv(gym.Env):
         """
         super().reset(seed=seed)
         self._done = True  # until the episode has begun
+        self._death = ""
         options = dict(options or {})
         unknown = set(options) - {"task_id", "init_state_id", "horizon"}
         if unknown:
@@ -250,7 +257,9 @@ class RoboTwinEnv(gym.Env):
         init_state_id = int(init_state_id)
         if not -1 <= init_state_id < len(self.eval_seeds):
             raise ValueError(f"Unknown evaluation scene {init_state_id}: there are 0 to {len(self.eval_seeds) - 1}.")
-        scene = self._start_scene(drawn if init_state_id == -1 else int(self.eval_seeds[init_state_id]))
+        evaluates = init_state_id != -1
+        held_out = evaluates if self.held_out_textures is None else self.held_out_textures
+        scene = self._start_scene(int(self.eval_seeds[init_state_id]) if evaluates else drawn, held_out)
         self._described = {
             "task_id": self.task_id,
             "init_state_id": init_state_id,
@@ -263,10 +272,10 @@ class RoboTwinEnv(gym.Env):
         self._done = False
         return self._observation(), {**self._described, "is_success": False}
 
-    def _start_scene(self, scene_seed: int) -> dict[str, Any]:
+    def _start_scene(self, scene_seed: int, held_out: bool) -> dict[str, Any]:
         while True:
             try:
-                scene, arrays = self._use().reset(scene_seed)
+                scene, arrays = self._use().reset(scene_seed, held_out)
             except WorkerLost as death:
                 self._bury(death)
                 continue
@@ -303,6 +312,8 @@ class RoboTwinEnv(gym.Env):
             raise ValueError(
                 f"The action has NaN or infinite entries: {action}. The policy has diverged; lower its learning rate."
             )
+        if self._death:
+            return self._lose_episode()
         chunk = action.reshape(-1, tasks.ACTION_DIM)[: self._episode_horizon - self._steps]
         try:
             result, arrays = self.simulator.step(to_positions(np.clip(chunk, -1.0, 1.0)), observe=self.observe)
@@ -314,33 +325,50 @@ class RoboTwinEnv(gym.Env):
             if (success or truncated) and not self.observe:
                 self._obs.update(self.simulator.observe()[1])
         except WorkerLost as death:
-            self._done = True
+            self._death = str(death)
             self._bury(death)
-            lost = {"episode_lost": True, "worker_death": str(death), "n_executed": 0}
-            return self._observation(), 0.0, False, True, {**self._described, **lost}
+            return self._lose_episode()
         self._done = success or truncated
         info = {**self._described, "is_success": success, "n_executed": len(chunk)}
         return self._observation(), float(success), success, truncated, info
+
+    def _lose_episode(self) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        self._done = True
+        lost = {"episode_lost": True, "worker_death": self._death, "n_executed": 0}
+        return self._observation(), 0.0, False, True, {**self._described, **lost}
 
     def _observation(self) -> dict[str, np.ndarray]:
         return {name: self._obs[name].copy() for name in self.observation_space.spaces}  # type: ignore[attr-defined]
 
     def current_observation(self) -> dict[str, np.ndarray]:
         """The present state's observation, drawn now (after steps with ``observe`` off, for instance)."""
-        self._obs.update(self.simulator.observe()[1])
+        self._obs.update(self._drawn("observe"))
         return self._observation()
 
     def render(self) -> np.ndarray | None:  # type: ignore[override]
         """
-        :return: the head camera's picture, uint8 of shape ``(240, 320, 3)``, or None without a render mode
+        :return: the head camera's picture, uint8 of shape ``(240, 320, 3)``, or None without a render mode; the last
+            one (or a black one) if the worker is lost
         """
         if self.render_mode is None:
             return None
-        return self.simulator.picture()[1]["picture"]
+        self._picture = self._drawn("picture").get("picture", self._picture)
+        return self._picture.copy()
+
+    def _drawn(self, command: str) -> dict[str, np.ndarray]:
+        """What the simulator draws, nothing if it is lost: whoever looks cannot be told, the next step says it."""
+        if self._death:
+            return {}
+        try:
+            return getattr(self.simulator, command)()[1]
+        except WorkerLost as death:
+            self._death = str(death)
+            self._bury(death)
+            return {}
 
     def close(self) -> None:
         """End the simulator; may be called twice."""
         if self._simulator is not None:
             self._simulator.close()
             self._simulator = None
-        self._done = True
+        self._done, self._death = True, ""

@@ -121,6 +121,8 @@ class RemoteSimulator:
         :raises WorkerLost: the worker is gone; build another one
         :raises Exception: what the method raised, with the worker's traceback as its cause
         """
+        if self._connection.fileno() < 0:
+            raise WorkerLost(f"RoboTwin's worker is gone: it was ended before {command!r}.")
         timeout = self.timeout if timeout is None else timeout
         self._connection.settimeout(timeout)
         try:
@@ -130,13 +132,20 @@ class RemoteSimulator:
             raise self._lost(f"no answer to {command!r} for {timeout:g} s: killed") from None
         except (EOFError, ConnectionError):
             raise self._lost(f"died in {command!r}") from None
+        except BaseException:
+            # Interrupted, by Ctrl-C for instance: the next call would take this one's answer for its own
+            self._connection.close()
+            self.process.kill()
+            self.process.wait()
+            raise
         if "error" in header:
             raise _rebuild(**header["error"])
         return header["value"], arrays
 
-    def reset(self, scene_seed: int) -> tuple[dict[str, Any], Arrays]:
+    def reset(self, scene_seed: int, held_out: bool = False) -> tuple[dict[str, Any], Arrays]:
         """See the simulator's."""
-        return self.call("reset", scene_seed=scene_seed, timeout=max(self.timeout, START_SECONDS))
+        timeout = max(self.timeout, START_SECONDS)
+        return self.call("reset", scene_seed=scene_seed, held_out=held_out, timeout=timeout)
 
     def step(self, actions: np.ndarray, observe: bool = True) -> tuple[dict[str, Any], Arrays]:
         """See the simulator's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ EXPERT_METHODS = (
 )
 # Random starts of the inverse kinematics of a candidate grasp; mplib's own is 20
 IK_ATTEMPTS = 4
+# Resets after which SAPIEN's cache of meshes and textures is cleared: with other objects in every scene it grows
+CLEAR_CACHE_RESETS = 50
 Arrays = dict[str, np.ndarray]
 
 
@@ -86,29 +89,37 @@ class Simulator:
         self._class = _task_class(settings.task)
         self._random = RandomState()
         self._task: Any = None
+        self._n_resets = 0
 
-    def reset(self, scene_seed: int) -> tuple[dict[str, Any], Arrays]:
+    def reset(self, scene_seed: int, held_out: bool = False) -> tuple[dict[str, Any], Arrays]:
         """
         Build the scene of a seed, or of the one that replaces it if objects do not come to rest there.
 
         :param scene_seed: seed of the scene
+        :param held_out: with the textures that RoboTwin keeps for evaluation ("demo_randomized" has textures)
         :return: ``scene_seed`` (the one that was taken), ``instruction``, and the first observation
         :raises RuntimeError: none of the seeds has a stable scene
         """
         use_assets(Path(self.settings.assets_root))
         from robotwin.envs.utils.create_actor import UnStableError
 
-        self.close()
+        self._n_resets += 1
+        self.close(clear_cache=self._n_resets % CLEAR_CACHE_RESETS == 0)
+        # RoboTwin's name of it; whatever else it switches is the limit of steps, which is replaced below
+        arguments = {**self._arguments, "eval_mode": held_out}
         with self._random, quiet():
             for seed in scene_seeds(scene_seed):
                 self._random.seed(seed)
                 self._task = self._class()
                 self._task.shader = self.settings.shader
                 try:
-                    self._task.setup_demo(now_ep_num=seed, seed=seed, is_test=True, **self._arguments)
+                    self._task.setup_demo(now_ep_num=seed, seed=seed, is_test=True, **arguments)
                     break
                 except UnStableError:
                     self.close()
+                finally:
+                    # Every set-up adds the same ones again
+                    logging.getLogger("toppra").handlers.clear()
             else:
                 tried = scene_seeds(scene_seed)
                 raise RuntimeError(
@@ -208,10 +219,14 @@ class Simulator:
             self._task.trace = None
         return {**info, "success": success}, {"actions": np.array(trace, dtype=np.float32).reshape(-1, ACTION_DIM)}
 
-    def close(self) -> None:
-        """Free the scene; may be called twice."""
+    def close(self, clear_cache: bool = False) -> None:
+        """
+        Free the scene; may be called twice.
+
+        :param clear_cache: free the meshes and textures of earlier scenes too, which SAPIEN keeps
+        """
         if self._task is not None:
-            self._task.close_env(clear_cache=False)
+            self._task.close_env(clear_cache=clear_cache)
             self._task = None
 
 
@@ -251,7 +266,6 @@ def _task_arguments(settings: Settings) -> dict[str, Any]:
         dual_arm_embodied=len(embodiment) == 1,
         # The only other one runs on CUDA alone, and is not needed to play joint positions
         planner_backend="mplib",
-        eval_mode=True,
         eval_video_log=False,
         render_freq=0,
     )

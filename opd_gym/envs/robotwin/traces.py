@@ -97,6 +97,8 @@ def make_env(traces: Sequence[Trace], **kwargs: Any) -> RoboTwinEnv:
     seeds = tuple(trace.scene_seed % SEED_STRIDE for trace in traces)
     other = next(seed for seed in range(len(seeds) + 1) if seed not in seeds)
     arguments = {"eval_seeds": seeds, "train_seeds": (other,), "init_states": "eval", **kwargs}
+    # These count as evaluation scenes here, but were recorded as training scenes
+    arguments.setdefault("held_out_textures", False)
     return RoboTwinEnv(task, embodiment=embodiment, task_config=task_config, **arguments)
 
 
@@ -155,7 +157,7 @@ def replay(
     :param init_state_id: the env's number of that scene
     :param frames: gets what the env renders after every decision
     :return: the episode
-    :raises ValueError: the env has no chunks
+    :raises ValueError: the env has no chunks, or its scene is another one than the trace's
     """
     if env.chunk_size is None:
         raise ValueError("A trace is replayed in chunks: build the env with chunk_size=25.")
@@ -165,7 +167,14 @@ def replay(
     # The expert stands still once it has succeeded: the last action is repeated.
     actions = np.concatenate([actions, np.repeat(actions[-1:], 2 * size, axis=0)])
     observation, info = env.reset(options={"init_state_id": init_state_id})
+    if info["scene_seed"] != trace.scene_seed:
+        raise ValueError(
+            f"The trace was recorded in scene {trace.scene_seed}, and the env's scene {init_state_id} is "
+            f"{info['scene_seed']}. Build the env with make_env, and give the number of the trace in it; a scene that is "
+            "stable with one robot may be unstable, and replaced, with another."
+        )
     observations, chunks = [], []
+    step_info: dict[str, Any] = {}
     done, position = False, 0
     while not done and position < len(actions) - size:
         length = first if first is not None and position == 0 else size
@@ -179,6 +188,8 @@ def replay(
             played = played + push * np.linspace(0.0, 1.0, size)[:, None]
         observation, _, terminated, truncated, step_info = env.step(played.astype(np.float32).clip(-1.0, 1.0))
         position += length
+        if step_info.get("episode_lost"):
+            break
         if frames is not None:
             frames.append(env.render())  # type: ignore[arg-type]
         done = terminated or truncated
