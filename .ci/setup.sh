@@ -84,9 +84,15 @@ check_gl() {
        MUJOCO_GL=egl .venv/bin/python -c 'import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string(\"<mujoco/>\"))'"
 }
 
-# RoboTwin's runtime, into this library's own folder. The system's own driver brings the libraries that the private one needs.
+# RoboTwin's runtime, into this library's own folder. What says which libraries the driver needs ends with the command that
+# installs them; the system's own driver brings some of them, and an apt without lists gets them.
 install_robotwin() {
+    local said packages
     say "RoboTwin's runtime"
-    .venv/bin/python -m opd_gym.zoo.cli robotwin install && return
-    apt_install mesa-vulkan-drivers && .venv/bin/python -m opd_gym.zoo.cli robotwin install
+    said="$(.venv/bin/python -m opd_gym.zoo.cli robotwin install 2>&1)" && { printf '%s\n' "$said"; return; }
+    printf '%s\n' "$said" >&2
+    packages="$(sed -n 's/.*sudo apt-get install \([a-z0-9.+ -]*\)$/\1/p' <<<"$said")"
+    # shellcheck disable=SC2086
+    { [ -n "$packages" ] && apt_install $packages; } || apt_install mesa-vulkan-drivers || return 1
+    .venv/bin/python -m opd_gym.zoo.cli robotwin install
 }

@@ -53,6 +53,7 @@ def measure_runtime(task: str, n_envs: int, actions: np.ndarray) -> dict[str, fl
     began = time.perf_counter()
     root = find_assets()
     use_assets(root)
+    os.environ["ROBOTWIN_ASSETS_ROOT"] = str(root)
     # Its check of the assets looks for this folder, whatever the robot
     (root / "assets" / "embodiments" / "aloha-agilex").mkdir(exist_ok=True)
     sapien = import_robotwin()

@@ -27,14 +27,14 @@ from opd_gym import GRPO, OPD
 from opd_gym.demonstrations import Demonstrations, Episode, read_demonstrations, write_demonstrations
 from opd_gym.envs.registration import CHUNK_SIZES, ROBOTWIN_IDS
 from opd_gym.envs.robotwin import MESHLESS_TASKS, TASKS, RoboTwinEnv, install, runtime, tasks
+from opd_gym.envs.robotwin import remote as remote_module
 from opd_gym.envs.robotwin.actions import (
     statistics_of_actions,
     statistics_of_positions,
     to_actions,
     to_positions,
 )
-from opd_gym.envs.robotwin.assets import unpack
-from opd_gym.envs.robotwin import remote as remote_module
+from opd_gym.envs.robotwin.assets import download_assets, unpack
 from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost, receive, send
 from opd_gym.envs.robotwin.stand_in import write_stand_in
 from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Trace, find_traces, make_env, replay
@@ -224,12 +224,72 @@ def test_messages_between_processes():
     there.close()
 
 
+def test_every_environment_has_packages_of_its_own(monkeypatch):
+    ours = runtime.packages_dir()
+    assert ours == runtime.packages_dir() and ours.name.startswith(f"packages-{sys.implementation.cache_tag}-")
+    monkeypatch.setattr(sys, "prefix", "/another/venv")
+    assert runtime.packages_dir() != ours
+
+
+def test_a_worker_without_packages_is_told_where_to_install_them(monkeypatch):
+    def call(self, command, **arguments):
+        raise ImportError("The RoboTwin environments need sapien")
+
+    monkeypatch.setattr(RemoteSimulator, "call", call)
+    settings = RoboTwinEnv("handover_block").settings
+    with pytest.raises(ImportError, match="need sapien\nThat is .* run there: /bin/true -m opd_gym.zoo.cli robotwin"):
+        RemoteSimulator(settings, "/bin/true")
+
+
+def test_a_gpu_without_a_vulkan_driver_does_not_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    monkeypatch.setattr(runtime, "DRIVER_FOLDERS", (str(tmp_path / "none"), str(tmp_path)))
+    assert not runtime.has_gpu()
+    (tmp_path / "nvidia_icd.x86_64.json").touch()
+    assert runtime.has_gpu()
+
+
+def test_what_was_replaced_is_there_for_a_second_attempt(monkeypatch):
+    assert runtime._importable("json") and not runtime._importable("no_such_module")
+    monkeypatch.setitem(sys.modules, "no_such_module", type(sys)("no_such_module"))
+    assert runtime._importable("no_such_module")
+
+
+def test_the_assets_of_one_env_are_not_those_of_the_next(monkeypatch, root, tmp_path):
+    monkeypatch.setenv("ASSETS_PATH", "")
+    runtime.use_assets(tmp_path)
+    assert os.environ["ASSETS_PATH"] == str(tmp_path) and runtime.find_assets() == root.resolve()
+
+
+@pytest.mark.parametrize(("suites", "found"), [(("", "-backports"), ""), (("-backports",), "-backports"), ((), None)])
+def test_the_driver_is_looked_for_in_the_release_and_its_backports(monkeypatch, tmp_path, suites, found):
+    tried = []
+
+    def run(command, what, cwd=None):
+        if command[-1] == "update":
+            tried.append((tmp_path / "sources.list").read_text().split()[2])
+        if "download" in command:
+            (tmp_path / "mesa-vulkan-drivers_1.deb").touch()
+        return "25.0.7-2" if tried[-1].removeprefix("trixie") in suites else "22.3.6-1"
+
+    monkeypatch.setattr(install, "_apt_sources", lambda: [("http://mirror", "trixie")])
+    monkeypatch.setattr(install, "_run", run)
+    if found is None:
+        with pytest.raises(install.InstallError, match="trixie has Mesa 22.3.6-1, too old; trixie-backports has"):
+            install._download_driver(tmp_path, lambda text: None)
+        monkeypatch.setattr(install, "_apt_sources", list)
+        with pytest.raises(install.InstallError, match="knows no source of this release, .*sudo apt-get update"):
+            install._download_driver(tmp_path, lambda text: None)
+    else:
+        assert install._download_driver(tmp_path, lambda text: None).is_file() and tried[-1] == f"trixie{found}"
+
+
 class FakeSimulator(RemoteSimulator):
     """The learner's side of a worker that is a thread, with answers that cost nothing."""
 
     def __init__(self, dies_in=(), delay=0.0):
         self.timeout = 10.0
-        self._last_words = tempfile.TemporaryFile()
+        self._last_words = tempfile.TemporaryFile()  # noqa: SIM115
         self._connection, self.other = socket.socketpair()
         self.process = subprocess.Popen(["sleep", "60"])
         self.dies_in, self.delay, self.calls = dies_in, delay, []
@@ -378,6 +438,19 @@ def test_download_without_the_hub(tmp_path):
     assert done.returncode == 2 and "cannot be downloaded from the Hugging Face hub" in done.stderr
     assert "assets --stand-in" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_others_can_read_downloaded_assets(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    with zipfile.ZipFile(tmp_path / "any.zip", "w") as archive:
+        archive.writestr("objects/021_cup/base0.glb", b"mesh")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(tmp_path / "any.zip"))
+    (tmp_path / "ordinary").mkdir()
+    out = download_assets(tmp_path / "out")
+    assert out.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    assert (out / "assets/objects/021_cup/base0.glb").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["any.zip", "ordinary", "out"]
 
 
 def test_traces_are_checked(tmp_path):

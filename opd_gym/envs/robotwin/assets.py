@@ -32,7 +32,9 @@ def download_assets(root: Path) -> Path:
         raise ValueError(f"{root} is not empty. Remove it to download RoboTwin's assets anew.")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as name:
-        folder = Path(name)
+        # Not the temporary folder itself, which nobody else may read
+        folder = Path(name) / "root"
+        folder.mkdir()
         for archive in ARCHIVES:
             try:
                 # Into the hub's own cache: a download that broke off goes on where it stopped
@@ -49,7 +51,6 @@ def download_assets(root: Path) -> Path:
         if root.exists():
             root.rmdir()
         os.replace(folder, root)
-        folder.mkdir()  # what the context manager is to remove
     return root
 
 

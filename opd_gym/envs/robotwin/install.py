@@ -49,7 +49,7 @@ Say = Callable[[str], None]
 
 
 class InstallError(RuntimeError):
-    """Something could not be installed; the message says what to do."""
+    """Something could not be installed; the message says what to do. What comes after "apt-get install" ends it."""
 
 
 def _run(command: Sequence[str], what: str, cwd: Path | None = None) -> str:
@@ -122,7 +122,8 @@ def _download_driver(folder: Path, say: Say) -> Path:
     """Fetch the driver's package, from this release or from its backports, with an apt of our own."""
     tried = []
     for uri, codename in _apt_sources():
-        for suite in (f"{codename}-updates", f"{codename}-backports"):
+        # The release itself where its driver is new enough; backports bring newer libraries along
+        for suite in (f"{codename}-updates", codename, f"{codename}-backports"):
             sources = folder / "sources.list"
             sources.write_text(f"deb {uri} {suite} main\n", encoding="utf-8")
             for name in ("lists/partial", "cache/archives/partial"):
@@ -144,10 +145,11 @@ def _download_driver(folder: Path, say: Say) -> Path:
                 return package
             package.unlink()
             tried.append(f"{suite} has Mesa {version}, too old")
+    reasons = "; ".join(tried) or "apt knows no source of this release, which `sudo apt-get update` may change"
     raise InstallError(
         f"No {DRIVER_PACKAGE} of at least version {'.'.join(map(str, MIN_DRIVER))} can be downloaded with apt "
-        f"({'; '.join(tried) or 'apt knows no source of this release'}). Set VK_ICD_FILENAMES to the description of a "
-        "Vulkan driver that you have, or use a machine with an NVIDIA GPU."
+        f"({reasons}). Set VK_ICD_FILENAMES to the description of a Vulkan driver that you have, or use a machine with "
+        "an NVIDIA GPU."
     )
 
 
@@ -159,7 +161,7 @@ def _missing_libraries(library: Path, folder: Path) -> list[str]:
 
 def install_driver(force: bool = False, say: Say = print) -> bool:
     """
-    Unpack a software Vulkan driver into a folder of its own, where there is no GPU and no driver has been chosen.
+    Unpack a software Vulkan driver into a folder of its own, where no GPU has one and no driver has been chosen.
 
     :param force: do it anew, and with a GPU too
     :param say: told what happens
@@ -199,6 +201,8 @@ def install_driver(force: bool = False, say: Say = print) -> bool:
         (unpacked / target.name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         shutil.rmtree(target.parent, ignore_errors=True)
         os.replace(unpacked, target.parent)
+    if runtime.has_gpu():
+        say(f"The driver of the NVIDIA GPU goes on being used. For this one, set VK_ICD_FILENAMES={target}")
     return True
 
 

@@ -89,6 +89,7 @@ class RemoteSimulator:
     :param python: interpreter of the worker; None for this one
     :param timeout: seconds without an answer after which the worker counts as hung
     :raises WorkerLost: the worker died while it started
+    :raises ImportError: RoboTwin is not installed for the worker's interpreter
     """
 
     def __init__(self, settings: Settings, python: str | None = None, timeout: float = 120.0):
@@ -105,7 +106,16 @@ class RemoteSimulator:
                 stdout=self._last_words,
                 stderr=self._last_words,
             )
-        self.call("start", timeout=max(timeout, START_SECONDS), settings=asdict(settings))
+        try:
+            self.call("start", timeout=max(timeout, START_SECONDS), settings=asdict(settings))
+        except ImportError as error:
+            if python is None:
+                raise
+            # Every environment has packages of its own
+            raise ImportError(
+                f"{error}\nThat is the worker's interpreter, which python names. Install this library in its "
+                f"environment, and run there: {python} -m opd_gym.zoo.cli robotwin install"
+            ) from error
 
     def call(
         self, command: str, arrays: Arrays | None = None, timeout: float | None = None, **arguments: Any

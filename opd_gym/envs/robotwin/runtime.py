@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -18,6 +19,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +36,8 @@ NOT_COMPARABLE = "Success rates with it cannot be compared to published ones."
 
 # With which people choose a Vulkan driver
 DRIVER_VARIABLES = ("VK_ICD_FILENAMES", "VK_DRIVER_FILES")
+# Where drivers describe themselves to Vulkan
+DRIVER_FOLDERS = ("/usr/share/vulkan/icd.d", "/etc/vulkan/icd.d")
 STAND_IN_MARKER = ".stand-in.json"
 _renderers: list[Any] = []
 # What RoboTwin's runtime imports besides what it is made of; the installer looks for the same.
@@ -49,9 +53,11 @@ def home() -> Path:
 
 def packages_dir() -> Path:
     """
-    :return: folder of the Python packages that are there for RoboTwin alone, one for each version of Python
+    :return: folder of the Python packages that are there for RoboTwin alone, one for each environment: it holds what
+        that one lacks
     """
-    return home() / f"packages-{sys.implementation.cache_tag}"
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    return home() / f"packages-{sys.implementation.cache_tag}-{environment}"
 
 
 def driver_file() -> Path:
@@ -170,13 +176,14 @@ def require_robotwin() -> None:
 
 def has_gpu() -> bool:
     """
-    :return: whether an NVIDIA driver is loaded
+    :return: whether an NVIDIA driver is loaded and can be used with Vulkan: many containers have it for CUDA alone
     """
-    return os.path.exists("/proc/driver/nvidia/version")
+    described = (path for folder in DRIVER_FOLDERS for path in Path(folder).glob("nvidia_icd*.json"))
+    return os.path.exists("/proc/driver/nvidia/version") and any(described)
 
 
 def _choose_driver() -> None:
-    """The private software driver, where there is no GPU and nobody has chosen another."""
+    """The private software driver, where no GPU has one for Vulkan and nobody has chosen another."""
     if has_gpu() or any(name in os.environ for name in DRIVER_VARIABLES):
         return
     if driver_file().is_file():
@@ -194,10 +201,11 @@ def import_robotwin() -> Any:
     """
     require_robotwin()
     _choose_driver()
-    if importlib.util.find_spec("open3d") is None:
+    if not _importable("open3d"):
         # Imported for point clouds, which no policy here sees
         sys.modules["open3d"] = ModuleType("open3d")
-    if int(np.__version__.split(".")[0]) >= 2 or importlib.util.find_spec("mplib") is None:
+        sys.modules["open3d"].__spec__ = ModuleSpec("open3d", None)
+    if int(np.__version__.split(".")[0]) >= 2 or not _importable("mplib"):
         from opd_gym.envs.robotwin.topp import install_as_mplib
 
         install_as_mplib()
@@ -207,18 +215,26 @@ def import_robotwin() -> Any:
             sapien = importlib.import_module("sapien")
             importlib.import_module("robotwin.envs._base_task")
             robot = importlib.import_module("robotwin.envs.robot.robot")
+            clutter = importlib.import_module("robotwin.envs.utils.rand_create_cluttered_actor")
     except ImportError as error:
         raise ImportError(
             f"RoboTwin is installed but cannot be imported ({error}). Reinstall it with: {INSTALL_HINT} --force"
         ) from error
     # Configurations of a planner that runs on CUDA alone and plays no part here; the stand-in robots have none
     robot.load_curobo_config = lambda embodiment_root, arm: {}  # type: ignore[attr-defined]
+    # The only module that prefers a variable which people set: an env's own assets_root may be another
+    clutter._assets_root = lambda: Path(os.environ["ASSETS_PATH"])  # type: ignore[attr-defined]
     try:
         # While one lives, new scenes share what it has computed: without it each one takes 5 s on a CPU
         _renderers.append(sapien.SapienRenderer())
     except RuntimeError as error:
         raise vulkan_error(error) from error
     return sapien
+
+
+def _importable(name: str) -> bool:
+    # A module that is imported already, or replaced, may have no specification, which find_spec raises at
+    return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
 def vulkan_error(error: BaseException) -> RuntimeError:
@@ -235,11 +251,12 @@ def vulkan_error(error: BaseException) -> RuntimeError:
 
 def use_assets(assets_root: Path) -> None:
     """
-    Tell RoboTwin where its assets are; it reads that from the environment when it loads one.
+    Tell RoboTwin where its assets are; it reads that from the environment when it loads one. Not
+    ``$ROBOTWIN_ASSETS_ROOT``, which is the user's: the next env would take it for theirs.
 
     :param assets_root: see :func:`find_assets`
     """
-    os.environ["ROBOTWIN_ASSETS_ROOT"] = os.environ["ASSETS_PATH"] = str(assets_root)
+    os.environ["ASSETS_PATH"] = str(assets_root)
 
 
 # -------------------------------------------------------------------------------------------------------- side effects

@@ -170,8 +170,8 @@ def replay(
     if info["scene_seed"] != trace.scene_seed:
         raise ValueError(
             f"The trace was recorded in scene {trace.scene_seed}, and the env's scene {init_state_id} is "
-            f"{info['scene_seed']}. Build the env with make_env, and give the number of the trace in it; a scene that is "
-            "stable with one robot may be unstable, and replaced, with another."
+            f"{info['scene_seed']}. Build the env with make_env, and give the number of the trace in it; a scene that "
+            "is stable with one robot may be unstable, and replaced, with another."
         )
     observations, chunks = [], []
     step_info: dict[str, Any] = {}
