@@ -310,15 +310,28 @@ def read_statistics(paths: PathLike | Sequence[PathLike]) -> dict[str, list[Any]
     Statistics with which action tokens cover demonstrations, where those who made them have stored any.
 
     :param paths: HDF5 files or directories of them
-    :return: statistics for ``ActionTokens`` whose range is that of all files together; None if a file has none
-    :raises ValueError: the files normalise different dimensions
+    :return: statistics for ``ActionTokens`` whose range is that of all files together; None if no file has any
+    :raises ValueError: the files normalise different dimensions, some have statistics and others none, or one is no
+        file of demonstrations
     """
     found: list[dict[str, Any]] = []
+    without: list[str] = []
     for path in find_files(paths):
         with h5py.File(path, "r") as file:
-            found.append(json.loads(file["data"].attrs.get("env_args", "{}")).get("statistics"))
-    if any(statistics is None for statistics in found):
+            if "data" not in file:
+                raise ValueError(f"{path} has no group `data`: it is not a LIBERO demonstration file.")
+            statistics = json.loads(file["data"].attrs.get("env_args", "{}")).get("statistics")
+        if statistics is None:
+            without.append(str(path))
+        else:
+            found.append(statistics)
+    if not found:
         return None
+    if without:
+        raise ValueError(
+            f"Some demonstrations have the statistics with which tokens cover them, and these have none: "
+            f"{', '.join(without)}. Train on one kind of files."
+        )
     masks = [statistics.get("mask") for statistics in found]
     if any(mask != masks[0] for mask in masks):
         raise ValueError(f"The statistics of {paths} normalise different dimensions: {masks}.")

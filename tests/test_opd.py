@@ -340,6 +340,27 @@ def test_an_evaluation_in_the_middle_of_a_rollout_is_noticed():
         model.learn(64, callback=EveryNTimesteps(4, Evaluate()))
 
 
+class LosesEveryOther(Match):
+    """As an env whose simulator dies, and that says so itself."""
+
+    n = 0
+
+    def reset(self, **kwargs):
+        self.n += 1
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.n % 2 and self.t == 2:
+            return obs, 0.0, False, True, {"episode_lost": True}
+        return obs, reward, terminated, truncated, info
+
+
+def test_a_lost_episode_is_none_of_the_statistics():
+    model = OPD("MlpPolicy", vec(env=LosesEveryOther), teacher="expert", **FAST).learn(64)
+    assert model._n_lost > 4 and {info["l"] for info in model.ep_info_buffer} == {4}
+
+
 def test_a_new_body_learns_the_action_dimension_from_the_env():
     body = {key: value for key, value in TINY_BODY.items() if key != "action_dim"}
     model = OPD("VLAPolicy", Robot(), teacher="expert", policy_kwargs={"body_kwargs": body}, n_steps=4)

@@ -14,6 +14,7 @@ import zipfile
 from dataclasses import asdict
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import torch as th
@@ -24,8 +25,9 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import opd_gym
 from opd_gym import GRPO, OPD
-from opd_gym.demonstrations import Demonstrations, Episode, read_demonstrations, write_demonstrations
-from opd_gym.envs.registration import CHUNK_SIZES, ROBOTWIN_IDS
+from opd_gym.demonstrations import Demonstrations, Episode, read_demonstrations, read_statistics, write_demonstrations
+from opd_gym.envs import vec_env
+from opd_gym.envs.registration import CHUNK_SIZES, ROBOTWIN_IDS, make_env_fn
 from opd_gym.envs.robotwin import MESHLESS_TASKS, TASKS, RoboTwinEnv, install, runtime, tasks
 from opd_gym.envs.robotwin import remote as remote_module
 from opd_gym.envs.robotwin.actions import (
@@ -37,6 +39,7 @@ from opd_gym.envs.robotwin.actions import (
 from opd_gym.envs.robotwin.assets import download_assets, unpack
 from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost, receive, send
 from opd_gym.envs.robotwin.stand_in import write_stand_in
+from opd_gym.envs.robotwin.topp import PLANNER_HINT
 from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Trace, find_traces, make_env, replay
 from opd_gym.envs.wrappers import decode_tokens, encode_actions
 from opd_gym.evaluation import eval_episodes, evaluate_success
@@ -114,6 +117,34 @@ def test_spaces():
     assert vec.action_space == gym.spaces.MultiDiscrete([256] * 25 * 14)
     assert vec.get_attr("task_ids") == [[tasks.task_id("handover_block")]]
     vec.close()
+
+
+def test_chunks_are_of_the_size_that_somebody_gives():
+    def dimensions(**kwargs):
+        env = make_env_fn("RoboTwinHandoverBlock-v0", **kwargs)()
+        return env.action_space.nvec.size // 14
+
+    assert dimensions(env_kwargs={"chunk_size": 10}) == dimensions(chunk_size=10) == 10
+    assert dimensions(env_kwargs={"chunk_size": 10}, chunk_size=10) == 10 and dimensions(chunk_size=0) == 1
+    with pytest.raises(ValueError, match="chunk_size is 8, and 10 in env_kwargs"):
+        make_env_fn("RoboTwinHandoverBlock-v0", {"chunk_size": 10}, chunk_size=8)
+
+
+def test_the_vectorised_env_waits_for_longer_than_the_env_itself(monkeypatch):
+    given = []
+
+    class Workers:
+        def __init__(self, env_fns, **kwargs):
+            given.append(kwargs)
+
+        def seed(self, seed):
+            pass
+
+    monkeypatch.setattr(vec_env, "WorkerVecEnv", Workers)
+    opd_gym.make_vec("RoboTwinHandoverBlock-v0", 2, n_workers=1)
+    opd_gym.make_vec("RoboTwinHandoverBlock-v0", 2, env_kwargs={"timeout": 400.0}, n_workers=1)
+    opd_gym.make_vec("CartPole-v1", 2, n_workers=1)
+    assert [kwargs.get("timeout") for kwargs in given] == [840.0, 1600.0, None]
 
 
 def test_actions_are_positions():
@@ -362,6 +393,50 @@ def test_a_worker_that_dies_while_somebody_looks_costs_its_episode(look):
     env.close()
 
 
+class FakeExpert:
+    """Solves a scene, or breaks down in it."""
+
+    built = 0
+    outcomes: dict = {}
+
+    def __init__(self, settings, python=None):
+        FakeExpert.built += 1
+
+    def record_expert(self, scene_seed):
+        outcome = self.outcomes.get(scene_seed, self.outcomes.get("else", True))
+        if isinstance(outcome, Exception):
+            raise outcome
+        actions = np.zeros((3, 14), np.float32)
+        return {"success": outcome, "scene_seed": scene_seed, "instruction": "do it"}, {"actions": actions}
+
+    def close(self):
+        pass
+
+
+def test_recording_goes_on_after_a_breakdown_and_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(remote_module, "RemoteSimulator", FakeExpert)
+    monkeypatch.setattr(FakeExpert, "built", 0)
+    outcomes = {0: WorkerLost("died"), 1: False, 2: RuntimeError("no grasp")}
+    monkeypatch.setattr(FakeExpert, "outcomes", outcomes)
+    record = ["robotwin", "record", "--env", "RoboTwinHandoverBlock-v0", "-o", str(tmp_path)]
+    assert main([*record, "-n", "2"]) == 0
+    names = ["handover_block_3.npz", "handover_block_4.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names and FakeExpert.built == 2
+    before = (tmp_path / names[0]).stat().st_mtime_ns
+    assert main([*record, "-n", "3"]) == 0
+    assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / names[0]).stat().st_mtime_ns == before
+    # What does not change from scene to scene ends it
+    outcomes["else"] = WorkerLost("died again")
+    assert main([*record, "--seed", "50"]) == 2
+    assert "broke down in 5 scenes of handover_block in a row, in scene 54 with: died again" in capsys.readouterr().err
+    FakeExpert.built = 0
+    outcomes["else"] = RuntimeError(PLANNER_HINT)
+    assert main([*record, "--seed", "50"]) == 2
+    assert "'numpy<2' and mplib==0.2.1" in capsys.readouterr().err and FakeExpert.built == 1
+    assert main([*record, "--seed", "100000"]) == 2
+    assert "--seed must be a training scene, 0 to 99,999, got 100000" in capsys.readouterr().err
+
+
 def test_a_replay_ends_where_its_episode_is_lost():
     trace = Trace.load(DATA / "handover_block_0.npz")
     env = fake(make_env([trace], chunk_size=25, render_mode="rgb_array"), dies_in=("step",))
@@ -462,6 +537,21 @@ def test_traces_are_checked(tmp_path):
     assert find_traces([DATA]) == sorted(DATA.glob("*.npz"))
     with pytest.raises(ValueError, match="build the env with chunk_size=25"):
         replay(Trace.load(DATA / "handover_block_0.npz"), RoboTwinEnv("handover_block"))
+
+
+def test_statistics_of_several_files(tmp_path):
+    episode = Episode({"proprio": np.zeros((2, 14)), "head": np.zeros((2, 8, 8, 3), np.uint8)}, np.zeros((2, 14)))
+    for name, low in (("a", -1.0), ("b", -2.0)):
+        statistics = {"q01": [low] * 14, "q99": [1.0] * 14}
+        write_demonstrations(tmp_path / f"{name}.hdf5", [episode], "do it", env_args={"statistics": statistics})
+    assert read_statistics(tmp_path) == {"q01": [-2.0] * 14, "q99": [1.0] * 14}
+    write_demonstrations(tmp_path / "c.hdf5", [episode], "do it")
+    assert read_statistics(tmp_path / "c.hdf5") is None
+    with pytest.raises(ValueError, match="these have none: [^,]*c.hdf5"):
+        read_statistics(tmp_path)
+    h5py.File(tmp_path / "d.hdf5", "w").close()
+    with pytest.raises(ValueError, match="d.hdf5 has no group `data`"):
+        read_statistics(tmp_path / "d.hdf5")
 
 
 def test_proprioception_of_another_robot_in_a_file(tmp_path):
@@ -716,6 +806,8 @@ def test_opd_and_grpo_train_on_it_though_a_simulator_dies():
         # Decisions of the lost episode do not count
         assert model.num_timesteps >= 16 and model.num_env_steps == 25 * model.num_timesteps
         assert model._n_lost == 1
+        # Nor does the episode: all others are three chunks long
+        assert model.ep_info_buffer and all(info["l"] == 3 for info in model.ep_info_buffer)
         assert not th.equal(model.policy.state_dict()["body.bins.weight"], before)
         assert np.isfinite(model.logger.name_to_value["train/kl"])
         grpo = GRPO("VLAPolicy", env, group_size=2, n_groups=1, dynamic_sampling=None, **kwargs)

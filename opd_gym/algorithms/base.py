@@ -461,6 +461,10 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
                 )
             # A decision that was not carried out: nothing is learned from it, and it is not counted
             void = standing_still | np.array([bool(info.get("episode_lost")) for info in infos])
+            for info in infos:
+                if info.get("episode_lost"):
+                    # Monitor has taken it for an episode that ended without success
+                    info.pop("episode", None)
 
             self.num_timesteps += int((~void).sum())
             self.num_env_steps += sum(info.get("n_executed", 1) for info, no in zip(infos, void, strict=True) if not no)

@@ -69,14 +69,21 @@ def make_env_fn(
 
     :param env_id: registered id
     :param env_kwargs: keyword arguments of the env
-    :param chunk_size: actions in a chunk; None for what the benchmark's policies use, 0 for no chunks
+    :param chunk_size: actions in a chunk; None for that of ``env_kwargs`` (RoboTwin) or what the benchmark's policies
+        use, 0 for no chunks
     :param tokens: whether actions are tokens; None: as for ``chunk_size``
     :param n_bins: tokens of an action dimension
     :param statistics: un-normalisation statistics, see :class:`ActionTokens`
     :param wrapper: a further wrapper, next to the env
     :return: the function; it can be sent to another process
+    :raises ValueError: two different sizes of a chunk
     """
     known = CHUNK_SIZES.get(bare_id(env_id))
+    if bare_id(env_id) in ROBOTWIN_IDS:
+        own = (env_kwargs or {}).get("chunk_size")
+        if own is not None and chunk_size not in (None, own):
+            raise ValueError(f"chunk_size is {chunk_size}, and {own} in env_kwargs. Give one of the two.")
+        chunk_size = chunk_size if own is None else own
     chunk = known if chunk_size is None else chunk_size
     tokenised = bool(known) if tokens is None else tokens
     kwargs = dict(env_kwargs or {})
@@ -98,6 +105,17 @@ def make_env_fn(
         return EpisodeControl(Monitor(env))
 
     return build
+
+
+def _patience(env_id: str, env_kwargs: dict[str, Any] | None) -> dict[str, float]:
+    """Time-out of a ``WorkerVecEnv``: a RoboTwin env notices by itself that its simulator hangs, and starts another."""
+    if bare_id(env_id) not in ROBOTWIN_IDS:
+        return {}
+    from opd_gym.envs.robotwin.remote import START_SECONDS, STEP_SECONDS
+
+    step = float((env_kwargs or {}).get("timeout", STEP_SECONDS))
+    # Behind a step with its pictures that ends an episode: the start of a simulator, and its reset
+    return {"timeout": 2 * step + 2 * max(step, START_SECONDS)}
 
 
 def make_vec(
@@ -141,7 +159,7 @@ def make_vec(
         )
     build = make_env_fn(env_id, env_kwargs, chunk_size, tokens, n_bins, statistics, wrapper)
     if n_workers is not None or (vec_env_cls is None and n_envs > 1 and bare_id(env_id) in CHUNK_SIZES):
-        workers = partial(WorkerVecEnv, n_workers=n_workers)
+        workers = partial(WorkerVecEnv, n_workers=n_workers, **_patience(env_id, env_kwargs))
         # Who asks for a number of workers is told that there are none
         vec_env_cls = workers if n_workers is not None or sys.platform == "linux" else SubprocVecEnv
     cls = vec_env_cls or DummyVecEnv

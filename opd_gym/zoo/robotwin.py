@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Replays of one trace before it is given up
 MAX_ATTEMPTS = 5
+# Scenes in a row in which the expert's code, or its worker, breaks, before a recording is given up
+MAX_FAILURES = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,13 +129,27 @@ def _task_of(env_id: str) -> str:
 
 def _record(args: argparse.Namespace) -> int:
     from opd_gym.envs.robotwin.env import RoboTwinEnv
-    from opd_gym.envs.robotwin.remote import RemoteSimulator
+    from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost
+    from opd_gym.envs.robotwin.tasks import SEED_STRIDE, TRAIN_SEEDS
+    from opd_gym.envs.robotwin.topp import PLANNER_HINT
     from opd_gym.envs.robotwin.traces import Trace
 
     task = _task_of(args.env)
+    if args.seed not in TRAIN_SEEDS:
+        raise ValueError(
+            f"--seed must be a training scene, {TRAIN_SEEDS[0]} to {TRAIN_SEEDS[-1]:,}, got {args.seed}: who learns "
+            "from traces of evaluation scenes is evaluated on what it has seen."
+        )
     env = RoboTwinEnv(task, task_config=args.task_config, python=args.python)
-    simulator = RemoteSimulator(env.settings, args.python)
-    saved, attempt = 0, 0
+    simulator: RemoteSimulator | None = None
+    # Of an earlier run that was interrupted
+    there = set()
+    for path in args.output.glob(f"{task}_[0-9]*.npz"):
+        old = Trace.load(path)
+        if (old.task, old.task_config, old.stand_in) == (task, args.task_config, env.is_stand_in):
+            # Also where another scene took the place of an unstable one
+            there.add(old.scene_seed % SEED_STRIDE)
+    saved = attempt = failures = 0
     bar = tqdm(total=args.episodes, desc="recording", unit="episode")
     try:
         while saved < args.episodes:
@@ -142,8 +158,35 @@ def _record(args: argparse.Namespace) -> int:
                     f"RoboTwin's expert solved {saved} of {attempt} scenes of {task}, too few to go on. Some tasks are "
                     "beyond it with this robot."
                 )
-            info, arrays = simulator.record_expert(args.seed + attempt)
+            scene = args.seed + attempt
+            if scene not in TRAIN_SEEDS:
+                raise ValueError(f"There are no more training scenes after {scene - 1:,}. Lower --seed.")
             attempt += 1
+            if scene in there:
+                saved += 1
+                bar.update(1)
+                continue
+            try:
+                if simulator is None:
+                    simulator = RemoteSimulator(env.settings, args.python)
+                info, arrays = simulator.record_expert(scene)
+            except Exception as error:
+                failures += 1
+                if simulator is None and not isinstance(error, WorkerLost):
+                    # What a simulator lacks, it lacks in every scene
+                    raise
+                if str(error) == PLANNER_HINT:
+                    raise ValueError(PLANNER_HINT) from error
+                if isinstance(error, WorkerLost):
+                    simulator = None
+                if failures >= MAX_FAILURES:
+                    raise ValueError(
+                        f"RoboTwin's expert broke down in {failures} scenes of {task} in a row, in scene {scene} with: "
+                        f"{error}"
+                    ) from error
+                tqdm.write(f"Scene {scene} is left out: {error}")
+                continue
+            failures = 0
             if not info["success"]:
                 continue
             trace = Trace(
@@ -159,7 +202,8 @@ def _record(args: argparse.Namespace) -> int:
             bar.update(1)
     finally:
         bar.close()
-        simulator.close()
+        if simulator is not None:
+            simulator.close()
     return 0
 
 

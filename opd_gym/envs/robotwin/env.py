@@ -13,7 +13,7 @@ from gymnasium import spaces
 from opd_gym.envs.instructions import INSTRUCTION_BYTES, encode_instruction
 from opd_gym.envs.robotwin import runtime, tasks
 from opd_gym.envs.robotwin.actions import to_positions
-from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost
+from opd_gym.envs.robotwin.remote import STEP_SECONDS, RemoteSimulator, WorkerLost
 from opd_gym.envs.robotwin.simulator import CAMERAS, PICTURE_SIZE, Settings
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class RoboTwinEnv(gym.Env):
         instructions: str = "seen",
         in_process: bool = False,
         python: str | None = None,
-        timeout: float = 120.0,
+        timeout: float = STEP_SECONDS,
         render_mode: str | None = None,
     ):
         self.task_id = tasks.task_id(task)

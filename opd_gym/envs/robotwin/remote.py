@@ -25,6 +25,7 @@ from opd_gym.envs.robotwin.simulator import Arrays, Settings
 
 # A new worker imports SAPIEN and compiles shaders first, whatever a step may take
 START_SECONDS = 300.0
+STEP_SECONDS = 120.0
 CLOSE_SECONDS = 5.0
 # As PYTHONPATH this package's folder would let the other Python import everything that is installed beside it
 _START = """
@@ -92,7 +93,7 @@ class RemoteSimulator:
     :raises ImportError: RoboTwin is not installed for the worker's interpreter
     """
 
-    def __init__(self, settings: Settings, python: str | None = None, timeout: float = 120.0):
+    def __init__(self, settings: Settings, python: str | None = None, timeout: float = STEP_SECONDS):
         import opd_gym
 
         self.timeout = timeout
