@@ -107,7 +107,7 @@ def make_env_fn(
     return build
 
 
-def _patience(env_id: str, env_kwargs: dict[str, Any] | None) -> dict[str, float]:
+def _patience(env_id: str, env_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """Time-out of a ``WorkerVecEnv``: a RoboTwin env notices by itself that its simulator hangs, and starts another."""
     if bare_id(env_id) not in ROBOTWIN_IDS:
         return {}
