@@ -2,7 +2,8 @@
 # RoboTwin's handover_block on its own task class, with the stand-in robot: a student from the traces of 10 scenes, distilled
 # on-policy from a teacher of 80, against GRPO with as many decisions. Every command behind the results; about two hours
 # and a half on two cores, half of it for the traces and the teacher.
-# PLANNER names the interpreter of a virtual environment with RoboTwin's planner (docs/robotwin.md, "Demonstrations").
+# The traces of the published run lie in benchmarks/data. PLANNER=/path/to/python, an interpreter that has RoboTwin's planner
+# (docs/robotwin.md, "Demonstrations"), records new ones instead.
 # Run it from the root of the repository, after ./quickstart --robotwin or ./test has made .venv.
 set -euo pipefail
 export PATH="$PWD/.venv/bin:$PATH"
@@ -14,8 +15,12 @@ SFT="learning_rate:1e-3 batch_size:64 label_smoothing:2.0 augmentation:random_sh
 # 1. Traces of RoboTwin's own expert in 80 training scenes, each replayed four times, mostly with pushes to recover from.
 demos() {
     opd-gym robotwin assets --stand-in
-    opd-gym robotwin record --env $ENV -n 80 --python "${PLANNER:?the interpreter that has the planner}" -o "$RUNS/traces"
-    opd-gym robotwin demos --traces "$RUNS/traces" --replays 4 --perturbation 0.3 --image-size 64 \
+    local traces=benchmarks/data/robotwin_handover
+    if [ -n "${PLANNER:-}" ]; then
+        traces="$RUNS/traces"
+        opd-gym robotwin record --env $ENV -n 80 --python "$PLANNER" -o "$traces"
+    fi
+    opd-gym robotwin demos --traces "$traces" --replays 4 --perturbation 0.3 --image-size 64 \
         --cameras head left_wrist right_wrist -o "$RUNS/demos"
 }
 
@@ -33,21 +38,23 @@ checkpoints() {
 compare() {
     local seed student="$RUNS/student/sft/${ENV}_1/policy" teacher="$RUNS/teacher/sft/${ENV}_1/policy"
     for seed in $SEEDS; do
-        opd-gym train --algo opd --env $ENV --seed "$seed" --student "$student" --teacher "$teacher" -f "$RUNS/seed$seed"
-        opd-gym train --algo grpo --env $ENV --seed "$seed" --student "$student" -f "$RUNS/seed$seed"
+        opd-gym train --algo opd --env $ENV --seed "$seed" --n-timesteps 2500 --student "$student" --teacher "$teacher" \
+            -f "$RUNS/seed$seed"
+        opd-gym train --algo grpo --env $ENV --seed "$seed" --n-timesteps 2500 --student "$student" -f "$RUNS/seed$seed"
     done
 }
 
-# 4. Greedy actions in the 100 scenes that are for evaluation.
+# 4. Greedy actions in the 100 scenes that are for evaluation; 450 actions, as in training, instead of RoboTwin's 800.
 evaluate() {
     local seed name
     for name in student teacher; do
-        opd-gym eval --env $ENV --checkpoint "$RUNS/$name/sft/${ENV}_1/policy" --episodes 100 -o "$RUNS/eval/$name.json"
+        opd-gym eval --env $ENV --checkpoint "$RUNS/$name/sft/${ENV}_1/policy" --episodes 100 \
+            --env-kwargs horizon:450 -o "$RUNS/eval/$name.json"
     done
     for seed in $SEEDS; do
         for name in opd grpo; do
             opd-gym eval --env $ENV --checkpoint "$RUNS/seed$seed/$name/${ENV}_1/policy" --episodes 100 \
-                -o "$RUNS/eval/${name}_seed$seed.json"
+                --env-kwargs horizon:450 -o "$RUNS/eval/${name}_seed$seed.json"
         done
     done
 }
