@@ -48,10 +48,17 @@ def test_every_entry_of_every_file_is_valid(algo: str) -> None:
     for env_id in entries:
         run, kwargs = config.split_hyperparams(algo, load_hyperparams(algo, env_id))
         assert isinstance(run["policy"], str)
-        if env_id != "default":
+        if env_id not in ("default", config.suite_id("RoboTwinTurnSwitch-v0")):
             gym.spec(env_id)
         # The keywords are accepted by the algorithm's constructor itself.
         inspect.signature(config.algorithm_class(algo)).bind_partial(run["policy"], None, **kwargs)
+
+
+def test_tasks_of_robotwin_share_hyperparameters() -> None:
+    shared = load_hyperparams("opd", "opd_gym:RoboTwinTurnSwitch-v0")
+    assert shared["policy"] == "VLAPolicy" and "horizon" not in shared["env_kwargs"]
+    own = load_hyperparams("opd", "RoboTwinHandoverBlock-v0")
+    assert own["env_kwargs"]["horizon"] == 450 and own["n_steps"] == shared["n_steps"]
 
 
 def test_load_hyperparams_falls_back_to_default_and_copies() -> None:
