@@ -173,7 +173,7 @@ def draw(study: Study, path: Path, evaluations: dict[str, dict[str, EvaluationRe
         axis.grid(alpha=0.3)
         axis.set_ylim(-2, 102)
     axes[0].set_ylabel("success (%)")
-    axes[0].legend(fontsize="small", loc="lower right")
+    axes[0].legend(fontsize="small", loc="best")
     figure.suptitle(
         f"{study.title}: success while training (sampled actions, last 100 episodes);\n"
         "diamonds: held out afterwards (greedy actions, 95 % interval)",
