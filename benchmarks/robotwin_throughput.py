@@ -44,6 +44,17 @@ def chunks(n_envs: int, decisions: int, seed: int) -> np.ndarray:
     return np.ascontiguousarray(walk.reshape(decisions, CHUNK, n_envs, 14).swapaxes(1, 2))
 
 
+def _timed(env: Any, actions: np.ndarray, began: float) -> dict[str, float]:
+    """Seconds from ``began`` to the end of the first decision, and the speed of those after it."""
+    env.step(actions[0])
+    started = time.perf_counter() - began
+    began = time.perf_counter()
+    for chunk in actions[1:]:
+        env.step(chunk)
+    seconds = time.perf_counter() - began
+    return {"start": started, "decisions_per_second": (len(actions) - 1) * actions.shape[1] / seconds}
+
+
 def measure_runtime(task: str, n_envs: int, actions: np.ndarray) -> dict[str, float]:
     """
     :return: seconds of the start with the first reset, and decisions per second, of RoboTwin's own vectorised env
@@ -70,13 +81,7 @@ def measure_runtime(task: str, n_envs: int, actions: np.ndarray) -> dict[str, fl
         config["camera"]["collect_wrist_camera"] = False
         env = VectorEnv(config, n_envs, env_seeds=list(range(n_envs)))
         env.reset(env_seeds=list(range(n_envs)))
-        env.step(actions[0])
-        started = time.perf_counter() - began
-        began = time.perf_counter()
-        for chunk in actions[1:]:
-            env.step(chunk)
-        seconds = time.perf_counter() - began
-    return {"start": started, "decisions_per_second": (len(actions) - 1) * n_envs / seconds}
+        return _timed(env, actions, began)
 
 
 def measure_ours(task: str, n_envs: int, actions: np.ndarray) -> dict[str, float]:
@@ -92,15 +97,9 @@ def measure_ours(task: str, n_envs: int, actions: np.ndarray) -> dict[str, float
     env_kwargs = {"embodiment": EMBODIMENT, "horizon": 10**9, "train_seeds": range(n_envs)}
     env = opd_gym.make_vec(env_id, n_envs, seed=0, env_kwargs=env_kwargs, tokens=False)
     env.reset()
-    scaled = to_actions(actions)
-    env.step(scaled[0])
-    started = time.perf_counter() - began
-    began = time.perf_counter()
-    for chunk in scaled[1:]:
-        env.step(chunk)
-    seconds = time.perf_counter() - began
+    measured = _timed(env, to_actions(actions), began)
     env.close()
-    return {"start": started, "decisions_per_second": (len(actions) - 1) * n_envs / seconds}
+    return measured
 
 
 MODES = {"runtime": measure_runtime, "opd_gym": measure_ours}
