@@ -48,7 +48,7 @@ from opd_gym.zoo.cli import main
 from opd_gym.zoo.robotwin import make_demonstrations
 
 DATA = EXPERT_TRACES
-TRACES = ("handover_block_0", "blocks_ranking_rgb_0")
+TRACES = ("handover_block_0", "blocks_ranking_rgb_0", "blocks_ranking_size_0", "stack_blocks_three_0")
 KWARGS = {"chunk_size": 25, "image_size": 64, "cameras": ("head", "left_wrist", "right_wrist")}
 
 pytestmark = pytest.mark.filterwarnings("ignore:RoboTwin with a stand-in")
