@@ -160,26 +160,13 @@ def scaled_openvla(input_profile: str) -> OpenVLAModel:
     :return: the model, with random weights
     """
     tiny = _tiny_golden()
+    vision = dict(hidden_size=96, num_hidden_layers=5, num_attention_heads=4, image_size=64, patch_size=8)
     config = OpenVLAConfig(
         text_config=dict(
             vocab_size=32064, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4
         ),
-        dino_config=dict(
-            hidden_size=96,
-            num_hidden_layers=5,
-            num_attention_heads=4,
-            image_size=64,
-            patch_size=8,
-            num_register_tokens=4,
-        ),
-        siglip_config=dict(
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=5,
-            num_attention_heads=4,
-            image_size=64,
-            patch_size=8,
-        ),
+        dino_config=dict(vision, num_register_tokens=4),
+        siglip_config=dict(vision, intermediate_size=256),
         norm_stats={tiny.LIBERO_KEY: tiny.statistics(tiny.LIBERO_KEY)},
         input_profile=input_profile,
         image_keys=["agentview", "wrist"],

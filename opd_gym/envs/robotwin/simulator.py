@@ -326,7 +326,7 @@ def _task_class(task: str) -> type:
         def choose_best_pose(self, res_pose: Any, center_pose: Any, arm_tag: Any = None) -> Any:
             """
             RoboTwin plans to all candidates, most of them out of reach, and takes the first that it can reach. Here the
-            search ends there, and gives a candidate up sooner: a recording takes less than half of the time.
+            search ends there, and gives a candidate up sooner.
             """
             if not self.plan_success:
                 return super().choose_best_pose(res_pose, center_pose, arm_tag)
