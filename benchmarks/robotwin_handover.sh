@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# RoboTwin's handover_block on its own task class, with the stand-in robot: a student from the traces of 10 scenes, distilled
-# on-policy from a teacher of 80, against GRPO with as many decisions. Every command behind the results; about two hours
-# and a half on two cores, half of it for the traces and the teacher.
-# The traces of the published run lie in benchmarks/data. PLANNER=/path/to/python, an interpreter that has RoboTwin's planner
-# (docs/robotwin.md, "Demonstrations"), records new ones instead.
+# RoboTwin's handover_block on its own task class, with the stand-in robot: a student from the traces of 80 scenes, distilled
+# on-policy from a teacher of 680, against GRPO with as many decisions. Every command behind the results; about two hours
+# on two cores.
+# The traces of the published run lie in benchmarks/data. RECORD=1 records new ones instead, in half an hour.
 # Run it from the root of the repository, after ./quickstart --robotwin or ./test has made .venv.
 set -euo pipefail
 export PATH="$PWD/.venv/bin:$PATH"
@@ -12,35 +11,36 @@ SEEDS="${SEEDS:-0}"
 ENV=RoboTwinHandoverBlock-v0
 SFT="learning_rate:1e-3 batch_size:64 label_smoothing:2.0 augmentation:random_shift_batch policy_kwargs.optimizer_kwargs.weight_decay:1e-4"
 
-# 1. Traces of RoboTwin's own expert in 80 training scenes, each replayed four times, mostly with pushes to recover from.
+# 1. Traces of RoboTwin's own expert in 680 training scenes, each replayed with pushes to recover from.
 demos() {
     opd-gym robotwin assets --stand-in
-    local traces=benchmarks/data/robotwin_handover
-    if [ -n "${PLANNER:-}" ]; then
-        traces="$RUNS/traces"
-        opd-gym robotwin record --env $ENV -n 80 --python "$PLANNER" -o "$traces"
+    if [ -n "${RECORD:-}" ]; then
+        opd-gym robotwin install --planner
+        opd-gym robotwin record --env $ENV -n 680 -o "$RUNS/traces"
+    else
+        python -m zipfile -e benchmarks/data/robotwin_handover.zip "$RUNS/traces"
     fi
-    opd-gym robotwin demos --traces "$traces" --replays 4 --perturbation 0.3 --image-size 64 \
+    opd-gym robotwin demos --traces "$RUNS/traces" --perturbation 0.3 --image-size 64 \
         --cameras head left_wrist right_wrist -o "$RUNS/demos"
 }
 
-# 2. The teacher, and the student: 40 demonstrations are those of 10 scenes.
+# 2. The teacher, and the student: one demonstration a scene.
 checkpoints() {
     # shellcheck disable=SC2086
-    opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos" --student none --n-timesteps 6000 \
-        --hyperparams $SFT validation_fraction:0.05 -f "$RUNS/teacher"
+    opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos" --student none --n-timesteps 4000 \
+        --hyperparams $SFT validation_fraction:0.03 -f "$RUNS/teacher"
     # shellcheck disable=SC2086
     opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos" --student none --n-timesteps 800 \
-        --hyperparams $SFT n_demos:40 -f "$RUNS/student"
+        --hyperparams $SFT n_demos:80 -f "$RUNS/student"
 }
 
 # 3. OPD and GRPO from that student (the zoo's defaults for RoboTwin), the same number of decisions.
 compare() {
     local seed student="$RUNS/student/sft/${ENV}_1/policy" teacher="$RUNS/teacher/sft/${ENV}_1/policy"
     for seed in $SEEDS; do
-        opd-gym train --algo opd --env $ENV --seed "$seed" --n-timesteps 2500 --student "$student" --teacher "$teacher" \
+        opd-gym train --algo opd --env $ENV --seed "$seed" --n-timesteps 5000 --student "$student" --teacher "$teacher" \
             -f "$RUNS/seed$seed"
-        opd-gym train --algo grpo --env $ENV --seed "$seed" --n-timesteps 2500 --student "$student" -f "$RUNS/seed$seed"
+        opd-gym train --algo grpo --env $ENV --seed "$seed" --n-timesteps 5000 --student "$student" -f "$RUNS/seed$seed"
     done
 }
 

@@ -12,6 +12,8 @@ import time
 import warnings
 import zipfile
 from dataclasses import asdict
+from dataclasses import replace as dataclass_replace
+from pathlib import Path
 
 import gymnasium as gym
 import h5py
@@ -40,7 +42,7 @@ from opd_gym.envs.robotwin.assets import download_assets, unpack
 from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost, receive, send
 from opd_gym.envs.robotwin.stand_in import write_stand_in
 from opd_gym.envs.robotwin.topp import PLANNER_HINT
-from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Trace, find_traces, make_env, replay
+from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Replay, Trace, find_traces, make_env, replay
 from opd_gym.envs.wrappers import decode_tokens, encode_actions
 from opd_gym.evaluation import eval_episodes, evaluate_success
 from opd_gym.policies.vla import VLAPolicy
@@ -48,6 +50,7 @@ from opd_gym.zoo.cli import main
 from opd_gym.zoo.robotwin import make_demonstrations
 
 DATA = EXPERT_TRACES
+RECORDED = Path(__file__).parents[1] / "benchmarks" / "data" / "robotwin_handover.zip"
 TRACES = ("handover_block_0", "blocks_ranking_rgb_0", "blocks_ranking_size_0", "stack_blocks_three_0")
 KWARGS = {"chunk_size": 25, "image_size": 64, "cameras": ("head", "left_wrist", "right_wrist")}
 
@@ -418,7 +421,7 @@ def test_recording_goes_on_after_a_breakdown_and_where_it_stopped(tmp_path, monk
     monkeypatch.setattr(FakeExpert, "built", 0)
     outcomes = {0: WorkerLost("died"), 1: False, 2: RuntimeError("no grasp")}
     monkeypatch.setattr(FakeExpert, "outcomes", outcomes)
-    record = ["robotwin", "record", "--env", "RoboTwinHandoverBlock-v0", "-o", str(tmp_path)]
+    record = ["robotwin", "record", "--env", "RoboTwinHandoverBlock-v0", "--n-envs", "1", "-o", str(tmp_path)]
     assert main([*record, "-n", "2"]) == 0
     names = ["handover_block_3.npz", "handover_block_4.npz"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names and FakeExpert.built == 2
@@ -432,9 +435,52 @@ def test_recording_goes_on_after_a_breakdown_and_where_it_stopped(tmp_path, monk
     FakeExpert.built = 0
     outcomes["else"] = RuntimeError(PLANNER_HINT)
     assert main([*record, "--seed", "50"]) == 2
-    assert "'numpy<2' and mplib==0.2.1" in capsys.readouterr().err and FakeExpert.built == 1
+    assert "opd-gym robotwin install --planner" in capsys.readouterr().err and FakeExpert.built == 1
     assert main([*record, "--seed", "100000"]) == 2
     assert "--seed must be a training scene, 0 to 99,999, got 100000" in capsys.readouterr().err
+
+
+def test_several_simulators_record_the_same_scenes(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_module, "RemoteSimulator", FakeExpert)
+    outcomes = {0: WorkerLost("died"), 2: False, 4: RuntimeError("no grasp")}
+    monkeypatch.setattr(FakeExpert, "outcomes", outcomes)
+    names = []
+    for n in ("1", "3"):
+        folder = tmp_path / n
+        record = ["robotwin", "record", "--env", "RoboTwinHandoverBlock-v0", "--n-envs", n, "-n", "4", "-o"]
+        assert main([*record, str(folder)]) == 0
+        names.append(sorted(path.name for path in folder.iterdir()))
+    assert names[0] == names[1] == [f"handover_block_{scene}.npz" for scene in (1, 3, 5, 6)]
+
+
+def test_the_planner_gets_an_environment_of_its_own(tmp_path, monkeypatch):
+    """Without pip, which CI need not wait for: everything else is made."""
+    monkeypatch.setenv("OPD_GYM_CACHE", str(tmp_path))
+    commands = []
+
+    def run(command, what):
+        commands.append(command)
+        if command[1:3] == ["-m", "venv"]:
+            subprocess.run([*command, "--without-pip"], check=True)
+
+    monkeypatch.setattr(install, "_run", run)
+    python = install.install_planner(say=lambda text: None)
+    assert python == runtime.planner_dir() / "bin" / "python" and tmp_path in python.parents
+    assert commands[1][-2:] == ["numpy<2", "mplib==0.2.1"]
+    # Its own packages first, then those of this environment
+    code = "import sys, torch; print(torch.__file__); print(*sys.path, sep='\\n')"
+    printed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert printed[0] == th.__file__
+    folders = [line for line in printed[1:] if line.endswith("site-packages")]
+    assert Path(folders[0]).is_relative_to(runtime.planner_dir()) and len(folders) > 1
+    assert install.install_planner(say=lambda text: None) == python and len(commands) == 2
+    # NumPy 2 is no planner's, and is told apart from one
+    with pytest.raises(install.InstallError, match="planner does not start"):
+        install.check(planner=True)
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    with pytest.raises(install.InstallError, match="built for Python up to 3.12"):
+        install.install_planner(force=True)
+    assert python.is_file()
 
 
 def test_a_replay_ends_where_its_episode_is_lost():
@@ -712,6 +758,48 @@ def test_demonstrations_of_a_trace(tmp_path):
     first, second = read_demonstrations(path)
     assert first.success and second.success and first.instruction
     assert not np.array_equal(first.observations["proprio"][1], second.observations["proprio"][1])
+
+
+def test_a_trace_that_cannot_be_replayed_is_left_out(tmp_path, monkeypatch, capsys):
+    trace = Trace.load(DATA / "handover_block_0.npz")
+    traces = [dataclass_replace(trace, scene_seed=i) for i in range(12)]
+    failing = {2}
+
+    def played(trace, env, perturbation, first, seed, init_state_id):
+        observations = {"head": np.zeros((3, 8, 8, 3), np.uint8), "proprio": np.zeros((3, 14), np.float32)}
+        chunks = np.full((3, 25, 14), trace.scene_seed / 20, np.float32)
+        return Replay(trace.scene_seed not in failing, observations, chunks, "do it")
+
+    monkeypatch.setattr("opd_gym.envs.robotwin.traces.replay", played)
+    path = make_demonstrations(traces, tmp_path / "demo.hdf5", 2, n_envs=2, **KWARGS)
+    scenes = [episode.attrs["scene_seed"] for episode in read_demonstrations(path)]
+    assert scenes == [i for i in range(12) for _ in range(2) if i != 2]
+    assert "scene 2 ended in success 0 times in 10 replays. It is left at that" in capsys.readouterr().out
+    failing |= set(range(5, 12))
+    with pytest.raises(
+        ValueError, match="5 in a row could not be replayed. .* in scene 9 .* with .a stand-in"
+    ):
+        make_demonstrations(traces, tmp_path / "none.hdf5", 2, n_envs=2, **KWARGS)
+    assert not (tmp_path / "none.hdf5").exists()
+
+
+def test_demonstrations_do_not_depend_on_how_many_simulators_replay(tmp_path):
+    with zipfile.ZipFile(RECORDED) as archive:
+        archive.extractall(tmp_path / "traces", archive.namelist()[:2])
+    traces = [Trace.load(path) for path in find_traces([tmp_path / "traces"])]
+    first, second = (
+        make_demonstrations(
+            traces, tmp_path / f"{n}.hdf5", replays=2, perturbation=0.5, n_envs=n, progress=False, **KWARGS
+        )
+        for n in (1, 2)
+    )
+    for one, other in zip(read_demonstrations(first), read_demonstrations(second), strict=True):
+        assert one.attrs == other.attrs
+        assert np.array_equal(one.action_chunks, other.action_chunks)
+        for key, array in one.observations.items():
+            assert np.array_equal(array, other.observations[key]), key
+    with pytest.raises(ValueError, match="leave in_process out"):
+        make_demonstrations(traces, tmp_path / "no.hdf5", n_envs=2, in_process=True, **KWARGS)
 
 
 IN_PROCESS = """

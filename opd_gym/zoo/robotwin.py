@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from contextlib import closing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 if TYPE_CHECKING:
+    from opd_gym.envs.robotwin.env import RoboTwinEnv
+    from opd_gym.envs.robotwin.remote import RemoteSimulator
     from opd_gym.envs.robotwin.traces import Trace
+
+T = TypeVar("T")
 
 # Replays of one trace before it is given up
 MAX_ATTEMPTS = 5
@@ -28,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     install = commands.add_parser("install", help="the runtime without its pins, and a software Vulkan driver")
     install.add_argument("--force", action="store_true", help="anew, whatever is there already")
+    install.add_argument("--planner", action="store_true", help="also that of RoboTwin's expert, to record traces with")
     install.set_defaults(run=_install)
 
     assets = commands.add_parser("assets", help="RoboTwin's assets, or a stand-in robot")
@@ -46,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_argument("--env", required=True, help="environment id, for instance RoboTwinHandoverBlock-v0")
     record.add_argument("-n", "--episodes", type=int, default=1, help="successful episodes")
     record.add_argument("--seed", type=int, default=0, help="first scene; the following ones count up")
-    record.add_argument("--python", help="interpreter that has the planner: mplib 0.2.1 with 'numpy<2'")
+    record.add_argument("--python", help="interpreter that has the planner; default: that of `install --planner`")
     record.add_argument("--task-config", choices=("demo_clean", "demo_randomized"), default="demo_clean")
+    record.add_argument("--n-envs", type=int, default=2, help="simulators at once; the traces are the same")
     record.add_argument("-o", "--output", type=Path, default=Path("runs/traces"), help="folder, one file a trace")
     record.set_defaults(run=_record)
 
@@ -60,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     demos.add_argument("--cameras", nargs="+", default=["head"])
     demos.add_argument("--shader", choices=("default", "rt"), default="default")
     demos.add_argument("--seed", type=int, default=0)
+    demos.add_argument("--n-envs", type=int, default=2, help="simulators at once; the demonstrations are the same")
     demos.add_argument("-o", "--output", type=Path, default=Path("runs/demos"), help="folder, one file a task")
     demos.set_defaults(run=_demos)
 
@@ -70,6 +80,9 @@ def _install(args: argparse.Namespace) -> int:
     install.install_packages(args.force)
     install.install_driver(args.force)
     install.check()
+    if args.planner:
+        install.install_planner(args.force)
+        install.check(planner=True)
     try:
         print(f"Assets: {runtime.find_assets()}")
     except FileNotFoundError:
@@ -128,6 +141,7 @@ def _task_of(env_id: str) -> str:
 
 
 def _record(args: argparse.Namespace) -> int:
+    from opd_gym.envs.robotwin import runtime
     from opd_gym.envs.robotwin.env import RoboTwinEnv
     from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost
     from opd_gym.envs.robotwin.tasks import SEED_STRIDE, TRAIN_SEEDS
@@ -140,8 +154,11 @@ def _record(args: argparse.Namespace) -> int:
             f"--seed must be a training scene, {TRAIN_SEEDS[0]} to {TRAIN_SEEDS[-1]:,}, got {args.seed}: who learns "
             "from traces of evaluation scenes is evaluated on what it has seen."
         )
-    env = RoboTwinEnv(task, task_config=args.task_config, python=args.python)
-    simulator: RemoteSimulator | None = None
+    if args.n_envs < 1 or args.episodes < 1:
+        raise ValueError(f"--n-envs and --episodes must be at least 1, got {args.n_envs} and {args.episodes}.")
+    planner = runtime.planner_dir() / "bin" / "python"
+    python = args.python or (str(planner) if planner.is_file() else None)
+    env = RoboTwinEnv(task, task_config=args.task_config, python=python)
     # Of an earlier run that was interrupted
     there = set()
     for path in args.output.glob(f"{task}_[0-9]*.npz"):
@@ -149,62 +166,98 @@ def _record(args: argparse.Namespace) -> int:
         if (old.task, old.task_config, old.stand_in) == (task, args.task_config, env.is_stand_in):
             # Also where another scene took the place of an unstable one
             there.add(old.scene_seed % SEED_STRIDE)
-    saved = attempt = failures = 0
-    bar = tqdm(total=args.episodes, desc="recording", unit="episode")
-    try:
-        while saved < args.episodes:
-            if attempt >= MAX_ATTEMPTS * args.episodes:
-                raise ValueError(
-                    f"RoboTwin's expert solved {saved} of {attempt} scenes of {task}, too few to go on. Some tasks are "
-                    "beyond it with this robot."
-                )
-            scene = args.seed + attempt
-            if scene not in TRAIN_SEEDS:
-                raise ValueError(f"There are no more training scenes after {scene - 1:,}. Lower --seed.")
-            attempt += 1
-            if scene in there:
-                saved += 1
-                bar.update(1)
-                continue
+    simulators: SimpleQueue[RemoteSimulator | None] = SimpleQueue()
+    for _ in range(args.n_envs):
+        simulators.put(None)
+
+    def play(scene: int) -> tuple[dict[str, Any], Any] | Exception | None:
+        """What became of a scene; None where there is a trace of it. Raises what keeps a simulator from being built."""
+        if scene in there:
+            return None
+        simulator = simulators.get()
+        try:
+            if simulator is None:
+                simulator = RemoteSimulator(env.settings, python)
             try:
-                if simulator is None:
-                    simulator = RemoteSimulator(env.settings, args.python)
-                info, arrays = simulator.record_expert(scene)
+                return simulator.record_expert(scene)
+            except WorkerLost:
+                raise
             except Exception as error:
+                return error
+        except WorkerLost as error:
+            simulator = None
+            return error
+        finally:
+            simulators.put(simulator)
+
+    saved = failures = 0
+    scenes = range(args.seed, min(args.seed + MAX_ATTEMPTS * args.episodes, TRAIN_SEEDS[-1] + 1))
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=args.episodes, desc="recording", unit="episode"))
+        stack.callback(_close_all, simulators)
+        for scene, outcome in stack.enter_context(closing(_in_order(play, scenes, args.n_envs))):
+            if isinstance(outcome, Exception):
                 failures += 1
-                if simulator is None and not isinstance(error, WorkerLost):
-                    # What a simulator lacks, it lacks in every scene
-                    raise
-                if str(error) == PLANNER_HINT:
-                    raise ValueError(PLANNER_HINT) from error
-                if isinstance(error, WorkerLost):
-                    simulator = None
+                if str(outcome) == PLANNER_HINT:
+                    raise ValueError(PLANNER_HINT) from outcome
                 if failures >= MAX_FAILURES:
                     raise ValueError(
                         f"RoboTwin's expert broke down in {failures} scenes of {task} in a row, in scene {scene} with: "
-                        f"{error}"
-                    ) from error
-                tqdm.write(f"Scene {scene} is left out: {error}")
+                        f"{outcome}"
+                    ) from outcome
+                tqdm.write(f"Scene {scene} is left out: {outcome}")
                 continue
-            failures = 0
-            if not info["success"]:
-                continue
-            trace = Trace(
-                task,
-                info["scene_seed"],
-                tuple(env.settings.embodiment),
-                args.task_config,
-                env.is_stand_in,
-                arrays["actions"],
-            )
-            trace.save(args.output / f"{task}_{info['scene_seed']}.npz")
+            if outcome is not None:
+                failures = 0
+                info, arrays = outcome
+                if not info["success"]:
+                    continue
+                trace = Trace(
+                    task,
+                    info["scene_seed"],
+                    tuple(env.settings.embodiment),
+                    args.task_config,
+                    env.is_stand_in,
+                    arrays["actions"],
+                )
+                trace.save(args.output / f"{task}_{info['scene_seed']}.npz")
             saved += 1
             bar.update(1)
-    finally:
-        bar.close()
+            if saved == args.episodes:
+                return 0
+    if scenes[-1] == TRAIN_SEEDS[-1]:
+        raise ValueError(f"There are no more training scenes after {scenes[-1]:,}. Lower --seed.")
+    raise ValueError(
+        f"RoboTwin's expert solved {saved} of {len(scenes)} scenes of {task}, too few to go on. Some tasks are beyond "
+        "it with this robot."
+    )
+
+
+def _close_all(simulators: SimpleQueue[RemoteSimulator | None]) -> None:
+    while not simulators.empty():
+        simulator = simulators.get()
         if simulator is not None:
             simulator.close()
-    return 0
+
+
+def _in_order(function: Callable[[int], T], items: Iterable[int], n_threads: int) -> Iterator[tuple[int, T]]:
+    """
+    Results of calls that run at once, in the order of their items. Threads are enough: they wait for other processes.
+
+    When the iterator is closed, or a call raises, no further call begins, and those that have begun come to their end.
+    """
+    waiting: deque[tuple[int, Future[T]]] = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(function, item)))
+                if len(waiting) == 2 * n_threads:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _demos(args: argparse.Namespace) -> int:
@@ -218,6 +271,7 @@ def _demos(args: argparse.Namespace) -> int:
             replays=args.replays,
             perturbation=args.perturbation,
             seed=args.seed,
+            n_envs=args.n_envs,
             chunk_size=args.chunk_size,
             image_size=args.image_size,
             cameras=args.cameras,
@@ -233,6 +287,7 @@ def make_demonstrations(
     replays: int = 1,
     perturbation: float = 0.0,
     seed: int = 0,
+    n_envs: int = 1,
     progress: bool = True,
     **env_kwargs: Any,
 ) -> Path:
@@ -246,44 +301,73 @@ def make_demonstrations(
     :param replays: demonstrations of each trace; every second one begins with a chunk of another length
     :param perturbation: see :func:`opd_gym.envs.robotwin.traces.replay`
     :param seed: seed of the perturbations
+    :param n_envs: simulators that replay at once, each in its own process; what is written does not depend on it
     :param progress: show a progress bar
     :param env_kwargs: keyword arguments of the env
     :return: the file
-    :raises ValueError: a trace fails again and again
+    :raises ValueError: one trace after the other fails again and again; a single one is left out
     """
     from opd_gym.demonstrations import Episode, write_demonstrations
     from opd_gym.envs.robotwin.actions import statistics_of_actions
     from opd_gym.envs.robotwin.traces import make_env, replay
 
-    if replays < 1:
-        raise ValueError(f"replays must be at least 1, got {replays}.")
+    if replays < 1 or n_envs < 1:
+        raise ValueError(f"replays and n_envs must be at least 1, got {replays} and {n_envs}.")
+    if n_envs > 1 and env_kwargs.get("in_process"):
+        raise ValueError(f"{n_envs} simulators at once need a process each: leave in_process out, or take n_envs=1.")
+
+    def replays_of(i: int, env: RoboTwinEnv) -> list[Episode]:
+        trace = traces[i]
+        kept: list[Episode] = []
+        for attempt in range(MAX_ATTEMPTS * replays):
+            own_seed = seed + 1000 * (i * replays + len(kept)) + attempt
+            first = int(np.random.default_rng(own_seed).integers(1, (env.chunk_size or 1) + 1))
+            pushed = perturbation if kept or replays == 1 else 0.0
+            played = replay(trace, env, pushed, first if len(kept) % 2 else None, own_seed, i)
+            if not played.success:
+                continue
+            bar.update(1)
+            attrs = {"task_id": env.task_id, "scene_seed": trace.scene_seed, "seed": own_seed}
+            chunks = played.action_chunks
+            kept.append(Episode(played.observations, chunks[:, 0], chunks, played.instruction, attrs=attrs))
+            if len(kept) == replays:
+                return kept
+        return kept
+
     episodes: list[Episode] = []
-    with (
-        closing(make_env(traces, **env_kwargs)) as env,
-        tqdm(total=len(traces) * replays, desc="replaying", unit="episode", disable=not progress) as bar,
-    ):
-        size = env.chunk_size or 1
-        for i, trace in enumerate(traces):
-            attempt = kept = 0
-            while kept < replays:
-                if attempt >= MAX_ATTEMPTS * replays:
-                    robot = "a stand-in" if trace.stand_in else "RoboTwin's own"
-                    raise ValueError(
-                        f"The trace of {trace.task} in scene {trace.scene_seed} ended in success {kept} times in "
-                        f"{attempt} replays. Lower the perturbation ({perturbation}), or replay it with the robot that "
-                        f"it was recorded with ({robot})."
-                    )
-                own_seed = seed + 1000 * len(episodes) + attempt
-                first = int(np.random.default_rng(own_seed).integers(1, size + 1)) if kept % 2 else None
-                played = replay(trace, env, perturbation if kept or replays == 1 else 0.0, first, own_seed, i)
-                attempt += 1
-                if not played.success:
-                    continue
-                kept += 1
-                bar.update(1)
-                attrs = {"task_id": env.task_id, "scene_seed": trace.scene_seed, "seed": own_seed}
-                chunks = played.action_chunks
-                episodes.append(Episode(played.observations, chunks[:, 0], chunks, played.instruction, attrs=attrs))
+    with ExitStack() as stack:
+        envs: SimpleQueue[RoboTwinEnv] = SimpleQueue()
+        for _ in range(min(n_envs, len(traces))):
+            envs.put(stack.enter_context(closing(make_env(traces, **env_kwargs))))
+        bar = stack.enter_context(
+            tqdm(total=len(traces) * replays, desc="replaying", unit="episode", disable=not progress)
+        )
+
+        def take_turns(i: int) -> list[Episode]:
+            env = envs.get()
+            try:
+                return replays_of(i, env)
+            finally:
+                envs.put(env)
+
+        failures = 0
+        for i, played in stack.enter_context(closing(_in_order(take_turns, range(len(traces)), n_envs))):
+            episodes += played
+            failures = 0 if played else failures + 1
+            if len(played) == replays:
+                continue
+            trace = traces[i]
+            said = (
+                f"The trace of {trace.task} in scene {trace.scene_seed} ended in success {len(played)} times in "
+                f"{MAX_ATTEMPTS * replays} replays."
+            )
+            if failures == min(MAX_FAILURES, len(traces)):
+                robot = "a stand-in" if trace.stand_in else "RoboTwin's own"
+                raise ValueError(
+                    f"{failures} in a row could not be replayed. {said} Lower the perturbation ({perturbation}), or "
+                    f"replay it with the robot that it was recorded with ({robot})."
+                )
+            tqdm.write(f"{said} It is left at that.")
     statistics = statistics_of_actions(np.concatenate([e.action_chunks.reshape(-1, 14) for e in episodes]))  # type: ignore[union-attr]
     about = {"env_name": traces[0].task, "perturbation": perturbation, "stand_in": traces[0].stand_in}
     write_demonstrations(path, episodes, str(episodes[0].instruction), env_args={**about, "statistics": statistics})

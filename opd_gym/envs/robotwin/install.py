@@ -1,5 +1,6 @@
 """
-What RoboTwin needs and pip alone cannot bring: its runtime without its pins, and a Vulkan driver where there is none.
+What RoboTwin needs and pip alone cannot bring: its runtime without its pins, a Vulkan driver where there is none, and a
+planner that lives with NumPy 1.
 
 Everything goes into folders of this library (:func:`opd_gym.envs.robotwin.runtime.home`). Neither the Python
 environment nor the system changes; LIBERO goes on rendering with the system's Mesa.
@@ -18,7 +19,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import opd_gym
 from opd_gym.envs.robotwin import runtime
+from opd_gym.envs.robotwin.remote import LOAD_LIBRARY
 
 # Versions that were tested together, by the module that tells whether the package is there already. None of them brings
 # its own dependencies: the runtime would replace PyTorch, NumPy and Gymnasium with old versions.
@@ -41,6 +44,8 @@ PACKAGES = {
     "imageio": "imageio",
     "matplotlib": "matplotlib",
 }
+PLANNER_PACKAGES = ("numpy<2", "mplib==0.2.1")
+MAX_PLANNER_PYTHON = (3, 12)
 DRIVER_PACKAGE = "mesa-vulkan-drivers"
 # Older releases have a software driver that SAPIEN finds no device with
 MIN_DRIVER = (24, 0)
@@ -206,19 +211,67 @@ def install_driver(force: bool = False, say: Say = print) -> bool:
     return True
 
 
-def check(say: Say = print) -> None:
+def install_planner(force: bool = False, say: Say = print) -> Path:
+    """
+    Make a virtual environment in which RoboTwin's expert can plan: NumPy 1 and mplib, and for everything else the
+    packages of this environment and of :func:`install_packages`.
+
+    :param force: make it anew
+    :param say: told what happens
+    :return: its interpreter
+    :raises InstallError: wrong Python, or pip failed
+    """
+    target = runtime.planner_dir()
+    if not force and (target / "bin" / "python").is_file():
+        say("Planner: there already.")
+        return target / "bin" / "python"
+    if sys.version_info[:2] > MAX_PLANNER_PYTHON:
+        raise InstallError(
+            f"RoboTwin's planner, {PLANNER_PACKAGES[-1]}, was built for Python up to "
+            f"{'.'.join(map(str, MAX_PLANNER_PYTHON))}, this is {sys.version.split()[0]}. Install this library for "
+            "such a Python and record traces there: they can be replayed with any."
+        )
+    say(f"Planner, into {target}: {', '.join(PLANNER_PACKAGES)}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".planner-") as name:
+        folder = Path(name) / "planner"
+        _run([sys.executable, "-m", "venv", str(folder)], "Making a virtual environment")
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
+        _run([*pip, *PLANNER_PACKAGES], "Installing RoboTwin's planner (it needs a package index)")
+        (packages,) = folder.glob("lib/python*/site-packages")
+        shared = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+        shared.append(str(runtime.packages_dir()))
+        # Behind its own packages, so that NumPy 1 is found first
+        (packages / "zz_shared.pth").write_text("\n".join(dict.fromkeys(shared)) + "\n", encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(folder, target)
+    return target / "bin" / "python"
+
+
+def check(say: Say = print, planner: bool = False) -> None:
     """
     Import RoboTwin and look for a Vulkan device, in a process of its own.
 
     :param say: told what happens
+    :param planner: with the planner's interpreter, and the planner too
     :raises InstallError: it does not work, with the reason
     """
-    code = "from opd_gym.envs.robotwin.runtime import import_robotwin as f; print('SAPIEN', f().__version__)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    code = "from opd_gym.envs.robotwin.runtime import import_robotwin as f; print('SAPIEN', f().__version__)\n"
+    environment = dict(os.environ)
+    python, name = sys.executable, "RoboTwin"
+    if planner:
+        code += "from opd_gym.envs.robotwin.topp import has_planner; assert has_planner(), 'mplib is not used'\n"
+        python, name = str(runtime.planner_dir() / "bin" / "python"), "RoboTwin's planner"
+    else:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, check=False
+        [python, "-W", "ignore", "-c", LOAD_LIBRARY + code, str(opd_gym.__file__)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
-        raise InstallError(f"RoboTwin does not start: {said[-1] if said else f'exit code {done.returncode}'}")
-    say(f"RoboTwin starts: {done.stdout.strip()}")
+        raise InstallError(f"{name} does not start: {said[-1] if said else f'exit code {done.returncode}'}")
+    say(f"{name} starts: {done.stdout.strip()}")

@@ -28,14 +28,19 @@ START_SECONDS = 300.0
 STEP_SECONDS = 120.0
 CLOSE_SECONDS = 5.0
 # As PYTHONPATH this package's folder would let the other Python import everything that is installed beside it
-_START = """
+LOAD_LIBRARY = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("opd_gym", sys.argv[1])
 sys.modules["opd_gym"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
+"""
+_START = (
+    LOAD_LIBRARY
+    + """
 from opd_gym.envs.robotwin.worker import main
 main(int(sys.argv[2]))
 """
+)
 
 
 class WorkerLost(RuntimeError):

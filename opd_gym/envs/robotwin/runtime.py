@@ -56,8 +56,19 @@ def packages_dir() -> Path:
     :return: folder of the Python packages that are there for RoboTwin alone, one for each environment: it holds what
         that one lacks
     """
-    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
-    return home() / f"packages-{sys.implementation.cache_tag}-{environment}"
+    return home() / f"packages-{_environment()}"
+
+
+def planner_dir() -> Path:
+    """
+    :return: virtual environment in which RoboTwin's expert plans, one for each environment: it shares that one's
+        packages
+    """
+    return home() / f"planner-{_environment()}"
+
+
+def _environment() -> str:
+    return f"{sys.implementation.cache_tag}-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}"
 
 
 def driver_file() -> Path:

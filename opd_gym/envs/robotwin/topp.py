@@ -55,8 +55,8 @@ class _Planner:
 
 
 PLANNER_HINT = (
-    "RoboTwin's expert plans with mplib 0.2.1, which needs NumPy 1. Make a virtual environment with this library, "
-    "'numpy<2' and mplib==0.2.1, run `opd-gym robotwin install` in it, and pass its interpreter with --python."
+    "RoboTwin's expert plans with mplib 0.2.1, which needs NumPy 1, so in an environment of its own. Make one with "
+    "`opd-gym robotwin install --planner`, or pass an interpreter that has both with --python."
 )
 
 
