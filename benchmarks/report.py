@@ -55,10 +55,10 @@ STUDIES = {
         "RoboTwin handover_block, stand-in robot",
         1,
         {
-            "student": "student: SFT, traces of 10 scenes",
+            "student": "student: SFT, traces of 80 scenes",
             "grpo": "student + GRPO",
             "opd": "student + OPD",
-            "teacher": "teacher: SFT, traces of 80 scenes",
+            "teacher": "teacher: SFT, traces of 680 scenes",
         },
     ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -240,7 +240,9 @@ def _close_all(simulators: SimpleQueue[RemoteSimulator | None]) -> None:
             simulator.close()
 
 
-def _in_order(function: Callable[[int], T], items: Iterable[int], n_threads: int) -> Iterator[tuple[int, T]]:
+def _in_order(
+    function: Callable[[int], T], items: Iterable[int], n_threads: int
+) -> Generator[tuple[int, T], None, None]:
     """
     Results of calls that run at once, in the order of their items. Threads are enough: they wait for other processes.
 
