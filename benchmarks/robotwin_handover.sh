@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RoboTwin's handover_block on its own task class, with the stand-in robot: a student from the traces of 80 scenes, distilled
-# on-policy from a teacher of 680, against GRPO with somewhat more decisions. Every command behind the results; about two hours
+# on-policy from a teacher of 680, against GRPO with as many decisions. Every command behind the results; about two hours
 # on two cores.
 # The traces of the published run lie in benchmarks/data. RECORD=1 records new ones instead, in half an hour.
 # Run it from the root of the repository, after ./quickstart --robotwin or ./test has made .venv.
@@ -34,13 +34,13 @@ checkpoints() {
         --hyperparams $SFT n_demos:80 -f "$RUNS/student"
 }
 
-# 3. OPD and GRPO from that student, with the zoo's settings for RoboTwin; GRPO gets a quarter more decisions.
+# 3. OPD and GRPO from that student, with the zoo's settings for RoboTwin.
 compare() {
     local seed student="$RUNS/student/sft/${ENV}_1/policy" teacher="$RUNS/teacher/sft/${ENV}_1/policy"
     for seed in $SEEDS; do
         opd-gym train --algo opd --env $ENV --seed "$seed" --n-timesteps 4000 --student "$student" --teacher "$teacher" \
             -f "$RUNS/seed$seed"
-        opd-gym train --algo grpo --env $ENV --seed "$seed" --n-timesteps 5000 --student "$student" -f "$RUNS/seed$seed"
+        opd-gym train --algo grpo --env $ENV --seed "$seed" --n-timesteps 4000 --student "$student" -f "$RUNS/seed$seed"
     done
 }
 
