@@ -776,9 +776,7 @@ def test_a_trace_that_cannot_be_replayed_is_left_out(tmp_path, monkeypatch, caps
     assert scenes == [i for i in range(12) for _ in range(2) if i != 2]
     assert "scene 2 ended in success 0 times in 10 replays. It is left at that" in capsys.readouterr().out
     failing |= set(range(5, 12))
-    with pytest.raises(
-        ValueError, match="5 in a row could not be replayed. .* in scene 9 .* with .a stand-in"
-    ):
+    with pytest.raises(ValueError, match="5 in a row could not be replayed. .* in scene 9 .* with .a stand-in"):
         make_demonstrations(traces, tmp_path / "none.hdf5", 2, n_envs=2, **KWARGS)
     assert not (tmp_path / "none.hdf5").exists()
 
