@@ -239,7 +239,7 @@ def install_planner(force: bool = False, say: Say = print) -> Path:
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
         _run([*pip, *PLANNER_PACKAGES], "Installing RoboTwin's planner (it needs a package index)")
         (packages,) = folder.glob("lib/python*/site-packages")
-        shared = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+        shared = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
         shared.append(str(runtime.packages_dir()))
         # Behind its own packages, so that NumPy 1 is found first
         (packages / "zz_shared.pth").write_text("\n".join(dict.fromkeys(shared)) + "\n", encoding="utf-8")
