@@ -254,17 +254,6 @@ def compare_pictures(args: argparse.Namespace) -> str:
     return text
 
 
-def mcnemar(only_exact: int, only_light: int) -> float:
-    """
-    :param only_exact: episodes solved in exact mode alone
-    :param only_light: episodes solved in light mode alone
-    :return: p-value of McNemar's exact test, two-sided
-    """
-    n = only_exact + only_light
-    tail = sum(math.comb(n, k) for k in range(min(only_exact, only_light) + 1)) / 2**n
-    return min(1.0, 2 * tail)
-
-
 def bootstrap(difference: np.ndarray, seed: int) -> tuple[float, float]:
     """
     :param difference: paired differences, one an episode
@@ -302,19 +291,10 @@ def compare_success(args: argparse.Namespace) -> str:
         finally:
             env.close()
     exact, light = results["exact"], results["light"]
-    # Both were played in the order in which they were asked for.
-    solved = np.array(
-        [
-            (a.success, b.success)
-            for a, b in zip(exact.episodes, light.episodes, strict=True)
-            if (a.task_id, a.init_state_id) == (b.task_id, b.init_state_id)
-        ]
-    )
-    if len(solved) != len(exact.episodes):
-        raise RuntimeError("The two modes did not play the same initial states.")
+    only_exact, only_light, p_value = exact.paired(light)
+    solved = np.array([(a.success, b.success) for a, b in zip(exact.episodes, light.episodes, strict=True)])
     difference = solved[:, 1].astype(float) - solved[:, 0]
     low, high = bootstrap(difference, args.seed)
-    only_exact, only_light = int((difference < 0).sum()), int((difference > 0).sum())
     paired = {
         "both": int(solved.all(axis=1).sum()),
         "only_exact": only_exact,
@@ -322,7 +302,7 @@ def compare_success(args: argparse.Namespace) -> str:
         "neither": int((~solved.any(axis=1)).sum()),
         "difference": float(difference.mean()),
         "interval": [low, high],
-        "mcnemar_p": mcnemar(only_exact, only_light),
+        "mcnemar_p": p_value,
     }
     text = f"{Path(args.policy).name} on {args.env}, greedy, the same official initial states in both modes.\n\n"
     text += "| visuals | success | 95 % interval | episodes |\n|---|---|---|---|\n"

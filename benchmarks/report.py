@@ -139,6 +139,29 @@ def per_task(study: Study, evaluations: dict[str, dict[str, EvaluationResult]]) 
     return "\n".join(lines) + "\n"
 
 
+def paired(evaluations: dict[str, dict[str, EvaluationResult]]) -> str:
+    """
+    OPD against all others in the same episodes, seed by seed.
+
+    :param evaluations: policy -> seed -> result
+    :return: markdown
+    """
+    lines = [
+        "| the same episodes | seed | only OPD solves | only the other solves | McNemar's exact p |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("student", "grpo", "teacher"):
+        others = evaluations.get(name, {})
+        for seed, result in evaluations.get("opd", {}).items():
+            # Student and teacher are the same for all seeds
+            other = others.get(seed, others.get("-"))
+            if other is not None:
+                gained, lost, p = result.paired(other)
+                shown = f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+                lines.append(f"| OPD against {name} | {seed} | {gained} | {lost} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(study: Study, path: Path, evaluations: dict[str, dict[str, EvaluationResult]], curves: dict[str, Any]) -> None:
     """
     Success while training, over env steps and over wall-clock, with the held-out success before and after.
@@ -228,7 +251,7 @@ def main() -> None:
     if not evaluations:
         raise SystemExit(f"No evaluations in {runs / 'eval'}: run benchmarks/{args.study}.sh first.")
     curves = load_runs(study, runs, output)
-    text = table(study, evaluations, curves) + "\n" + per_task(study, evaluations)
+    text = "\n".join((table(study, evaluations, curves), paired(evaluations), per_task(study, evaluations)))
     for algo, seeds in curves.items():
         for seed, curve in seeds.items():
             goal = 0.9 * pooled(list(evaluations["teacher"].values())).success_rate if "teacher" in evaluations else 0.9

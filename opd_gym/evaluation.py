@@ -93,6 +93,19 @@ def wilson_interval(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return low, high
 
 
+def mcnemar(only_first: int, only_second: int) -> float:
+    """
+    McNemar's exact test: whether two policies differ, from the episodes that only one of them solved.
+
+    :param only_first: number of episodes that only the first solved
+    :param only_second: number of episodes that only the second solved
+    :return: two-sided p-value
+    """
+    n = only_first + only_second
+    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
 @dataclass
 class EvaluationResult:
     """
@@ -133,6 +146,25 @@ class EvaluationResult:
         for episode in self.episodes:
             tasks[episode.task_id].append(episode)
         return {task: EvaluationResult(tasks[task]) for task in sorted(tasks)}
+
+    def paired(self, other: EvaluationResult) -> tuple[int, int, float]:
+        """
+        Compare with a result of the same episodes, which says more than two intervals do.
+
+        :param other: result of the same tasks, initial states and seeds in the same order
+        :return: episodes that only this one solved, episodes that only the other solved, and the p-value of
+            :func:`mcnemar`
+        :raises ValueError: if the episodes are not the same
+        """
+        keys, other_keys = ([(e.task_id, e.init_state_id, e.seed) for e in r.episodes] for r in (self, other))
+        if keys != other_keys:
+            raise ValueError(
+                "A paired comparison expects results of the same episodes in the same order; these differ in their "
+                f"tasks, initial states, seeds or number ({len(keys)} and {len(other_keys)})."
+            )
+        pairs = [(a.success, b.success) for a, b in zip(self.episodes, other.episodes, strict=True)]
+        only_self, only_other = pairs.count((True, False)), pairs.count((False, True))
+        return only_self, only_other, mcnemar(only_self, only_other)
 
     def __str__(self) -> str:
         low, high = self.interval

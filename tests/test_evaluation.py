@@ -20,6 +20,7 @@ from opd_gym.evaluation import (
     EvaluationResult,
     eval_episodes,
     evaluate_success,
+    mcnemar,
     wilson_interval,
 )
 
@@ -209,3 +210,16 @@ def test_result(tmp_path: Any) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]
     assert math.isnan(EvaluationResult([]).success_rate)
     assert evaluate_success(Always(), make(1), [], progress=False) == EvaluationResult([])
+
+
+def test_paired_results() -> None:
+    # Exact binomial test of 8 against 1 of 9: 2 * (1 + 9) / 512.
+    assert mcnemar(8, 1) == mcnemar(1, 8) == pytest.approx(20 / 512)
+    assert mcnemar(0, 0) == mcnemar(3, 3) == 1.0
+    first = EvaluationResult([EpisodeRecord(0, i, i != 0, 10, 0.0, seed=i) for i in range(12)])
+    second = EvaluationResult([EpisodeRecord(0, i, i < 4, 10, 0.0, seed=i) for i in range(12)])
+    assert first.paired(second) == (8, 1, pytest.approx(20 / 512))
+    assert second.paired(first) == (1, 8, pytest.approx(20 / 512))
+    for other in (second.episodes[1:], second.episodes[::-1], [EpisodeRecord(0, i, True, 10, 0.0) for i in range(12)]):
+        with pytest.raises(ValueError, match="same episodes in the same order"):
+            first.paired(EvaluationResult(other))
