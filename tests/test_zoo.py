@@ -543,6 +543,25 @@ def test_quickstart(
     assert "Raise --minutes" in capsys.readouterr().err
 
 
+def test_film_of_two_policies(toy_checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import imageio.v3 as iio
+
+    before, after = map(str, toy_checkpoints)
+    film = tmp_path / "film.mp4"
+    command = ["video", "--env", "ToyRobot-v0", "--before", before, "--episodes", "2", "-o", str(film), "--no-progress"]
+    assert main([*command, "--checkpoint", after]) == 0
+    # Two pictures of 32 x 32 beside each other under their titles: after the reset and after each of three chunks.
+    assert iio.imread(film).shape == (2 * 4, 52, 64, 3)
+    assert capsys.readouterr().out.count("| all |") == 2
+
+    env = opd_gym.make_vec("ToyRobot-v0", chunk_size=1, tokens=True)
+    body = {"action_dim": 2, "hidden_size": 32, "intermediate_size": 64, "stem_channels": [16, 32], "summary_size": 32}
+    policy = opd_gym.VLAPolicy(env.observation_space, env.action_space, lambda _: 0.0, body_kwargs=body)
+    policy.save_checkpoint(tmp_path / "other_chunk")
+    assert main([*command, "--checkpoint", str(tmp_path / "other_chunk")]) == 2
+    assert "differ in what they were trained with" in capsys.readouterr().err
+
+
 def test_quickstart_without_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quickstart", "--env", "CartPole-v1"]) == 2
     assert "Pass --student" in capsys.readouterr().err

@@ -82,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             sub.add_argument("-o", "--output", type=Path, default=Path("runs/video.mp4"), help=".mp4 or .gif")
             sub.add_argument("--fps", type=float, default=5.0)
+            sub.add_argument("--before", metavar="CHECKPOINT", help="a second policy in the same episodes, on the left")
         sub.set_defaults(run=_evaluate)
 
     demos = commands.add_parser(
@@ -160,11 +161,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     from opd_gym.zoo.config import build_env, parse_overrides
     from opd_gym.zoo.registry import resolve_checkpoint
     from opd_gym.zoo.train import default_episodes, default_threshold, load_predictor, settings_of
-    from opd_gym.zoo.video import write_video
+    from opd_gym.zoo.video import side_by_side, write_video
 
     film = args.command != "eval"
-    path = resolve_checkpoint(args.checkpoint)
-    settings = settings_of(path)
+    names = [args.checkpoint] if not film or args.before is None else [args.before, args.checkpoint]
+    paths = [resolve_checkpoint(name) for name in names]
+    settings = settings_of(paths[-1])
+    if settings_of(paths[0]) != settings:
+        raise ValueError(
+            f"Both policies of a film act in one env, but {names[0]} and {names[1]} differ in what they were trained "
+            "with (pictures, chunk or the statistics of their action tokens). Film them one by one."
+        )
     env_kwargs: dict[str, Any] = {}
     if bare_id(args.env) in LIBERO_IDS:
         env_kwargs["visuals"] = settings.get("visuals", "light")
@@ -177,23 +184,32 @@ def _evaluate(args: argparse.Namespace) -> int:
     try:
         episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
         threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(args.env)
-        result = evaluate_success(
-            load_predictor(path, env).to(get_device(args.device)),
-            env,
-            episodes[: args.episodes] if film else episodes,
-            deterministic=not args.stochastic,
-            progress=args.progress,
-            reward_threshold=threshold,
-            record=sys.maxsize if film else 0,
-        )
+        results = [
+            evaluate_success(
+                load_predictor(path, env).to(get_device(args.device)),
+                env,
+                episodes[: args.episodes] if film else episodes,
+                deterministic=not args.stochastic,
+                progress=args.progress,
+                reward_threshold=threshold,
+                record=sys.maxsize if film else 0,
+            )
+            for path in paths
+        ]
     finally:
         env.close()
-    print(result.to_markdown())
+    for result in results:
+        print(result.to_markdown())
     if film:
-        frames = [frame for index in sorted(result.frames) for frame in result.frames[index]]
+        films = [result.frames for result in results]
+        frames = [frame for index in sorted(films[-1]) for frame in films[-1][index]]
+        if len(films) == 2:
+            shared = sorted(films[0].keys() & films[1].keys())
+            pairs = (side_by_side(films[0][i], films[1][i], ("before", "after")) for i in shared)
+            frames = [frame for pair in pairs for frame in pair]
         print(f"Film: {write_video(args.output, frames, args.fps)}")
     elif args.output is not None:
-        result.save(args.output)
+        results[0].save(args.output)
         print(f"Every episode: {args.output}")
     return 0
 
