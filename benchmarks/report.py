@@ -55,14 +55,22 @@ STUDIES = {
         "RoboTwin handover_block, stand-in robot",
         1,
         {
-            "student": "student: SFT, traces of 80 scenes",
+            "student": "student: SFT, traces of 10 scenes",
             "grpo": "student + GRPO",
             "opd": "student + OPD",
             "teacher": "teacher: SFT, traces of 680 scenes",
+            "student80": "another student: SFT, traces of 80 scenes",
+            "grpo80": "that student + GRPO",
         },
     ),
 }
-COLORS = {"opd": "tab:blue", "grpo": "tab:orange"}
+# What learns: name -> (its runs, its name in pictures, its colour)
+LEARNERS = {
+    "opd": ("seed*/opd", "OPD", "tab:blue"),
+    "grpo": ("seed*/grpo", "GRPO", "tab:orange"),
+    "grpo80": ("student80/seed*/grpo", "GRPO from 80 scenes", "tab:brown"),
+}
+PAIRS = (("opd", "student"), ("opd", "grpo"), ("opd", "teacher"), ("opd", "grpo80"), ("grpo80", "student80"))
 
 
 def load_runs(study: Study, folder: Path, output: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
@@ -72,21 +80,21 @@ def load_runs(study: Study, folder: Path, output: Path) -> dict[str, dict[str, d
     :param study: what is compared
     :param folder: folder of the runs
     :param output: folder of the results
-    :return: algorithm -> seed -> column -> values
+    :return: learner -> seed -> column -> values
     """
     curves: dict[str, dict[str, dict[str, list[float]]]] = {}
     columns = ("time/env_steps", "time/episodes", "time/time_elapsed", "rollout/success_rate", "train/kl")
-    for algo in ("opd", "grpo"):
-        for run in sorted(folder.glob(f"seed*/{algo}/{study.env}_1")):
+    for name, (pattern, _, _) in LEARNERS.items():
+        for run in sorted(folder.glob(f"{pattern}/{study.env}_1")):
             rows = [row for row in read_progress(run) if "rollout/success_rate" in row]
             seed = run.parent.parent.name.removeprefix("seed")
             values = {key: [row.get(key, float("nan")) for row in rows] for key in columns}
-            curves.setdefault(algo, {})[seed] = values
-            target = output / "runs" / f"{algo}_seed{seed}"
+            curves.setdefault(name, {})[seed] = values
+            target = output / "runs" / f"{name}_seed{seed}"
             target.mkdir(parents=True, exist_ok=True)
-            for name in ("config.yml", "command.txt", "progress.csv"):
-                if (run / name).is_file():
-                    shutil.copyfile(run / name, target / name)
+            for file in ("config.yml", "command.txt", "progress.csv"):
+                if (run / file).is_file():
+                    shutil.copyfile(run / file, target / file)
     return curves
 
 
@@ -141,24 +149,24 @@ def per_task(study: Study, evaluations: dict[str, dict[str, EvaluationResult]]) 
 
 def paired(evaluations: dict[str, dict[str, EvaluationResult]]) -> str:
     """
-    OPD against all others in the same episodes, seed by seed.
+    Policies compared in the same episodes, seed by seed.
 
     :param evaluations: policy -> seed -> result
     :return: markdown
     """
     lines = [
-        "| the same episodes | seed | only OPD solves | only the other solves | McNemar's exact p |",
+        "| the same episodes | seed | only the first solves | only the second solves | McNemar's exact p |",
         "|---|---|---|---|---|",
     ]
-    for name in ("student", "grpo", "teacher"):
-        others = evaluations.get(name, {})
-        for seed, result in evaluations.get("opd", {}).items():
-            # Student and teacher are the same for all seeds
+    for first, second in PAIRS:
+        others = evaluations.get(second, {})
+        for seed, result in evaluations.get(first, {}).items():
+            # Students and teacher are the same for all seeds
             other = others.get(seed, others.get("-"))
             if other is not None:
-                gained, lost, p = result.paired(other)
+                only_first, only_second, p = result.paired(other)
                 shown = f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
-                lines.append(f"| OPD against {name} | {seed} | {gained} | {lost} | {shown} |")
+                lines.append(f"| {first} against {second} | {seed} | {only_first} | {only_second} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
@@ -175,18 +183,19 @@ def draw(study: Study, path: Path, evaluations: dict[str, dict[str, EvaluationRe
     axes = figure.subplots(1, 2, sharey=True)
     panels = (("time/env_steps", 1e3, "env steps (thousands)"), ("time/time_elapsed", 60, "wall-clock (minutes)"))
     for axis, (key, unit, label) in zip(axes, panels, strict=True):
-        for algo, seeds in curves.items():
-            for number, curve in enumerate(seeds.values()):
+        for learner, seeds in curves.items():
+            _, title, color = LEARNERS[learner]
+            for number, (seed, curve) in enumerate(seeds.items()):
                 x = np.array(curve[key]) / unit
-                shown = algo.upper() if number == 0 else None
-                axis.plot(x, 100 * np.array(curve["rollout/success_rate"]), color=COLORS[algo], label=shown, alpha=0.9)
-                result = list(evaluations[algo].values())[number] if algo in evaluations else None
+                shown = title if number == 0 else None
+                axis.plot(x, 100 * np.array(curve["rollout/success_rate"]), color=color, label=shown, alpha=0.9)
+                result = evaluations.get(learner, {}).get(seed)
                 if result is not None:
                     low, high = result.interval
                     rate = result.success_rate
                     error = [[100 * (rate - low)], [100 * (high - rate)]]
                     axis.errorbar(
-                        x[-1:] * 1.02, [100 * rate], yerr=error, color=COLORS[algo], marker="D", capsize=3, markersize=5
+                        x[-1:] * 1.02, [100 * rate], yerr=error, color=color, marker="D", capsize=3, markersize=5
                     )
         for name, color in (("teacher", "tab:green"), ("student", "tab:gray")):
             if name in evaluations:
@@ -252,7 +261,7 @@ def main() -> None:
         raise SystemExit(f"No evaluations in {runs / 'eval'}: run benchmarks/{args.study}.sh first.")
     curves = load_runs(study, runs, output)
     text = "\n".join((table(study, evaluations, curves), paired(evaluations), per_task(study, evaluations)))
-    for algo, seeds in curves.items():
+    for learner, seeds in curves.items():
         for seed, curve in seeds.items():
             goal = 0.9 * pooled(list(evaluations["teacher"].values())).success_rate if "teacher" in evaluations else 0.9
             reached = next((i for i, s in enumerate(curve["rollout/success_rate"]) if s >= goal), None)
@@ -264,7 +273,7 @@ def main() -> None:
                     f"{curve['time/env_steps'][reached]:,.0f} env steps, "
                     f"{curve['time/time_elapsed'][reached] / 60:.1f} min"
                 )
-            text += f"\n{algo.upper()}, seed {seed}: 90 % of the teacher's success while training {said}.\n"
+            text += f"\n{LEARNERS[learner][1]}, seed {seed}: 90 % of the teacher's success while training {said}.\n"
     (output / "results.md").write_text(text, encoding="utf-8")
     summary = {
         name: {seed: {"success_rate": r.success_rate, "interval": r.interval} for seed, r in seeds.items()}

@@ -66,7 +66,8 @@ class OPD(RolloutAlgorithm):
     :param divergence: "reverse_kl" (the paper's), "forward_kl", "hard_ce" (cross-entropy on the teacher's mode) or
         "jsd"
     :param estimator: "exact" or "sampled" ("sampled" estimates the reverse KL only)
-    :param group_size: Number of consecutive episodes that start from the same state (where workers can be told)
+    :param group_size: Number of consecutive episodes that start from the same state (where workers can be told): the
+        paper has 8, 1 comes to the most initial states
     :param state_replay: Whether to keep all states visited so far, or how many at most; True: as many as fit in 1 GiB;
         None: with the exact estimator, and not with the sampled one
     :param gradient_steps: Minibatches per iteration, with state replay
