@@ -197,7 +197,7 @@ def draw(study: Study, path: Path, evaluations: dict[str, dict[str, EvaluationRe
                     axis.errorbar(
                         x[-1:] * 1.02, [100 * rate], yerr=error, color=color, marker="D", capsize=3, markersize=5
                     )
-        for name, color in (("teacher", "tab:green"), ("student", "tab:gray")):
+        for name, color in (("teacher", "tab:green"), ("student", "tab:gray"), ("student80", "tab:brown")):
             if name in evaluations:
                 rate = 100 * pooled(list(evaluations[name].values())).success_rate
                 axis.axhline(rate, linestyle="--", color=color, label=f"{name}, held out: {rate:.0f} %")
@@ -207,7 +207,7 @@ def draw(study: Study, path: Path, evaluations: dict[str, dict[str, EvaluationRe
     axes[0].set_ylabel("success (%)")
     axes[0].legend(fontsize="small", loc="best")
     figure.suptitle(
-        f"{study.title}: success while training (sampled actions, last 100 episodes);\n"
+        f"{study.title}: success while training (sampled actions, at most the last 100 episodes);\n"
         "diamonds: held out afterwards (greedy actions, 95 % interval)",
         fontsize="medium",
     )

@@ -10,7 +10,6 @@ RUNS="${RUNS:-runs/robotwin_handover}"
 SEEDS="${SEEDS:-0 1}"
 GRPO_SEEDS="${GRPO_SEEDS:-0}"
 ENV=RoboTwinHandoverBlock-v0
-SFT="learning_rate:1e-3 batch_size:64 label_smoothing:2.0 augmentation:random_shift_batch policy_kwargs.optimizer_kwargs.weight_decay:1e-4"
 
 # 1. Traces of RoboTwin's own expert in 680 training scenes, each replayed with pushes to recover from.
 demos() {
@@ -25,20 +24,17 @@ demos() {
         --cameras head left_wrist right_wrist -o "$RUNS/demos"
 }
 
-# 2. The teacher, the student, and one of 80 scenes, which succeeds often enough for GRPO to have something to learn from.
+# 2. With the zoo's settings for RoboTwin: the teacher, the student, and one of 80 scenes, which succeeds often enough for GRPO to have something to learn from.
 checkpoints() {
-    # shellcheck disable=SC2086
     opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos" --student none --n-timesteps 3200 \
-        --hyperparams $SFT validation_fraction:0.03 -f "$RUNS/teacher"
-    # shellcheck disable=SC2086
+        --hyperparams validation_fraction:0.03 -f "$RUNS/teacher"
     opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos" --student none --n-timesteps 800 \
-        --hyperparams $SFT n_demos:10 -f "$RUNS/student"
-    # shellcheck disable=SC2086
+        --hyperparams n_demos:10 -f "$RUNS/student"
     opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos" --student none --n-timesteps 800 \
-        --hyperparams $SFT n_demos:80 -f "$RUNS/student80"
+        --hyperparams n_demos:80 -f "$RUNS/student80"
 }
 
-# 3. OPD and GRPO from that student, with the zoo's settings for RoboTwin; GRPO from the other one, too.
+# 3. OPD and GRPO from that student, and GRPO from the other one.
 compare() {
     local seed student="$RUNS/student/sft/${ENV}_1/policy" teacher="$RUNS/teacher/sft/${ENV}_1/policy"
     for seed in $SEEDS; do

@@ -151,16 +151,22 @@ class EvaluationResult:
         """
         Compare with a result of the same episodes, which says more than two intervals do.
 
-        :param other: result of the same tasks, initial states and seeds in the same order
+        :param other: result of the same tasks, initial states and seeds in the same order; that the envs were alike
+            (horizon, pictures) is up to the caller
         :return: episodes that only this one solved, episodes that only the other solved, and the p-value of
             :func:`mcnemar`
-        :raises ValueError: if the episodes are not the same
+        :raises ValueError: if the episodes are not the same, or nothing says which they are
         """
         keys, other_keys = ([(e.task_id, e.init_state_id, e.seed) for e in r.episodes] for r in (self, other))
         if keys != other_keys:
             raise ValueError(
                 "A paired comparison expects results of the same episodes in the same order; these differ in their "
                 f"tasks, initial states, seeds or number ({len(keys)} and {len(other_keys)})."
+            )
+        if any(seed is None and state < 0 for _, state, seed in keys):
+            raise ValueError(
+                "A paired comparison expects episodes with an initial state or a seed; these were left to the "
+                "environment, so that nothing says which belong together."
             )
         pairs = [(a.success, b.success) for a, b in zip(self.episodes, other.episodes, strict=True)]
         only_self, only_other = pairs.count((True, False)), pairs.count((False, True))

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from opd_gym.evaluation import EpisodeRecord, EvaluationResult
+
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import libero_throughput  # noqa: E402
 import light_visuals  # noqa: E402
+import report  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs the source tree")
 
@@ -146,3 +149,43 @@ def test_bootstrap_of_paired_differences():
     low, high = light_visuals.bootstrap(difference, seed=0)
     # Standard error of a mean of 100 with variance 0.2: 0.0447.
     assert low == pytest.approx(-1.96 * 0.0447, abs=0.012) and high == pytest.approx(1.96 * 0.0447, abs=0.012)
+
+
+def test_report_of_a_comparison(tmp_path, monkeypatch, capsys):
+    runs, output = tmp_path / "runs", tmp_path / "out"
+    solved = {
+        "student": 1,
+        "teacher": 9,
+        "opd_seed0": 9,
+        "opd_seed1": 8,
+        "grpo_seed0": 0,
+        "student80": 4,
+        "grpo80_seed0": 3,
+    }
+    for name, n in solved.items():
+        episodes = [EpisodeRecord(8, i, i < n, 10, 0.0, seed=i) for i in range(10)]
+        EvaluationResult(episodes).save(runs / "eval" / f"{name}.json")
+    folders = {"seed0/opd": 0.2, "seed1/opd": 0.85, "seed0/grpo": 0.0, "student80/seed0/grpo": 0.3}
+    for folder, success in folders.items():
+        run = runs / folder / "RoboTwinHandoverBlock-v0_1"
+        run.mkdir(parents=True)
+        table = "time/total_timesteps,time/env_steps,time/episodes,time/time_elapsed,rollout/success_rate\n"
+        (run / "progress.csv").write_text(f"{table}4,100,4,60,0.1\n8,200,8,120,{success}\n")
+    monkeypatch.setattr(sys, "argv", ["report.py", "robotwin_handover", "--runs", str(runs), "--output", str(output)])
+    report.main()
+    text = (output / "results.md").read_text()
+    assert capsys.readouterr().out.strip() == text.strip()
+    assert cells(text, "student + OPD")[0][1:6] == ["**85.0 %**", "64.0 to 94.8 %", "90.0 %, 80.0 %", "20", "200"]
+    # Exact binomial tests of 8 of 8 and 7 of 7: 2 / 2**8 and 2 / 2**7.
+    assert cells(text, "opd against student") == [
+        ["opd against student", "0", "8", "0", "0.008"],
+        ["opd against student", "1", "7", "0", "0.016"],
+    ]
+    assert cells(text, "grpo80 against student80") == [["grpo80 against student80", "0", "0", "1", "1.000"]]
+    assert len(cells(text, "opd against grpo")) == 1
+    assert "OPD, seed 1: 90 % of the teacher's success while training after 8 episodes a task, 200 env steps" in text
+    assert "GRPO from 80 scenes, seed 0: 90 % of the teacher's success while training did not reach it" in text
+    assert (output / "curves.png").stat().st_size > 10_000
+    assert (output / "runs" / "grpo80_seed0" / "progress.csv").is_file() and (
+        output / "eval" / "teacher.json"
+    ).is_file()

@@ -223,3 +223,6 @@ def test_paired_results() -> None:
     for other in (second.episodes[1:], second.episodes[::-1], [EpisodeRecord(0, i, True, 10, 0.0) for i in range(12)]):
         with pytest.raises(ValueError, match="same episodes in the same order"):
             first.paired(EvaluationResult(other))
+    nameless = EvaluationResult([EpisodeRecord(0, -1, True, 10, 0.0) for _ in range(3)])
+    with pytest.raises(ValueError, match="an initial state or a seed"):
+        nameless.paired(nameless)

@@ -543,22 +543,55 @@ def test_quickstart(
     assert "Raise --minutes" in capsys.readouterr().err
 
 
-def test_film_of_two_policies(toy_checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_film_of_two_policies(
+    toy_checkpoints: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     import imageio.v3 as iio
 
-    before, after = map(str, toy_checkpoints)
-    film = tmp_path / "film.mp4"
-    command = ["video", "--env", "ToyRobot-v0", "--before", before, "--episodes", "2", "-o", str(film), "--no-progress"]
-    assert main([*command, "--checkpoint", after]) == 0
-    # Two pictures of 32 x 32 beside each other under their titles: after the reset and after each of three chunks.
-    assert iio.imread(film).shape == (2 * 4, 52, 64, 3)
-    assert capsys.readouterr().out.count("| all |") == 2
+    class Gauge(ToyRobot):
+        """Shows the last action, so that a picture says which policy acted."""
+
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+            self.level = 0
+            return super().reset(seed=seed, options=options)
+
+        def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+            self.level = 20 + int(100 * (action[0] + 1))
+            return super().step(action)
+
+        def render(self) -> np.ndarray:
+            return np.full((32, 32, 3), self.level, dtype=np.uint8)
+
+    monkeypatch.setattr(gym.registry["ToyRobot-v0"], "entry_point", Gauge)
+    student, teacher = map(str, toy_checkpoints)
+    command = ["video", "--env", "ToyRobot-v0", "--episodes", "2", "--no-progress"]
+    films = {}
+    for name, arguments in {
+        "student": ["--checkpoint", student],
+        "teacher": ["--checkpoint", teacher],
+        "both": ["--before", student, "--checkpoint", teacher],
+    }.items():
+        path = tmp_path / f"{name}.mp4"
+        assert main([*command, *arguments, "-o", str(path)]) == 0
+        films[name] = iio.imread(path).astype(int)
+    # Two episodes of a picture after the reset and after each of three chunks; beside each other under their titles.
+    assert films["both"].shape == (2 * 4, 52, 64, 3)
+    left, right = films["both"][:, 24:48, 4:28], films["both"][:, 24:48, 36:60]
+    inner = {name: films[name][:, 4:28, 4:28] for name in ("student", "teacher")}
+    assert np.abs(inner["student"] - inner["teacher"]).max() > 20
+    # What compression leaves of an even grey
+    assert np.abs(left - inner["student"]).max() < 10 and np.abs(right - inner["teacher"]).max() < 10
+    assert capsys.readouterr().out.count("| all |") == 4
 
     env = opd_gym.make_vec("ToyRobot-v0", chunk_size=1, tokens=True)
     body = {"action_dim": 2, "hidden_size": 32, "intermediate_size": 64, "stem_channels": [16, 32], "summary_size": 32}
     policy = opd_gym.VLAPolicy(env.observation_space, env.action_space, lambda _: 0.0, body_kwargs=body)
     policy.save_checkpoint(tmp_path / "other_chunk")
-    assert main([*command, "--checkpoint", str(tmp_path / "other_chunk")]) == 2
+    other = ["--before", student, "--checkpoint", str(tmp_path / "other_chunk"), "-o", str(tmp_path / "no.mp4")]
+    assert main([*command, *other]) == 2
     assert "differ in what they were trained with" in capsys.readouterr().err
 
 
