@@ -68,7 +68,7 @@ STUDIES = {
 LEARNERS = {
     "opd": ("seed*/opd", "OPD", "tab:blue"),
     "grpo": ("seed*/grpo", "GRPO", "tab:orange"),
-    "grpo80": ("student80/seed*/grpo", "GRPO from 80 scenes", "tab:brown"),
+    "grpo80": ("seed*/grpo80/grpo", "GRPO from 80 scenes", "tab:brown"),
 }
 PAIRS = (("opd", "student"), ("opd", "grpo"), ("opd", "teacher"), ("opd", "grpo80"), ("grpo80", "student80"))
 
@@ -87,7 +87,7 @@ def load_runs(study: Study, folder: Path, output: Path) -> dict[str, dict[str, d
     for name, (pattern, _, _) in LEARNERS.items():
         for run in sorted(folder.glob(f"{pattern}/{study.env}_1")):
             rows = [row for row in read_progress(run) if "rollout/success_rate" in row]
-            seed = run.parent.parent.name.removeprefix("seed")
+            seed = run.relative_to(folder).parts[0].removeprefix("seed")
             values = {key: [row.get(key, float("nan")) for row in rows] for key in columns}
             curves.setdefault(name, {})[seed] = values
             target = output / "runs" / f"{name}_seed{seed}"
@@ -96,6 +96,30 @@ def load_runs(study: Study, folder: Path, output: Path) -> dict[str, dict[str, d
                 if (run / file).is_file():
                     shutil.copyfile(run / file, target / file)
     return curves
+
+
+def load_evaluations(
+    study: Study, folder: Path, output: Path, keep: bool = False
+) -> dict[str, dict[str, EvaluationResult]]:
+    """
+    Evaluations of all policies; they are copied to the results.
+
+    :param study: what is compared
+    :param folder: folder of the runs
+    :param output: folder of the results
+    :param keep: with those that are there already
+    :return: policy -> seed -> result; the seed is "-" where one policy is that of all seeds
+    """
+    target = output / "eval"
+    target.mkdir(parents=True, exist_ok=True)
+    for path in (folder / "eval").glob("*.json"):
+        shutil.copyfile(path, target / path.name)
+    evaluations: dict[str, dict[str, EvaluationResult]] = {}
+    for path in sorted((target if keep else folder / "eval").glob("*.json")):
+        name, _, seed = path.stem.partition("_seed")
+        if name in study.labels:
+            evaluations.setdefault(name, {})[seed or "-"] = EvaluationResult.load(path)
+    return evaluations
 
 
 def pooled(results: list[EvaluationResult]) -> EvaluationResult:
@@ -161,7 +185,7 @@ def paired(evaluations: dict[str, dict[str, EvaluationResult]]) -> str:
     for first, second in PAIRS:
         others = evaluations.get(second, {})
         for seed, result in evaluations.get(first, {}).items():
-            # Students and teacher are the same for all seeds
+            # Students and teacher may be the same for all seeds
             other = others.get(seed, others.get("-"))
             if other is not None:
                 only_first, only_second, p = result.paired(other)
@@ -241,6 +265,7 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--runs", type=Path, help="default: runs/STUDY")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/STUDY")
+    parser.add_argument("--keep", action="store_true", help="the seeds of the output's earlier results, beside these")
     parser.add_argument("--export", type=Path, nargs=2, metavar=("SOURCE", "TARGET"), help="store in half precision")
     args = parser.parse_args()
     study = STUDIES[args.study]
@@ -250,20 +275,19 @@ def main() -> None:
         export(study, *args.export)
         return
     output.mkdir(parents=True, exist_ok=True)
-    evaluations: dict[str, dict[str, EvaluationResult]] = {}
-    for path in sorted((runs / "eval").glob("*.json")):
-        name, _, seed = path.stem.partition("_seed")
-        if name in study.labels:
-            evaluations.setdefault(name, {})[seed or "-"] = EvaluationResult.load(path)
-            (output / "eval").mkdir(exist_ok=True)
-            shutil.copyfile(path, output / "eval" / path.name)
+    evaluations = load_evaluations(study, runs, output, args.keep)
     if not evaluations:
         raise SystemExit(f"No evaluations in {runs / 'eval'}: run benchmarks/{args.study}.sh first.")
     curves = load_runs(study, runs, output)
+    if args.keep and (output / "results.json").is_file():
+        for learner, seeds in json.loads((output / "results.json").read_text(encoding="utf-8"))["curves"].items():
+            curves[learner] = {**seeds, **curves.get(learner, {})}
     text = "\n".join((table(study, evaluations, curves), paired(evaluations), per_task(study, evaluations)))
     for learner, seeds in curves.items():
         for seed, curve in seeds.items():
-            goal = 0.9 * pooled(list(evaluations["teacher"].values())).success_rate if "teacher" in evaluations else 0.9
+            teachers = evaluations.get("teacher", {})
+            teachers = {seed: teachers[seed]} if seed in teachers else teachers
+            goal = 0.9 * pooled(list(teachers.values())).success_rate if teachers else 0.9
             reached = next((i for i, s in enumerate(curve["rollout/success_rate"]) if s >= goal), None)
             if reached is None:
                 said = f"did not reach it in {curve['time/episodes'][-1] / study.n_tasks:.0f} episodes a task"

@@ -151,6 +151,9 @@ def test_bootstrap_of_paired_differences():
     assert low == pytest.approx(-1.96 * 0.0447, abs=0.012) and high == pytest.approx(1.96 * 0.0447, abs=0.012)
 
 
+PROGRESS = "time/total_timesteps,time/env_steps,time/episodes,time/time_elapsed,rollout/success_rate\n"
+
+
 def test_report_of_a_comparison(tmp_path, monkeypatch, capsys):
     runs, output = tmp_path / "runs", tmp_path / "out"
     solved = {
@@ -165,12 +168,11 @@ def test_report_of_a_comparison(tmp_path, monkeypatch, capsys):
     for name, n in solved.items():
         episodes = [EpisodeRecord(8, i, i < n, 10, 0.0, seed=i) for i in range(10)]
         EvaluationResult(episodes).save(runs / "eval" / f"{name}.json")
-    folders = {"seed0/opd": 0.2, "seed1/opd": 0.85, "seed0/grpo": 0.0, "student80/seed0/grpo": 0.3}
+    folders = {"seed0/opd": 0.2, "seed1/opd": 0.85, "seed0/grpo": 0.0, "seed0/grpo80/grpo": 0.3}
     for folder, success in folders.items():
         run = runs / folder / "RoboTwinHandoverBlock-v0_1"
         run.mkdir(parents=True)
-        table = "time/total_timesteps,time/env_steps,time/episodes,time/time_elapsed,rollout/success_rate\n"
-        (run / "progress.csv").write_text(f"{table}4,100,4,60,0.1\n8,200,8,120,{success}\n")
+        (run / "progress.csv").write_text(f"{PROGRESS}4,100,4,60,0.1\n8,200,8,120,{success}\n")
     monkeypatch.setattr(sys, "argv", ["report.py", "robotwin_handover", "--runs", str(runs), "--output", str(output)])
     report.main()
     text = (output / "results.md").read_text()
@@ -186,6 +188,29 @@ def test_report_of_a_comparison(tmp_path, monkeypatch, capsys):
     assert "OPD, seed 1: 90 % of the teacher's success while training after 8 episodes a task, 200 env steps" in text
     assert "GRPO from 80 scenes, seed 0: 90 % of the teacher's success while training did not reach it" in text
     assert (output / "curves.png").stat().st_size > 10_000
-    assert (output / "runs" / "grpo80_seed0" / "progress.csv").is_file() and (
-        output / "eval" / "teacher.json"
-    ).is_file()
+    assert (output / "runs" / "grpo80_seed0" / "progress.csv").is_file()
+    assert (output / "eval" / "teacher.json").is_file()
+
+
+def test_report_keeps_the_seeds_of_earlier_results(tmp_path, monkeypatch):
+    def run(seed, solved, *arguments):
+        runs = tmp_path / f"runs{seed}"
+        for name, n in solved.items():
+            episodes = [EpisodeRecord(8, i, i < n, 10, 0.0, seed=i) for i in range(10)]
+            EvaluationResult(episodes).save(runs / "eval" / f"{name}_seed{seed}.json")
+        folder = runs / f"seed{seed}" / "opd" / "RoboTwinHandoverBlock-v0_1"
+        folder.mkdir(parents=True)
+        (folder / "progress.csv").write_text(f"{PROGRESS}4,100,4,60,0.1\n8,200,9,120,0.6\n")
+        argv = ["report.py", "robotwin_handover", "--runs", str(runs), "--output", str(tmp_path / "out"), *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        report.main()
+        return (tmp_path / "out" / "results.md").read_text()
+
+    run(0, {"teacher": 6, "opd": 5})
+    text = run(1, {"teacher": 8, "opd": 7}, "--keep")
+    assert cells(text, "student + OPD")[0][3:5] == ["50.0 %, 70.0 %", "20"]
+    assert [row[1:4] for row in cells(text, "opd against teacher")] == [["0", "0", "1"], ["1", "0", "1"]]
+    # Each seed has a teacher of its own: 0.6 is 90 % of the first one's success, not of the second one's
+    assert "OPD, seed 0: 90 % of the teacher's success while training after 9 episodes" in text
+    assert "OPD, seed 1: 90 % of the teacher's success while training did not reach it" in text
+    assert cells(run(2, {"opd": 7}), "student + OPD")[0][3:5] == ["", "10"]
