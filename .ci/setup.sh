@@ -84,15 +84,15 @@ check_gl() {
        MUJOCO_GL=egl .venv/bin/python -c 'import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string(\"<mujoco/>\"))'"
 }
 
-# RoboTwin's runtime, into this library's own folder. What says which libraries the driver needs ends with the command that
-# installs them; the system's own driver brings some of them, and an apt without lists gets them.
+# RoboTwin's runtime, into this library's own folder. What says which libraries its driver needs ends with the command that
+# installs them, and nothing else is installed; where a name is unknown here, the system's own driver brings its libraries.
 install_robotwin() {
     local said packages
     say "RoboTwin's runtime"
-    said="$(.venv/bin/python -m opd_gym.zoo.cli robotwin install 2>&1)" && { printf '%s\n' "$said"; return; }
-    printf '%s\n' "$said" >&2
+    said="$(.venv/bin/python -u -m opd_gym.zoo.cli robotwin install 2>&1 | tee >(cat >&2))" && return
     packages="$(sed -n 's/.*sudo apt-get install \([a-z0-9.+ -]*\)$/\1/p' <<<"$said")"
+    [ -n "$packages" ] || return 1
     # shellcheck disable=SC2086
-    { [ -n "$packages" ] && apt_install $packages; } || apt_install mesa-vulkan-drivers || return 1
+    apt_install $packages || apt_install mesa-vulkan-drivers || return 1
     .venv/bin/python -m opd_gym.zoo.cli robotwin install
 }

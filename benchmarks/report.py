@@ -75,7 +75,7 @@ PAIRS = (("opd", "student"), ("opd", "grpo"), ("opd", "teacher"), ("opd", "grpo8
 
 def load_runs(study: Study, folder: Path, output: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
     """
-    Learning curves of all seeds; they are copied to the results, so that the picture can be drawn again from there.
+    Learning curves of all seeds; their files are copied to the results.
 
     :param study: what is compared
     :param folder: folder of the runs
@@ -87,6 +87,8 @@ def load_runs(study: Study, folder: Path, output: Path) -> dict[str, dict[str, d
     for name, (pattern, _, _) in LEARNERS.items():
         for run in sorted(folder.glob(f"{pattern}/{study.env}_1")):
             rows = [row for row in read_progress(run) if "rollout/success_rate" in row]
+            if not rows:  # no episode has come to its end
+                continue
             seed = run.relative_to(folder).parts[0].removeprefix("seed")
             values = {key: [row.get(key, float("nan")) for row in rows] for key in columns}
             curves.setdefault(name, {})[seed] = values

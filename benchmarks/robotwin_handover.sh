@@ -9,11 +9,13 @@ set -euo pipefail
 export PATH="$PWD/.venv/bin:$PATH"
 RUNS="${RUNS:-runs/robotwin_handover}"
 SEEDS="${SEEDS:-0 1}"
+# Also where RoboTwin's own assets have been downloaded
+export ROBOTWIN_ASSETS_ROOT="$RUNS/stand-in"
 ENV=RoboTwinHandoverBlock-v0
 
 # 1. Traces of RoboTwin's own expert in 680 training scenes, each replayed with pushes to recover from.
 demos() {
-    opd-gym robotwin assets --stand-in
+    opd-gym robotwin assets --stand-in -o "$ROBOTWIN_ASSETS_ROOT"
     if [ -n "${RECORD:-}" ]; then
         opd-gym robotwin install --planner
         opd-gym robotwin record --env $ENV -n 680 -o "$RUNS/traces"
@@ -26,6 +28,10 @@ demos() {
 
 # train SEED FOLDER ALGO ARGUMENTS...: with the zoo's settings for RoboTwin
 train() {
+    if [ -e "$RUNS/seed$1/$2/$3" ]; then
+        echo "There is a run in $RUNS/seed$1/$2/$3 already: remove it, or set RUNS to another folder." >&2
+        return 1
+    fi
     opd-gym train --algo "$3" --env $ENV --seed "$1" -f "$RUNS/seed$1/$2" "${@:4}"
 }
 checkpoint() { printf '%s' "$RUNS/seed$1/$2/sft/${ENV}_1/policy"; }
@@ -56,7 +62,7 @@ evaluate_all() {
     local name
     for name in student:student/sft student80:student80/sft teacher:teacher/sft opd:opd grpo:grpo grpo80:grpo80/grpo; do
         opd-gym eval --env $ENV --checkpoint "$RUNS/seed$1/${name#*:}/${ENV}_1/policy" --episodes 100 \
-            --env-kwargs horizon:450 -o "$RUNS/eval/${name%%:*}_seed$1.json"
+            --env-kwargs horizon:450 instructions:seen -o "$RUNS/eval/${name%%:*}_seed$1.json"
     done
 }
 evaluate() { each_seed evaluate_all; }

@@ -20,6 +20,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -64,15 +65,14 @@ def measure_runtime(task: str, n_envs: int, actions: np.ndarray) -> dict[str, fl
     began = time.perf_counter()
     root = find_assets()
     use_assets(root)
-    os.environ["ROBOTWIN_ASSETS_ROOT"] = str(root)
-    # Its check of the assets looks for this folder, whatever the robot
-    (root / "assets" / "embodiments" / "aloha-agilex").mkdir(exist_ok=True)
     sapien = import_robotwin()
     sapien.render.set_camera_shader_dir("default")
     for name in ("shader_dir", "samples_per_pixel", "path_depth", "denoiser"):
         prefix = "set_camera_" if name == "shader_dir" else "set_ray_tracing_"
         setattr(sapien.render, prefix + name, lambda value: None)
-    with quiet():
+    with quiet(), tempfile.TemporaryDirectory(prefix="assets-") as folder:
+        os.environ["ROBOTWIN_ASSETS_ROOT"] = folder
+        link_assets(root, Path(folder))
         from robotwin.config import load_task_config
         from robotwin.envs.vector_env import VectorEnv
 
@@ -82,6 +82,21 @@ def measure_runtime(task: str, n_envs: int, actions: np.ndarray) -> dict[str, fl
         env = VectorEnv(config, n_envs, env_seeds=list(range(n_envs)))
         env.reset(env_seeds=list(range(n_envs)))
         return _timed(env, actions, began)
+
+
+def link_assets(root: Path, folder: Path) -> None:
+    """
+    The runtime's check of the assets looks for the folder of one robot, whatever the robot: it is made beside links.
+
+    :param root: folder that contains ``assets``
+    :param folder: folder that gets the same, in links
+    """
+    robots = folder / "assets" / "embodiments"
+    robots.mkdir(parents=True)
+    for path in [*(root / "assets").iterdir(), *(root / "assets" / "embodiments").iterdir()]:
+        if path.name != "embodiments":
+            (folder / path.relative_to(root)).symlink_to(path)
+    (robots / "aloha-agilex").mkdir(exist_ok=True)
 
 
 def measure_ours(task: str, n_envs: int, actions: np.ndarray) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ import h5py
 import numpy as np
 import pytest
 import torch as th
+import yaml
 from golden.openvla import tiny
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.callbacks import BaseCallback
@@ -40,6 +43,7 @@ from opd_gym.envs.robotwin.actions import (
 )
 from opd_gym.envs.robotwin.assets import download_assets, unpack
 from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost, receive, send
+from opd_gym.envs.robotwin.runtime import SimulatorError
 from opd_gym.envs.robotwin.stand_in import write_stand_in
 from opd_gym.envs.robotwin.topp import PLANNER_HINT
 from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Replay, Trace, find_traces, make_env, replay
@@ -48,8 +52,10 @@ from opd_gym.evaluation import eval_episodes, evaluate_success
 from opd_gym.policies.vla import VLAPolicy
 from opd_gym.zoo.cli import main
 from opd_gym.zoo.robotwin import make_demonstrations
+from opd_gym.zoo.train import default_episodes
 
 DATA = EXPERT_TRACES
+SETUP = Path(__file__).parents[1] / ".ci" / "setup.sh"
 RECORDED = Path(__file__).parents[1] / "benchmarks" / "data" / "robotwin_handover.zip"
 TRACES = ("handover_block_0", "blocks_ranking_rgb_0", "blocks_ranking_size_0", "stack_blocks_three_0")
 KWARGS = {"chunk_size": 25, "image_size": 64, "cameras": ("head", "left_wrist", "right_wrist")}
@@ -194,23 +200,29 @@ def test_no_scene_is_both_for_training_and_evaluation():
         ({"task": "fold_towel"}, "Unknown RoboTwin task 'fold_towel'. Known: adjust_bottle"),
         ({"task_config": "demo"}, "task_config must be one of demo_clean, demo_randomized; got 'demo'"),
         ({"shader": "raster"}, "shader must be one of default, rt; got 'raster'"),
-        ({"instructions": "all"}, "instructions must be one of seen, unseen; got 'all'"),
+        ({"instructions": "all"}, "instructions must be one of None, seen, unseen; got 'all'"),
         ({"cameras": ("head", "wrist")}, "cameras must be one of head, left_wrist, right_wrist; got 'wrist'"),
         ({"render_mode": "human"}, "render_mode must be one of None, rgb_array; got 'human'"),
-        ({"chunk_size": 0}, "chunk_size must be positive, got 0"),
-        ({"horizon": -1}, "horizon must be positive, got -1"),
-        ({"image_size": 0}, "image_size must be positive, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"horizon": 0.5}, "horizon must be at least 1, got 0.5"),
+        ({"timeout": 0}, "timeout must be positive, got 0"),
+        ({"image_size": 0}, "image_size must be a height and a width, or one number for both, got 0"),
+        ({"image_size": (1, 2, 3)}, "image_size must be a height and a width"),
         ({"embodiment": ("piper", "piper")}, "embodiment must name one robot of two arms"),
+        ({"embodiment": ("piper", "piper", "wide")}, "embodiment must name .* got .'piper', 'piper', 'wide'"),
+        ({"embodiment": ("piper",)}, r"'piper' has one arm. Give two robots .* \('piper', 'piper', 0.6\)"),
         ({"embodiment": ("ur5", "ur5", 0.6)}, "There is no robot 'ur5' in .*; there are: piper"),
         ({"init_states": "all"}, 'init_states must be "sampled", "eval", or ids of evaluation scenes, 0 to 99'),
         ({"init_states": [100]}, "0 to 99; got"),
         ({"train_seeds": range(5), "eval_seeds": (3, 9)}, "1 scenes are both in train_seeds and in eval_seeds.* 3:"),
         ({"eval_seeds": (1_000_000,)}, "eval_seeds must be seeds of scenes, .* 0 to 999,999"),
         ({"train_seeds": ()}, "train_seeds must be seeds of scenes, at least one"),
+        ({"train_seeds": [1.5]}, r"all of them integers from 0 to 999,999; got \[1.5\]"),
         ({"assets_root": "/nowhere"}, "assets are not in /nowhere: .*assets --download.*assets --stand-in"),
         ({"task": "place_empty_cup"}, "the objects of 'place_empty_cup' are missing in .*these tasks run"),
         ({"task_config": "demo_randomized"}, "objects and background_texture are missing"),
         ({"in_process": True, "python": sys.executable}, "cannot be given with in_process=True"),
+        ({"python": "/no/python"}, "there is no program '/no/python'"),
     ],
 )
 def test_arguments_are_checked_at_construction(kwargs, message):
@@ -224,22 +236,46 @@ def test_what_is_missing_is_said_with_the_command_that_installs_it(monkeypatch):
         RoboTwinEnv("handover_block")
 
 
-def test_numbers_are_not_comparable_and_it_says_so():
+def test_a_robot_of_other_joints_is_refused(root, tmp_path):
+    shutil.copytree(root, tmp_path / "other")
+    config = tmp_path / "other/assets/embodiments/piper/config.yml"
+    values = yaml.safe_load(config.read_text())
+    values["arm_joints_name"][1].append("joint7")
+    config.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="Robot 'piper' has 7 joints in an arm"):
+        RoboTwinEnv("handover_block", assets_root=str(tmp_path / "other"))
+
+
+def test_numbers_are_not_comparable_and_it_says_so(monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         RoboTwinEnv("handover_block")
-        RoboTwinEnv("handover_block", shader="rt")
-    first, second = (str(item.message) for item in caught)
+        for gpu in (False, True):
+            monkeypatch.setattr(runtime, "has_gpu", lambda gpu=gpu: gpu)
+            RoboTwinEnv("handover_block", shader="rt")
+    first, second, third = (str(item.message) for item in caught)
     assert "a stand-in for RoboTwin's robot and pictures without ray tracing" in first
-    assert "stand-in" in second and "ray tracing" not in second
-    assert all("cannot be compared to published ones" in text for text in (first, second))
+    assert "stand-in" in second and "ray tracing without a GPU, so without its denoiser" in second
+    assert "stand-in" in third and "ray tracing" not in third
+    assert all("cannot be compared to published ones" in text for text in (first, second, third))
+
+
+def test_more_evaluation_scenes_than_there_are():
+    env = opd_gym.make_vec("RoboTwinHandoverBlock-v0", env_kwargs={"eval_seeds": (7, 8), "train_seeds": (1,)})
+    assert [spec.options["init_state_id"] for spec in default_episodes(env, 2)] == [0, 1]
+    with pytest.raises(ValueError, match="3 episodes are 3 a task, and there are 2 .* Ask for at most 2, or for"):
+        default_episodes(env, 3)
+    assert len(default_episodes(env, 3, init_states="sampled")) == 3
+    env.close()
 
 
 def test_a_worker_that_cannot_start_is_an_error_and_not_a_loop():
     env = RoboTwinEnv("handover_block", python="/bin/false")
+    with pytest.raises(RuntimeError, match=r"Call reset\(\) first"):
+        env.simulator  # noqa: B018
     with (
         pytest.warns(RuntimeWarning, match=r"died in 'start' \(exit code 1\)"),
-        pytest.raises(RuntimeError, match="(?s)died 3 times in a row without completing a step.*in_process=True"),
+        pytest.raises(SimulatorError, match="(?s)died 3 times in a row without completing a step.*in_process=True"),
     ):
         env.reset()
     env.close()
@@ -293,6 +329,96 @@ def test_the_assets_of_one_env_are_not_those_of_the_next(monkeypatch, root, tmp_
     monkeypatch.setenv("ASSETS_PATH", "")
     runtime.use_assets(tmp_path)
     assert os.environ["ASSETS_PATH"] == str(tmp_path) and runtime.find_assets() == root.resolve()
+
+
+def test_the_driver_that_somebody_chose_may_be_the_wrong_one(monkeypatch):
+    for name in runtime.DRIVER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert "Without a GPU run `opd-gym robotwin install`" in str(runtime.vulkan_error(RuntimeError("none")))
+    monkeypatch.setenv("VK_ICD_FILENAMES", str(runtime.driver_file()))
+    assert "Without a GPU run `opd-gym robotwin install`" in str(runtime.vulkan_error(RuntimeError("none")))
+    monkeypatch.setenv("VK_DRIVER_FILES", "/mine.json")
+    text = str(runtime.vulkan_error(RuntimeError("none")))
+    assert "VK_DRIVER_FILES=/mine.json names (none)" in text and "`unset VK_ICD_FILENAMES VK_DRIVER_FILES`" in text
+
+
+def test_a_failed_installation_leaves_the_old_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPD_GYM_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(install, "PACKAGES", {"robotwin_old": "robotwin-old==1", "json": "json"})
+    target = runtime.packages_dir()
+    target.mkdir(parents=True)
+    (target / "robotwin_old.py").write_text("")
+    said = []
+    assert install.install_packages(say=said.append) == [] and said == ["Python packages: all there."]
+
+    def run(command, what):
+        assert command[-1] == "robotwin-old==1"
+        if fails:
+            raise install.InstallError("no index")
+        folder = Path(command[command.index("--target") + 1])
+        (folder / "robotwin_old").mkdir()
+        (folder / "robotwin_old.libs").mkdir()
+
+    monkeypatch.setattr(install, "_run", run)
+    fails = True
+    with pytest.raises(install.InstallError, match="no index"):
+        install.install_packages(force=True, say=said.append)
+    assert [path.name for path in target.iterdir()] == ["robotwin_old.py"]
+    fails = False
+    assert install.install_packages(force=True, say=said.append) == ["robotwin-old==1"]
+    assert sorted(path.name for path in target.iterdir()) == ["robotwin_old", "robotwin_old.libs"]
+    assert str(target) in sys.path
+
+
+def test_where_nothing_can_be_installed(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0))
+    with pytest.raises(install.InstallError, match="SAPIEN needs Python 3.10 to 3.13"):
+        install.install_packages()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(install.InstallError, match="for Linux on x86-64 alone"):
+        install.install_packages()
+    with pytest.raises(ImportError, match="runs on Linux with x86-64, this is darwin"):
+        runtime.require_robotwin()
+    with pytest.raises(install.InstallError, match="Reading: no-such-program is not on this machine"):
+        install._run(["no-such-program"], "Reading")
+    with pytest.raises(install.InstallError, match=r"(?s)Reading failed \(false ...\)"):
+        install._run(["false"], "Reading")
+
+
+def test_what_the_driver_needs_is_named_as_setup_reads_it(monkeypatch, tmp_path):
+    """.ci/setup.sh installs what comes after "apt-get install"."""
+    monkeypatch.setenv("OPD_GYM_CACHE", str(tmp_path))
+    monkeypatch.setattr(runtime, "has_gpu", lambda: False)
+    for name in runtime.DRIVER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def run(command, what, cwd=None):
+        if "-x" in command:
+            library = Path(command[-1]) / "usr/lib/x86_64-linux-gnu/libvulkan_lvp.so"
+            library.parent.mkdir(parents=True)
+            library.touch()
+            (Path(command[-1]) / "lvp_icd.x86_64.json").write_text('{"ICD": {"library_path": "libvulkan_lvp.so"}}')
+        return "libc6 (>= 2.36), libllvm15, libx11-xcb1 (>= 2:1.8), libstdc++6"
+
+    monkeypatch.setattr(install, "_run", run)
+    monkeypatch.setattr(install, "_download_driver", lambda folder, say: folder / "driver.deb")
+    monkeypatch.setattr(install, "_missing_libraries", lambda library, folder: ["libLLVM-15.so.1"])
+    with pytest.raises(install.InstallError) as caught:
+        install.install_driver()
+    script = f"sed -n '{re.search(r'sed -n .(.*?). <<<', SETUP.read_text())[1]}'"
+    read = subprocess.run(["bash", "-c", script], input=str(caught.value), capture_output=True, text=True).stdout
+    assert read.split() == ["libc6", "libllvm15", "libx11-xcb1", "libstdc++6"]
+    assert "needs libLLVM-15.so.1" in str(caught.value) and not runtime.driver_file().exists()
+    monkeypatch.setattr(install, "_missing_libraries", lambda library, folder: [])
+    assert install.install_driver() and not install.install_driver()
+    library = json.loads(runtime.driver_file().read_text())["ICD"]["library_path"]
+    assert Path(library).is_file() and Path(library).is_relative_to(tmp_path)
+    monkeypatch.setenv("VK_DRIVER_FILES", "/mine.json")
+    said = []
+    assert not install.install_driver(say=said.append) and said == [
+        "Vulkan driver: the one that VK_DRIVER_FILES names."
+    ]
 
 
 @pytest.mark.parametrize(("suites", "found"), [(("", "-backports"), ""), (("-backports",), "-backports"), ((), None)])
@@ -436,8 +562,16 @@ def test_recording_goes_on_after_a_breakdown_and_where_it_stopped(tmp_path, monk
     outcomes["else"] = RuntimeError(PLANNER_HINT)
     assert main([*record, "--seed", "50"]) == 2
     assert "opd-gym robotwin install --planner" in capsys.readouterr().err and FakeExpert.built == 1
-    assert main([*record, "--seed", "100000"]) == 2
-    assert "--seed must be a training scene, 0 to 99,999, got 100000" in capsys.readouterr().err
+    outcomes["else"] = False
+    for arguments, message in (
+        (["--seed", "100000"], "--seed must be a training scene, 0 to 99,999, got 100000"),
+        (["-n", "0"], "--n-envs and --episodes must be at least 1, got 1 and 0"),
+        (["--env", "CartPole-v1"], "Expected a RoboTwin environment id, .* got 'CartPole-v1'"),
+        (["--seed", "50", "-n", "2"], "solved 0 of 10 scenes of handover_block, too few to go on"),
+        (["--seed", "99998", "-n", "2"], "There are no more training scenes after 99,999. Lower --seed"),
+    ):
+        assert main([*record, *arguments]) == 2
+        assert re.search(message, capsys.readouterr().err), message
 
 
 def test_several_simulators_record_the_same_scenes(tmp_path, monkeypatch):
@@ -508,6 +642,21 @@ def test_held_out_textures_are_those_of_evaluation_scenes():
     assert held_out(fake(RoboTwinEnv("handover_block", held_out_textures=True)))
 
 
+def test_unseen_instructions_are_those_of_evaluation_scenes(worker):
+    def kind(env, **options):
+        env.reset(options=options)
+        return env.simulator.calls[-1][1]["instructions"]
+
+    env = fake(RoboTwinEnv("handover_block"))
+    assert kind(env) == "seen" and kind(env, init_state_id=3) == "unseen"
+    assert kind(fake(RoboTwinEnv("handover_block", instructions="seen")), init_state_id=3) == "seen"
+    assert kind(fake(make_env([Trace.load(DATA / "handover_block_0.npz")], chunk_size=25))) == "seen"
+    # RoboTwin's own, of one scene
+    borrow(env, worker)
+    seen, unseen = (worker.reset(100_003, instructions=kind)[0] for kind in ("seen", "unseen"))
+    assert seen["scene_seed"] == unseen["scene_seed"] and seen["instruction"] != unseen["instruction"]
+
+
 def test_the_random_state_of_the_learner_is_not_touched():
     import torch
 
@@ -522,6 +671,17 @@ def test_the_random_state_of_the_learner_is_not_touched():
     assert np.random.rand() == wanted[0] and torch.rand(1) == wanted[1]
     with state:  # goes on where it was
         assert np.random.rand() == np.random.RandomState(5).rand(2)[1]
+
+
+def test_the_generators_of_a_gpu_are_not_touched(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(th.cuda, "manual_seed_all", seeded.append)
+    with runtime.RandomState():
+        th.manual_seed(5)
+        assert th.initial_seed() == 5
+    assert not seeded
+    th.manual_seed(6)
+    assert seeded == [6]
 
 
 def test_stand_in_is_not_written_over_anything_else(tmp_path):
@@ -576,8 +736,21 @@ def test_others_can_read_downloaded_assets(tmp_path, monkeypatch):
 
 def test_traces_are_checked(tmp_path):
     np.savez(tmp_path / "other.npz", actions=np.zeros((3, 14)))
-    with pytest.raises(ValueError, match="is not a trace of RoboTwin's expert"):
-        Trace.load(tmp_path / "other.npz")
+    good = (DATA / "handover_block_0.npz").read_bytes()
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "half.npz").write_bytes(good[: len(good) // 2])
+    (tmp_path / "damaged.npz").write_bytes(good[:2000] + bytes([good[2000] ^ 255]) + good[2001:])
+    for path in tmp_path.glob("*.npz"):
+        with pytest.raises(ValueError, match=f"{path.name} is not a trace of RoboTwin's expert, or is damaged"):
+            Trace.load(path)
+    trace = Trace.load(DATA / "handover_block_0.npz")
+    dataclass_replace(trace, positions=np.zeros((3, 7), np.float32)).save(tmp_path / "arm.npz")
+    with pytest.raises(ValueError, match=r"is not a trace: 'handover_block' with positions of shape \(3, 7\)"):
+        Trace.load(tmp_path / "arm.npz")
+    with pytest.raises(ValueError, match=r"recorded with RoboTwin's own robot, .* have a stand-in. Run .*--download"):
+        make_env([dataclass_replace(trace, stand_in=False)])
+    with pytest.raises(ValueError, match="Expected traces of one task, robot"):
+        make_env([trace, dataclass_replace(trace, stand_in=False)])
     with pytest.raises(FileNotFoundError, match="No traces"):
         find_traces([tmp_path / "none"])
     assert find_traces([DATA]) == sorted(DATA.glob("*.npz"))
@@ -681,6 +854,7 @@ def test_same_seed_same_pictures(worker):
         ({"state": 1}, r"Unknown reset options \['state'\]"),
         ({"task_id": 0}, f"only task is {tasks.task_id('blocks_ranking_size')} "),
         ({"init_state_id": 100}, "Unknown evaluation scene 100"),
+        ({"horizon": 0}, "The option horizon must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             env.reset(options=options)
@@ -776,9 +950,27 @@ def test_a_trace_that_cannot_be_replayed_is_left_out(tmp_path, monkeypatch, caps
     assert scenes == [i for i in range(12) for _ in range(2) if i != 2]
     assert "scene 2 ended in success 0 times in 10 replays. It is left at that" in capsys.readouterr().out
     failing |= set(range(5, 12))
-    with pytest.raises(ValueError, match="5 in a row could not be replayed. .* in scene 9 .* with .a stand-in"):
+    with pytest.raises(ValueError, match="5 in a row could not be replayed. .* in scene 9 .* Lower the perturbation"):
         make_demonstrations(traces, tmp_path / "none.hdf5", 2, n_envs=2, **KWARGS)
     assert not (tmp_path / "none.hdf5").exists()
+    with pytest.raises(ValueError, match="replays and n_envs must be at least 1, got 0 and 1"):
+        make_demonstrations(traces, tmp_path / "none.hdf5", 0, **KWARGS)
+
+
+def test_a_replay_that_failed_is_not_played_in_the_same_way_again(tmp_path, monkeypatch):
+    trace = Trace.load(DATA / "handover_block_0.npz")
+    attempts = []
+
+    def played(trace, env, perturbation, first, seed, init_state_id):
+        attempts.append((perturbation, first, seed if perturbation else None))
+        return Replay(False)
+
+    monkeypatch.setattr("opd_gym.envs.robotwin.traces.replay", played)
+    for replays, perturbation in ((1, 0.0), (2, 0.3), (1, 0.3)):
+        with pytest.raises(ValueError, match="could not be replayed"):
+            make_demonstrations([trace], tmp_path / "none.hdf5", replays, perturbation, progress=False, **KWARGS)
+        assert len(attempts) == 5 * replays and len(set(attempts)) > len(attempts) / 2 and attempts[0][1] is None
+        attempts.clear()
 
 
 def test_demonstrations_do_not_depend_on_how_many_simulators_replay(tmp_path):
@@ -809,13 +1001,15 @@ from opd_gym.envs.robotwin.simulator import _task_class
 runtime.import_robotwin()
 from robotwin.envs.utils.create_actor import UnStableError
 
-unstable = set(json.loads(sys.argv[1]))
+unstable, broken = map(set, json.loads(sys.argv[1]))
 task = _task_class("stack_blocks_two")
 setup = task.setup_demo
 tried = []
 
 def setup_demo(self, **kwargs):
     tried.append(kwargs["seed"])
+    if kwargs["seed"] in broken or "all" in broken:
+        raise IndexError("no such texture")
     setup(self, **kwargs)
     if kwargs["seed"] in unstable or "all" in unstable:
         raise UnStableError("objects move")
@@ -838,8 +1032,8 @@ os._exit(0)
 """
 
 
-def in_process(unstable):
-    command = [sys.executable, "-c", IN_PROCESS, json.dumps(unstable)]
+def in_process(unstable, broken=()):
+    command = [sys.executable, "-c", IN_PROCESS, json.dumps([unstable, broken])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -848,15 +1042,33 @@ def in_process(unstable):
 
 def test_unstable_scenes_are_replaced_always_by_the_same():
     """In the learner's own process, whose random state stays as it was."""
-    found = in_process([100_007, 1_100_007])
+    found = in_process([100_007], broken=[1_100_007])
     assert found["seed"] == 2_100_007 and found["same"] and found["state"]
     assert found["tried"] == [100_007, 1_100_007, 2_100_007] * 2
 
 
 def test_a_scene_that_is_never_stable_is_an_error():
-    found = in_process(["all"])
+    found = in_process([], broken=["all"])
     assert "stack_blocks_two: no stable scene in 20 seeds from 100007 to 19100007" in found["error"]
+    assert found["error"].endswith("In the last scene that did not come about: IndexError: no such texture.")
     assert found["tried"] == list(tasks.scene_seeds(100_007))
+
+
+def test_a_step_that_breaks_is_the_simulators_error(worker):
+    """A ValueError, or the like, would end a training: it says that the caller is wrong."""
+    env = borrow(RoboTwinEnv("handover_block", **KWARGS), worker)
+    env.reset(seed=0)
+    with pytest.raises(SimulatorError, match="RoboTwin's handover_block broke down in a step: IndexError"):
+        worker.step(np.zeros((0, 3)))
+    assert not issubclass(SimulatorError, vec_env.CALLER_ERRORS)
+
+
+def test_no_vulkan_device_is_an_error_and_no_traceback(tmp_path):
+    environment = {**os.environ, "VK_ICD_FILENAMES": "/nowhere.json", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "opd_gym.zoo.cli", "robotwin", "check", "-o", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "no Vulkan device with the driver that VK_ICD_FILENAMES=/nowhere.json names" in done.stderr
 
 
 class KillOnce(BaseCallback):

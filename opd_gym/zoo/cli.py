@@ -11,8 +11,11 @@ from typing import Any
 from gymnasium.error import Error as GymError
 
 from opd_gym.envs.robotwin.install import InstallError
+from opd_gym.envs.robotwin.runtime import SimulatorError
 from opd_gym.zoo.config import ALGORITHMS
 
+# Bad input, and what is missing on the machine
+ERRORS = (ValueError, FileNotFoundError, ImportError, ConnectionError, InstallError, SimulatorError, GymError)
 _CHECKPOINT_HELP = "directory of a VLA checkpoint, zip of a model, directory of a run, or a name of the zoo"
 
 
@@ -278,8 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError, ImportError, ConnectionError, InstallError, GymError) as error:
-        # Bad input: the message says what to do, a traceback would only hide it.
+    except ERRORS as error:
+        # The message says what to do, a traceback would only hide it
         print(f"opd-gym: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

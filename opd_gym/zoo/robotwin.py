@@ -325,7 +325,9 @@ def make_demonstrations(
             own_seed = seed + 1000 * (i * replays + len(kept)) + attempt
             first = int(np.random.default_rng(own_seed).integers(1, (env.chunk_size or 1) + 1))
             pushed = perturbation if kept or replays == 1 else 0.0
-            played = replay(trace, env, pushed, first if len(kept) % 2 else None, own_seed, i)
+            # Without a push an attempt is like the one before, unless its chunks begin elsewhere
+            shifted = len(kept) % 2 or (attempt and not pushed)
+            played = replay(trace, env, pushed, first if shifted else None, own_seed, i)
             if not played.success:
                 continue
             bar.update(1)
@@ -364,10 +366,8 @@ def make_demonstrations(
                 f"{MAX_ATTEMPTS * replays} replays."
             )
             if failures == min(MAX_FAILURES, len(traces)):
-                robot = "a stand-in" if trace.stand_in else "RoboTwin's own"
                 raise ValueError(
-                    f"{failures} in a row could not be replayed. {said} Lower the perturbation ({perturbation}), or "
-                    f"replay it with the robot that it was recorded with ({robot})."
+                    f"{failures} in a row could not be replayed. {said} Lower the perturbation ({perturbation})."
                 )
             tqdm.write(f"{said} It is left at that.")
     statistics = statistics_of_actions(np.concatenate([e.action_chunks.reshape(-1, 14) for e in episodes]))  # type: ignore[union-attr]

@@ -115,11 +115,21 @@ def default_episodes(
     :param init_states: "eval" or "sampled", see :func:`eval_episodes`
     :param suite_horizon: evaluate at the suite's own horizon, whatever the env was made with for training
     :return: reset specs
+    :raises ValueError: there are not so many official initial states
     """
     if not env.has_attr("task_ids"):
         return [EpisodeSpec(seed=SAMPLED_EVAL_SEED + i) for i in range(n_episodes)]
     tasks = list(task_ids) if task_ids else [int(task) for task in env.get_attr("task_ids", indices=0)[0]]
-    episodes = eval_episodes(tasks, max(1, -(-n_episodes // len(tasks))), init_states)
+    per_task = max(1, -(-n_episodes // len(tasks)))
+    if init_states == "eval" and env.has_attr("n_init_states"):
+        # Now, and not when all the others have been played
+        there = min(int(env.env_method("n_init_states", task, indices=0)[0]) for task in tasks)
+        if per_task > there:
+            raise ValueError(
+                f"{n_episodes} episodes are {per_task} a task, and there are {there} initial states for evaluation. "
+                f"Ask for at most {there * len(tasks)}, or for sampled initial states."
+            )
+    episodes = eval_episodes(tasks, per_task, init_states)
     if suite_horizon and env.has_attr("suite_horizon"):
         horizon = int(env.get_attr("suite_horizon", indices=0)[0])
         episodes = [replace(spec, options={**(spec.options or {}), "horizon": horizon}) for spec in episodes]

@@ -98,6 +98,8 @@ class LiberoEnv(gym.Env):
             raise ValueError(f'render_mode must be None or "rgb_array", got {render_mode!r}.')
         if image_size < 1 or max_simulators < 1:
             raise ValueError(f"image_size and max_simulators must be positive, got {image_size} and {max_simulators}.")
+        if horizon is not None and horizon < 1:
+            raise ValueError(f"horizon must be at least 1, got {horizon}.")
         require_libero()
         self.suite = suite
         self.image_size = image_size
@@ -137,6 +139,14 @@ class LiberoEnv(gym.Env):
     def suite_horizon(self) -> int:
         """The suite's own horizon, at which it is evaluated."""
         return suites.horizon(self.suite)
+
+    def n_init_states(self, task_id: int) -> int:
+        """
+        :param task_id: number of a task
+        :return: number of its official initial states
+        :raises FileNotFoundError: the installed LIBERO has none for this task
+        """
+        return len(suites.load_init_states(suites.tasks(self.suite)[task_id]))
 
     @property
     def simulator(self) -> Simulator:
@@ -194,6 +204,9 @@ class LiberoEnv(gym.Env):
         unknown = set(options) - {"task_id", "init_state_id", "horizon"}
         if unknown:
             raise ValueError(f"Unknown reset options {sorted(unknown)}. Known: task_id, init_state_id and horizon.")
+        horizon = int(options.get("horizon", self.horizon))
+        if horizon < 1:
+            raise ValueError(f"The option horizon must be at least 1, got {options['horizon']}.")
         task_ids = self.task_ids
         # All draws are made whatever the options say, so that an option never shifts the draws that follow.
         drawn_task = task_ids[int(self.np_random.integers(len(task_ids)))]
@@ -223,7 +236,7 @@ class LiberoEnv(gym.Env):
         self._init_state_id = init_state_id
         self._instruction = encode_instruction(simulator.task.instruction)
         self._steps = 0
-        self._episode_horizon = int(options.get("horizon", self.horizon))
+        self._episode_horizon = horizon
         self._done = False
         return self._observation(render=True), self._info(False)
 

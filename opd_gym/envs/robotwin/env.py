@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -69,11 +70,14 @@ class RoboTwinEnv(gym.Env):
         robot of two arms, ``("aloha-agilex",)``
     :param task_config: "demo_clean", or "demo_randomized" for other textures, lights, heights and objects in between
     :param held_out_textures: whether "demo_randomized" takes RoboTwin's "unseen" textures; None for evaluation scenes
-    :param shader: "default" for SAPIEN's rasteriser without shadows, "rt" for RoboTwin's own ray tracing (NVIDIA GPU)
-    :param instructions: RoboTwin's "seen" or "unseen" phrasings of the task
+    :param shader: "default" for SAPIEN's rasteriser without shadows, "rt" for RoboTwin's own ray tracing, which takes
+        seconds without an NVIDIA GPU, and shows noise, because its denoiser needs CUDA
+    :param instructions: RoboTwin's "seen" or "unseen" phrasings of the task; None for unseen ones in evaluation scenes
+        and seen ones elsewhere, as RoboTwin has it
     :param in_process: simulate in this process; a crash is then everybody's
     :param python: interpreter of the worker, if it is to be another one
-    :param timeout: seconds without an answer after which the worker counts as hung
+    :param timeout: seconds without an answer after which the worker counts as hung; its start and its resets, which
+        load assets and compile shaders, have 300 at least
     :param render_mode: None or "rgb_array"
     :raises ValueError: an argument is none of what it may be, or a scene is both for training and evaluation
     :raises ImportError: RoboTwin is not installed
@@ -99,7 +103,7 @@ class RoboTwinEnv(gym.Env):
         task_config: str = "demo_clean",
         held_out_textures: bool | None = None,
         shader: str = "default",
-        instructions: str = "seen",
+        instructions: str | None = None,
         in_process: bool = False,
         python: str | None = None,
         timeout: float = STEP_SECONDS,
@@ -109,26 +113,37 @@ class RoboTwinEnv(gym.Env):
         for name, value, known in (
             ("task_config", task_config, TASK_CONFIGS),
             ("shader", shader, SHADERS),
-            ("instructions", instructions, INSTRUCTIONS),
+            ("instructions", instructions, (None, *INSTRUCTIONS)),
             ("render_mode", render_mode, (None, "rgb_array")),
             *(("cameras", camera, tuple(CAMERAS)) for camera in cameras),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}.")
-        for name, number in (("chunk_size", chunk_size), ("horizon", horizon), ("timeout", timeout)):
-            if number is not None and not number > 0:
-                raise ValueError(f"{name} must be positive, got {number}.")
-        size = PICTURE_SIZE if image_size is None else np.broadcast_to(image_size, (2,)).tolist()
-        if min(size) < 1:
-            raise ValueError(f"image_size must be positive, got {image_size}.")
-        embodiment = tuple(embodiment)
-        if len(embodiment) not in (1, 3):
+        for name, count in (("chunk_size", chunk_size), ("horizon", horizon)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}.")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be positive, got {timeout}.")
+        if image_size is None:
+            size = list(PICTURE_SIZE)
+        else:
+            size = [int(n) for n in np.ravel(image_size)] * (2 if np.ndim(image_size) == 0 else 1)
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"image_size must be a height and a width, or one number for both, got {image_size}.")
+        try:
+            # As JSON can write it
+            robots: tuple[Any, ...] = (*map(str, embodiment[:2]), *map(float, embodiment[2:]))
+        except ValueError:
+            robots = ()
+        if len(robots) not in (1, 3):
             raise ValueError(
                 "embodiment must name one robot of two arms, ('aloha-agilex',), or two robots and their distance in m, "
-                f"('piper', 'piper', 0.6); got {embodiment}."
+                f"('piper', 'piper', 0.6); got {embodiment!r}."
             )
         if python is not None and in_process:
             raise ValueError("python names the worker's interpreter: it cannot be given with in_process=True.")
+        if python is not None and shutil.which(python) is None:
+            raise ValueError(f"python must name an interpreter; there is no program {python!r}.")
         self.train_seeds = tasks.TRAIN_SEEDS if train_seeds is None else tasks.check_seeds("train_seeds", train_seeds)
         self.eval_seeds = tasks.EVAL_SEEDS if eval_seeds is None else tasks.check_seeds("eval_seeds", eval_seeds)
         both = set(self.train_seeds).intersection(self.eval_seeds)
@@ -142,10 +157,13 @@ class RoboTwinEnv(gym.Env):
             runtime.require_robotwin()
         root = runtime.find_assets(assets_root)
         runtime.check_task_assets(root, task, task_config)
-        runtime.embodiment_folders(root, embodiment[:2])
+        runtime.robots(root, robots)
         self.is_stand_in = runtime.is_stand_in(root)
         reasons = ["a stand-in for RoboTwin's robot"] * self.is_stand_in
-        reasons += ["pictures without ray tracing (shader='default')"] * (shader != "rt")
+        if shader != "rt":
+            reasons.append("pictures without ray tracing (shader='default')")
+        elif not runtime.has_gpu():
+            reasons.append("ray tracing without a GPU, so without its denoiser, and with seconds for each picture")
         if reasons:
             warnings.warn(f"RoboTwin with {' and '.join(reasons)}: {runtime.NOT_COMPARABLE}", stacklevel=2)
 
@@ -155,9 +173,8 @@ class RoboTwinEnv(gym.Env):
         self.cameras = tuple(cameras)
         self.render_mode = render_mode
         self.held_out_textures = held_out_textures
-        self.settings = Settings(
-            task, str(root), embodiment, task_config, shader, self.cameras, tuple(size), instructions
-        )
+        self.instructions = instructions
+        self.settings = Settings(task, str(root), robots, task_config, shader, self.cameras, tuple(size))
         # Nobody looks at the pictures between two decisions: ActionChunk switches them off.
         self.observe = True
         self._in_process, self._python, self._timeout = in_process, python, timeout
@@ -200,6 +217,13 @@ class RoboTwinEnv(gym.Env):
         """The limit of RoboTwin's own evaluation."""
         return tasks.TASKS[self.task]
 
+    def n_init_states(self, task_id: int) -> int:
+        """
+        :param task_id: the one task of this env
+        :return: number of evaluation scenes
+        """
+        return len(self.eval_seeds)
+
     @property
     def simulator(self) -> Simulator | RemoteSimulator:
         """
@@ -233,7 +257,7 @@ class RoboTwinEnv(gym.Env):
             this episode alone; ``task_id`` must be this env's
         :return: observation and info
         :raises ValueError: unknown option, or scene, or another task
-        :raises RuntimeError: the simulator cannot be started, or no scene is stable
+        :raises SimulatorError: the simulator cannot be started, or no scene is stable
         """
         super().reset(seed=seed)
         self._done = True  # until the episode has begun
@@ -247,6 +271,9 @@ class RoboTwinEnv(gym.Env):
                 f"This env's only task is {self.task_id} ({self.task}), got task_id {options['task_id']}. Every task "
                 "of RoboTwin has an id of its own, see `opd-gym list --all`."
             )
+        horizon = int(options.get("horizon", self.horizon))
+        if horizon < 1:
+            raise ValueError(f"The option horizon must be at least 1, got {options['horizon']}.")
         # All draws are made whatever the options say, so that an option never shifts the draws that follow.
         drawn = int(self.train_seeds[int(self.np_random.integers(len(self.train_seeds)))])
         ids = self.init_states if isinstance(self.init_states, list) else range(len(self.eval_seeds))
@@ -259,7 +286,8 @@ class RoboTwinEnv(gym.Env):
             raise ValueError(f"Unknown evaluation scene {init_state_id}: there are 0 to {len(self.eval_seeds) - 1}.")
         evaluates = init_state_id != -1
         held_out = evaluates if self.held_out_textures is None else self.held_out_textures
-        scene = self._start_scene(int(self.eval_seeds[init_state_id]) if evaluates else drawn, held_out)
+        instructions = self.instructions or ("unseen" if evaluates else "seen")
+        scene = self._start_scene(int(self.eval_seeds[init_state_id]) if evaluates else drawn, held_out, instructions)
         self._described = {
             "task_id": self.task_id,
             "init_state_id": init_state_id,
@@ -268,14 +296,14 @@ class RoboTwinEnv(gym.Env):
         }
         self._obs["instruction"] = encode_instruction(scene["instruction"])
         self._steps = 0
-        self._episode_horizon = int(options.get("horizon", self.horizon))
+        self._episode_horizon = horizon
         self._done = False
         return self._observation(), {**self._described, "is_success": False}
 
-    def _start_scene(self, scene_seed: int, held_out: bool) -> dict[str, Any]:
+    def _start_scene(self, scene_seed: int, held_out: bool, instructions: str) -> dict[str, Any]:
         while True:
             try:
-                scene, arrays = self._use().reset(scene_seed, held_out)
+                scene, arrays = self._use().reset(scene_seed, held_out, instructions)
             except WorkerLost as death:
                 self._bury(death)
                 continue
@@ -287,7 +315,7 @@ class RoboTwinEnv(gym.Env):
         self._deaths += 1
         if self._deaths >= MAX_DEATHS:
             self._deaths = 0
-            raise RuntimeError(
+            raise runtime.SimulatorError(
                 f"RoboTwin's worker died {MAX_DEATHS} times in a row without completing a step; the last time: "
                 f"{death}\nBuild the env with in_process=True to see why, or raise timeout if it is only slow."
             ) from death
@@ -302,6 +330,7 @@ class RoboTwinEnv(gym.Env):
             those of a chunk shape its path together, so all of them but those beyond the horizon
         :raises ValueError: wrong shape, or NaN
         :raises RuntimeError: before a reset, or after the episode's end
+        :raises SimulatorError: RoboTwin's code breaks down
         """
         if self._done:
             raise RuntimeError("The episode is over (or has not begun): call reset().")

@@ -82,9 +82,10 @@ def install_packages(force: bool = False, say: Say = print) -> list[str]:
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         raise InstallError(f"SAPIEN needs Python 3.10 to 3.13, this is {sys.version.split()[0]}.")
     target = runtime.packages_dir()
-    if force:
-        shutil.rmtree(target, ignore_errors=True)
     runtime.add_packages()
+    if force:
+        # What lies there does not count, and stays until pip has brought the new one
+        sys.path[:] = [entry for entry in sys.path if entry != str(target)]
     importlib.invalidate_caches()
     wanted = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if not wanted:
@@ -92,14 +93,17 @@ def install_packages(force: bool = False, say: Say = print) -> list[str]:
         return []
     say(f"Python packages, into {target}: {', '.join(wanted)}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target and moved in the end: an interrupted installation leaves nothing half done
+    # Beside the target, and moved in the end
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".packages-") as folder:
         command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps"]
         # The runtime says Python < 3.12 because of its pins
         command += ["--ignore-requires-python", "--target", folder, *wanted]
         _run(command, "Installing RoboTwin's Python packages (it needs a package index)")
+        if force:
+            shutil.rmtree(target, ignore_errors=True)
         target.mkdir(exist_ok=True)
-        for path in Path(folder).iterdir():
+        # What is imported comes last: who finds a module finds its libraries, also after an interruption
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.stem in PACKAGES):
             destination = target / path.name
             if destination.is_dir():
                 shutil.rmtree(destination)

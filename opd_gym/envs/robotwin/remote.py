@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_gym.envs.robotwin.runtime import SimulatorError
 from opd_gym.envs.robotwin.simulator import Arrays, Settings
 
 # A new worker imports SAPIEN and compiles shaders first, whatever a step may take
@@ -43,7 +44,7 @@ main(int(sys.argv[2]))
 )
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(SimulatorError):
     """A simulator's process died, or did not answer."""
 
 
@@ -93,7 +94,8 @@ class RemoteSimulator:
 
     :param settings: what to simulate
     :param python: interpreter of the worker; None for this one
-    :param timeout: seconds without an answer after which the worker counts as hung
+    :param timeout: seconds without an answer after which the worker counts as hung; a start and a reset have at least
+        :data:`START_SECONDS`
     :raises WorkerLost: the worker died while it started
     :raises ImportError: RoboTwin is not installed for the worker's interpreter
     """
@@ -158,10 +160,13 @@ class RemoteSimulator:
             raise _rebuild(**header["error"])
         return header["value"], arrays
 
-    def reset(self, scene_seed: int, held_out: bool = False) -> tuple[dict[str, Any], Arrays]:
+    def reset(
+        self, scene_seed: int, held_out: bool = False, instructions: str = "seen"
+    ) -> tuple[dict[str, Any], Arrays]:
         """See the simulator's."""
         timeout = max(self.timeout, START_SECONDS)
-        return self.call("reset", scene_seed=scene_seed, held_out=held_out, timeout=timeout)
+        scene: dict[str, Any] = {"scene_seed": scene_seed, "held_out": held_out, "instructions": instructions}
+        return self.call("reset", None, timeout, **scene)
 
     def step(self, actions: np.ndarray, observe: bool = True) -> tuple[dict[str, Any], Arrays]:
         """See the simulator's."""
@@ -212,7 +217,7 @@ class RemoteSimulator:
 def _rebuild(kind: str, message: str, traceback: str) -> Exception:
     from opd_gym.envs.vec_env import WorkerTraceback
 
-    cls = getattr(builtins, kind, None)
+    cls = SimulatorError if kind == SimulatorError.__name__ else getattr(builtins, kind, None)
     known = isinstance(cls, type) and issubclass(cls, Exception) and not issubclass(cls, UnicodeError)
     error = cls(message) if known else RuntimeError(f"{kind}: {message}")  # type: ignore[misc]
     error.__cause__ = WorkerTraceback(traceback)

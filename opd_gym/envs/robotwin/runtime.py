@@ -32,6 +32,7 @@ from opd_gym.envs.robotwin.tasks import MESHLESS_TASKS
 INSTALL_HINT = "opd-gym robotwin install"
 DOWNLOAD_HINT = "opd-gym robotwin assets --download"
 STAND_IN_HINT = "opd-gym robotwin assets --stand-in"
+UNSET_HINT = "unset VK_ICD_FILENAMES VK_DRIVER_FILES"
 NOT_COMPARABLE = "Success rates with it cannot be compared to published ones."
 
 # With which people choose a Vulkan driver
@@ -42,6 +43,10 @@ STAND_IN_MARKER = ".stand-in.json"
 _renderers: list[Any] = []
 # What RoboTwin's runtime imports besides what it is made of; the installer looks for the same.
 MODULES = ("robotwin", "sapien", "toppra", "transforms3d", "trimesh", "cv2", "scipy", "imageio", "yaml", "torch")
+
+
+class SimulatorError(RuntimeError):
+    """RoboTwin's simulator cannot go on; the message says what to do."""
 
 
 def home() -> Path:
@@ -110,21 +115,41 @@ def is_stand_in(assets_root: Path) -> bool:
     return (assets_root / STAND_IN_MARKER).is_file()
 
 
-def embodiment_folders(assets_root: Path, embodiment: tuple[str, ...]) -> tuple[Path, Path]:
+def robots(assets_root: Path, embodiment: tuple[Any, ...]) -> list[tuple[Path, dict[str, Any]]]:
     """
     :param assets_root: see :func:`find_assets`
-    :param embodiment: names of robots
-    :return: folders of the left and the right arm's robot
+    :param embodiment: ``(robot,)`` with two arms, or ``(left, right, distance in m)``
+    :return: folder and configuration of the left and of the right arm's robot
     :raises FileNotFoundError: there is no such robot
+    :raises ValueError: it does not have two arms, or not six joints in each
     """
-    found = [assets_root / "assets" / "embodiments" / name for name in embodiment]
+    import yaml
+
+    names = embodiment[:2]
+    found = [assets_root / "assets" / "embodiments" / name for name in names]
     for folder in found:
         if not (folder / "config.yml").is_file():
             there = sorted(path.parent.name for path in folder.parent.glob("*/config.yml"))
             raise FileNotFoundError(
                 f"There is no robot {folder.name!r} in {folder.parent}; there are: {', '.join(there) or 'none'}."
             )
-    return found[0], found[-1]
+    both = [
+        (folder, yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8")))
+        for folder in (found[0], found[-1])
+    ]
+    if len(names) == 1 and not both[0][1].get("dual_arm", False):
+        raise ValueError(
+            f"Robot {names[0]!r} has one arm. Give two robots and their distance in m, "
+            f"({names[0]!r}, {names[0]!r}, 0.6), or one with two arms, such as 'aloha-agilex'."
+        )
+    for arm, (folder, config) in enumerate(both):
+        joints = config["arm_joints_name"][arm]
+        if len(joints) != 6:
+            raise ValueError(
+                f"Robot {folder.name!r} has {len(joints)} joints in an arm; actions here are those of RoboTwin's "
+                "policies, two arms with six joints each (aloha-agilex, piper, ARX-X5, y1)."
+            )
+    return both
 
 
 def check_task_assets(assets_root: Path, task: str, task_config: str) -> None:
@@ -208,7 +233,7 @@ def import_robotwin() -> Any:
 
     :return: the module ``sapien``
     :raises ImportError: something is not installed, or cannot be imported, with the command that installs it
-    :raises RuntimeError: SAPIEN finds no Vulkan device
+    :raises SimulatorError: SAPIEN finds no Vulkan device
     """
     require_robotwin()
     _choose_driver()
@@ -248,15 +273,23 @@ def _importable(name: str) -> bool:
     return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
-def vulkan_error(error: BaseException) -> RuntimeError:
+def vulkan_error(error: BaseException) -> SimulatorError:
     """
     :param error: what SAPIEN said
-    :return: an error that says what to install
+    :return: an error that says what to do
     """
-    return RuntimeError(
+    chosen = {name: os.environ[name] for name in DRIVER_VARIABLES if name in os.environ}
+    private = str(driver_file())
+    if chosen and any(value != private for value in chosen.values()):
+        named = " and ".join(f"{name}={value}" for name, value in chosen.items())
+        return SimulatorError(
+            f"SAPIEN finds no Vulkan device with the driver that {named} names ({error}). Name another one, or run "
+            f"`{UNSET_HINT}` to leave the choice to this library."
+        )
+    return SimulatorError(
         f"SAPIEN finds no Vulkan device to render with ({error}). Without a GPU run `{INSTALL_HINT}`, which fetches a "
         "software driver for this library alone; with an NVIDIA GPU install its driver's Vulkan library "
-        f"(libnvidia-gl). VK_ICD_FILENAMES is {os.environ.get('VK_ICD_FILENAMES', 'not set')!r}."
+        "(libnvidia-gl)."
     )
 
 
@@ -284,12 +317,14 @@ class RandomState:
     """
     The global random state that RoboTwin seeds and draws from, kept apart from everybody else's.
 
-    ``with state:`` puts RoboTwin's in place, and what was there before back again.
+    ``with state:`` puts RoboTwin's in place, and what was there before back again. RoboTwin's scenes are made without
+    CUDA: its generators are left out, and ``torch.manual_seed``, which would seed them too, seeds the CPU's alone.
     """
 
     def __init__(self) -> None:
         self._ours: tuple[Any, ...] | None = None
         self._theirs: tuple[Any, ...] = ()
+        self._manual_seed: Any = None
 
     @staticmethod
     def _get() -> tuple[Any, ...]:
@@ -312,11 +347,17 @@ class RandomState:
         random.seed(seed)
 
     def __enter__(self) -> RandomState:
+        import torch
+
         self._theirs = self._get()
         if self._ours is not None:
             self._set(self._ours)
+        self._manual_seed, torch.manual_seed = torch.manual_seed, torch.default_generator.manual_seed
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        import torch
+
+        torch.manual_seed = self._manual_seed
         self._ours = self._get()
         self._set(self._theirs)

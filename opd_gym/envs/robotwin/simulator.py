@@ -16,9 +16,10 @@ import numpy as np
 from opd_gym.envs.instructions import INSTRUCTION_BYTES
 from opd_gym.envs.robotwin.runtime import (
     RandomState,
-    embodiment_folders,
+    SimulatorError,
     import_robotwin,
     quiet,
+    robots,
     use_assets,
 )
 from opd_gym.envs.robotwin.tasks import ACTION_DIM, camel, scene_seeds
@@ -58,7 +59,6 @@ class Settings:
     :param shader: SAPIEN's name of a camera shader
     :param cameras: keys of :data:`CAMERAS`
     :param image_size: height and width of the pictures
-    :param instructions: "seen" or "unseen"
     """
 
     task: str
@@ -68,7 +68,6 @@ class Settings:
     shader: str = "default"
     cameras: Sequence[str] = ("head",)
     image_size: Sequence[int] = PICTURE_SIZE
-    instructions: str = "seen"
 
 
 class Simulator:
@@ -79,7 +78,7 @@ class Simulator:
     :raises ImportError: RoboTwin is not installed
     :raises FileNotFoundError: there is no such robot
     :raises ValueError: the robot is not one of two arms with six joints each
-    :raises RuntimeError: there is no Vulkan device
+    :raises SimulatorError: there is no Vulkan device
     """
 
     def __init__(self, settings: Settings):
@@ -91,14 +90,18 @@ class Simulator:
         self._task: Any = None
         self._n_resets = 0
 
-    def reset(self, scene_seed: int, held_out: bool = False) -> tuple[dict[str, Any], Arrays]:
+    def reset(
+        self, scene_seed: int, held_out: bool = False, instructions: str = "seen"
+    ) -> tuple[dict[str, Any], Arrays]:
         """
-        Build the scene of a seed, or of the one that replaces it if objects do not come to rest there.
+        Build the scene of a seed, or of the one that replaces it if objects do not come to rest there, or RoboTwin's
+        code breaks down.
 
         :param scene_seed: seed of the scene
         :param held_out: with the textures that RoboTwin keeps for evaluation ("demo_randomized" has textures)
+        :param instructions: RoboTwin's "seen" or "unseen" phrasings
         :return: ``scene_seed`` (the one that was taken), ``instruction``, and the first observation
-        :raises RuntimeError: none of the seeds has a stable scene
+        :raises SimulatorError: none of the seeds has a stable scene
         """
         use_assets(Path(self.settings.assets_root))
         from robotwin.envs.utils.create_actor import UnStableError
@@ -107,6 +110,7 @@ class Simulator:
         self.close(clear_cache=self._n_resets % CLEAR_CACHE_RESETS == 0)
         # RoboTwin's name of it; whatever else it switches is the limit of steps, which is replaced below
         arguments = {**self._arguments, "eval_mode": held_out}
+        broken = ""
         with self._random, quiet():
             for seed in scene_seeds(scene_seed):
                 self._random.seed(seed)
@@ -117,21 +121,28 @@ class Simulator:
                     break
                 except UnStableError:
                     self.close()
+                except (FileNotFoundError, ImportError):
+                    # Would be missing in every scene
+                    raise
+                except Exception as error:
+                    # RoboTwin's own evaluation takes another seed then, too
+                    broken = f" In the last scene that did not come about: {type(error).__name__}: {error}."
+                    self._task = None
                 finally:
                     # Every set-up adds the same ones again
                     logging.getLogger("toppra").handlers.clear()
             else:
                 tried = scene_seeds(scene_seed)
-                raise RuntimeError(
+                raise SimulatorError(
                     f"{self.settings.task}: no stable scene in {len(tried)} seeds from {tried[0]} to {tried[-1]}. Take "
-                    "another seed; if it happens often, the robot or the objects stand in each other's way."
+                    f"another seed; if it happens often, the robot or the objects stand in each other's way.{broken}"
                 )
             # The env ends episodes; RoboTwin's own counter is out of the way
             self._task.step_lim = np.inf
-            instruction = self._instruction(seed)
+            instruction = self._instruction(seed, instructions)
         return {"scene_seed": seed, "instruction": instruction}, self.observe()[1]
 
-    def _instruction(self, seed: int) -> str:
+    def _instruction(self, seed: int, kind: str) -> str:
         from robotwin.description import generate_episode_descriptions
 
         name = self.settings.task
@@ -141,7 +152,7 @@ class Simulator:
         finally:
             self._task.describing = False
         found = generate_episode_descriptions(name, [described], 100, seed)
-        texts = found[0][self.settings.instructions] or [f"{name.replace('_', ' ')}."]
+        texts = found[0][kind] or [f"{name.replace('_', ' ')}."]
         # One that fits into the observation whole, if there is one
         fitting = [text for text in texts if len(text.encode("utf-8")) <= INSTRUCTION_BYTES]
         return random.Random(seed).choice(fitting or texts)
@@ -153,9 +164,15 @@ class Simulator:
         :param actions: ``(K, 14)``: joint positions in rad and the gripper's opening (0 to 1), left then right
         :param observe: whether to draw pictures
         :return: ``success``, and the observation
+        :raises SimulatorError: RoboTwin's code breaks down
         """
-        with self._random:
-            _, _, _, info = self._task.gen_sparse_reward_data(np.asarray(actions, dtype=np.float64))
+        try:
+            with self._random:
+                _, _, _, info = self._task.gen_sparse_reward_data(np.asarray(actions, dtype=np.float64))
+        except Exception as error:
+            raise SimulatorError(
+                f"RoboTwin's {self.settings.task} broke down in a step: {type(error).__name__}: {error}"
+            ) from error
         return {"success": bool(info["success"])}, self.observe()[1] if observe else self._proprio()
 
     def _proprio(self) -> Arrays:
@@ -204,10 +221,10 @@ class Simulator:
         :param scene_seed: seed of the scene
         :return: ``success``, ``scene_seed``, and ``actions``, float32 ``(T, 14)``: the joint positions that it went
             through, every ``save_freq`` physics steps of RoboTwin's task configuration
-        :raises RuntimeError: the planner is not installed
+        :raises SimulatorError: the planner is not installed
         """
         if not has_planner():
-            raise RuntimeError(PLANNER_HINT)
+            raise SimulatorError(PLANNER_HINT)
         info, _ = self.reset(scene_seed)
         trace: list[np.ndarray] = []
         self._task.trace = trace
@@ -240,29 +257,20 @@ def _resize(picture: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 def _task_arguments(settings: Settings) -> dict[str, Any]:
     """Arguments of RoboTwin's ``setup_demo``, from its own configuration files."""
-    import yaml
     from robotwin.config import load_task_config
 
     arguments = load_task_config(settings.task_config)
     embodiment = list(settings.embodiment)
-    folders = embodiment_folders(Path(settings.assets_root), tuple(embodiment[:2]))
-    configs = [yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8")) for folder in folders]
-    for arm, config in enumerate(configs):
-        joints = config["arm_joints_name"][arm]
-        if len(joints) != 6:
-            raise ValueError(
-                f"Robot {embodiment[min(arm, len(embodiment) - 1)]!r} has {len(joints)} joints in an arm; actions here "
-                "are those of RoboTwin's policies, two arms with six joints each (aloha-agilex, piper, ARX-X5, y1)."
-            )
+    (left, left_config), (right, right_config) = robots(Path(settings.assets_root), tuple(embodiment))
     wrists = any(name != "head" for name in settings.cameras)
     arguments["camera"].update(collect_head_camera=True, collect_wrist_camera=wrists)
     arguments.update(
         task_name=settings.task,
         embodiment=embodiment,
-        left_robot_file=str(folders[0]),
-        right_robot_file=str(folders[1]),
-        left_embodiment_config=configs[0],
-        right_embodiment_config=configs[1],
+        left_robot_file=str(left),
+        right_robot_file=str(right),
+        left_embodiment_config=left_config,
+        right_embodiment_config=right_config,
         dual_arm_embodied=len(embodiment) == 1,
         # The only other one runs on CUDA alone, and is not needed to play joint positions
         planner_backend="mplib",
@@ -270,7 +278,7 @@ def _task_arguments(settings: Settings) -> dict[str, Any]:
         render_freq=0,
     )
     if len(embodiment) == 3:
-        arguments["embodiment_dis"] = float(embodiment[2])
+        arguments["embodiment_dis"] = embodiment[2]
     return arguments
 
 
@@ -290,7 +298,7 @@ def _task_class(task: str) -> type:
         describing = False
 
         def setup_scene(self, **kwargs: Any) -> None:
-            # RoboTwin asks for ray tracing here, which a CPU cannot do
+            # RoboTwin asks for ray tracing here, which takes a CPU seconds, and its denoiser needs CUDA
             if self.shader == "rt":
                 super().setup_scene(**kwargs)
                 return

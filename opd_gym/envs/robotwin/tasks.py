@@ -105,12 +105,13 @@ def check_seeds(name: str, seeds: Sequence[int]) -> Sequence[int]:
     :param name: name of the argument, for the error
     :param seeds: seeds of scenes
     :return: the seeds
-    :raises ValueError: there is none, or one outside [0, 1,000,000)
+    :raises ValueError: there is none, or one outside [0, 1,000,000), or no integer
     """
-    if len(seeds) == 0 or min(seeds) < 0 or max(seeds) >= SEED_STRIDE:
+    whole = isinstance(seeds, range) or all(seed == int(seed) for seed in seeds)
+    if len(seeds) == 0 or not whole or min(seeds) < 0 or max(seeds) >= SEED_STRIDE:
         raise ValueError(
-            f"{name} must be seeds of scenes, at least one, all from 0 to {SEED_STRIDE - 1:,}; got {seeds!r}. Higher "
-            "ones are what unstable scenes are replaced by."
+            f"{name} must be seeds of scenes, at least one, all of them integers from 0 to {SEED_STRIDE - 1:,}; got "
+            f"{seeds!r}. Higher ones are what unstable scenes are replaced by."
         )
     return seeds
 

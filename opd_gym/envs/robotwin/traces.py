@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_gym.envs.robotwin import runtime
 from opd_gym.envs.robotwin.actions import to_actions
 from opd_gym.envs.robotwin.env import RoboTwinEnv
 from opd_gym.envs.robotwin.tasks import ACTION_DIM, SEED_STRIDE, TASKS
@@ -73,9 +76,10 @@ class Trace:
                 about, positions = json.loads(str(file["about"])), file["positions"]
             about["embodiment"] = tuple(about["embodiment"])
             trace = cls(**about, positions=positions)
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(
-                f"{path} is not a trace of RoboTwin's expert ({error}). `opd-gym robotwin record` writes such files."
+                f"{path} is not a trace of RoboTwin's expert, or is damaged ({type(error).__name__}: {error}). Remove "
+                "it; `opd-gym robotwin record` writes such files."
             ) from error
         if trace.positions.ndim != 2 or trace.positions.shape[1] != ACTION_DIM or trace.task not in TASKS:
             raise ValueError(f"{path} is not a trace: {trace.task!r} with positions of shape {trace.positions.shape}.")
@@ -87,19 +91,30 @@ def make_env(traces: Sequence[Trace], **kwargs: Any) -> RoboTwinEnv:
     :param traces: traces of one task, made alike
     :param kwargs: keyword arguments of the env
     :return: an env whose evaluation scenes are those of the traces, in their order
-    :raises ValueError: the traces are of several tasks, robots or configurations
+    :raises ValueError: the traces are of several tasks, robots or configurations, or of another robot than the assets'
     """
-    kinds = {(trace.task, trace.embodiment, trace.task_config) for trace in traces}
+    kinds = {(trace.task, trace.embodiment, trace.task_config, trace.stand_in) for trace in traces}
     if len(kinds) != 1:
-        raise ValueError(f"Expected traces of one task, robot and task configuration, got {sorted(kinds)}.")
-    ((task, embodiment, task_config),) = kinds
+        raise ValueError(
+            f"Expected traces of one task, robot (a stand-in or not) and task configuration, got {sorted(kinds)}."
+        )
+    ((task, embodiment, task_config, stand_in),) = kinds
     # An unstable scene is asked for by its own seed, and replaced as it was when it was recorded
     seeds = tuple(trace.scene_seed % SEED_STRIDE for trace in traces)
     other = next(seed for seed in range(len(seeds) + 1) if seed not in seeds)
     arguments = {"eval_seeds": seeds, "train_seeds": (other,), "init_states": "eval", **kwargs}
     # These count as evaluation scenes here, but were recorded as training scenes
     arguments.setdefault("held_out_textures", False)
-    return RoboTwinEnv(task, embodiment=embodiment, task_config=task_config, **arguments)
+    arguments.setdefault("instructions", "seen")
+    env = RoboTwinEnv(task, embodiment=embodiment, task_config=task_config, **arguments)
+    if env.is_stand_in != stand_in:
+        robots = ("RoboTwin's own robot", "a stand-in")
+        hint = f"`{runtime.STAND_IN_HINT}`, then set ROBOTWIN_ASSETS_ROOT to {runtime.home() / 'stand-in'}"
+        raise ValueError(
+            f"The traces were recorded with {robots[stand_in]}, and the assets in {env.settings.assets_root} have "
+            f"{robots[not stand_in]}. Run " + (hint if stand_in else f"`{runtime.DOWNLOAD_HINT}`") + "."
+        )
+    return env
 
 
 def find_traces(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
