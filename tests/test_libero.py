@@ -15,6 +15,7 @@ import opd_gym
 from opd_gym.envs.libero import CLASSIC_SUITES, PRO_SUITES, SUITES, LiberoEnv
 from opd_gym.envs.registration import LIBERO_IDS
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
+from opd_gym.zoo.train import default_episodes
 
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
 
@@ -160,6 +161,14 @@ def test_evaluation_states_and_explicit_ids():
     env.close()
 
 
+def test_more_episodes_than_official_states_are_refused_before_the_first():
+    vec = opd_gym.make_vec("LiberoObject-v0", env_kwargs={"task_ids": [0, 3]})
+    assert len(default_episodes(vec, 100)) == 100
+    with pytest.raises(ValueError, match="101 episodes are 51 a task, and there are 50 .* Ask for at most 100, or for"):
+        default_episodes(vec, 101)
+    vec.close()
+
+
 def test_observation_info_and_truncation():
     env = gym.make("opd_gym:LiberoObjectTask1-v0", image_size=32, visuals="light", horizon=5, cameras=("wrist",))
     obs, info = env.reset(seed=0)
@@ -235,6 +244,7 @@ def test_the_users_random_state_is_left_alone(env):
         ({"suite": "libero_object", "init_states": "test"}, "init_states"),
         ({"suite": "libero_object", "visuals": "nice"}, "visuals"),
         ({"suite": "libero_object", "render_mode": "human"}, "rgb_array"),
+        ({"suite": "libero_object", "horizon": 0}, "horizon must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(kwargs, message):
@@ -250,6 +260,8 @@ def test_bad_calls_are_refused(env):
         env.step(np.zeros(4))
     with pytest.raises(ValueError, match="task_id, init_state_id and horizon"):
         env.reset(options={"task": 3})
+    with pytest.raises(ValueError, match="The option horizon must be at least 1, got -3"):
+        env.reset(options={"horizon": -3})
     with pytest.raises(ValueError, match="Unknown task id 12"):
         env.reset(options={"task_id": 12})
     with pytest.raises(ValueError, match="Unknown camera 'side'"):
