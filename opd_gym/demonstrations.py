@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,9 @@ class Episode:
 
 def write_demonstrations(
     path: PathLike,
-    episodes: Sequence[Episode],
-    instruction: str,
-    env_args: Mapping[str, Any] | None = None,
+    episodes: Iterable[Episode],
+    instruction: str | None = None,
+    env_args: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     problem_info: Mapping[str, Any] | None = None,
     bddl_file_name: str = "",
     compression: str | None = "gzip",
@@ -136,9 +136,10 @@ def write_demonstrations(
     readers of LIBERO data read this file too.
 
     :param path: the file, by LIBERO's convention ``<task name>_demo.hdf5``
-    :param episodes: the demonstrations
-    :param instruction: the task's instruction
-    :param env_args: description of the env, stored as JSON
+    :param episodes: the demonstrations; each is written before the next one is asked for, so that they may be more than
+        the memory holds
+    :param instruction: the task's instruction; None for the first episode's
+    :param env_args: description of the env, stored as JSON, or what gives it once all episodes are written
     :param problem_info: LIBERO's description of the problem, stored as JSON with the instruction
     :param bddl_file_name: the task's definition
     :param compression: of the pictures; None reads faster
@@ -149,15 +150,19 @@ def write_demonstrations(
     try:
         with h5py.File(temporary, "w") as file:
             data = file.create_group("data")
-            data.attrs["problem_info"] = json.dumps({**(problem_info or {}), "language_instruction": instruction})
-            data.attrs["env_args"] = json.dumps(dict(env_args or {}))
-            data.attrs["env_name"] = str((env_args or {}).get("env_name", ""))
+            n = total = 0
+            for n, episode in enumerate(episodes, start=1):
+                _write_episode(data.create_group(f"demo_{n - 1}"), episode, compression)
+                instruction = episode.instruction if instruction is None else instruction
+                total += len(episode.actions)
+            about = dict(env_args() if callable(env_args) else env_args or {})
+            data.attrs["problem_info"] = json.dumps({**(problem_info or {}), "language_instruction": instruction or ""})
+            data.attrs["env_args"] = json.dumps(about)
+            data.attrs["env_name"] = str(about.get("env_name", ""))
             data.attrs["bddl_file_name"] = str(bddl_file_name)
             data.attrs["macros_image_convention"] = "opengl"
-            data.attrs["num_demos"] = len(episodes)
-            data.attrs["total"] = sum(len(episode.actions) for episode in episodes)
-            for i, episode in enumerate(episodes):
-                _write_episode(data.create_group(f"demo_{i}"), episode, compression)
+            data.attrs["num_demos"] = n
+            data.attrs["total"] = total
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

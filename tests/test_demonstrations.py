@@ -1,6 +1,8 @@
 """LIBERO's HDF5 format: hand-made official files, round trips, labels of chunks."""
 
+import gc
 import json
+import weakref
 
 import h5py
 import numpy as np
@@ -150,6 +152,26 @@ def test_decisions_with_chunk_labels(tmp_path):
     assert Demonstrations.from_hdf5(tmp_path / "x.hdf5", chunk_size=5).actions.shape == (4, 5, 7)
     with pytest.raises(ValueError, match="chunks of 8 actions, chunk_size is 9"):
         Demonstrations.from_hdf5(tmp_path / "x.hdf5", chunk_size=9)
+
+
+def test_episodes_are_written_one_by_one(tmp_path):
+    made = []
+
+    def episodes():
+        for i in range(4):
+            gc.collect()
+            # None but the one that the writer has just been given
+            assert sum(reference() is not None for reference in made) <= 1
+            new = episode(3 + i, seed=i)
+            made.append(weakref.ref(new))
+            yield new
+
+    write_demonstrations(tmp_path / "x.hdf5", episodes(), env_args=lambda: {"env_name": "E", "n": len(made)})
+    with h5py.File(tmp_path / "x.hdf5") as file:
+        attrs = file["data"].attrs
+        assert (attrs["num_demos"], attrs["total"], attrs["env_name"]) == (4, 3 + 4 + 5 + 6, "E")
+        assert json.loads(attrs["env_args"])["n"] == 4
+        assert json.loads(attrs["problem_info"])["language_instruction"] == (episode().instruction or "")
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):

@@ -311,6 +311,7 @@ def make_demonstrations(
     """
     from opd_gym.demonstrations import Episode, write_demonstrations
     from opd_gym.envs.robotwin.actions import statistics_of_actions
+    from opd_gym.envs.robotwin.tasks import ACTION_DIM
     from opd_gym.envs.robotwin.traces import make_env, replay
 
     if replays < 1 or n_envs < 1:
@@ -338,7 +339,7 @@ def make_demonstrations(
                 return kept
         return kept
 
-    episodes: list[Episode] = []
+    actions: list[np.ndarray] = []
     with ExitStack() as stack:
         envs: SimpleQueue[RoboTwinEnv] = SimpleQueue()
         for _ in range(min(n_envs, len(traces))):
@@ -354,23 +355,29 @@ def make_demonstrations(
             finally:
                 envs.put(env)
 
-        failures = 0
-        for i, played in stack.enter_context(closing(_in_order(take_turns, range(len(traces)), n_envs))):
-            episodes += played
-            failures = 0 if played else failures + 1
-            if len(played) == replays:
-                continue
-            trace = traces[i]
-            said = (
-                f"The trace of {trace.task} in scene {trace.scene_seed} ended in success {len(played)} times in "
-                f"{MAX_ATTEMPTS * replays} replays."
-            )
-            if failures == min(MAX_FAILURES, len(traces)):
-                raise ValueError(
-                    f"{failures} in a row could not be replayed. {said} Lower the perturbation ({perturbation})."
+        def episodes() -> Generator[Episode, None, None]:
+            failures = 0
+            for i, played in stack.enter_context(closing(_in_order(take_turns, range(len(traces)), n_envs))):
+                actions.extend(episode.action_chunks.reshape(-1, ACTION_DIM) for episode in played)  # type: ignore[union-attr]
+                yield from played
+                failures = 0 if played else failures + 1
+                if len(played) == replays:
+                    continue
+                trace = traces[i]
+                said = (
+                    f"The trace of {trace.task} in scene {trace.scene_seed} ended in success {len(played)} times in "
+                    f"{MAX_ATTEMPTS * replays} replays."
                 )
-            tqdm.write(f"{said} It is left at that.")
-    statistics = statistics_of_actions(np.concatenate([e.action_chunks.reshape(-1, 14) for e in episodes]))  # type: ignore[union-attr]
-    about = {"env_name": traces[0].task, "perturbation": perturbation, "stand_in": traces[0].stand_in}
-    write_demonstrations(path, episodes, str(episodes[0].instruction), env_args={**about, "statistics": statistics})
+                if failures == min(MAX_FAILURES, len(traces)):
+                    raise ValueError(
+                        f"{failures} in a row could not be replayed. {said} Lower the perturbation ({perturbation})."
+                    )
+                tqdm.write(f"{said} It is left at that.")
+
+        def about() -> dict[str, Any]:
+            statistics = statistics_of_actions(np.concatenate(actions))
+            made = {"env_name": traces[0].task, "perturbation": perturbation, "stand_in": traces[0].stand_in}
+            return {**made, "statistics": statistics}
+
+        write_demonstrations(path, episodes(), env_args=about)
     return path
