@@ -207,7 +207,7 @@ def test_attributes_methods_and_options(env):
     # Seeds and options are used once
     assert env.reset()[:, 0].tolist() == [-1] * 4
     with pytest.raises(Exception, match="pickle"):
-        env.env_method("add", lambda: 0)
+        env.env_method("add", threading.Lock())
     assert env.env_method("add", 1) == [1] * 4
 
 
@@ -799,6 +799,57 @@ class Look(BaseCallback):
         # The arrays are new ones in the next rollout
         names = ["observations", *buffer._fields(), "advantages"]
         self.rollouts.append({name: getattr(buffer, name) for name in names})
+
+
+UNGUARDED = """
+import gymnasium as gym
+import numpy as np
+from opd_gym.envs.vec_env import WorkerVecEnv
+
+print("begins", flush=True)
+
+
+class Note:
+    def __init__(self, text):
+        self.text = text
+
+
+class Refused(ValueError):
+    pass
+
+
+class Own(gym.Wrapper):
+    def step(self, action):
+        return *self.env.step(action)[:4], {"note": Note("step")}
+
+    def echo(self, note):
+        if note.text == "bad":
+            raise Refused(note.text)
+        return Note(note.text * 2)
+
+
+env = WorkerVecEnv([lambda: Own(gym.make("CartPole-v1"))] * 2, n_workers=2, start_method=METHOD)
+env.reset()
+infos = env.step(np.zeros(2, dtype=int))[3]
+assert [type(info["note"]) for info in infos] == [Note, Note]
+assert env.env_is_wrapped(Own) == [True, True] and env.env_is_wrapped(gym.wrappers.ClipAction) == [False, False]
+assert [note.text for note in env.env_method("echo", Note("ab"))] == ["abab", "abab"]
+try:
+    env.env_method("echo", Note("bad"))
+except Refused:
+    print("refused")
+env.close()
+"""
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_script_needs_no_guard_and_may_define_what_it_likes(tmp_path, method):
+    """Without ``if __name__ == "__main__"``: workers do not run the script that starts them."""
+    (tmp_path / "script.py").write_text(UNGUARDED.replace("METHOD", repr(method)))
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["begins", "refused"]
 
 
 def test_stable_baselines3_learns_the_same_on_it():

@@ -17,12 +17,14 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, reduction
+from types import ModuleType
 from typing import IO, Any
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -316,7 +318,8 @@ class WorkerVecEnv(VecEnv):
             name=f"WorkerVecEnv-{worker.number}",
             daemon=True,
         )
-        worker.process.start()
+        with _without_main():
+            worker.process.start()
         remote.close()
         worker.pending.append(build)
         _send_file(worker, worker.last_words.fileno())
@@ -331,14 +334,15 @@ class WorkerVecEnv(VecEnv):
         self._worker_of(index).outbox.put(pickle.dumps((command, index, payload)))
 
     def _submit(self, request: _Request) -> _Request:
-        payload = pickle.dumps(request.payload)  # before anything is noted: what cannot be sent changes nothing
+        # Before anything is noted: what cannot be sent changes nothing
+        payload = (pickle if request.command == "step" else cloudpickle).dumps(request.payload)
         request.sent, request.answered = True, False
         self._worker_of(request.index).pending.append(request)
         self._write(request.index, request.command, payload)
         return request
 
     def _tell(self, index: int, announcement: _Announcement) -> None:
-        self._write(index, "announce", pickle.dumps(vars(announcement)))
+        self._write(index, "announce", cloudpickle.dumps(vars(announcement)))
 
     def _wait(self, request: _Request) -> None:
         worker = self._worker_of(request.index)
@@ -835,6 +839,21 @@ def _unsupported(space: spaces.Space) -> ValueError:
     )
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """
+    A process of multiprocessing first imports the script that starts it, which would start the learner again there, and
+    so on, if nobody wrote ``if __name__ == "__main__"``. Workers do without: cloudpickle sends along what the script
+    defines.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 # ---------------------------------------------------------------------------------------------------------- in a worker
 
 
@@ -946,14 +965,22 @@ def _execute(command: str, env: gym.Env, index: int, payload: Any, memory: _Memo
 
 def _answer(kind: str, value: Any, seconds: float) -> bytes:
     """What a worker answers: a value, or an exception with its traceback, as its text where it cannot be sent."""
+
+    def dumps(answer: Any) -> bytes:
+        try:
+            return pickle.dumps(answer)
+        except Exception:
+            # What the learner's own script defines
+            return cloudpickle.dumps(answer)
+
     if kind == "value":
         try:
-            return pickle.dumps((kind, value, seconds))
+            return dumps((kind, value, seconds))
         except Exception as error:
             kind, value = "error", error
     text = "".join(traceback.format_exception(type(value), value, value.__traceback__))
     try:
-        message = pickle.dumps((kind, (value, text), seconds))
+        message = dumps((kind, (value, text), seconds))
         pickle.loads(message)
     except Exception:
         message = pickle.dumps((kind, (RuntimeError(f"{type(value).__name__}: {value}"), text), seconds))
