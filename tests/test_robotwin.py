@@ -527,11 +527,13 @@ class FakeExpert:
 
     built = 0
     outcomes: dict = {}
+    held_out: set = set()
 
     def __init__(self, settings, python=None):
         FakeExpert.built += 1
 
-    def record_expert(self, scene_seed):
+    def record_expert(self, scene_seed, held_out):
+        self.held_out.add(held_out)
         outcome = self.outcomes.get(scene_seed, self.outcomes.get("else", True))
         if isinstance(outcome, Exception):
             raise outcome
@@ -565,13 +567,33 @@ def test_recording_goes_on_after_a_breakdown_and_where_it_stopped(tmp_path, monk
     outcomes["else"] = False
     for arguments, message in (
         (["--seed", "100000"], "--seed must be a training scene, 0 to 99,999, got 100000"),
-        (["-n", "0"], "--n-envs and --episodes must be at least 1, got 1 and 0"),
+        (["-n", "0"], "numbers of simulators and of scenes must be at least 1, got 1 and 0"),
         (["--env", "CartPole-v1"], "Expected a RoboTwin environment id, .* got 'CartPole-v1'"),
         (["--seed", "50", "-n", "2"], "solved 0 of 10 scenes of handover_block, too few to go on"),
-        (["--seed", "99998", "-n", "2"], "There are no more training scenes after 99,999. Lower --seed"),
+        (["--seed", "99998", "-n", "2"], "There are no more scenes after 99,999. Begin with another one"),
     ):
         assert main([*record, *arguments]) == 2
         assert re.search(message, capsys.readouterr().err), message
+
+
+def test_evaluation_scenes_that_the_expert_solves(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_module, "RemoteSimulator", FakeExpert)
+    outcomes = {100_000: False, 100_003: RuntimeError("no grasp")}
+    monkeypatch.setattr(FakeExpert, "outcomes", outcomes)
+    monkeypatch.setattr(FakeExpert, "held_out", set())
+    path = tmp_path / "new" / "seeds.json"
+    seeds = ["robotwin", "seeds", "--env", "RoboTwinHandoverBlock-v0", "-n", "3", "-o", str(path)]
+    assert main(seeds) == 0 and json.loads(path.read_text()) == [100_001, 100_002, 100_004]
+    # With the textures that they are evaluated with
+    assert FakeExpert.held_out == {True}
+    env = RoboTwinEnv("handover_block", eval_seeds=str(path))
+    assert env.eval_seeds == [100_001, 100_002, 100_004] and env.n_init_states(env.task_id) == 3
+    for text in ("[1, 2.5]", "{}", "[1", "[true]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="seeds.json is not a JSON list of seeds"):
+            RoboTwinEnv("handover_block", eval_seeds=str(path))
+    with pytest.raises(FileNotFoundError, match="There is no file .*none.json of seeds"):
+        RoboTwinEnv("handover_block", eval_seeds=str(tmp_path / "none.json"))
 
 
 def test_several_simulators_record_the_same_scenes(tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
-"""``opd-gym robotwin install | assets | check | record | demos``: RoboTwin's runtime, assets and demonstrations."""
+"""``opd-gym robotwin install | assets | check | record | demos | seeds``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -54,11 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     record.add_argument("--env", required=True, help="environment id, for instance RoboTwinHandoverBlock-v0")
     record.add_argument("-n", "--episodes", type=int, default=1, help="successful episodes")
     record.add_argument("--seed", type=int, default=0, help="first scene; the following ones count up")
-    record.add_argument("--python", help="interpreter that has the planner; default: that of `install --planner`")
-    record.add_argument("--task-config", choices=("demo_clean", "demo_randomized"), default="demo_clean")
-    record.add_argument("--n-envs", type=int, default=2, help="simulators at once; the traces are the same")
     record.add_argument("-o", "--output", type=Path, default=Path("runs/traces"), help="folder, one file a trace")
     record.set_defaults(run=_record)
+
+    seeds = commands.add_parser("seeds", help="the evaluation scenes that RoboTwin's own expert solves")
+    seeds.add_argument("--env", required=True, help="environment id, for instance RoboTwinHandoverBlock-v0")
+    seeds.add_argument("-n", "--scenes", type=int, default=100, help="number of scenes")
+    seeds.add_argument("-o", "--output", type=Path, default=Path("runs/seeds.json"), help="file, for eval_seeds")
+    seeds.set_defaults(run=_seeds)
+
+    for expert in (record, seeds):
+        expert.add_argument("--python", help="interpreter that has the planner; default: that of `install --planner`")
+        expert.add_argument("--task-config", choices=("demo_clean", "demo_randomized"), default="demo_clean")
+        expert.add_argument("--n-envs", type=int, default=2, help="simulators at once; what comes out is the same")
 
     demos = commands.add_parser("demos", help="demonstrations (HDF5) out of traces")
     demos.add_argument("--traces", nargs="+", type=Path, required=True, help="files, or folders of them")
@@ -141,11 +150,8 @@ def _task_of(env_id: str) -> str:
 
 
 def _record(args: argparse.Namespace) -> int:
-    from opd_gym.envs.robotwin import runtime
     from opd_gym.envs.robotwin.env import RoboTwinEnv
-    from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost
     from opd_gym.envs.robotwin.tasks import SEED_STRIDE, TRAIN_SEEDS
-    from opd_gym.envs.robotwin.topp import PLANNER_HINT
     from opd_gym.envs.robotwin.traces import Trace
 
     task = _task_of(args.env)
@@ -154,10 +160,7 @@ def _record(args: argparse.Namespace) -> int:
             f"--seed must be a training scene, {TRAIN_SEEDS[0]} to {TRAIN_SEEDS[-1]:,}, got {args.seed}: who learns "
             "from traces of evaluation scenes is evaluated on what it has seen."
         )
-    if args.n_envs < 1 or args.episodes < 1:
-        raise ValueError(f"--n-envs and --episodes must be at least 1, got {args.n_envs} and {args.episodes}.")
-    planner = runtime.planner_dir() / "bin" / "python"
-    python = args.python or (str(planner) if planner.is_file() else None)
+    python = _planner(args.python)
     env = RoboTwinEnv(task, task_config=args.task_config, python=python)
     # Of an earlier run that was interrupted
     there = set()
@@ -166,12 +169,70 @@ def _record(args: argparse.Namespace) -> int:
         if (old.task, old.task_config, old.stand_in) == (task, args.task_config, env.is_stand_in):
             # Also where another scene took the place of an unstable one
             there.add(old.scene_seed % SEED_STRIDE)
+    about = tuple(env.settings.embodiment), args.task_config, env.is_stand_in
+    scenes = range(args.seed, TRAIN_SEEDS[-1] + 1)
+    for scene_seed, positions in _solved(env, python, args.n_envs, scenes, args.episodes, there):
+        if positions is not None:
+            Trace(task, scene_seed, *about, positions).save(args.output / f"{task}_{scene_seed}.npz")
+    return 0
+
+
+def _seeds(args: argparse.Namespace) -> int:
+    from opd_gym.envs.robotwin.env import RoboTwinEnv
+    from opd_gym.envs.robotwin.tasks import EVAL_SEEDS, SEED_STRIDE
+    from opd_gym.evaluation import write_atomic
+
+    python = _planner(args.python)
+    env = RoboTwinEnv(_task_of(args.env), task_config=args.task_config, python=python)
+    scenes = range(EVAL_SEEDS[0], SEED_STRIDE)
+    # A scene that took the place of an unstable one is asked for by the seed of that one
+    found = [seed % SEED_STRIDE for seed, _ in _solved(env, python, args.n_envs, scenes, args.scenes, held_out=True)]
+    write_atomic(args.output, json.dumps(found) + "\n")
+    print(f"{len(found)} scenes from {found[0]} to {found[-1]}: {args.output}")
+    return 0
+
+
+def _planner(python: str | None) -> str | None:
+    """The interpreter that has RoboTwin's planner: the one that is given, or that of ``install --planner``."""
+    from opd_gym.envs.robotwin import runtime
+
+    planner = runtime.planner_dir() / "bin" / "python"
+    return python or (str(planner) if planner.is_file() else None)
+
+
+def _solved(
+    env: RoboTwinEnv,
+    python: str | None,
+    n_envs: int,
+    scenes: range,
+    n: int,
+    there: Collection[int] = (),
+    held_out: bool = False,
+) -> Generator[tuple[int, np.ndarray | None], None, None]:
+    """
+    Let RoboTwin's expert play scenes, in several simulators at once.
+
+    :param env: what to simulate; its own simulator is not used
+    :param python: interpreter of the simulators
+    :param n_envs: number of simulators
+    :param scenes: scenes to try, in this order
+    :param n: number of scenes that it is to solve
+    :param there: scenes of which it is known already that it solves them
+    :param held_out: with the textures of evaluation scenes
+    :return: seeds of the scenes that it solved, with the positions that it went through; None for those in ``there``
+    :raises ValueError: it breaks down in one scene after the other, or solves too few
+    """
+    from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost
+    from opd_gym.envs.robotwin.topp import PLANNER_HINT
+
+    if n_envs < 1 or n < 1:
+        raise ValueError(f"The numbers of simulators and of scenes must be at least 1, got {n_envs} and {n}.")
     simulators: SimpleQueue[RemoteSimulator | None] = SimpleQueue()
-    for _ in range(args.n_envs):
+    for _ in range(n_envs):
         simulators.put(None)
 
     def play(scene: int) -> tuple[dict[str, Any], Any] | Exception | None:
-        """What became of a scene; None where there is a trace of it. Raises what keeps a simulator from being built."""
+        """What became of a scene; None if that is known. Raises what keeps a simulator from being built."""
         if scene in there:
             return None
         simulator = simulators.get()
@@ -179,7 +240,7 @@ def _record(args: argparse.Namespace) -> int:
             if simulator is None:
                 simulator = RemoteSimulator(env.settings, python)
             try:
-                return simulator.record_expert(scene)
+                return simulator.record_expert(scene, held_out)
             except WorkerLost:
                 raise
             except Exception as error:
@@ -190,46 +251,40 @@ def _record(args: argparse.Namespace) -> int:
         finally:
             simulators.put(simulator)
 
-    saved = failures = 0
-    scenes = range(args.seed, min(args.seed + MAX_ATTEMPTS * args.episodes, TRAIN_SEEDS[-1] + 1))
+    solved = failures = 0
+    tried = scenes[: MAX_ATTEMPTS * n]
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=args.episodes, desc="recording", unit="episode"))
+        bar = stack.enter_context(tqdm(total=n, desc="recording", unit="episode"))
         stack.callback(_close_all, simulators)
-        for scene, outcome in stack.enter_context(closing(_in_order(play, scenes, args.n_envs))):
+        for scene, outcome in stack.enter_context(closing(_in_order(play, tried, n_envs))):
             if isinstance(outcome, Exception):
                 failures += 1
                 if str(outcome) == PLANNER_HINT:
                     raise ValueError(PLANNER_HINT) from outcome
                 if failures >= MAX_FAILURES:
                     raise ValueError(
-                        f"RoboTwin's expert broke down in {failures} scenes of {task} in a row, in scene {scene} with: "
-                        f"{outcome}"
+                        f"RoboTwin's expert broke down in {failures} scenes of {env.task} in a row, in scene {scene} "
+                        f"with: {outcome}"
                     ) from outcome
                 tqdm.write(f"Scene {scene} is left out: {outcome}")
                 continue
-            if outcome is not None:
+            if outcome is None:
+                yield scene, None
+            else:
                 failures = 0
                 info, arrays = outcome
                 if not info["success"]:
                     continue
-                trace = Trace(
-                    task,
-                    info["scene_seed"],
-                    tuple(env.settings.embodiment),
-                    args.task_config,
-                    env.is_stand_in,
-                    arrays["actions"],
-                )
-                trace.save(args.output / f"{task}_{info['scene_seed']}.npz")
-            saved += 1
+                yield info["scene_seed"], arrays["actions"]
+            solved += 1
             bar.update(1)
-            if saved == args.episodes:
-                return 0
-    if scenes[-1] == TRAIN_SEEDS[-1]:
-        raise ValueError(f"There are no more training scenes after {scenes[-1]:,}. Lower --seed.")
+            if solved == n:
+                return
+    if tried[-1] == scenes[-1]:
+        raise ValueError(f"There are no more scenes after {scenes[-1]:,}. Begin with another one.")
     raise ValueError(
-        f"RoboTwin's expert solved {saved} of {len(scenes)} scenes of {task}, too few to go on. Some tasks are beyond "
-        "it with this robot."
+        f"RoboTwin's expert solved {solved} of {len(tried)} scenes of {env.task}, too few to go on. Some tasks are "
+        "beyond it with this robot."
     )
 
 

@@ -63,7 +63,8 @@ class RoboTwinEnv(gym.Env):
     :param init_states: "sampled" draws from ``train_seeds``, "eval" from ``eval_seeds``, a sequence of ints from these
         of ``eval_seeds``
     :param train_seeds: seeds of the scenes to train in; None for 0 to 99,999
-    :param eval_seeds: seeds of the scenes to evaluate in; None for 100,000 to 100,099
+    :param eval_seeds: seeds of the scenes to evaluate in, or a JSON file of them (``opd-gym robotwin seeds``); None for
+        100,000 to 100,099
     :param assets_root: folder that contains RoboTwin's ``assets``; None to look for it, see
         :func:`opd_gym.envs.robotwin.runtime.find_assets`
     :param embodiment: two robots and their distance in m (published policies of chunked tokens have two pipers), or one
@@ -97,7 +98,7 @@ class RoboTwinEnv(gym.Env):
         cameras: Sequence[str] = ("head",),
         init_states: str | Sequence[int] = "sampled",
         train_seeds: Sequence[int] | None = None,
-        eval_seeds: Sequence[int] | None = None,
+        eval_seeds: Sequence[int] | str | None = None,
         assets_root: str | None = None,
         embodiment: Sequence[Any] = ("piper", "piper", 0.6),
         task_config: str = "demo_clean",
@@ -144,6 +145,8 @@ class RoboTwinEnv(gym.Env):
             raise ValueError("python names the worker's interpreter: it cannot be given with in_process=True.")
         if python is not None and shutil.which(python) is None:
             raise ValueError(f"python must name an interpreter; there is no program {python!r}.")
+        if isinstance(eval_seeds, str):
+            eval_seeds = tasks.read_seeds(eval_seeds)
         self.train_seeds = tasks.TRAIN_SEEDS if train_seeds is None else tasks.check_seeds("train_seeds", train_seeds)
         self.eval_seeds = tasks.EVAL_SEEDS if eval_seeds is None else tasks.check_seeds("eval_seeds", eval_seeds)
         both = set(self.train_seeds).intersection(self.eval_seeds)

@@ -180,9 +180,10 @@ class RemoteSimulator:
         """See the simulator's."""
         return self.call("picture")
 
-    def record_expert(self, scene_seed: int) -> tuple[dict[str, Any], Arrays]:
+    def record_expert(self, scene_seed: int, held_out: bool = False) -> tuple[dict[str, Any], Arrays]:
         """See the simulator's."""
-        return self.call("record_expert", scene_seed=scene_seed, timeout=max(self.timeout, START_SECONDS))
+        timeout = max(self.timeout, START_SECONDS)
+        return self.call("record_expert", None, timeout, scene_seed=scene_seed, held_out=held_out)
 
     def _lost(self, reason: str) -> WorkerLost:
         # Long enough for a process that has just closed its end to be gone

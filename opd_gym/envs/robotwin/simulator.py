@@ -214,18 +214,19 @@ class Simulator:
             pictures.append((rgb * 255).clip(0, 255).astype(np.uint8))
         return pictures
 
-    def record_expert(self, scene_seed: int) -> tuple[dict[str, Any], Arrays]:
+    def record_expert(self, scene_seed: int, held_out: bool = False) -> tuple[dict[str, Any], Arrays]:
         """
         Let RoboTwin's own expert plan and play an episode.
 
         :param scene_seed: seed of the scene
+        :param held_out: see :meth:`reset`
         :return: ``success``, ``scene_seed``, and ``actions``, float32 ``(T, 14)``: the joint positions that it went
             through, every ``save_freq`` physics steps of RoboTwin's task configuration
         :raises SimulatorError: the planner is not installed
         """
         if not has_planner():
             raise SimulatorError(PLANNER_HINT)
-        info, _ = self.reset(scene_seed)
+        info, _ = self.reset(scene_seed, held_out)
         trace: list[np.ndarray] = []
         self._task.trace = trace
         try:

@@ -5,7 +5,10 @@ RoboTwin.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 # Actions until truncation in RoboTwin's own evaluation (its `_eval_step_limit.yml`). A task's number is its place here.
 TASKS = {
@@ -113,6 +116,25 @@ def check_seeds(name: str, seeds: Sequence[int]) -> Sequence[int]:
             f"{name} must be seeds of scenes, at least one, all of them integers from 0 to {SEED_STRIDE - 1:,}; got "
             f"{seeds!r}. Higher ones are what unstable scenes are replaced by."
         )
+    return seeds
+
+
+def read_seeds(path: str | os.PathLike[str]) -> list[int]:
+    """
+    :param path: JSON file of a list of seeds, as ``opd-gym robotwin seeds`` writes it
+    :return: the seeds
+    :raises FileNotFoundError: it is not there
+    :raises ValueError: it holds something else
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path} of seeds. `opd-gym robotwin seeds` writes one.")
+    try:
+        seeds = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        seeds = None
+    if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{path} is not a JSON list of seeds. `opd-gym robotwin seeds` writes one.")
     return seeds
 
 
