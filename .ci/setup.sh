@@ -87,12 +87,19 @@ check_gl() {
 # RoboTwin's runtime, into this library's own folder. What says which libraries its driver needs ends with the command that
 # installs them, and nothing else is installed; where a name is unknown here, the system's own driver brings its libraries.
 install_robotwin() {
-    local said packages
+    local log packages
     say "RoboTwin's runtime"
-    said="$(.venv/bin/python -u -m opd_gym.zoo.cli robotwin install 2>&1 | tee >(cat >&2))" && return
-    packages="$(sed -n 's/.*sudo apt-get install \([a-z0-9.+ -]*\)$/\1/p' <<<"$said")"
-    [ -n "$packages" ] || return 1
-    # shellcheck disable=SC2086
-    apt_install $packages || apt_install mesa-vulkan-drivers || return 1
+    log="$(mktemp)"
+    if .venv/bin/python -u -m opd_gym.zoo.cli robotwin install 2>&1 | tee "$log"; then rm "$log"; return; fi
+    packages="$(sed -n 's/.*sudo apt-get install \([a-z0-9.+ -]*\)$/\1/p' "$log")"
+    if [ -n "$packages" ]; then
+        # shellcheck disable=SC2086
+        apt_install $packages || apt_install mesa-vulkan-drivers || return 1
+    elif grep -q 'sudo apt-get update' "$log"; then
+        as_root apt-get update -qq || return 1
+    else
+        return 1
+    fi
+    rm "$log"
     .venv/bin/python -m opd_gym.zoo.cli robotwin install
 }

@@ -113,6 +113,8 @@ def load_evaluations(
     :return: policy -> seed -> result; the seed is "-" where one policy is that of all seeds
     """
     target = output / "eval"
+    if not keep:
+        shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True, exist_ok=True)
     for path in (folder / "eval").glob("*.json"):
         shutil.copyfile(path, target / path.name)

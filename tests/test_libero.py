@@ -166,6 +166,8 @@ def test_more_episodes_than_official_states_are_refused_before_the_first():
     assert len(default_episodes(vec, 100)) == 100
     with pytest.raises(ValueError, match="101 episodes are 51 a task, and there are 50 .* Ask for at most 100, or for"):
         default_episodes(vec, 101)
+    with pytest.raises(ValueError, match="Unknown task id -1: 'libero_object' has the tasks 0 to 9"):
+        default_episodes(vec, 10, [-1])
     vec.close()
 
 

@@ -29,7 +29,7 @@ import opd_gym
 from opd_gym.algorithms.grpo import GRPO
 from opd_gym.algorithms.opd import OPD
 from opd_gym.algorithms.ppo import PPO
-from opd_gym.envs import registration
+from opd_gym.envs import registration, vec_env
 from opd_gym.envs.vec_env import Pipeline, WorkerTraceback, WorkerVecEnv
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.evaluation import EpisodeSpec, evaluate_success
@@ -801,7 +801,8 @@ class Look(BaseCallback):
         self.rollouts.append({name: getattr(buffer, name) for name in names})
 
 
-UNGUARDED = """
+OWN = """
+import sys
 import gymnasium as gym
 import numpy as np
 from opd_gym.envs.vec_env import WorkerVecEnv
@@ -810,6 +811,8 @@ print("begins", flush=True)
 
 
 class Note:
+    limit = 1
+
     def __init__(self, text):
         self.text = text
 
@@ -828,28 +831,65 @@ class Own(gym.Wrapper):
         return Note(note.text * 2)
 
 
-env = WorkerVecEnv([lambda: Own(gym.make("CartPole-v1"))] * 2, n_workers=2, start_method=METHOD)
-env.reset()
-infos = env.step(np.zeros(2, dtype=int))[3]
-assert [type(info["note"]) for info in infos] == [Note, Note]
-assert env.env_is_wrapped(Own) == [True, True] and env.env_is_wrapped(gym.wrappers.ClipAction) == [False, False]
-assert [note.text for note in env.env_method("echo", Note("ab"))] == ["abab", "abab"]
-try:
-    env.env_method("echo", Note("bad"))
-except Refused:
-    print("refused")
-env.close()
+class Registered(gym.Env):
+    observation_space = action_space = gym.spaces.Discrete(7)
+
+
+gym.register("Mine-v0", Registered)
+
+
+def learn():
+    env = WorkerVecEnv([lambda: Own(gym.make("CartPole-v1"))] * 2, n_workers=2, start_method=sys.argv[1])
+    env.reset()
+    infos = env.step(np.zeros(2, dtype=int))[3]
+    assert [type(info["note"]) for info in infos] == [Note, Note]
+    if "guarded" not in sys.argv:  # the class of that name in a worker is another one than the one that was sent there
+        assert env.env_is_wrapped(Own) == [True, True] and env.env_is_wrapped(gym.Wrapper) == [True, True]
+    assert [note.text for note in env.env_method("echo", Note("ab"))] == ["abab", "abab"]
+    try:
+        env.env_method("echo", Note("bad"))
+    except Refused:
+        print("refused")
+    env.close()
+    mine = WorkerVecEnv([lambda: gym.make("Mine-v0", disable_env_checker=True)], start_method=sys.argv[1])
+    print(mine.observation_space.n)
+    mine.close()
 """
+GUARD = "if __name__ == '__main__':\n    "
 
 
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_a_script_needs_no_guard_and_may_define_what_it_likes(tmp_path, method):
-    """Without ``if __name__ == "__main__"``: workers do not run the script that starts them."""
-    (tmp_path / "script.py").write_text(UNGUARDED.replace("METHOD", repr(method)))
-    command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py")]
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
+@pytest.mark.parametrize(("guard", "begins"), [("", 1), (GUARD, 4)])
+def test_a_script_needs_no_guard_and_may_define_what_it_likes(tmp_path, method, guard, begins):
+    """Workers import a script with ``if __name__ == "__main__"``, as multiprocessing has it, and no other."""
+    (tmp_path / "script.py").write_text(f"{OWN}\n\n{guard}learn()\n")
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), method, "guarded" if guard else ""]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["begins", "refused"]
+    printed = done.stdout.split()
+    assert [text for text in printed if text != "begins"] == ["refused", "7"]
+    # Three workers run it as well
+    assert method == "fork" or printed.count("begins") == begins
+
+
+def test_what_runs_is_found_out(tmp_path, monkeypatch):
+    main = type(sys)("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert vec_env._can_import_main()  # a notebook
+    main.__file__ = str(tmp_path / "script.py")
+    for text, importable in (
+        (None, False),
+        ("learn()\n", False),
+        ("name = __name__\nlearn()\n", False),
+        ("if __name__ == '__main__':\n    learn()\n", True),
+        ("if '__main__' == __name__ and True:\n    learn()\n", True),
+        ("learn(\n", False),
+    ):
+        if text is not None:
+            (tmp_path / "script.py").write_text(text)
+        assert vec_env._can_import_main() == importable, text
+    main.__spec__ = vec_env.__spec__
+    assert vec_env._can_import_main()  # python -m
 
 
 def test_stable_baselines3_learns_the_same_on_it():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import faulthandler
 import mmap
 import multiprocessing as mp
@@ -18,10 +19,10 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from multiprocessing import connection, reduction
-from types import ModuleType
+from multiprocessing import connection, reduction, spawn
+from pathlib import Path
 from typing import IO, Any
 
 import cloudpickle
@@ -52,6 +53,9 @@ CALLER_ERRORS = (
     NotImplementedError,
     gym.error.Error,
 )
+
+# While a process starts without the learner's script, no other one does
+_starting = threading.Lock()
 
 # By key of the observation; None for spaces that are neither Dict nor Tuple
 _Arrays = dict[Any, np.ndarray]
@@ -261,6 +265,9 @@ class WorkerVecEnv(VecEnv):
         self.deaths: list[WorkerDeath] = []
         self._context: Any = mp.get_context(start_method)
         self._env_fns = [CloudpickleWrapper(env_fn) for env_fn in env_fns]
+        # A forked process has everything that was here
+        self._imports_main = start_method == "fork" or _can_import_main()
+        self._registered = {} if self._imports_main else _registered()
         self._built = False
         self._steps: list[_Request | None] = [None] * len(env_fns)
         # Resets that replaced a lost episode which the learner does not know yet to be lost
@@ -314,11 +321,11 @@ class WorkerVecEnv(VecEnv):
         env_fns = [self._env_fns[index] for index in worker.envs]
         worker.process = self._context.Process(
             target=_work,
-            args=(remote, inherited, env_fns, worker.envs, len(self._env_fns)),
+            args=(remote, inherited, self._registered, env_fns, worker.envs, len(self._env_fns)),
             name=f"WorkerVecEnv-{worker.number}",
             daemon=True,
         )
-        with _without_main():
+        with nullcontext() if self._imports_main else _main_is_left_out():
             worker.process.start()
         remote.close()
         worker.pending.append(build)
@@ -333,16 +340,19 @@ class WorkerVecEnv(VecEnv):
     def _write(self, index: int, command: str, payload: bytes) -> None:
         self._worker_of(index).outbox.put(pickle.dumps((command, index, payload)))
 
+    def _dumps(self, value: Any) -> bytes:
+        # By name, what the learner's script defines is unknown where that has not been imported
+        return (pickle if self._imports_main else cloudpickle).dumps(value)
+
     def _submit(self, request: _Request) -> _Request:
-        # Before anything is noted: what cannot be sent changes nothing
-        payload = (pickle if request.command == "step" else cloudpickle).dumps(request.payload)
+        payload = self._dumps(request.payload)  # before anything is noted: what cannot be sent changes nothing
         request.sent, request.answered = True, False
         self._worker_of(request.index).pending.append(request)
         self._write(request.index, request.command, payload)
         return request
 
     def _tell(self, index: int, announcement: _Announcement) -> None:
-        self._write(index, "announce", cloudpickle.dumps(vars(announcement)))
+        self._write(index, "announce", self._dumps(vars(announcement)))
 
     def _wait(self, request: _Request) -> None:
         worker = self._worker_of(request.index)
@@ -839,26 +849,60 @@ def _unsupported(space: spaces.Space) -> ValueError:
     )
 
 
-@contextmanager
-def _without_main() -> Iterator[None]:
+def _can_import_main() -> bool:
     """
-    A process of multiprocessing first imports the script that starts it, which would start the learner again there, and
-    so on, if nobody wrote ``if __name__ == "__main__"``. Workers do without: cloudpickle sends along what the script
-    defines.
+    Whether another process may import what runs here as ``__main__``, as multiprocessing has it: a script without
+    ``if __name__ == "__main__"`` would start the learner again there, and so on.
     """
     main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
+    path = getattr(main, "__file__", None)
+    if getattr(main, "__spec__", None) is not None or path is None:
+        # A module (python -m), or nothing that could be imported (a notebook)
+        return True
     try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+        tree = ast.parse(Path(path).read_bytes())
+    except (OSError, ValueError, SyntaxError):
+        return False
+    comparisons = [[node.left, *node.comparators] for node in ast.walk(tree) if isinstance(node, ast.Compare)]
+    return any(isinstance(side, ast.Name) and side.id == "__name__" for sides in comparisons for side in sides)
+
+
+@contextmanager
+def _main_is_left_out() -> Iterator[None]:
+    """Processes that are started meanwhile do not import ``__main__``."""
+    with _starting:
+        prepare = spawn.get_preparation_data
+
+        def without_main(name: str) -> dict[str, Any]:
+            data = prepare(name)
+            return {key: value for key, value in data.items() if not key.startswith("init_main_from")}
+
+        spawn.get_preparation_data = without_main
+        try:
+            yield
+        finally:
+            spawn.get_preparation_data = prepare
+
+
+def _registered() -> dict[str, Any]:
+    """Specifications of all envs, which a script may have registered; those that can be sent."""
+    found = {}
+    for env_id, spec in gym.registry.items():
+        with suppress(Exception):
+            found[env_id] = cloudpickle.dumps(spec)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- in a worker
 
 
 def _work(
-    pipe: Any, inherited: Iterable[Any], env_fns: list[CloudpickleWrapper], indices: tuple[int, ...], num_envs: int
+    pipe: Any,
+    inherited: Iterable[Any],
+    registered: dict[str, bytes],
+    env_fns: list[CloudpickleWrapper],
+    indices: tuple[int, ...],
+    num_envs: int,
 ) -> None:
     """What a worker process does: build its envs, then one command after the other."""
     # Ctrl-C reaches the whole process group; the learner decides what comes of it
@@ -872,6 +916,9 @@ def _work(
         began = time.perf_counter()
         envs: dict[int, gym.Env] = {}
         try:
+            for env_id, spec in registered.items():
+                if env_id not in gym.registry:
+                    gym.registry[env_id] = pickle.loads(spec)
             for index, env_fn in zip(indices, env_fns, strict=True):
                 envs[index] = env_fn.var()
             found = [(env.observation_space, env.action_space) for env in envs.values()]
@@ -970,7 +1017,7 @@ def _answer(kind: str, value: Any, seconds: float) -> bytes:
         try:
             return pickle.dumps(answer)
         except Exception:
-            # What the learner's own script defines
+            # What the learner's script defines, where that has not been imported
             return cloudpickle.dumps(answer)
 
     if kind == "value":

@@ -185,8 +185,7 @@ def _seeds(args: argparse.Namespace) -> int:
     python = _planner(args.python)
     env = RoboTwinEnv(_task_of(args.env), task_config=args.task_config, python=python)
     scenes = range(EVAL_SEEDS[0], SEED_STRIDE)
-    # A scene that took the place of an unstable one is asked for by the seed of that one
-    found = [seed % SEED_STRIDE for seed, _ in _solved(env, python, args.n_envs, scenes, args.scenes, held_out=True)]
+    found = [seed for seed, _ in _solved(env, python, args.n_envs, scenes, args.scenes, evaluates=True)]
     write_atomic(args.output, json.dumps(found) + "\n")
     print(f"{len(found)} scenes from {found[0]} to {found[-1]}: {args.output}")
     return 0
@@ -207,7 +206,7 @@ def _solved(
     scenes: range,
     n: int,
     there: Collection[int] = (),
-    held_out: bool = False,
+    evaluates: bool = False,
 ) -> Generator[tuple[int, np.ndarray | None], None, None]:
     """
     Let RoboTwin's expert play scenes, in several simulators at once.
@@ -218,7 +217,8 @@ def _solved(
     :param scenes: scenes to try, in this order
     :param n: number of scenes that it is to solve
     :param there: scenes of which it is known already that it solves them
-    :param held_out: with the textures of evaluation scenes
+    :param evaluates: as RoboTwin's own evaluation does it: with the textures of evaluation scenes, and without a scene
+        in place of one that is unstable
     :return: seeds of the scenes that it solved, with the positions that it went through; None for those in ``there``
     :raises ValueError: it breaks down in one scene after the other, or solves too few
     """
@@ -240,7 +240,7 @@ def _solved(
             if simulator is None:
                 simulator = RemoteSimulator(env.settings, python)
             try:
-                return simulator.record_expert(scene, held_out)
+                return simulator.record_expert(scene, evaluates)
             except WorkerLost:
                 raise
             except Exception as error:
@@ -254,7 +254,7 @@ def _solved(
     solved = failures = 0
     tried = scenes[: MAX_ATTEMPTS * n]
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=n, desc="recording", unit="episode"))
+        bar = stack.enter_context(tqdm(total=n, desc="the expert plays", unit="scene"))
         stack.callback(_close_all, simulators)
         for scene, outcome in stack.enter_context(closing(_in_order(play, tried, n_envs))):
             if isinstance(outcome, Exception):
@@ -273,7 +273,7 @@ def _solved(
             else:
                 failures = 0
                 info, arrays = outcome
-                if not info["success"]:
+                if not info["success"] or (evaluates and info["scene_seed"] != scene):
                     continue
                 yield info["scene_seed"], arrays["actions"]
             solved += 1
@@ -281,7 +281,7 @@ def _solved(
             if solved == n:
                 return
     if tried[-1] == scenes[-1]:
-        raise ValueError(f"There are no more scenes after {scenes[-1]:,}. Begin with another one.")
+        raise ValueError(f"There are no more scenes after {scenes[-1]:,}: {solved} of {len(tried)} were solved.")
     raise ValueError(
         f"RoboTwin's expert solved {solved} of {len(tried)} scenes of {env.task}, too few to go on. Some tasks are "
         "beyond it with this robot."

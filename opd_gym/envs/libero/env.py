@@ -144,9 +144,16 @@ class LiberoEnv(gym.Env):
         """
         :param task_id: number of a task
         :return: number of its official initial states
+        :raises ValueError: unknown task
         :raises FileNotFoundError: the installed LIBERO has none for this task
         """
-        return len(suites.load_init_states(suites.tasks(self.suite)[task_id]))
+        return len(suites.load_init_states(self._task(task_id)))
+
+    def _task(self, task_id: int) -> suites.TaskSpec:
+        tasks = suites.tasks(self.suite)
+        if not 0 <= task_id < len(tasks):
+            raise ValueError(f"Unknown task id {task_id}: {self.suite!r} has the tasks 0 to {len(tasks) - 1}.")
+        return tasks[task_id]
 
     @property
     def simulator(self) -> Simulator:
@@ -171,11 +178,8 @@ class LiberoEnv(gym.Env):
             import_libero()
             from opd_gym.envs.libero.simulator import Simulator
 
-            tasks = suites.tasks(self.suite)
-            if not 0 <= task_id < len(tasks):
-                raise ValueError(f"Unknown task id {task_id}: {self.suite!r} has the tasks 0 to {len(tasks) - 1}.")
             size = max(self.image_size, RENDER_SIZE)
-            self._simulators[task_id] = Simulator(tasks[task_id], self.visuals, size, self.msaa)
+            self._simulators[task_id] = Simulator(self._task(task_id), self.visuals, size, self.msaa)
         self._simulators.move_to_end(task_id)
         self._trim({task_id, self._task_id})
         return self._simulators[task_id]

@@ -311,6 +311,12 @@ class RoboTwinEnv(gym.Env):
                 self._bury(death)
                 continue
             self._obs = dict(arrays)
+            for text in scene.get("broken", ()):
+                warnings.warn(
+                    f"RoboTwin's {self.task} broke down in {text}. Scene {scene['scene_seed']} takes its place.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
             return scene
 
     def _bury(self, death: WorkerLost) -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import opd_gym
@@ -83,11 +84,14 @@ def install_packages(force: bool = False, say: Say = print) -> list[str]:
         raise InstallError(f"SAPIEN needs Python 3.10 to 3.13, this is {sys.version.split()[0]}.")
     target = runtime.packages_dir()
     runtime.add_packages()
+    importlib.invalidate_caches()
     if force:
         # What lies there does not count, and stays until pip has brought the new one
-        sys.path[:] = [entry for entry in sys.path if entry != str(target)]
-    importlib.invalidate_caches()
-    wanted = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+        elsewhere = [entry for entry in sys.path if entry != str(target)]
+        there = {module for module in PACKAGES if PathFinder.find_spec(module, elsewhere) is not None}
+    else:
+        there = {module for module in PACKAGES if importlib.util.find_spec(module) is not None}
+    wanted = [package for module, package in PACKAGES.items() if module not in there]
     if not wanted:
         say("Python packages: all there.")
         return []
@@ -103,7 +107,7 @@ def install_packages(force: bool = False, say: Say = print) -> list[str]:
             shutil.rmtree(target, ignore_errors=True)
         target.mkdir(exist_ok=True)
         # What is imported comes last: who finds a module finds its libraries, also after an interruption
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.stem in PACKAGES):
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name.removesuffix(".py") in PACKAGES):
             destination = target / path.name
             if destination.is_dir():
                 shutil.rmtree(destination)

@@ -6,7 +6,8 @@ import functools
 import importlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ class Simulator:
         :param scene_seed: seed of the scene
         :param held_out: with the textures that RoboTwin keeps for evaluation ("demo_randomized" has textures)
         :param instructions: RoboTwin's "seen" or "unseen" phrasings
-        :return: ``scene_seed`` (the one that was taken), ``instruction``, and the first observation
+        :return: ``scene_seed`` (the one that was taken), ``instruction``, ``broken`` (what went wrong in others), and
+            the first observation
         :raises SimulatorError: none of the seeds has a stable scene
         """
         use_assets(Path(self.settings.assets_root))
@@ -108,39 +110,49 @@ class Simulator:
 
         self._n_resets += 1
         self.close(clear_cache=self._n_resets % CLEAR_CACHE_RESETS == 0)
+        broken: list[str] = []
+        for seed in scene_seeds(scene_seed):
+            try:
+                with self._random, quiet():
+                    self._set_up(seed, held_out)
+                    instruction = self._instruction(seed, instructions)
+                return {"scene_seed": seed, "instruction": instruction, "broken": broken}, self.observe()[1]
+            except UnStableError:
+                self.close()
+            except (FileNotFoundError, ImportError, MemoryError):
+                # Would be so in the next scene, too
+                raise
+            except Exception as error:
+                # RoboTwin's own evaluation takes another seed then, too
+                broken.append(f"scene {seed}: {type(error).__name__}: {error}")
+                self._give_up()
+        tried = scene_seeds(scene_seed)
+        said = f" RoboTwin's code broke down in {len(broken)} of them, the last time in {broken[-1]}." if broken else ""
+        raise SimulatorError(
+            f"{self.settings.task}: no stable scene in {len(tried)} seeds from {tried[0]} to {tried[-1]}. Take another "
+            f"seed; if it happens often, the robot or the objects stand in each other's way.{said}"
+        )
+
+    def _set_up(self, seed: int, held_out: bool) -> None:
+        self._random.seed(seed)
+        self._task = self._class()
+        self._task.shader = self.settings.shader
         # RoboTwin's name of it; whatever else it switches is the limit of steps, which is replaced below
         arguments = {**self._arguments, "eval_mode": held_out}
-        broken = ""
-        with self._random, quiet():
-            for seed in scene_seeds(scene_seed):
-                self._random.seed(seed)
-                self._task = self._class()
-                self._task.shader = self.settings.shader
-                try:
-                    self._task.setup_demo(now_ep_num=seed, seed=seed, is_test=True, **arguments)
-                    break
-                except UnStableError:
-                    self.close()
-                except (FileNotFoundError, ImportError):
-                    # Would be missing in every scene
-                    raise
-                except Exception as error:
-                    # RoboTwin's own evaluation takes another seed then, too
-                    broken = f" In the last scene that did not come about: {type(error).__name__}: {error}."
-                    self._task = None
-                finally:
-                    # Every set-up adds the same ones again
-                    logging.getLogger("toppra").handlers.clear()
-            else:
-                tried = scene_seeds(scene_seed)
-                raise SimulatorError(
-                    f"{self.settings.task}: no stable scene in {len(tried)} seeds from {tried[0]} to {tried[-1]}. Take "
-                    f"another seed; if it happens often, the robot or the objects stand in each other's way.{broken}"
-                )
-            # The env ends episodes; RoboTwin's own counter is out of the way
-            self._task.step_lim = np.inf
-            instruction = self._instruction(seed, instructions)
-        return {"scene_seed": seed, "instruction": instruction}, self.observe()[1]
+        try:
+            self._task.setup_demo(now_ep_num=seed, seed=seed, is_test=True, **arguments)
+        finally:
+            # Every set-up adds the same ones again
+            logging.getLogger("toppra").handlers.clear()
+        # The env ends episodes; RoboTwin's own counter is out of the way
+        self._task.step_lim = np.inf
+
+    def _give_up(self) -> None:
+        """Free a scene that may be half built."""
+        try:
+            self.close()
+        except Exception:
+            self._task = None
 
     def _instruction(self, seed: int, kind: str) -> str:
         from robotwin.description import generate_episode_descriptions
@@ -166,14 +178,19 @@ class Simulator:
         :return: ``success``, and the observation
         :raises SimulatorError: RoboTwin's code breaks down
         """
+        with self._breakdown("in a step"), self._random:
+            _, _, _, info = self._task.gen_sparse_reward_data(np.asarray(actions, dtype=np.float64))
+        return {"success": bool(info["success"])}, self.observe()[1] if observe else self._proprio()
+
+    @contextmanager
+    def _breakdown(self, where: str) -> Iterator[None]:
+        """Whatever RoboTwin's code raises: a ValueError, for instance, would say that the caller is wrong."""
         try:
-            with self._random:
-                _, _, _, info = self._task.gen_sparse_reward_data(np.asarray(actions, dtype=np.float64))
+            yield
         except Exception as error:
             raise SimulatorError(
-                f"RoboTwin's {self.settings.task} broke down in a step: {type(error).__name__}: {error}"
+                f"RoboTwin's {self.settings.task} broke down {where}: {type(error).__name__}: {error}"
             ) from error
-        return {"success": bool(info["success"])}, self.observe()[1] if observe else self._proprio()
 
     def _proprio(self) -> Arrays:
         robot = self._task.robot
@@ -205,13 +222,14 @@ class Simulator:
         views = dict(zip(cameras.static_camera_name, cameras.static_camera_list, strict=True))
         if cameras.collect_wrist_camera:
             views |= {"left_camera": cameras.left_camera, "right_camera": cameras.right_camera}
-        with self._random:
-            self._task.draw()
         pictures = []
-        for name in names:
-            views[name].take_picture()
-            rgb = views[name].get_picture("Color")[..., :3]
-            pictures.append((rgb * 255).clip(0, 255).astype(np.uint8))
+        with self._breakdown("in its pictures"):
+            with self._random:
+                self._task.draw()
+            for name in names:
+                views[name].take_picture()
+                rgb = views[name].get_picture("Color")[..., :3]
+                pictures.append((rgb * 255).clip(0, 255).astype(np.uint8))
         return pictures
 
     def record_expert(self, scene_seed: int, held_out: bool = False) -> tuple[dict[str, Any], Arrays]:
