@@ -33,7 +33,7 @@ from opd_gym import GRPO, OPD
 from opd_gym.demonstrations import Demonstrations, Episode, read_demonstrations, read_statistics, write_demonstrations
 from opd_gym.envs import vec_env
 from opd_gym.envs.registration import CHUNK_SIZES, ROBOTWIN_IDS, make_env_fn
-from opd_gym.envs.robotwin import MESHLESS_TASKS, TASKS, RoboTwinEnv, install, runtime, tasks
+from opd_gym.envs.robotwin import MESHLESS_TASKS, STAND_IN_TASKS, TASKS, RoboTwinEnv, install, runtime, tasks
 from opd_gym.envs.robotwin import remote as remote_module
 from opd_gym.envs.robotwin.actions import (
     statistics_of_actions,
@@ -57,22 +57,16 @@ from opd_gym.zoo.train import default_episodes
 DATA = EXPERT_TRACES
 SETUP = Path(__file__).parents[1] / ".ci" / "setup.sh"
 RECORDED = Path(__file__).parents[1] / "benchmarks" / "data" / "robotwin_handover.zip"
-TRACES = ("handover_block_0", "blocks_ranking_rgb_0", "blocks_ranking_size_0", "stack_blocks_three_0")
+# That of stack_blocks_two is played by `opd-gym robotwin check`
+TRACES = sorted(path.stem for path in DATA.glob("*.npz") if not path.stem.startswith("stack_blocks_two"))
 KWARGS = {"chunk_size": 25, "image_size": 64, "cameras": ("head", "left_wrist", "right_wrist")}
 
 pytestmark = pytest.mark.filterwarnings("ignore:RoboTwin with a stand-in")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_stand_in(tmp_path_factory.mktemp("assets") / "stand-in")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def installed(root):
+def installed():
     """The runtime, installed here if need be, into this library's own folder."""
-    before = os.environ.get("ROBOTWIN_ASSETS_ROOT")
-    os.environ["ROBOTWIN_ASSETS_ROOT"] = str(root)
     try:
         install.install_packages()
         install.install_driver()
@@ -80,6 +74,17 @@ def installed(root):
         if os.environ.get("OPD_GYM_CI"):
             raise
         pytest.skip(f"RoboTwin cannot be installed here: {error}")
+
+
+@pytest.fixture(scope="module")
+def root(installed, tmp_path_factory):
+    return write_stand_in(tmp_path_factory.mktemp("assets") / "stand-in")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def assets(root):
+    before = os.environ.get("ROBOTWIN_ASSETS_ROOT")
+    os.environ["ROBOTWIN_ASSETS_ROOT"] = str(root)
     yield
     if before is None:
         del os.environ["ROBOTWIN_ASSETS_ROOT"]
@@ -109,7 +114,7 @@ def test_every_task_has_an_id():
     from robotwin.config import load_task_config
 
     assert load_task_config("_eval_step_limit") == TASKS
-    assert len(ROBOTWIN_IDS) == 50 and set(MESHLESS_TASKS) <= set(TASKS)
+    assert len(ROBOTWIN_IDS) == 50 and set(MESHLESS_TASKS) < set(STAND_IN_TASKS) < set(TASKS)
     assert "RoboTwinHandoverBlock-v0" in ROBOTWIN_IDS and "RoboTwinPlaceA2bLeft-v0" in ROBOTWIN_IDS
     assert all(env_id in gym.registry and CHUNK_SIZES[env_id] == 25 for env_id in ROBOTWIN_IDS)
 
@@ -219,7 +224,7 @@ def test_no_scene_is_both_for_training_and_evaluation():
         ({"train_seeds": ()}, "train_seeds must be seeds of scenes, at least one"),
         ({"train_seeds": [1.5]}, r"all of them integers from 0 to 999,999; got \[1.5\]"),
         ({"assets_root": "/nowhere"}, "assets are not in /nowhere: .*assets --download.*assets --stand-in"),
-        ({"task": "place_empty_cup"}, "the objects of 'place_empty_cup' are missing in .*these tasks run"),
+        ({"task": "turn_switch"}, "the objects of 'turn_switch' are missing in .*--stand-in`, these tasks run"),
         ({"task_config": "demo_randomized"}, "objects and background_texture are missing"),
         ({"in_process": True, "python": sys.executable}, "cannot be given with in_process=True"),
         ({"python": "/no/python"}, "there is no program '/no/python'"),
@@ -722,6 +727,23 @@ def test_stand_in_is_not_written_over_anything_else(tmp_path):
     write_stand_in(tmp_path / "new")
 
 
+def test_a_stand_in_of_an_earlier_version_has_no_objects(root, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(root, old)
+    (old / runtime.STAND_IN_MARKER).write_text('{"version": 1}')
+    assert runtime.is_stand_in(old) and not runtime.is_current_stand_in(old) and runtime.is_current_stand_in(root)
+    runtime.check_task_assets(old, "handover_block", "demo_clean")
+    with pytest.raises(
+        FileNotFoundError, match="the objects of 'place_empty_cup' are missing .*assets --stand-in`, these"
+    ):
+        runtime.check_task_assets(old, "place_empty_cup", "demo_clean")
+    write_stand_in(old)
+    runtime.check_task_assets(old, "place_empty_cup", "demo_clean")
+    # Clutter needs all of RoboTwin's objects
+    with pytest.raises(FileNotFoundError, match="objects and background_texture are missing"):
+        runtime.check_task_assets(old, "place_empty_cup", "demo_randomized")
+
+
 def test_archives_of_assets(tmp_path):
     with zipfile.ZipFile(tmp_path / "good.zip", "w") as archive:
         archive.writestr("objects/021_cup/base0.glb", b"mesh")
@@ -816,11 +838,12 @@ def test_proprioception_of_another_robot_in_a_file(tmp_path):
 @pytest.mark.parametrize("name", TRACES)
 def test_the_experts_trace_ends_in_success(name, worker):
     trace = Trace.load(DATA / f"{name}.npz")
+    assert trace.task in STAND_IN_TASKS and trace.stand_in and len(TRACES) + 1 == len(STAND_IN_TASKS)
     played = replay(trace, borrow(make_env([trace], **KWARGS), worker))
     assert played.success
     n = len(played.action_chunks)
     # Not from the beginning, and not only at the end of the stand-still
-    assert 5 < n <= len(trace.positions) // 25 + 2
+    assert 4 < n <= len(trace.positions) // 25 + 2
     assert played.observations["head"].shape == (n, 64, 64, 3) and played.observations["proprio"].shape == (n, 14)
 
 

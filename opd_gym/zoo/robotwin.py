@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     assets = commands.add_parser("assets", help="RoboTwin's assets, or a stand-in robot")
     kind = assets.add_mutually_exclusive_group(required=True)
     kind.add_argument("--download", action="store_true", help="the real ones, from the Hugging Face hub")
-    kind.add_argument("--stand-in", action="store_true", help="a robot of boxes that needs no download")
+    kind.add_argument("--stand-in", action="store_true", help="a robot of boxes, and some objects, without a download")
     assets.add_argument("-o", "--output", type=Path, help="folder; default: where the environments look for it")
     assets.set_defaults(run=_assets)
 
@@ -106,7 +106,7 @@ def _assets(args: argparse.Namespace) -> int:
 
     if args.stand_in:
         root = write_stand_in(args.output or runtime.home() / "stand-in")
-        print(f"A stand-in for RoboTwin's robot: {root}\n{runtime.NOT_COMPARABLE}")
+        print(f"A stand-in for RoboTwin's robot and some of its objects: {root}\n{runtime.NOT_COMPARABLE}")
     else:
         root = download_assets(args.output or runtime.home() / "assets")
         print(f"RoboTwin's assets: {root}")
@@ -126,7 +126,7 @@ def _check(args: argparse.Namespace) -> int:
         if not traces:
             raise ValueError(f"There is no trace of {task}. Record one with `opd-gym robotwin record`.")
     root = runtime.home() / "stand-in"
-    if not runtime.is_stand_in(root):
+    if not runtime.is_current_stand_in(root):
         write_stand_in(root)
     failed = 0
     for trace in traces:

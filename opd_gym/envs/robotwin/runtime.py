@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import json
 import os
 import random
 import sys
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from opd_gym.envs.libero.runtime import cache_dir
-from opd_gym.envs.robotwin.tasks import MESHLESS_TASKS
+from opd_gym.envs.robotwin.tasks import MESHLESS_TASKS, STAND_IN_TASKS
 
 INSTALL_HINT = "opd-gym robotwin install"
 DOWNLOAD_HINT = "opd-gym robotwin assets --download"
@@ -40,6 +41,8 @@ DRIVER_VARIABLES = ("VK_ICD_FILENAMES", "VK_DRIVER_FILES")
 # Where drivers describe themselves to Vulkan
 DRIVER_FOLDERS = ("/usr/share/vulkan/icd.d", "/etc/vulkan/icd.d")
 STAND_IN_MARKER = ".stand-in.json"
+# 2: with objects
+STAND_IN_VERSION = 2
 _renderers: list[Any] = []
 # What RoboTwin's runtime imports besides what it is made of; the installer looks for the same.
 MODULES = ("robotwin", "sapien", "toppra", "transforms3d", "trimesh", "cv2", "scipy", "imageio", "yaml", "torch")
@@ -115,6 +118,15 @@ def is_stand_in(assets_root: Path) -> bool:
     return (assets_root / STAND_IN_MARKER).is_file()
 
 
+def is_current_stand_in(assets_root: Path) -> bool:
+    """
+    :param assets_root: see :func:`find_assets`
+    :return: whether it is a stand-in as this version of the library writes it
+    """
+    marker = assets_root / STAND_IN_MARKER
+    return marker.is_file() and json.loads(marker.read_text(encoding="utf-8")).get("version") == STAND_IN_VERSION
+
+
 def robots(assets_root: Path, embodiment: tuple[Any, ...]) -> list[tuple[Path, dict[str, Any]]]:
     """
     :param assets_root: see :func:`find_assets`
@@ -163,15 +175,18 @@ def check_task_assets(assets_root: Path, task: str, task_config: str) -> None:
     def empty(name: str) -> bool:
         return not any((assets_root / "assets" / name).glob("*/*"))
 
+    stand_in = is_stand_in(assets_root)
+    without = STAND_IN_TASKS if is_current_stand_in(assets_root) else MESHLESS_TASKS
     missing = []
-    if task not in MESHLESS_TASKS and empty("objects"):
+    if task not in without and (stand_in or empty("objects")):
         missing.append(f"the objects of {task!r}")
     if task_config == "demo_randomized":
-        missing += [name for name in ("objects", "background_texture") if empty(name)]
+        missing += [name for name in ("objects", "background_texture") if stand_in or empty(name)]
     if missing:
         raise FileNotFoundError(
-            f"{' and '.join(missing)} are missing in {assets_root / 'assets'}. Run `{DOWNLOAD_HINT}`. With nothing "
-            f"but a robot these tasks run, with task_config='demo_clean': {', '.join(MESHLESS_TASKS)}."
+            f"{' and '.join(missing)} are missing in {assets_root / 'assets'}. Run `{DOWNLOAD_HINT}`. Without a "
+            f"download, after `{STAND_IN_HINT}`, these tasks run, with task_config='demo_clean': "
+            f"{', '.join(STAND_IN_TASKS)}."
         )
 
 

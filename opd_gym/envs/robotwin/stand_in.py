@@ -1,5 +1,6 @@
 """
-A robot in place of RoboTwin's, which come with its assets: an arm of boxes, in RoboTwin's layout of files.
+A robot in place of RoboTwin's, which come with its assets: an arm of boxes, in RoboTwin's layout of files, with the
+objects of :mod:`opd_gym.envs.robotwin.stand_in_objects`.
 
 It has the joints, names and reach that RoboTwin's tasks and its expert need, so that everything runs without a
 download. It is not the benchmark's robot, and says so wherever it is used.
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from opd_gym.envs.robotwin.runtime import STAND_IN_MARKER
+from opd_gym.envs.robotwin.runtime import STAND_IN_MARKER, STAND_IN_VERSION
+from opd_gym.envs.robotwin.stand_in_objects import write_objects
 
-VERSION = 1
 _DARK, _LIGHT, _BLACK = (0.25, 0.25, 0.28), (0.75, 0.75, 0.78), (0.1, 0.1, 0.1)
 # By link: size and centre of its box in m, colour, whether it collides, mass in kg
 _BOXES: dict[str, tuple[Any, ...]] = {
@@ -121,11 +122,13 @@ _CONFIG: dict[str, Any] = {
 
 def write_stand_in(root: Path) -> Path:
     """
-    Write a stand-in for the robot ``piper``, of which RoboTwin puts two beside each other: ``("piper", "piper", 0.6)``.
+    Write a stand-in for the robot ``piper``, of which RoboTwin puts two beside each other: ``("piper", "piper", 0.6)``,
+    and for some objects.
 
     :param root: folder to write; replaced if it holds a stand-in already
     :return: the folder, in the layout of RoboTwin's assets
     :raises ValueError: there is something else in it
+    :raises ImportError: RoboTwin's runtime is not installed
     """
     root = Path(root).expanduser()
     if root.exists() and any(root.iterdir()) and not (root / STAND_IN_MARKER).is_file():
@@ -138,7 +141,8 @@ def write_stand_in(root: Path) -> Path:
         (robot / "config.yml").write_text(json.dumps(_CONFIG, indent=1), encoding="utf-8")
         for name in ("objects", "background_texture"):
             (temporary / "assets" / name).mkdir()
-        text = json.dumps({"what": "A stand-in robot, not RoboTwin's.", "version": VERSION})
+        write_objects(temporary / "assets" / "objects")
+        text = json.dumps({"what": "A stand-in robot and objects, not RoboTwin's.", "version": STAND_IN_VERSION})
         (temporary / STAND_IN_MARKER).write_text(text, encoding="utf-8")
         if root.exists():
             shutil.rmtree(root)
