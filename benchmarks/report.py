@@ -94,9 +94,9 @@ def load_runs(study: Study, folder: Path, output: Path) -> dict[str, dict[str, d
             curves.setdefault(name, {})[seed] = values
             target = output / "runs" / f"{name}_seed{seed}"
             target.mkdir(parents=True, exist_ok=True)
-            for file in ("config.yml", "command.txt", "progress.csv"):
-                if (run / file).is_file():
-                    shutil.copyfile(run / file, target / file)
+            for file in (run / "config.yml", run / "command.txt", *run.glob("progress*.csv")):
+                if file.is_file():
+                    shutil.copyfile(file, target / file.name)
     return curves
 
 
