@@ -290,10 +290,13 @@ def test_progress_of_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
         for step in steps:
             logger.record("time/total_timesteps", step)
             logger.record("rollout/success_rate", step / 100)
+            logger.record("time/time_elapsed", step - steps[0] + 7)
             logger.dump(step)
         logger.close()
     rows = read_progress(tmp_path)
     assert [row["time/total_timesteps"] for row in rows] == [10, 20, 30, 40]
+    # 27 seconds until the interruption, of which the last 20 were done again
+    assert [row["time/time_elapsed"] for row in rows] == [7, 34, 44, 54]
     assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["progress.1.csv", "progress.csv"]
     picture = plot_learning_curve(tmp_path, references={"teacher": 0.9})
     assert picture is not None and picture.read_bytes().startswith(b"\x89PNG")

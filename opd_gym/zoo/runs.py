@@ -182,7 +182,12 @@ def read_progress(run_dir: Path) -> list[dict[str, float]]:
         new = [row for row in new if "time/total_timesteps" in row]
         if new:
             start = new[0]["time/total_timesteps"]
+            # The clock of each part begins at 0; what was done twice took its time as well
+            before = rows[-1].get("time/time_elapsed", 0.0) if rows else 0.0
             rows = [row for row in rows if row["time/total_timesteps"] < start]
+            for row in new:
+                if "time/time_elapsed" in row:
+                    row["time/time_elapsed"] += before
         rows.extend(new)
     return rows
 
