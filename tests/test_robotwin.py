@@ -415,7 +415,7 @@ def test_what_the_driver_needs_is_named_as_setup_reads_it(monkeypatch, tmp_path)
     monkeypatch.setattr(install, "_missing_libraries", lambda library, folder: ["libLLVM-15.so.1"])
     with pytest.raises(install.InstallError) as caught:
         install.install_driver()
-    script = f"sed -n '{re.search(r'sed -n .(.*?). <<<', SETUP.read_text())[1]}'"
+    (script,) = re.findall(r"sed -n '.*?'", SETUP.read_text())
     read = subprocess.run(["bash", "-c", script], input=str(caught.value), capture_output=True, text=True).stdout
     assert read.split() == ["libc6", "libllvm15", "libx11-xcb1", "libstdc++6"]
     assert "needs libLLVM-15.so.1" in str(caught.value) and not runtime.driver_file().exists()
