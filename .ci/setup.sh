@@ -88,18 +88,20 @@ check_gl() {
 # installs them, and nothing else is installed; where a name is unknown here, the system's own driver brings its libraries.
 install_robotwin() {
     local log packages
-    say "RoboTwin's runtime"
     log="$(mktemp)"
-    if .venv/bin/python -u -m opd_gym.zoo.cli robotwin install 2>&1 | tee "$log"; then rm "$log"; return; fi
-    packages="$(sed -n 's/.*sudo apt-get install \([a-z0-9.+ -]*\)$/\1/p' "$log")"
-    if [ -n "$packages" ]; then
-        # shellcheck disable=SC2086
-        apt_install $packages || apt_install mesa-vulkan-drivers || return 1
-    elif grep -q 'sudo apt-get update' "$log"; then
-        as_root apt-get update -qq || return 1
-    else
-        return 1
-    fi
-    rm "$log"
-    .venv/bin/python -m opd_gym.zoo.cli robotwin install
+    # Where apt has no lists, what is missing is known only after they have been read
+    for _ in 1 2 3; do
+        say "RoboTwin's runtime"
+        if .venv/bin/python -u -m opd_gym.zoo.cli robotwin install 2>&1 | tee "$log"; then rm "$log"; return; fi
+        packages="$(sed -n 's/.*sudo apt-get install \([a-z0-9.+ -]*\)$/\1/p' "$log")"
+        if [ -n "$packages" ]; then
+            # shellcheck disable=SC2086
+            apt_install $packages || apt_install mesa-vulkan-drivers || return 1
+        elif grep -q 'sudo apt-get update' "$log"; then
+            as_root apt-get update -qq || return 1
+        else
+            return 1
+        fi
+    done
+    return 1
 }
