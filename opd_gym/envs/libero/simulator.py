@@ -151,6 +151,10 @@ class Simulator:
             while True:
                 self.model.body_pos[:], self.model.body_quat[:] = self._body_pose
                 mujoco.mj_resetData(self.model, self.data)
+                # Twice, as stock LIBERO does when it builds the simulator and then its renderer: each evaluation warm-starts
+                # the constraint solver of the next one, and where that does not converge to the last bit (hundreds of
+                # contacts before the objects are placed) the bits of the episode depend on it.
+                mujoco.mj_forward(self.model, self.data)
                 mujoco.mj_forward(self.model, self.data)
                 try:
                     domain._reset_internal()
