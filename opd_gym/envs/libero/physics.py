@@ -67,6 +67,21 @@ _mj_jacSite = _c_function("mj_jacSite", types.intp, types.intp, types.intp, type
 _mj_fullM = _c_function("mj_fullM", types.intp, types.intp, types.intp)
 
 
+_library.mj_copyData.argtypes = [ctypes.c_void_p] * 3
+_library.mj_copyData.restype = ctypes.c_void_p
+
+
+def copy_data(destination: mujoco.MjData, model: mujoco.MjModel, source: mujoco.MjData) -> None:
+    """
+    MuJoCo's ``mj_copyData``, which the Python package of 3.3 does not have.
+
+    :param destination: data of the same model, overwritten
+    :param model: the model of both
+    :param source: whole state, derived quantities included
+    """
+    _library.mj_copyData(destination._address, model._address, source._address)
+
+
 def _compiled(function: Callable[..., Any]) -> Any:
     """
     ``numba.njit`` whose cache belongs to the installed versions.

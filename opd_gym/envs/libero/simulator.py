@@ -13,7 +13,7 @@ import mujoco
 import numpy as np
 
 from opd_gym.envs.libero.models import Visuals, load_model
-from opd_gym.envs.libero.physics import ControllerState, OscStepper
+from opd_gym.envs.libero.physics import ControllerState, OscStepper, copy_data
 from opd_gym.envs.libero.rendering import Renderer
 from opd_gym.envs.libero.runtime import cache_dir, import_libero
 from opd_gym.envs.libero.suites import TaskSpec, load_init_states
@@ -151,9 +151,9 @@ class Simulator:
             while True:
                 self.model.body_pos[:], self.model.body_quat[:] = self._body_pose
                 mujoco.mj_resetData(self.model, self.data)
-                # Twice, as stock LIBERO does when it builds the simulator and then its renderer: each evaluation warm-starts
-                # the constraint solver of the next one, and where that does not converge to the last bit (hundreds of
-                # contacts before the objects are placed) the bits of the episode depend on it.
+                # Twice, as stock LIBERO does when it builds the simulator and then its renderer: each evaluation
+                # warm-starts the constraint solver of the next one. Where the solver does not converge to the last bit
+                # (hundreds of contacts before the objects are placed), the bits of the whole episode depend on it.
                 mujoco.mj_forward(self.model, self.data)
                 mujoco.mj_forward(self.model, self.data)
                 try:
@@ -213,13 +213,13 @@ class Simulator:
         """
         assert self._stepper is not None, "reset first"
         data = mujoco.MjData(self.model) if reuse is None else reuse.data
-        mujoco.mj_copyData(data, self.model, self.data)
+        copy_data(data, self.model, self.data)
         return Snapshot(data, self._stepper.state)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a state of this simulator's present episode."""
         assert self._stepper is not None, "reset first"
-        mujoco.mj_copyData(self.data, self.model, snapshot.data)
+        copy_data(self.data, self.model, snapshot.data)
         self._stepper.state = snapshot.controller
         self.domain._post_process()
 
