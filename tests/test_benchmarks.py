@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult
+from opd_gym.versions import versions
 
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
 
@@ -35,6 +36,7 @@ def test_throughput_measures_ours_and_the_floor(tmp_path, capsys):
     modes = ["--modes", "light", "lerobot", "floor_light"]
     libero_throughput.main(["--quick", "--image-size", "32", "--output", str(tmp_path), *modes, *missing])
     result = json.loads((tmp_path / "results.json").read_text())
+    assert result["versions"] == versions()
     assert result["not_installed"] == ["lerobot"] and "lerobot is not installed" in capsys.readouterr().out
     kinds = [(r["mode"], r["processes"], r["cold"]) for r in result["records"]]
     assert kinds == [
@@ -110,7 +112,9 @@ def test_light_pictures_are_compared_in_the_same_states(tmp_path):
         ["--suites", "libero_object", "--task-ids", "0", "--states", "1", "--moments", "0", "3"]
         + ["--processes", "1", "--output", str(tmp_path)]
     )
-    records = json.loads((tmp_path / "pictures.json").read_text())
+    written = json.loads((tmp_path / "pictures.json").read_text())
+    records = written["records"]
+    assert written["versions"] == versions()
     assert len(records) == 2 * len(light_visuals.SIZES) * len(light_visuals.CAMERAS)
     assert {r["step"] for r in records} == {0, 3}
     # Alike, but not the same: a mode that was ignored would give 1.

@@ -415,7 +415,12 @@ def test_folder_for_the_hub(robot_base, tmp_path):
     """A plain checkpoint with adapters merged, and a card that says what it is, without a path of this machine."""
     model = opd(robot_base, policy_kwargs={"lora": LORA}).learn(8)
     folder = hub.write_model_folder(model, tmp_path / "folder", "somebody/robot", evaluation())
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "versions.json",
+    ]
     obs = model.env.reset()
     loaded = VLAPolicy(model.observation_space, model.action_space, lambda _: 1e-3, checkpoint=folder)
     np.testing.assert_allclose(logits(loaded, obs), logits(model.policy, obs), atol=1e-5)

@@ -161,6 +161,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from opd_gym.envs.registration import LIBERO_IDS, bare_id
     from opd_gym.evaluation import evaluate_success
+    from opd_gym.versions import differences, read_versions
     from opd_gym.zoo.config import build_env, parse_overrides
     from opd_gym.zoo.registry import resolve_checkpoint
     from opd_gym.zoo.train import default_episodes, default_threshold, load_predictor, settings_of
@@ -201,8 +202,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         ]
     finally:
         env.close()
-    for result in results:
+    for name, path, result in zip(names, paths, results, strict=True):
         print(result.to_markdown())
+        changed = differences(read_versions(path), result.versions)
+        if changed:
+            print(f"Not what {name} was trained with: {', '.join(changed)}")
     if film:
         films = [result.frames for result in results]
         frames = [frame for index in sorted(films[-1]) for frame in films[-1][index]]
