@@ -196,6 +196,21 @@ def test_report_of_a_comparison(tmp_path, monkeypatch, capsys):
     assert (output / "eval" / "teacher.json").is_file()
 
 
+def test_report_says_which_evaluations_had_other_versions(tmp_path, monkeypatch):
+    runs, output = tmp_path / "runs", tmp_path / "out"
+    for name, mujoco in {"student": "3.3.2", "opd_seed0": "3.17.0", "teacher": None}.items():
+        episodes = [EpisodeRecord(8, i, True, 10, 0.0, seed=i) for i in range(2)]
+        known = {"mujoco": mujoco} if mujoco else {}
+        EvaluationResult(episodes, versions=known).save(runs / "eval" / f"{name}.json")
+    monkeypatch.setattr(sys, "argv", ["report.py", "robotwin_handover", "--runs", str(runs), "--output", str(output)])
+    with pytest.warns(UserWarning, match="mujoco 3.17.0 and 3.3.2"):
+        report.main()
+    text = (output / "results.md").read_text()
+    assert "- opd, seed 0 and student, seed -: mujoco 3.17.0 and 3.3.2\n" in text and "teacher, seed" not in text
+    success = json.loads((output / "results.json").read_text())["success"]
+    assert success["opd"]["0"]["versions"] == {"mujoco": "3.17.0"} and success["teacher"]["-"]["versions"] == {}
+
+
 def test_report_keeps_the_seeds_of_earlier_results(tmp_path, monkeypatch):
     def run(seed, solved, *arguments):
         runs = tmp_path / f"runs{seed}"

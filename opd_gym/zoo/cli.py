@@ -1,4 +1,4 @@
-"""The command line: ``opd-gym train | eval | enjoy | demos | list | plan | quickstart | robotwin``."""
+"""The command line: ``opd-gym train | eval | enjoy | demos | list | plan | quickstart | doctor | robotwin``."""
 
 from __future__ import annotations
 
@@ -124,6 +124,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_arguments(quick)
     quick.set_defaults(run=_quickstart)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, what is wrong, how to mend it",
+        description="What is installed, what is wrong, the command that mends it, and whether LIBERO is as published.",
+    )
+    from opd_gym.zoo.doctor import add_arguments as add_doctor_arguments
+    from opd_gym.zoo.doctor import run as run_doctor
+
+    add_doctor_arguments(doctor)
+    doctor.set_defaults(run=run_doctor)
 
     robotwin = commands.add_parser(
         "robotwin", help="RoboTwin: runtime, assets, demonstrations", description="What the RoboTwin ids need."

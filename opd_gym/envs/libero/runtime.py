@@ -122,18 +122,16 @@ def configured_folders() -> dict[str, Path]:
     :raises ValueError: the file cannot be read, or leaves out what LIBERO needs
     """
     file, pro = config_file(), is_libero_pro()
-    chosen = "LIBERO_CONFIG_PATH" in os.environ
     if not file.is_file():
         # Others write the file, or need none
-        if chosen and "input(" in _source():
+        if "LIBERO_CONFIG_PATH" in os.environ and "input(" in _source():
             raise FileNotFoundError(
                 f"LIBERO_CONFIG_PATH names the folder {file.parent}, which has no {file.name}: LIBERO would ask on "
                 "stdin what to write into it. Name the folder that has the file, or run `unset LIBERO_CONFIG_PATH` for "
                 "LIBERO's own folders."
             )
         return {}
-    mend = f"Correct the file, or {'run `unset LIBERO_CONFIG_PATH`' if chosen else f'remove it (`rm {file}`)'}"
-    mend += " for LIBERO's own folders."
+    mend = f"Correct the file, or run `{config_mend()}` for LIBERO's own folders."
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -157,6 +155,13 @@ def configured_folders() -> dict[str, Path]:
             )
         found[key] = Path(values[key])
     return found
+
+
+def config_mend() -> str:
+    """
+    :return: the command after which LIBERO takes its own folders again
+    """
+    return "unset LIBERO_CONFIG_PATH" if "LIBERO_CONFIG_PATH" in os.environ else f"rm {config_file()}"
 
 
 def config_note() -> str:
@@ -261,10 +266,10 @@ def warn_of_mujoco() -> None:
     Warn, once in a process and not again in its worker processes, where LIBERO with the installed MuJoCo is not the
     published benchmark.
     """
-    parent = multiprocessing.parent_process()
-    told = {str(os.getpid()), str(parent.pid) if parent is not None else ""}
     version = mujoco_version()
     changes = mujoco_changes(version)
+    parent = multiprocessing.parent_process()
+    told = [str(os.getpid())] + ([str(parent.pid)] if parent is not None else [])
     if not changes or os.environ.get(_WARNED_VARIABLE) in told:
         return
     os.environ[_WARNED_VARIABLE] = str(os.getpid())
