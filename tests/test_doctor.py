@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from opd_gym.envs.libero import runtime
+from opd_gym.envs.robotwin import runtime as robotwin
 from opd_gym.zoo import doctor
 from opd_gym.zoo.cli import main
 
@@ -101,6 +102,23 @@ def test_no_gl(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert status == 1 and found["OpenGL"]["status"] == "wrong" and "MUJOCO_GL=osmesa" in found["OpenGL"]["found"]
     assert "apt-get install libegl1" in found["OpenGL"]["mend"]
     assert found["self-check"] == {"status": "-", "found": "not run: OpenGL first", "mend": ""}
+
+
+def test_robotwin_that_does_not_start_is_no_reason_to_fail(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in robotwin.DRIVER_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(robotwin, "missing_modules", lambda: [])
+    # Whether RoboTwin is installed or not, it cannot be imported in no time
+    monkeypatch.setattr(doctor, "ROBOTWIN_SECONDS", 0.01)
+    _, found = diagnose(capsys, "--no-self-check")
+    assert found["RoboTwin"]["status"] == "-" and "no answer within 0 s" in found["RoboTwin"]["found"]
+    assert found["RoboTwin"]["mend"] == "opd-gym robotwin install --force"
+    monkeypatch.setenv("VK_ICD_FILENAMES", "/nowhere.json")
+    _, found = diagnose(capsys, "--no-self-check")
+    assert found["RoboTwin"]["mend"].startswith("unset VK_ICD_FILENAMES")
+    assert found["Vulkan"]["found"] == "VK_ICD_FILENAMES=/nowhere.json"
 
 
 @pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="needs the source tree")

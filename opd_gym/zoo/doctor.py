@@ -228,7 +228,8 @@ def _robotwin(cache: Check) -> Iterator[Check]:
         install.check(said.append, timeout=ROBOTWIN_SECONDS)
         yield Check("RoboTwin", OK, said[-1])
     except install.InstallError as error:
-        yield Check("RoboTwin", NONE, str(error), f"{robotwin.INSTALL_HINT} --force")
+        chosen = any(name in os.environ for name in robotwin.DRIVER_VARIABLES)
+        yield Check("RoboTwin", NONE, str(error), robotwin.UNSET_HINT if chosen else f"{robotwin.INSTALL_HINT} --force")
     try:
         assets = robotwin.find_assets()
         kind = "stand-in, " if robotwin.is_stand_in(assets) else ""
