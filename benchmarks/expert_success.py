@@ -4,13 +4,12 @@ How often the scripted experts succeed, task by task, in sampled (or official) i
     MUJOCO_GL=egl python benchmarks/expert_success.py --suites libero_object libero_spatial --episodes 20
     MUJOCO_GL=egl python benchmarks/expert_success.py --suites libero_object --tokens --chunk 8
 
-Writes ``<output>/expert_success*.json`` (one record an episode) and a Markdown table beside it.
+Writes ``<output>/expert_success*.json`` (``records``, one an episode) and a Markdown table beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from opd_gym.evaluation import wilson_interval
+from opd_gym.versions import write_results
 
 
 class Job(NamedTuple):
@@ -145,7 +145,7 @@ def main() -> None:
             solved = sum(r["success"] for r in records)
             bar.set_postfix_str(f"{solved}/{len(records)} solved")
             # After every task, so that nothing is lost when a long run is stopped.
-            (args.output / f"expert_success{kind}.json").write_text(json.dumps(records, indent=1) + "\n")
+            write_results(args.output / f"expert_success{kind}.json", {"records": records})
             (args.output / f"expert_success{kind}.md").write_text(table(records) + "\n")
     print(table(records))
 

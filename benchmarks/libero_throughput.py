@@ -969,7 +969,8 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm import tqdm
 
     from opd_gym.envs.libero.suites import tasks as suite_tasks
-    from opd_gym.evaluation import write_atomic
+    from opd_gym.files import write_atomic
+    from opd_gym.versions import write_results
 
     pythons = {"lerobot": args.lerobot_python, "torchrl": args.torchrl_python}
     missing = [mode for mode in args.modes if mode in pythons and not installed(mode, pythons[mode])]
@@ -996,7 +997,7 @@ def main(argv: list[str] | None = None) -> None:
                 record = run(plan, pythons.get(plan.mode, sys.executable), folder, folder / "caches" / cache)
                 result["records"].append(record)
                 # After every process, so that nothing is lost when a long run is stopped.
-                write_atomic(args.output / "results.json", json.dumps(result, indent=1) + "\n")
+                write_results(args.output / "results.json", result)
                 write_atomic(args.output / "results.md", report(result))
     print(report(result))
 

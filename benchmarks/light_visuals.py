@@ -12,7 +12,6 @@ compares success. Everything is written as JSON (one record a picture, or an epi
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -223,7 +222,8 @@ def compare_pictures(args: argparse.Namespace) -> str:
     from tqdm import tqdm
 
     from opd_gym.envs.libero.suites import tasks
-    from opd_gym.evaluation import write_atomic
+    from opd_gym.files import write_atomic
+    from opd_gym.versions import write_results
 
     jobs = []
     for suite in args.suites:
@@ -242,7 +242,7 @@ def compare_pictures(args: argparse.Namespace) -> str:
             worst += [pair for pair in pairs if pair.exact.size]
             bar.update()
             bar.set_postfix_str(f"smallest SSIM {min(record['ssim'] for record in records):.3f}")
-            write_atomic(args.output / "pictures.json", json.dumps(records, indent=1) + "\n")
+            write_results(args.output / "pictures.json", {"records": records})
     moments = ", ".join(map(str, jobs[0].moments))
     text = (
         f"{args.states} official initial states a task, drawn after {moments} steps (or where the episode ended) of "
@@ -273,7 +273,9 @@ def compare_success(args: argparse.Namespace) -> str:
     :param args: see :func:`parse_args`
     :return: markdown
     """
-    from opd_gym.evaluation import EvaluationResult, evaluate_success, write_atomic
+    from opd_gym.evaluation import EvaluationResult, evaluate_success
+    from opd_gym.files import write_atomic
+    from opd_gym.versions import write_results
     from opd_gym.zoo.config import build_env
     from opd_gym.zoo.registry import resolve_checkpoint
     from opd_gym.zoo.train import default_episodes, load_predictor, settings_of
@@ -317,7 +319,7 @@ def compare_success(args: argparse.Namespace) -> str:
     )
     name = f"policy_{Path(args.policy).name}"
     content = {visuals: result.to_dict() for visuals, result in results.items()} | {"paired": paired}
-    write_atomic(args.output / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    write_results(args.output / f"{name}.json", content)
     write_atomic(args.output / f"{name}.md", text)
     return text
 

@@ -33,11 +33,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from opd_gym.envs.instructions import encode_instruction
-from opd_gym.evaluation import write_atomic
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel
 from opd_gym.policies.openvla.checkpoints import published_layout
 from opd_gym.policies.openvla.processing import PromptTokenizer
 from opd_gym.policies.tiny import TinyVLAConfig, TinyVLAModel
+from opd_gym.versions import write_results
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "openvla"
 SHARD = 5 * 10**9
@@ -307,7 +307,7 @@ def main() -> None:
     results["cores"] = os.cpu_count()
     print(json.dumps(results, indent=1))
     args.output.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.output / f"{args.what}.json", json.dumps(results, indent=1) + "\n")
+    write_results(args.output / f"{args.what}.json", results)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from opd_gym.evaluation import EvaluationResult
+from opd_gym.files import write_atomic
+from opd_gym.versions import VERSIONS_FILE, differences, read_versions, write_versions
 from opd_gym.zoo.runs import read_progress
 
 
@@ -94,7 +96,7 @@ def load_runs(study: Study, folder: Path, output: Path) -> dict[str, dict[str, d
             curves.setdefault(name, {})[seed] = values
             target = output / "runs" / f"{name}_seed{seed}"
             target.mkdir(parents=True, exist_ok=True)
-            for file in (run / "config.yml", run / "command.txt", *run.glob("progress*.csv")):
+            for file in (run / "config.yml", run / "command.txt", run / VERSIONS_FILE, *run.glob("progress*.csv")):
                 if file.is_file():
                     shutil.copyfile(file, target / file.name)
     return curves
@@ -198,6 +200,21 @@ def paired(evaluations: dict[str, dict[str, EvaluationResult]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def mixed_versions(evaluations: dict[str, dict[str, EvaluationResult]]) -> str:
+    """
+    :param evaluations: policy -> seed -> result
+    :return: markdown: evaluations that were not played with the versions of the first; empty if there are none
+    """
+    every = [(f"{name}, seed {seed}", r.versions) for name, seeds in evaluations.items() for seed, r in seeds.items()]
+    known = [(name, found) for name, found in every if found]
+    lines = []
+    for name, found in known[1:]:
+        changed = differences(known[0][1], found)
+        if changed:
+            lines.append(f"- {known[0][0]} and {name}: {', '.join(changed)}")
+    return "\n".join(["Not all were evaluated with the same versions:\n", *lines]) + "\n" if lines else ""
+
+
 def draw(study: Study, path: Path, evaluations: dict[str, dict[str, EvaluationResult]], curves: dict[str, Any]) -> None:
     """
     Success while training, over env steps and over wall-clock, with the held-out success before and after.
@@ -260,6 +277,9 @@ def export(study: Study, source: Path, target: Path) -> None:
     env = build_env(study.env, n_envs=1, settings=settings_of(source))
     policy = VLAPolicy(env.observation_space, env.action_space, ConstantSchedule(0.0), checkpoint=source)
     policy.save_checkpoint(target, dtype=torch.float16)
+    trained_with = read_versions(source)
+    if trained_with:
+        write_versions(target, trained_with)
     env.close()
 
 
@@ -286,7 +306,8 @@ def main() -> None:
     if args.keep and (output / "results.json").is_file():
         for learner, seeds in json.loads((output / "results.json").read_text(encoding="utf-8"))["curves"].items():
             curves[learner] = {**seeds, **curves.get(learner, {})}
-    text = "\n".join((table(study, evaluations, curves), paired(evaluations), per_task(study, evaluations)))
+    parts = (table(study, evaluations, curves), paired(evaluations), per_task(study, evaluations))
+    text = "\n".join(filter(None, (*parts, mixed_versions(evaluations))))
     for learner, seeds in curves.items():
         for seed, curve in seeds.items():
             teachers = evaluations.get("teacher", {})
@@ -304,10 +325,14 @@ def main() -> None:
             text += f"\n{LEARNERS[learner][1]}, seed {seed}: 90 % of the teacher's success while training {said}.\n"
     (output / "results.md").write_text(text, encoding="utf-8")
     summary = {
-        name: {seed: {"success_rate": r.success_rate, "interval": r.interval} for seed, r in seeds.items()}
+        name: {
+            seed: {"success_rate": r.success_rate, "interval": r.interval, "versions": r.versions}
+            for seed, r in seeds.items()
+        }
         for name, seeds in evaluations.items()
     }
-    (output / "results.json").write_text(json.dumps({"success": summary, "curves": curves}, indent=1) + "\n")
+    # Versions are those of the evaluations, not those of this table
+    write_atomic(output / "results.json", json.dumps({"success": summary, "curves": curves}, indent=1) + "\n")
     draw(study, output / "curves.png", evaluations, curves)
     print(text)
 

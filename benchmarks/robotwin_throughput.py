@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_gym.evaluation import write_atomic
+from opd_gym.versions import write_results
 
 CHUNK = 25
 EMBODIMENT = ("piper", "piper", 0.6)
@@ -148,7 +148,7 @@ def main() -> None:
             print(record, flush=True)
     about = {"task": args.task, "n_envs": args.n_envs, "decisions": args.decisions, "cores": os.cpu_count()}
     about |= {"python": platform.python_version(), "shader": "default", "robot": "see assets"}
-    write_atomic(args.output / "results.json", json.dumps({"about": about, "records": records}, indent=1) + "\n")
+    write_results(args.output / "results.json", {"about": about, "records": records})
     for mode in MODES:
         speeds = [record["decisions_per_second"] for record in records if record["mode"] == mode]
         print(f"{mode}: {np.median(speeds):.2f} decisions/s (median of {len(speeds)})")

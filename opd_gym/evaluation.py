@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
 from opd_gym.envs.vec_env import Pipeline, announce
+from opd_gym.files import write_atomic
+from opd_gym.versions import differences, parse_versions, versions
 
 # How often an episode that was lost with its worker is played again.
 MAX_REPLAYS = 3
@@ -113,10 +116,13 @@ class EvaluationResult:
 
     :param episodes: one record an episode, in the order in which they were asked for
     :param frames: pictures of the recorded episodes, by position in ``episodes``; not saved
+    :param versions: what the episodes were played with, see :func:`opd_gym.versions.versions`; empty where that is not
+        known
     """
 
     episodes: list[EpisodeRecord]
     frames: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+    versions: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_success(self) -> int:
@@ -145,11 +151,12 @@ class EvaluationResult:
         tasks: dict[int, list[EpisodeRecord]] = defaultdict(list)
         for episode in self.episodes:
             tasks[episode.task_id].append(episode)
-        return {task: EvaluationResult(tasks[task]) for task in sorted(tasks)}
+        return {task: EvaluationResult(tasks[task], versions=self.versions) for task in sorted(tasks)}
 
     def paired(self, other: EvaluationResult) -> tuple[int, int, float]:
         """
-        Compare with a result of the same episodes, which says more than two intervals do.
+        Compare with a result of the same episodes, which says more than two intervals do. Warns where the two were
+        played with different versions.
 
         :param other: result of the same tasks, initial states and seeds in the same order; that the envs were alike
             (horizon, pictures) is up to the caller
@@ -167,6 +174,13 @@ class EvaluationResult:
             raise ValueError(
                 "A paired comparison expects episodes with an initial state or a seed; these were left to the "
                 "environment, so that nothing says which belong together."
+            )
+        changed = differences(self.versions, other.versions)
+        if changed:
+            warnings.warn(
+                f"These results come from different versions: {', '.join(changed)}. The same episode may not be the "
+                "same there.",
+                stacklevel=2,
             )
         pairs = [(a.success, b.success) for a, b in zip(self.episodes, other.episodes, strict=True)]
         only_self, only_other = pairs.count((True, False)), pairs.count((False, True))
@@ -205,6 +219,7 @@ class EvaluationResult:
             "n_success": self.n_success,
             "n_episodes": len(self.episodes),
             "env_steps": self.env_steps,
+            "versions": self.versions,
             "episodes": [asdict(episode) for episode in self.episodes],
         }
 
@@ -223,25 +238,8 @@ class EvaluationResult:
         :return: the result, without pictures
         """
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls([EpisodeRecord(**episode) for episode in values["episodes"]])
-
-
-def write_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """
-    Write a text file in one step: readers see the old content or the new, never a part.
-
-    :param path: file to write; its folder is created
-    :param text: content
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, because os.replace must not cross file systems.
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        episodes = [EpisodeRecord(**episode) for episode in values["episodes"]]
+        return cls(episodes, versions=parse_versions(values.get("versions")))
 
 
 def eval_episodes(
@@ -393,7 +391,8 @@ class _Evaluation:
         # Again only if an episode was lost when the other workers stood still already
         while self.queue.pending:
             self._play()
-        return EvaluationResult([self.records[index] for index in range(len(self.specs))], self.frames)
+        records = [self.records[index] for index in range(len(self.specs))]
+        return EvaluationResult(records, self.frames, versions(self.env))
 
     def _play(self) -> None:
         """Reset all workers and play until each stands still."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult
+from opd_gym.versions import versions
 
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
 
@@ -35,6 +36,7 @@ def test_throughput_measures_ours_and_the_floor(tmp_path, capsys):
     modes = ["--modes", "light", "lerobot", "floor_light"]
     libero_throughput.main(["--quick", "--image-size", "32", "--output", str(tmp_path), *modes, *missing])
     result = json.loads((tmp_path / "results.json").read_text())
+    assert result["versions"] == versions()
     assert result["not_installed"] == ["lerobot"] and "lerobot is not installed" in capsys.readouterr().out
     kinds = [(r["mode"], r["processes"], r["cold"]) for r in result["records"]]
     assert kinds == [
@@ -110,7 +112,9 @@ def test_light_pictures_are_compared_in_the_same_states(tmp_path):
         ["--suites", "libero_object", "--task-ids", "0", "--states", "1", "--moments", "0", "3"]
         + ["--processes", "1", "--output", str(tmp_path)]
     )
-    records = json.loads((tmp_path / "pictures.json").read_text())
+    written = json.loads((tmp_path / "pictures.json").read_text())
+    records = written["records"]
+    assert written["versions"] == versions()
     assert len(records) == 2 * len(light_visuals.SIZES) * len(light_visuals.CAMERAS)
     assert {r["step"] for r in records} == {0, 3}
     # Alike, but not the same: a mode that was ignored would give 1.
@@ -190,6 +194,21 @@ def test_report_of_a_comparison(tmp_path, monkeypatch, capsys):
     assert (output / "curves.png").stat().st_size > 10_000
     assert (output / "runs" / "grpo80_seed0" / "progress.csv").is_file()
     assert (output / "eval" / "teacher.json").is_file()
+
+
+def test_report_says_which_evaluations_had_other_versions(tmp_path, monkeypatch):
+    runs, output = tmp_path / "runs", tmp_path / "out"
+    for name, mujoco in {"student": "3.3.2", "opd_seed0": "3.17.0", "teacher": None}.items():
+        episodes = [EpisodeRecord(8, i, True, 10, 0.0, seed=i) for i in range(2)]
+        known = {"mujoco": mujoco} if mujoco else {}
+        EvaluationResult(episodes, versions=known).save(runs / "eval" / f"{name}.json")
+    monkeypatch.setattr(sys, "argv", ["report.py", "robotwin_handover", "--runs", str(runs), "--output", str(output)])
+    with pytest.warns(UserWarning, match="mujoco 3.17.0 and 3.3.2"):
+        report.main()
+    text = (output / "results.md").read_text()
+    assert "- opd, seed 0 and student, seed -: mujoco 3.17.0 and 3.3.2\n" in text and "teacher, seed" not in text
+    success = json.loads((output / "results.json").read_text())["success"]
+    assert success["opd"]["0"]["versions"] == {"mujoco": "3.17.0"} and success["teacher"]["-"]["versions"] == {}
 
 
 def test_report_keeps_the_seeds_of_earlier_results(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult
 from opd_gym.policies.vla import VLAPolicy, read_checkpoint_config
+from opd_gym.versions import read_versions, versions
 from opd_gym.zoo import hub
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'opd_gym[vla]'")
@@ -408,14 +409,20 @@ def test_teacher_that_is_not_read_cannot_be_cast(robot_base):
 
 
 def evaluation():
-    return EvaluationResult([EpisodeRecord(i % 2, -1, success=i != 3, steps=9, reward=1.0) for i in range(6)])
+    episodes = [EpisodeRecord(i % 2, -1, success=i != 3, steps=9, reward=1.0) for i in range(6)]
+    return EvaluationResult(episodes, versions={"mujoco": "3.3.2", "gl_renderer": "llvmpipe"})
 
 
 def test_folder_for_the_hub(robot_base, tmp_path):
     """A plain checkpoint with adapters merged, and a card that says what it is, without a path of this machine."""
     model = opd(robot_base, policy_kwargs={"lora": LORA}).learn(8)
     folder = hub.write_model_folder(model, tmp_path / "folder", "somebody/robot", evaluation())
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "versions.json",
+    ]
     obs = model.env.reset()
     loaded = VLAPolicy(model.observation_space, model.action_space, lambda _: 1e-3, checkpoint=folder)
     np.testing.assert_allclose(logits(loaded, obs), logits(model.policy, obs), atol=1e-5)
@@ -429,10 +436,12 @@ def test_folder_for_the_hub(robot_base, tmp_path):
         "| teacher | expert |",
         "LoRA of rank 4, merged",
         "| all | 83.3 % |",
+        "| versions | mujoco 3.3.2, gl_renderer llvmpipe |",
         'policy_kwargs={"checkpoint": "somebody/robot"}',
     ):
         assert text in card.content, text
     assert str(robot_base.parent) not in card.content
+    assert read_versions(folder) == {"mujoco": "3.3.2", "gl_renderer": "llvmpipe"}
 
 
 def test_card_names_a_base_on_the_hub(robot_base):
@@ -440,6 +449,7 @@ def test_card_names_a_base_on_the_hub(robot_base):
     model.policy._reference = "Haozhan72/Openvla-oft-SFT-libero-object-traj1"
     card = ModelCard(hub.model_card(model, "somebody/robot"))
     assert card.data.base_model == "Haozhan72/Openvla-oft-SFT-libero-object-traj1"
+    assert f"torch {versions()['torch']}" in card.content
     assert "## Success" not in card.content and "adapters" not in card.content
 
 

@@ -25,6 +25,7 @@ from stable_baselines3.common.utils import LinearSchedule
 import opd_gym
 from opd_gym.envs.registration import LIBERO_IDS
 from opd_gym.evaluation import EvaluationResult
+from opd_gym.versions import read_versions, versions, write_versions
 from opd_gym.zoo import config, load_hyperparams, quickstart, registry
 from opd_gym.zoo.cli import build_parser, main
 from opd_gym.zoo.runs import (
@@ -344,6 +345,7 @@ def test_train_keeps_everything_and_resumes(teacher: Path, tmp_path: Path, capsy
     assert {"args.yml", "config.yml", "command.txt", "progress.csv", "curve.png", "model.zip", "evaluation.json"} <= {
         path.name for path in run.iterdir()
     }
+    assert read_versions(run) == EvaluationResult.load(run / "evaluation.json").versions == versions()
     assert len(list(run.glob("events.out.tfevents*"))) == 1
     stored = yaml.safe_load((run / "config.yml").read_text())
     assert stored["n_steps"] == 32 and stored["n_timesteps"] == 64 and stored["teacher"] == str(teacher)
@@ -367,7 +369,17 @@ def test_train_keeps_everything_and_resumes(teacher: Path, tmp_path: Path, capsy
     command = ["eval", "--env", "CartPole-v1", "--checkpoint", str(run), "--episodes", "3", "--no-progress"]
     assert main([*command, "-o", str(output)]) == 0
     assert len(EvaluationResult.load(output).episodes) == 3
-    assert "| all |" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "| all |" in text and "trained with" not in text
+    # Of a machine with another simulator
+    write_versions(run, {**versions(), "mujoco": "1.0", "robosuite": "1.4.0", "torch": "2.0"})
+    assert main(command) == 0
+    there = versions().get("mujoco")
+    wanted = f"Not what {run} was trained with: mujoco 1.0 and {there}\n"
+    assert (wanted in capsys.readouterr().out) == (there is not None)
+    assert main(["train", "--resume", str(run), "-n", "128", "--no-progress"]) == 0
+    assert (f"Before and from now on: mujoco 1.0 and {there}\n" in capsys.readouterr().out) == (there is not None)
+    assert read_versions(run) == versions()
 
 
 def test_two_runs_with_one_seed_are_identical(teacher: Path, tmp_path: Path) -> None:
@@ -450,7 +462,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("train", "eval", "enjoy", "video", "demos", "list", "quickstart"):
+    for command in ("train", "eval", "enjoy", "video", "demos", "list", "quickstart", "doctor"):
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args([command, "--help"])
         assert stop.value.code == 0
@@ -532,6 +544,8 @@ def test_quickstart(
     assert main([*command, "--minutes", "0.2"]) == 0
     wanted = {"results.json", "results.md", "curve.png", "before_after.mp4", "before_after.gif", "model.zip", "policy"}
     assert wanted <= {path.name for path in folder.iterdir()}
+    assert json.loads((folder / "results.json").read_text())["versions"] == versions()
+    assert read_versions(folder / "policy") == versions()
     results = json.loads((folder / "results.json").read_text())
     tasks = [episode["task_id"] for episode in results["after"]["episodes"]]
     assert tasks == [0, 0, 1, 1] == [episode["task_id"] for episode in results["before"]["episodes"]]

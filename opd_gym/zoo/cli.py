@@ -1,4 +1,4 @@
-"""The command line: ``opd-gym train | eval | enjoy | demos | list | plan | quickstart | robotwin``."""
+"""The command line: ``opd-gym train | eval | enjoy | demos | list | plan | quickstart | doctor | robotwin``."""
 
 from __future__ import annotations
 
@@ -125,6 +125,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_arguments(quick)
     quick.set_defaults(run=_quickstart)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, what is wrong, how to mend it",
+        description="What is installed, what is wrong, the command that mends it, and whether LIBERO is as published.",
+    )
+    from opd_gym.zoo.doctor import add_arguments as add_doctor_arguments
+    from opd_gym.zoo.doctor import run as run_doctor
+
+    add_doctor_arguments(doctor)
+    doctor.set_defaults(run=run_doctor)
+
     robotwin = commands.add_parser(
         "robotwin", help="RoboTwin: runtime, assets, demonstrations", description="What the RoboTwin ids need."
     )
@@ -161,6 +172,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from opd_gym.envs.registration import LIBERO_IDS, bare_id
     from opd_gym.evaluation import evaluate_success
+    from opd_gym.versions import differences, read_versions
     from opd_gym.zoo.config import build_env, parse_overrides
     from opd_gym.zoo.registry import resolve_checkpoint
     from opd_gym.zoo.train import default_episodes, default_threshold, load_predictor, settings_of
@@ -201,8 +213,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         ]
     finally:
         env.close()
-    for result in results:
+    for name, path, result in zip(names, paths, results, strict=True):
         print(result.to_markdown())
+        changed = differences(read_versions(path), result.versions)
+        if changed:
+            print(f"Not what {name} was trained with: {', '.join(changed)}")
     if film:
         films = [result.frames for result in results]
         frames = [frame for index in sorted(films[-1]) for frame in films[-1][index]]

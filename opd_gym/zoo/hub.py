@@ -12,6 +12,8 @@ import torch as th
 from huggingface_hub import HfApi, ModelCardData
 
 from opd_gym import __version__
+from opd_gym.files import write_atomic
+from opd_gym.versions import versions, write_versions
 
 if TYPE_CHECKING:
     from opd_gym.algorithms.base import RolloutAlgorithm
@@ -47,6 +49,7 @@ def model_card(model: RolloutAlgorithm, repo_id: str, result: EvaluationResult |
         "adapters": policy.lora and f"LoRA of rank {policy.lora['r']}, merged into the weights",
         "action tokens": f"{config.chunk_size} actions of {config.action_dim} dimensions, {config.n_bins} bins",
         "cameras": f"{', '.join(config.image_keys)} ({config.image_size[0]} x {config.image_size[1]})",
+        "versions": ", ".join(f"{name} {version}" for name, version in _versions(model, result).items()),
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value]
     success = [] if result is None else ["## Success", "", result.to_markdown()]
@@ -77,6 +80,11 @@ def model_card(model: RolloutAlgorithm, repo_id: str, result: EvaluationResult |
     )
 
 
+def _versions(model: RolloutAlgorithm, result: EvaluationResult | None) -> dict[str, str]:
+    """Those of its success, which is what somebody compares with, else of here and now."""
+    return versions(model.env) if result is None or not result.versions else result.versions
+
+
 def _public_name(source: Any) -> str | None:
     """The name of a model without the path to it; None for what has none."""
     if source is None or not isinstance(source, (str, os.PathLike)):
@@ -105,7 +113,7 @@ def write_model_folder(
     dtype: th.dtype | None = None,
 ) -> Path:
     """
-    Write what :func:`push_to_hub` uploads: a plain checkpoint (LoRA merged) and its card.
+    Write what :func:`push_to_hub` uploads: a plain checkpoint (LoRA merged), its versions and its card.
 
     :param model: the trained model
     :param directory: created if needed
@@ -122,9 +130,8 @@ def write_model_folder(
         raise ValueError(f"Expected the name on the hub as owner/name, got {repo_id!r}.")
     directory = Path(directory).expanduser()
     policy.save_checkpoint(directory, dtype=dtype)
-    temporary = directory / f".tmp-{os.getpid()}-{CARD_FILE}"
-    temporary.write_text(model_card(model, repo_id, result), encoding="utf-8")
-    os.replace(temporary, directory / CARD_FILE)
+    write_versions(directory, _versions(model, result))
+    write_atomic(directory / CARD_FILE, model_card(model, repo_id, result))
     return directory
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 from opd_gym.envs.registration import LIBERO_IDS, bare_id
-from opd_gym.evaluation import EpisodeSpec, EvaluationResult, evaluate_success, write_atomic
+from opd_gym.evaluation import EpisodeSpec, EvaluationResult, evaluate_success
+from opd_gym.files import write_atomic
+from opd_gym.versions import versions, write_results, write_versions
 
 # Seconds of the budget that are for starting up, the curve and the film.
 OVERHEAD = 45.0
@@ -196,6 +197,7 @@ def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: argparse
     model.save(folder / "model.zip")
     if hasattr(model.policy, "save_checkpoint"):
         model.policy.save_checkpoint(folder / "policy")
+        write_versions(folder / "policy", versions(env))
 
     print(f"3/3  Success of the student after: the same {len(episodes)} episodes", flush=True)
     after = evaluate_success(model, env, episodes, record=recorded)
@@ -222,7 +224,7 @@ def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: argparse
         "train_seconds": budget.elapsed,
         "total_seconds": total,
     }
-    write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_results(folder / "results.json", results, env)
     table = (
         f"| {args.env}, {len(episodes)} held-out episodes | success (95 % interval) |\n|---|---|\n"
         f"| student before | {before} |\n| after OPD | {after} |\n\n"

@@ -180,7 +180,7 @@ def _record(args: argparse.Namespace) -> int:
 def _seeds(args: argparse.Namespace) -> int:
     from opd_gym.envs.robotwin.env import RoboTwinEnv
     from opd_gym.envs.robotwin.tasks import EVAL_SEEDS, SEED_STRIDE
-    from opd_gym.evaluation import write_atomic
+    from opd_gym.files import write_atomic
 
     python = _planner(args.python)
     env = RoboTwinEnv(_task_of(args.env), task_config=args.task_config, python=python)

@@ -16,7 +16,8 @@ import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, KVWriter, Logger
 
-from opd_gym.evaluation import write_atomic
+from opd_gym.files import write_atomic
+from opd_gym.versions import differences, read_versions, versions, write_versions
 
 # States to replay, beside the checkpoints: large, so they are written less often.
 STATES_FILE = "states.npz"
@@ -48,7 +49,8 @@ def new_run_dir(folder: str | os.PathLike[str], algo: str, env_id: str) -> Path:
 
 def write_run_files(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping[str, Any]) -> None:
     """
-    Write what it takes to repeat a run: ``args.yml``, ``config.yml`` and ``command.txt``.
+    Write what it takes to repeat a run: ``args.yml``, ``config.yml``, ``command.txt`` and ``versions.json``. Says so
+    where a run goes on with other versions than it was begun with.
 
     :param run_dir: directory of the run
     :param args: arguments of the command line
@@ -60,6 +62,10 @@ def write_run_files(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping
     path = run_dir / "command.txt"
     # A run that was resumed has more than one command.
     write_atomic(path, (path.read_text(encoding="utf-8") if path.exists() else "") + command)
+    changed = differences(read_versions(run_dir), versions())
+    if changed:
+        print(f"Before and from now on: {', '.join(changed)}", flush=True)
+    write_versions(run_dir, versions())
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from opd_gym.demonstrations import read_statistics
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
+from opd_gym.versions import versions, write_versions
 from opd_gym.zoo.config import (
     algorithm_class,
     algorithm_parameters,
@@ -334,10 +335,14 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
         if not finished:
             print(f"Stopped. Go on with: opd-gym train --resume {run_dir}", flush=True)
             return TrainResult(run_dir, model, False)
+        # Once more: now it is known what draws the pictures
+        used = versions(env)
+        write_versions(run_dir, used)
         model.save(run_dir / "model.zip")
         save_checkpoint = getattr(model.policy, "save_checkpoint", None)
         if save_checkpoint is not None:
             save_checkpoint(run_dir / "policy")
+            write_versions(run_dir / "policy", used)
         result = None
         if args.eval_episodes > 0:
             result = evaluate_success(

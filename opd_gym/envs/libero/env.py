@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from gymnasium import spaces
 
 from opd_gym.envs.instructions import INSTRUCTION_BYTES, encode_instruction
 from opd_gym.envs.libero import suites
-from opd_gym.envs.libero.runtime import import_libero, require_libero
+from opd_gym.envs.libero.runtime import import_libero, require_libero, warn_of_mujoco
 
 if TYPE_CHECKING:
     from opd_gym.envs.libero.simulator import Simulator
@@ -59,6 +60,7 @@ class LiberoEnv(gym.Env):
     :param render_mode: None or "rgb_array"
     :raises ValueError: unknown suite, task id, initial states, visuals or render mode
     :raises ImportError: LIBERO is not installed
+    :raises FileNotFoundError: LIBERO's configuration file names a folder that is not there
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -101,6 +103,7 @@ class LiberoEnv(gym.Env):
         if horizon is not None and horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {horizon}.")
         require_libero()
+        warn_of_mujoco()
         self.suite = suite
         self.image_size = image_size
         self.cameras = tuple(cameras)
@@ -170,6 +173,12 @@ class LiberoEnv(gym.Env):
     def instruction(self) -> str:
         """The present episode's instruction."""
         return self.simulator.task.instruction
+
+    @property
+    def gl_renderer(self) -> str | None:
+        """What draws the pictures, in OpenGL's words; None until this process has drawn one."""
+        rendering = sys.modules.get("opd_gym.envs.libero.rendering")
+        return None if rendering is None else rendering.gl_renderer()
 
     def _use(self, task_id: int) -> Simulator:
         """The task's simulator, built lazily in the process that uses it."""

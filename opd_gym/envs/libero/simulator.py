@@ -15,7 +15,7 @@ import numpy as np
 from opd_gym.envs.libero.models import Visuals, load_model
 from opd_gym.envs.libero.physics import ControllerState, OscStepper, copy_data
 from opd_gym.envs.libero.rendering import Renderer
-from opd_gym.envs.libero.runtime import cache_dir, import_libero
+from opd_gym.envs.libero.runtime import cache_dir, config_note, import_libero
 from opd_gym.envs.libero.suites import TaskSpec, load_init_states
 
 NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
@@ -91,7 +91,7 @@ class Simulator:
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"The installed LIBERO cannot build task {task.task_id} of {task.suite!r}: it does not ship "
-                f"{error.filename}."
+                f"{error.filename}.{config_note()}"
             ) from error
         self.model: mujoco.MjModel = self.domain.sim.model._model
         self.data: mujoco.MjData = self.domain.sim.data._data
@@ -131,7 +131,7 @@ class Simulator:
                 raise ValueError(
                     f"The official initial states of {self.task.suite!r}, task {self.task.task_id}, have "
                     f"{states.shape[1]} entries, its model needs {expected}: the files do not fit together. "
-                    'Use init_states="sampled".'
+                    f'Use init_states="sampled".{config_note()}'
                 )
             self._init_states = states
         return self._init_states

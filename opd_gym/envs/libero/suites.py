@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_gym.envs.libero.runtime import import_libero
+from opd_gym.envs.libero.runtime import config_note, import_libero
 
 N_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
 CLASSIC_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -96,7 +96,7 @@ def tasks(suite: str) -> tuple[TaskSpec, ...]:
         if not bddl_file.exists():
             raise ValueError(
                 f"The installed LIBERO names the suite {suite!r} but does not ship its task files "
-                f"({bddl_file.name} is missing)."
+                f"({bddl_file} is missing).{config_note()}"
             )
         stem = init_root / task.problem_folder / task.init_states_file
         found.append(TaskSpec(suite, i, task.name, task.language, bddl_file.resolve(), (Path(f"{stem}.npz"), stem)))
@@ -121,7 +121,7 @@ def load_init_states(task: TaskSpec) -> np.ndarray:
             return _load_torch_states(path)
     raise FileNotFoundError(
         f"LIBERO ships no official initial states for {task.suite!r}, task {task.task_id} ({task.name}). "
-        'Use init_states="sampled".'
+        f'Use init_states="sampled".{config_note()}'
     )
 
 

@@ -256,12 +256,13 @@ def install_planner(force: bool = False, say: Say = print) -> Path:
     return target / "bin" / "python"
 
 
-def check(say: Say = print, planner: bool = False) -> None:
+def check(say: Say = print, planner: bool = False, timeout: float | None = None) -> None:
     """
     Import RoboTwin and look for a Vulkan device, in a process of its own.
 
     :param say: told what happens
     :param planner: with the planner's interpreter, and the planner too
+    :param timeout: seconds after which it counts as hanging; None for no limit
     :raises InstallError: it does not work, with the reason
     """
     code = "from opd_gym.envs.robotwin.runtime import import_robotwin as f; print('SAPIEN', f().__version__)\n"
@@ -272,13 +273,17 @@ def check(say: Say = print, planner: bool = False) -> None:
         python, name = str(runtime.planner_dir() / "bin" / "python"), "RoboTwin's planner"
     else:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(
-        [python, "-W", "ignore", "-c", LOAD_LIBRARY + code, str(opd_gym.__file__)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [python, "-W", "ignore", "-c", LOAD_LIBRARY + code, str(opd_gym.__file__)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InstallError(f"{name} does not start: no answer within {timeout:.0f} s") from error
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
         raise InstallError(f"{name} does not start: {said[-1] if said else f'exit code {done.returncode}'}")

@@ -230,7 +230,14 @@ def has_gpu() -> bool:
     :return: whether an NVIDIA driver is loaded and can be used with Vulkan: many containers have it for CUDA alone
     """
     described = (path for folder in DRIVER_FOLDERS for path in Path(folder).glob("nvidia_icd*.json"))
-    return os.path.exists("/proc/driver/nvidia/version") and any(described)
+    return nvidia_driver() and any(described)
+
+
+def nvidia_driver() -> bool:
+    """
+    :return: whether an NVIDIA driver is loaded
+    """
+    return os.path.exists("/proc/driver/nvidia/version")
 
 
 def _choose_driver() -> None:
