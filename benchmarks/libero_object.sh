@@ -11,20 +11,31 @@ SFT="learning_rate:1e-3 label_smoothing:2.0 augmentation:random_shift_batch poli
 
 # 1. Demonstrations of the scripted expert, on sampled initial states: 40 a task with pushes to recover from, and plain ones.
 demos() {
-    opd-gym demos --env $ENV -n 40 --seed 50000 --image-size 64 --stride 2 --perturbation 0.03 -o "$RUNS/demos/pushed"
-    opd-gym demos --env $ENV -n 8 --seed 90000 --image-size 64 -o "$RUNS/demos/plain"
+    local half
+    for half in "0 1 2 3 4" "5 6 7 8 9"; do
+        # shellcheck disable=SC2086
+        {
+            opd-gym demos --env $ENV --task-ids $half -n 40 --seed 50000 --image-size 64 --stride 2 --perturbation 0.03 \
+                -o "$RUNS/demos/pushed"
+            opd-gym demos --env $ENV --task-ids $half -n 8 --seed 90000 --image-size 64 -o "$RUNS/demos/plain"
+        } &
+    done
+    wait
 }
 
-# 2. The teacher and the student, the checkpoints of opd_gym/zoo/checkpoints (stored there in half precision).
+# 2. The teacher and the student, the checkpoints of opd_gym/zoo/checkpoints (stored there in half precision). After its
+#    demonstrations the teacher is corrected by the expert in the states that it visits itself (DAgger).
 checkpoints() {
     # shellcheck disable=SC2086
     opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos/pushed" --student none --n-timesteps 2000 \
         --hyperparams $SFT validation_fraction:0.05 -f "$RUNS/teacher"
+    opd-gym train --algo opd --env $ENV --teacher expert --student "$RUNS/teacher/sft/${ENV}_1/policy" --n-timesteps 4000 \
+        --hyperparams divergence:forward_kl teacher_kwargs.smoothing:2.0 -f "$RUNS/teacher"
     # shellcheck disable=SC2086
-    opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos/plain" --student none --n-timesteps 400 --seed 2 \
+    opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos/plain" --student none --n-timesteps 250 --seed 2 \
         --hyperparams $SFT n_demos:1 -f "$RUNS/student"
     # To make them the zoo's:
-    #   python benchmarks/report.py libero_object --export "$RUNS/teacher/sft/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-teacher
+    #   python benchmarks/report.py libero_object --export "$RUNS/teacher/opd/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-teacher
     #   python benchmarks/report.py libero_object --export "$RUNS/student/sft/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-student
 }
 
@@ -37,18 +48,19 @@ compare() {
     done
 }
 
-# 4. Held-out evaluation: greedy actions on LIBERO's official initial states, which nobody trained on.
+# 4. Held-out evaluation: greedy actions on all 500 of LIBERO's official initial states, which nobody trained on.
 evaluate() {
     local seed
-    opd-gym eval --env $ENV --checkpoint libero-object-student --episodes 200 -o "$RUNS/eval/student.json"
-    opd-gym eval --env $ENV --checkpoint libero-object-teacher --episodes 200 -o "$RUNS/eval/teacher.json"
+    evaluate_one libero-object-student student
+    evaluate_one libero-object-teacher teacher
+    evaluate_one libero-object-teacher teacher_exact --env-kwargs visuals:exact
     for seed in $SEEDS; do
-        opd-gym eval --env $ENV --checkpoint "$RUNS/seed$seed/opd/${ENV}_1/policy" --episodes 200 \
-            -o "$RUNS/eval/opd_seed$seed.json"
-        opd-gym eval --env $ENV --checkpoint "$RUNS/seed$seed/grpo/${ENV}_1/policy" --episodes 200 \
-            -o "$RUNS/eval/grpo_seed$seed.json"
+        evaluate_one "$RUNS/seed$seed/opd/${ENV}_1/policy" "opd_seed$seed"
+        evaluate_one "$RUNS/seed$seed/grpo/${ENV}_1/policy" "grpo_seed$seed"
     done
 }
+
+evaluate_one() { opd-gym eval --env $ENV --checkpoint "$1" --episodes 500 -o "$RUNS/eval/$2.json" "${@:3}"; }
 
 # 5. Tables and curves, from the files alone.
 report() { python benchmarks/report.py libero_object --runs "$RUNS"; }

@@ -49,7 +49,8 @@ STUDIES = {
             "student": "student: SFT, one demonstration a task",
             "grpo": "student + GRPO",
             "opd": "student + OPD",
-            "teacher": "teacher: SFT, 40 demonstrations a task",
+            "teacher": "teacher: SFT, 40 demonstrations a task, then DAgger",
+            "teacher_exact": "the teacher on LIBERO's own pictures",
         },
     ),
     "robotwin_handover": Study(
