@@ -252,7 +252,7 @@ def _difference(a: mujoco.MjModel, b: mujoco.MjModel, n_steps: int = 200) -> str
     """
     states = []
     warn = mujoco.get_mju_user_warning()
-    # The objects lie in each other before a reset has placed them, and some fly apart: MuJoCo's warnings of it are no news
+    # The objects lie in each other before a reset has placed them, and some fly apart: MuJoCo need not warn of it
     mujoco.set_mju_user_warning(lambda text: None)
     try:
         for model in (a, b):
