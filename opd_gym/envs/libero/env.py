@@ -170,9 +170,7 @@ class LiberoEnv(gym.Env):
     @property
     def instruction(self) -> str:
         """The present episode's instruction."""
-        if self._task_id is None:
-            raise RuntimeError("Call reset() first: the task is drawn there.")
-        return self._task(self._task_id).instruction
+        return self.simulator.task.instruction
 
     def _key(self, task_id: int) -> Hashable:
         """Tasks with the same key share a simulator."""
@@ -199,8 +197,8 @@ class LiberoEnv(gym.Env):
         for key in idle[: max(0, len(self._simulators) - self._max_simulators)]:
             self._simulators.pop(key).close()
 
-    def _prepare(self, simulator: Simulator, task_id: int) -> None:
-        """For subclasses: change what an episode begins with."""
+    def _prepare(self, simulator: Simulator) -> None:
+        """For subclasses: change what an episode of ``simulator.task`` begins with."""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -232,7 +230,8 @@ class LiberoEnv(gym.Env):
         simulator = self._use(task_id)
         self._task_id = task_id
         self._trim([self._key(task_id)])
-        self._prepare(simulator, task_id)
+        simulator.task = self._task(task_id)
+        self._prepare(simulator)
         init_state_id = options.get("init_state_id")
         if init_state_id is None:
             if self.init_states == "sampled":
@@ -249,7 +248,7 @@ class LiberoEnv(gym.Env):
                 raise ValueError(f"Unknown initial state {init_state_id}: this task has 0 to {len(states) - 1}.")
             # An official state does not hold the fixtures' places; they follow from its id, so the state means one
             # scene.
-            simulator.reset(1000 * self._task(task_id).scene_id + init_state_id, states[init_state_id])
+            simulator.reset(1000 * simulator.task.scene_id + init_state_id, states[init_state_id])
         self._init_state_id = init_state_id
         self._instruction = encode_instruction(self.instruction, self.instruction_bytes)
         self._steps = 0

@@ -375,28 +375,31 @@ class LiberoPlusEnv(LiberoEnv):
             raise ValueError(f"LIBERO-Plus' task {task_id} of {self.suite!r} cannot run: {reason}")
         return super()._use(task_id)
 
-    def _prepare(self, simulator: Simulator, task_id: int) -> None:
-        task = self._task(task_id)
+    def _prepare(self, simulator: Simulator) -> None:
+        task = self._present(simulator)
         simulator.perturb(
             robot_qpos=_robot_positions()[task.robot] if task.robot else None,
             agentview_pose=move_camera(simulator.agentview_pose, task.view),
         )
         self._noise_seed = int(self.np_random.integers(2**31))
 
+    @staticmethod
+    def _present(simulator: Simulator) -> PlusTask:
+        assert isinstance(simulator.task, PlusTask)
+        return simulator.task
+
     def _draw(self) -> list[np.ndarray]:
         pictures = super()._draw()
-        assert self._task_id is not None
-        task = self._task(self._task_id)
+        task = self._present(self.simulator)
         if task.noise and "agentview" in self.cameras:
             # Seeded by the step, so that it does not matter which pictures were looked at before
-            rng = np.random.RandomState([self._noise_seed, self._steps])
+            rng = np.random.RandomState([self._noise_seed, task.task_id, self._steps])
             noisy = noise.corrupt(self.simulator.render(("agentview",), noise.SIZE)[0], task.noise, rng)
             pictures[self.cameras.index("agentview")] = _resize(noisy, self.image_size)
         return pictures
 
     def _info(self, success: bool) -> dict[str, Any]:
-        assert self._task_id is not None
-        task = self._task(self._task_id)
+        task = self._present(self.simulator)
         return {
             **super()._info(success),
             "category": task.category,

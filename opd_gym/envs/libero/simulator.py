@@ -54,7 +54,7 @@ class Simulator:
     """
     The simulator of one LIBERO task. Building it takes seconds, so it is built where it is used and kept.
 
-    :param task: which task
+    :param task: which task; the attribute may be set to another one of the same scene
     :param visuals: "exact" for LIBERO's own pictures, "light" for simplified visual meshes (physics identical)
     :param max_size: largest side of a picture, in pixels
     :param msaa: whether edges are smoothed (LIBERO's own pictures always are)
