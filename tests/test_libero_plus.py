@@ -252,7 +252,8 @@ def test_a_scene_with_other_lights(tmp_path):
 def test_env_checker():
     assert set(LIBERO_PLUS_IDS) == {f"LiberoPlus{name}-v0" for name in ("Spatial", "Object", "Goal", "10")}
     assert set(LIBERO_PLUS_IDS) <= set(gym.registry)
-    env = gym.make("opd_gym:LiberoPlusObject-v0", image_size=16, visuals="light", categories=["robot"], max_simulators=2)
+    robot = find("libero_object", category="robot").task_id
+    env = gym.make("opd_gym:LiberoPlusObject-v0", image_size=16, visuals="light", task_ids=[robot])
     with warnings.catch_warnings():
         # Proprioception has no bounds that hold for every scene.
         warnings.filterwarnings("ignore", message=".*infinity.*")

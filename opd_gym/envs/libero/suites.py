@@ -144,6 +144,8 @@ def load_init_states(task: TaskSpec) -> np.ndarray:
     )
 
 
+# LIBERO-Plus has hundreds of tasks with the same file, of which an evaluation counts the states
+@functools.lru_cache(maxsize=16)
 def _load_torch_states(path: Path) -> np.ndarray:
     """The original LIBERO stores a NumPy array with torch.save; only the classes an array needs are allowed to load."""
     import torch
@@ -159,4 +161,6 @@ def _load_torch_states(path: Path) -> np.ndarray:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is not a plain array of initial states: {error}") from error
     # LIBERO-Plus stores a single state as a vector
-    return np.atleast_2d(np.asarray(states, dtype=np.float64))
+    states = np.atleast_2d(np.array(states, dtype=np.float64))
+    states.flags.writeable = False
+    return states
