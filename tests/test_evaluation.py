@@ -18,6 +18,7 @@ from opd_gym.evaluation import (
     EpisodeRecord,
     EpisodeSpec,
     EvaluationResult,
+    difference_interval,
     eval_episodes,
     evaluate_success,
     mcnemar,
@@ -210,6 +211,43 @@ def test_result(tmp_path: Any) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]
     assert math.isnan(EvaluationResult([]).success_rate)
     assert evaluate_success(Always(), make(1), [], progress=False) == EvaluationResult([])
+
+
+def test_table_by_perturbation(tmp_path: Any) -> None:
+    def episodes(n: int, k: int, **values: Any) -> list[EpisodeRecord]:
+        return [EpisodeRecord(i, 0, i < k, 10, 0.0, **values) for i in range(n)]
+
+    result = EvaluationResult(
+        [
+            *episodes(10, 9),
+            *episodes(4, 3, category="camera", perturbation="view_1", difficulty=2),
+            *episodes(4, 1, category="camera", perturbation="view_2", difficulty=1),
+            *episodes(5, 0, category="swap"),
+        ]
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.to_markdown().splitlines()]
+    assert [(row[0], row[1], row[3]) for row in rows[2:]] == [
+        ("all", "56.5 %", "23"),
+        ("unperturbed", "90.0 %", "10"),
+        ("camera", "50.0 %", "8"),
+        ("camera, level 1", "25.0 %", "4"),
+        ("camera, level 2", "75.0 %", "4"),
+        ("swap", "0.0 %", "5"),
+    ]
+    assert rows[0][-1] == "points against unperturbed"
+    low, high = difference_interval(4, 8, 9, 10)
+    assert rows[4][-1] == f"-40.0 [{100 * low:+.1f}, {100 * high:+.1f}]" and rows[2][-1] == rows[3][-1] == ""
+    perturbed = EvaluationResult(result.episodes[10:]).to_markdown()
+    assert "unperturbed" not in perturbed
+    result.save(tmp_path / "result.json")
+    assert EvaluationResult.load(tmp_path / "result.json") == result
+
+
+def test_difference_interval() -> None:
+    """Newcombe (1998), Statistics in Medicine 17, table II, method 10."""
+    assert difference_interval(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+    assert difference_interval(9, 10, 3, 10) == pytest.approx((0.1705, 0.8090), abs=1e-4)
+    assert difference_interval(5, 56, 0, 29) == pytest.approx((-0.0381, 0.1926), abs=1e-4)
 
 
 def test_paired_results() -> None:

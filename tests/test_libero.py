@@ -13,7 +13,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import opd_gym
 from opd_gym.envs.libero import CLASSIC_SUITES, PRO_SUITES, SUITES, LiberoEnv
-from opd_gym.envs.registration import LIBERO_IDS
+from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
 from opd_gym.zoo.train import default_episodes
 
@@ -273,7 +273,7 @@ def test_bad_calls_are_refused(env):
 def test_every_suite_and_task_has_an_id():
     assert set(LIBERO_IDS) <= set(gym.registry)
     assert {"LiberoObject-v0", "LiberoSpatial-v0", "LiberoGoal-v0", "Libero10-v0", "Libero90-v0"} <= set(LIBERO_IDS)
-    assert len(LIBERO_IDS) == len(SUITES) + 40 and "LiberoObjectWithMug-v0" in LIBERO_IDS
+    assert len(LIBERO_IDS) == len(SUITES) + 40 + len(LIBERO_PLUS_IDS) and "LiberoObjectWithMug-v0" in LIBERO_IDS
     for suite in CLASSIC_SUITES:
         assert len(tasks(suite)) == 10 and load_init_states(tasks(suite)[0]).shape[0] == 50
     with pytest.raises(ValueError, match="does not ship"):
@@ -282,7 +282,7 @@ def test_every_suite_and_task_has_an_id():
 
 IDS = ["LiberoObject-v0", "LiberoSpatialTask2-v0", "LiberoGoalTask5-v0", "Libero10Task1-v0", "LiberoObjectWithMug-v0"]
 if os.environ.get("OPD_GYM_TEST_ALL_IDS"):
-    IDS = sorted(LIBERO_IDS)
+    IDS = sorted(set(LIBERO_IDS) - set(LIBERO_PLUS_IDS))
 
 
 @pytest.mark.parametrize("env_id", IDS)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
 _LIBERO = "opd_gym.envs.libero.env:LiberoEnv"
+_LIBERO_PLUS = "opd_gym.envs.libero.plus:LiberoPlusEnv"
 _ROBOTWIN = "opd_gym.envs.robotwin.env:RoboTwinEnv"
 
 
@@ -31,7 +32,8 @@ def _table() -> dict[str, dict[str, Any]]:
     return table
 
 
-LIBERO_IDS = _table()
+LIBERO_PLUS_IDS = {f"{_camel(suite).replace('Libero', 'LiberoPlus')}-v0": {"suite": suite} for suite in CLASSIC_SUITES}
+LIBERO_IDS = _table() | LIBERO_PLUS_IDS
 ROBOTWIN_IDS: dict[str, dict[str, Any]] = {f"RoboTwin{camel(task)}-v0": {"task": task} for task in TASKS}
 
 # The chunk that the published policies of a benchmark decode at once; ids that are not here act step by step.
@@ -40,7 +42,8 @@ CHUNK_SIZES = {env_id: 8 for env_id in LIBERO_IDS} | {env_id: 25 for env_id in R
 
 def register_envs() -> None:
     """Register every environment id; called when ``opd_gym`` is imported."""
-    for entry_point, ids in ((_LIBERO, LIBERO_IDS), (_ROBOTWIN, ROBOTWIN_IDS)):
+    # The first that registers an id wins
+    for entry_point, ids in ((_LIBERO_PLUS, LIBERO_PLUS_IDS), (_LIBERO, LIBERO_IDS), (_ROBOTWIN, ROBOTWIN_IDS)):
         for env_id, kwargs in ids.items():
             if env_id not in gym.registry:
                 gym.register(env_id, entry_point=entry_point, kwargs=dict(kwargs))

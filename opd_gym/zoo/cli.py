@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,28 @@ def build_parser() -> argparse.ArgumentParser:
 
     for name, text in (("eval", "success rate over held-out episodes"), ("enjoy", "film a policy (alias: video)")):
         sub = commands.add_parser(name, aliases=["video"] if name == "enjoy" else [], help=text, description=text)
-        sub.add_argument("--env", required=True, help="environment id, for instance LiberoObject-v0")
+        sub.add_argument(
+            "--env",
+            required=True,
+            nargs="+" if name == "eval" else None,
+            help="environment id, for instance LiberoObject-v0"
+            + ("; several give one table, by perturbation" if name == "eval" else ""),
+        )
         sub.add_argument("--checkpoint", "--student", dest="checkpoint", required=True, help=_CHECKPOINT_HELP)
         sub.add_argument("--task-ids", type=int, nargs="+", help="tasks; default: all of the env")
+        sub.add_argument("--categories", nargs="+", help="LIBERO-Plus' perturbations, for instance camera language")
         sub.add_argument(
-            "--episodes", type=int, default=100 if name == "eval" else 1, help="in all, shared evenly by the tasks"
+            "--difficulty",
+            type=int,
+            nargs="+",
+            help="LIBERO-Plus' levels, 1 to 5; needs --difficulty-file",
+        )
+        sub.add_argument("--difficulty-file", metavar="FILE", help="LIBERO-Plus' task_classification.json")
+        sub.add_argument(
+            "--episodes",
+            type=int,
+            default=100 if name == "eval" else 1,
+            help="of each env, shared evenly by the tasks; fewer than LIBERO-Plus' tasks take a part of each category",
         )
         sub.add_argument("--init-states", choices=("eval", "sampled"), default="eval", help="official or drawn states")
         sub.add_argument("--n-envs", type=int, default=2 if name == "eval" else 1)
@@ -170,8 +188,8 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from stable_baselines3.common.utils import get_device
 
-    from opd_gym.envs.registration import LIBERO_IDS, bare_id
-    from opd_gym.evaluation import evaluate_success
+    from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
+    from opd_gym.evaluation import EvaluationResult, evaluate_success
     from opd_gym.versions import differences, read_versions
     from opd_gym.zoo.config import build_env, parse_overrides
     from opd_gym.zoo.registry import resolve_checkpoint
@@ -187,32 +205,53 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"Both policies of a film act in one env, but {names[0]} and {names[1]} differ in what they were trained "
             "with (pictures, chunk or the statistics of their action tokens). Film them one by one."
         )
-    env_kwargs: dict[str, Any] = {}
-    if bare_id(args.env) in LIBERO_IDS:
-        env_kwargs["visuals"] = settings.get("visuals", "light")
-        if args.task_ids:
-            env_kwargs["task_ids"] = tuple(args.task_ids)
+
+    plus = ("categories", "difficulty", "difficulty_file")
+    given = [name for name in plus if getattr(args, name)]
+    if given and not any(bare_id(env_id) in LIBERO_PLUS_IDS for env_id in ([args.env] if film else args.env)):
+        raise ValueError(f"{', '.join(given)}: only LIBERO-Plus has these; its ids are {', '.join(LIBERO_PLUS_IDS)}.")
+
+    def play(env_id: str) -> list[EvaluationResult]:
+        env_kwargs: dict[str, Any] = {}
+        if bare_id(env_id) in LIBERO_IDS:
+            env_kwargs["visuals"] = settings.get("visuals", "light")
+            if args.task_ids:
+                env_kwargs["task_ids"] = tuple(args.task_ids)
+        if bare_id(env_id) in LIBERO_PLUS_IDS:
+            env_kwargs.update({name: getattr(args, name) for name in plus})
+        if film:
+            env_kwargs["render_mode"] = "rgb_array"
+        env_kwargs.update(parse_overrides(args.env_kwargs))
+        env = build_env(env_id, n_envs=args.n_envs, seed=args.seed, settings=settings, **env_kwargs)
+        try:
+            episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
+            if env.has_attr("left_out"):
+                left_out = env.get_attr("left_out", indices=0)[0]
+                if left_out:
+                    counts = ", ".join(f"{n} of {category}" for category, n in left_out.items())
+                    print(f"{env_id} leaves out tasks that cannot run here: {counts}.", file=sys.stderr)
+            threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(env_id)
+            return [
+                evaluate_success(
+                    load_predictor(path, env).to(get_device(args.device)),
+                    env,
+                    episodes[: args.episodes] if film else episodes,
+                    deterministic=not args.stochastic,
+                    progress=args.progress,
+                    reward_threshold=threshold,
+                    record=sys.maxsize if film else 0,
+                )
+                for path in paths
+            ]
+        finally:
+            env.close()
+
     if film:
-        env_kwargs["render_mode"] = "rgb_array"
-    env_kwargs.update(parse_overrides(args.env_kwargs))
-    env = build_env(args.env, n_envs=args.n_envs, seed=args.seed, settings=settings, **env_kwargs)
-    try:
-        episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
-        threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(args.env)
-        results = [
-            evaluate_success(
-                load_predictor(path, env).to(get_device(args.device)),
-                env,
-                episodes[: args.episodes] if film else episodes,
-                deterministic=not args.stochastic,
-                progress=args.progress,
-                reward_threshold=threshold,
-                record=sys.maxsize if film else 0,
-            )
-            for path in paths
-        ]
-    finally:
-        env.close()
+        results = play(args.env)
+    else:
+        played = [(bare_id(env_id), play(env_id)[0]) for env_id in args.env]
+        episodes = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.episodes]
+        results = [EvaluationResult(episodes, versions=played[-1][1].versions)]
     for name, path, result in zip(names, paths, results, strict=True):
         print(result.to_markdown())
         changed = differences(read_versions(path), result.versions)

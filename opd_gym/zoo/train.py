@@ -111,7 +111,8 @@ def default_episodes(
     Held-out episodes: official initial states where the env has tasks, seeds that nobody trains with elsewhere.
 
     :param env: the env
-    :param n_episodes: number of episodes, rounded up to the same number for every task
+    :param n_episodes: number of episodes, rounded up to the same number for every task; of LIBERO-Plus' thousands of
+        tasks fewer episodes take a part, see ``LiberoPlusEnv.sample_tasks``
     :param task_ids: tasks; None for all that the env draws from
     :param init_states: "eval" or "sampled", see :func:`eval_episodes`
     :param suite_horizon: evaluate at the suite's own horizon, whatever the env was made with for training
@@ -121,6 +122,8 @@ def default_episodes(
     if not env.has_attr("task_ids"):
         return [EpisodeSpec(seed=SAMPLED_EVAL_SEED + i) for i in range(n_episodes)]
     tasks = list(task_ids) if task_ids else [int(task) for task in env.get_attr("task_ids", indices=0)[0]]
+    if n_episodes < len(tasks) and env.has_attr("sample_tasks"):
+        tasks = env.env_method("sample_tasks", n_episodes, indices=0)[0]
     per_task = max(1, -(-n_episodes // len(tasks)))
     if init_states == "eval" and env.has_attr("n_init_states"):
         # Now, and not when all the others have been played

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -64,6 +64,7 @@ class LiberoEnv(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    instruction_bytes = INSTRUCTION_BYTES
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class LiberoEnv(gym.Env):
         self.render_mode = render_mode
         self._task_ids = task_ids
         self._max_simulators = max_simulators
-        self._simulators: OrderedDict[int, Simulator] = OrderedDict()
+        self._simulators: OrderedDict[Hashable, Simulator] = OrderedDict()
         self._task_id: int | None = None
         self._steps = 0
         self._done = True
@@ -126,7 +127,7 @@ class LiberoEnv(gym.Env):
             {
                 **{name: picture for name in self.cameras},
                 "proprio": spaces.Box(-np.inf, np.inf, (9,), np.float32),
-                "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
+                "instruction": spaces.Box(0, 255, (self.instruction_bytes,), np.uint8),
             }
         )
         self.action_space = spaces.Box(-1.0, 1.0, (7,), np.float32)
@@ -167,7 +168,7 @@ class LiberoEnv(gym.Env):
         """
         if self._task_id is None:
             raise RuntimeError("Call reset() first: LIBERO's simulator is built there.")
-        return self._simulators[self._task_id]
+        return self._simulators[self._key(self._task_id)]
 
     @property
     def instruction(self) -> str:
@@ -180,24 +181,33 @@ class LiberoEnv(gym.Env):
         rendering = sys.modules.get("opd_gym.envs.libero.rendering")
         return None if rendering is None else rendering.gl_renderer()
 
+    def _key(self, task_id: int) -> Hashable:
+        """Tasks with the same key share a simulator."""
+        task = self._task(task_id)
+        return task.bddl_file, task.scene_file, task.textures
+
     def _use(self, task_id: int) -> Simulator:
         """The task's simulator, built lazily in the process that uses it."""
-        if task_id not in self._simulators:
+        key = self._key(task_id)
+        if key not in self._simulators:
             # MuJoCo decides on its GL library when it is imported, and fails there without one.
             import_libero()
             from opd_gym.envs.libero.simulator import Simulator
 
             size = max(self.image_size, RENDER_SIZE)
-            self._simulators[task_id] = Simulator(self._task(task_id), self.visuals, size, self.msaa)
-        self._simulators.move_to_end(task_id)
-        self._trim({task_id, self._task_id})
-        return self._simulators[task_id]
+            self._simulators[key] = Simulator(self._task(task_id), self.visuals, size, self.msaa)
+        self._simulators.move_to_end(key)
+        self._trim([key] if self._task_id is None else [key, self._key(self._task_id)])
+        return self._simulators[key]
 
-    def _trim(self, in_use: Collection[int | None]) -> None:
+    def _trim(self, in_use: Collection[Hashable]) -> None:
         """Close the least recently used simulators, but not one in use: has_expert builds some during an episode."""
-        idle = [task_id for task_id in self._simulators if task_id not in in_use]
-        for task_id in idle[: max(0, len(self._simulators) - self._max_simulators)]:
-            self._simulators.pop(task_id).close()
+        idle = [key for key in self._simulators if key not in in_use]
+        for key in idle[: max(0, len(self._simulators) - self._max_simulators)]:
+            self._simulators.pop(key).close()
+
+    def _prepare(self, simulator: Simulator) -> None:
+        """For subclasses: change what an episode of ``simulator.task`` begins with."""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -228,7 +238,9 @@ class LiberoEnv(gym.Env):
         task_id = int(options.get("task_id", drawn_task))
         simulator = self._use(task_id)
         self._task_id = task_id
-        self._trim({task_id})
+        self._trim([self._key(task_id)])
+        simulator.task = self._task(task_id)
+        self._prepare(simulator)
         init_state_id = options.get("init_state_id")
         if init_state_id is None:
             if self.init_states == "sampled":
@@ -245,9 +257,9 @@ class LiberoEnv(gym.Env):
                 raise ValueError(f"Unknown initial state {init_state_id}: this task has 0 to {len(states) - 1}.")
             # An official state does not hold the fixtures' places; they follow from its id, so the state means one
             # scene.
-            simulator.reset(1000 * task_id + init_state_id, states[init_state_id])
+            simulator.reset(1000 * simulator.task.scene_id + init_state_id, states[init_state_id])
         self._init_state_id = init_state_id
-        self._instruction = encode_instruction(simulator.task.instruction)
+        self._instruction = encode_instruction(self.instruction, self.instruction_bytes)
         self._steps = 0
         self._episode_horizon = horizon
         self._done = False
@@ -279,20 +291,26 @@ class LiberoEnv(gym.Env):
 
     def _observation(self, render: bool) -> dict[str, np.ndarray]:
         if render:
-            names = tuple(CAMERAS.get(name, name) for name in self.cameras)
-            self._pictures = self.simulator.render(names, self.image_size) if names else []
+            self._pictures = self._draw()
         return {
             **{name: picture.copy() for name, picture in zip(self.cameras, self._pictures, strict=True)},
             "proprio": self.simulator.proprio(),
             "instruction": self._instruction.copy(),
         }
 
+    def _draw(self) -> list[np.ndarray]:
+        """The cameras' pictures of the present state."""
+        names = tuple(CAMERAS.get(name, name) for name in self.cameras)
+        return self.simulator.render(names, self.image_size) if names else []
+
     def current_observation(self) -> dict[str, np.ndarray]:
         """The present state's observation, drawn now (after steps with ``observe`` off, for instance)."""
         return self._observation(render=True)
 
     def _info(self, success: bool) -> dict[str, Any]:
+        category = suites.perturbation(self.suite)
         return {
+            **({} if category is None else {"category": category}),
             "task_id": self._task_id,
             "init_state_id": self._init_state_id,
             "instruction": self.instruction,

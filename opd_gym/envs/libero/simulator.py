@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ class Simulator:
     """
     The simulator of one LIBERO task. Building it takes seconds, so it is built where it is used and kept.
 
-    :param task: which task
+    :param task: which task; the attribute may be set to another one of the same scene
     :param visuals: "exact" for LIBERO's own pictures, "light" for simplified visual meshes (physics identical)
     :param max_size: largest side of a picture, in pixels
     :param msaa: whether edges are smoothed (LIBERO's own pictures always are)
@@ -69,6 +70,7 @@ class Simulator:
         self._visuals: Visuals
         problem = bddl_utils.get_problem_info(str(task.bddl_file))["problem_name"]
         domain_class = TASK_MAPPING[problem]
+        scene = {} if task.scene_file is None else {"scene_xml": str(task.scene_file)}
         self.domain: Any = domain_class.__new__(domain_class)
 
         # robosuite's constructor would compile the model
@@ -87,6 +89,7 @@ class Simulator:
                     horizon=10**9,
                     ignore_done=True,
                     hard_reset=False,
+                    **scene,
                 )
         except FileNotFoundError as error:
             raise FileNotFoundError(
@@ -108,12 +111,22 @@ class Simulator:
         self._eef_site = robot.eef_site_id
         self._eef_body = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, robot.robot_model.eef_name)
         self._gripper_qpos = np.asarray(robot._ref_gripper_joint_pos_indexes)
+        self._robot_qpos = np.array(robot.init_qpos)
+        self._agentview = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, "agentview")
+        self.agentview_pose = self.model.cam_pos[self._agentview].copy(), self.model.cam_quat[self._agentview].copy()
 
     def _load(self, visuals: str) -> None:
         """In place of robosuite's ``_initialize_sim``: the compiled model comes from the cache."""
         from robosuite.utils.binding_utils import MjSim
 
-        model, self._visuals = load_model(self.domain.model.get_xml(), visuals, cache_dir())
+        xml = self.domain.model.get_xml()
+        if self.task.textures:
+            root = ET.fromstring(xml)
+            for name, path in self.task.textures:
+                for texture in root.findall(f"./asset/texture[@name='{name}']"):
+                    texture.set("file", str(path))
+            xml = ET.tostring(root, encoding="unicode")
+        model, self._visuals = load_model(xml, visuals, cache_dir())
         # Fixtures are placed by editing the model, in the constructor already; every reset starts from the model as it
         # was compiled.
         self._body_pose = model.body_pos.copy(), model.body_quat.copy()
@@ -135,6 +148,20 @@ class Simulator:
                 )
             self._init_states = states
         return self._init_states
+
+    def perturb(
+        self, robot_qpos: np.ndarray | None = None, agentview_pose: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> None:
+        """
+        What the next episodes begin with; what is left out is LIBERO's own.
+
+        :param robot_qpos: joint positions that the robot is reset to, float of shape (7,), in rad. An official initial
+            state then puts the arm where it says, but the controller keeps the orientation of the reset
+        :param agentview_pose: position (m) and unit quaternion (w, x, y, z) of the camera "agentview"
+        """
+        self.domain.robots[0].init_qpos = np.array(self._robot_qpos if robot_qpos is None else robot_qpos)
+        position, quaternion = self.agentview_pose if agentview_pose is None else agentview_pose
+        self.model.cam_pos[self._agentview], self.model.cam_quat[self._agentview] = position, quaternion
 
     def reset(self, seed: int, init_state: np.ndarray | None = None) -> None:
         """

@@ -47,6 +47,14 @@ PRO_SUITES = tuple(f"libero_{base}_{suffix}" for base, names in _PRO_SUFFIXES.it
 SUITES = tuple(N_TASKS) + PRO_SUITES
 
 
+def perturbation(suite: str) -> str | None:
+    """
+    :param suite: LIBERO's name of a suite
+    :return: what LIBERO-PRO changed in it, for instance "swap"; None for a suite of LIBERO
+    """
+    return suite.split("_", 2)[2] if suite in PRO_SUITES else None
+
+
 def horizon(suite: str) -> int:
     """
     :param suite: LIBERO's name of a suite
@@ -57,7 +65,11 @@ def horizon(suite: str) -> int:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task of a suite: its name, instruction, BDDL file and the files that may hold its official initial states."""
+    """
+    One task of a suite: its name, instruction, BDDL file and the files that may hold its official initial states.
+
+    ``scene_file`` and ``textures`` (name in the scene, file) replace what LIBERO takes for a scene of this kind.
+    """
 
     suite: str
     task_id: int
@@ -65,6 +77,13 @@ class TaskSpec:
     instruction: str
     bddl_file: Path
     init_state_files: tuple[Path, ...]
+    scene_file: Path | None = None
+    textures: tuple[tuple[str, Path], ...] = ()
+
+    @property
+    def scene_id(self) -> int:
+        """Number that the placement of the fixtures follows from, with that of the initial state."""
+        return self.task_id
 
 
 @functools.cache
@@ -125,6 +144,8 @@ def load_init_states(task: TaskSpec) -> np.ndarray:
     )
 
 
+# LIBERO-Plus has hundreds of tasks with the same file, of which an evaluation counts the states
+@functools.lru_cache(maxsize=16)
 def _load_torch_states(path: Path) -> np.ndarray:
     """The original LIBERO stores a NumPy array with torch.save; only the classes an array needs are allowed to load."""
     import torch
@@ -139,4 +160,7 @@ def _load_torch_states(path: Path) -> np.ndarray:
             states = torch.load(path, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is not a plain array of initial states: {error}") from error
-    return np.asarray(states, dtype=np.float64)
+    # LIBERO-Plus stores a single state as a vector
+    states = np.atleast_2d(np.array(states, dtype=np.float64))
+    states.flags.writeable = False
+    return states
