@@ -51,7 +51,7 @@ def small(suite, task_ids, **kwargs):
 
 @pytest.mark.parametrize(("suite", "name", "base"), make_golden.TASKS)
 def test_equals_the_benchmarks_own_env(golden, suite, name, base):
-    """On the machine of the golden values bit by bit (LIBERO-Object: to 2e-14) and pixel by pixel."""
+    """On the machine of the golden values bit by bit and pixel by pixel."""
     task = find(suite, name=name)
     assert task.base == base
     env = plus.LiberoPlusEnv(suite, task_ids=[task.task_id], image_size=256)
