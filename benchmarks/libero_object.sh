@@ -31,6 +31,8 @@ checkpoints() {
         --hyperparams $SFT validation_fraction:0.05 -f "$RUNS/teacher"
     opd-gym train --algo opd --env $ENV --teacher expert --student "$RUNS/teacher/sft/${ENV}_1/policy" --n-timesteps 4000 \
         --hyperparams divergence:forward_kl teacher_kwargs.smoothing:2.0 -f "$RUNS/teacher"
+    # 4,000 decisions were too few (95.4 % of the 500 official states): it went on from there
+    opd-gym train --resume "$RUNS/teacher/opd/${ENV}_1" --n-timesteps 12000
     # shellcheck disable=SC2086
     opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos/plain" --student none --n-timesteps 250 --seed 2 \
         --hyperparams $SFT n_demos:1 -f "$RUNS/student"

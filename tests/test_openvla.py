@@ -665,7 +665,7 @@ def test_our_observation_is_stock_liberos(libero, pictures):
     env = gym.make("LiberoObject-v0", task_ids=(0,), image_size=256, init_states="eval")
     try:
         obs, _ = env.reset(options={"task_id": 0, "init_state_id": 0})
-        stock = golden("observation")
+        stock = golden("stock_observation")
         for key in ("agentview", "wrist"):
             difference = np.abs(obs[key].astype(int) - stock[key][::-1])
             assert difference.mean() < 0.5, key  # another GL library shades a little differently

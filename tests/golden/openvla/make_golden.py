@@ -39,7 +39,11 @@ CASES = ("images", "actions", "prompts", "simplevla", "simplevla_wrist", "simple
 
 
 def observation() -> None:
-    """A stock LIBERO observation: first task of LIBERO-Object, its first official state, 10 steps of doing nothing."""
+    """
+    A stock LIBERO observation: first task of LIBERO-Object, its first official state, 10 steps of doing nothing.
+
+    ``observation.npz``, which the references were given, is an earlier one, with the dark floor of MuJoCo 3.17.
+    """
     from libero.libero import benchmark, get_libero_path
     from libero.libero.envs import OffScreenRenderEnv
 
@@ -54,7 +58,7 @@ def observation() -> None:
         obs, *_ = env.step([0.0] * 6 + [-1.0])
     names = ["robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"]
     np.savez_compressed(
-        HERE / "observation.npz",
+        HERE / "stock_observation.npz",
         agentview=obs["agentview_image"],
         wrist=obs["robot0_eye_in_hand_image"],
         instruction=task.language,
