@@ -73,7 +73,7 @@ _library.mj_copyData.restype = ctypes.c_void_p
 
 def copy_data(destination: mujoco.MjData, model: mujoco.MjModel, source: mujoco.MjData) -> None:
     """
-    MuJoCo's ``mj_copyData``, which the Python package of 3.3 does not have.
+    MuJoCo's ``mj_copyData``, which the Python package of 3.3 and 3.4 does not have.
 
     :param destination: data of the same model, overwritten
     :param model: the model of both
