@@ -34,7 +34,7 @@ checkpoints() {
     # 4,000 decisions were too few (95.4 % of the 500 official states): it went on from there
     opd-gym train --resume "$RUNS/teacher/opd/${ENV}_1" --n-timesteps 12000
     # shellcheck disable=SC2086
-    opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos/plain" --student none --n-timesteps 250 --seed 2 \
+    opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos/plain" --student none --n-timesteps 280 --seed 2 \
         --hyperparams $SFT n_demos:1 -f "$RUNS/student"
     # To make them the zoo's:
     #   python benchmarks/report.py libero_object --export "$RUNS/teacher/opd/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-teacher
