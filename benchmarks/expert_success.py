@@ -51,8 +51,8 @@ def run_job(job: Job) -> list[dict[str, Any]]:
     :param job: What to run
     :return: One record an episode
     """
+    from opd_gym.actions import decode_tokens, encode_actions
     from opd_gym.envs.libero import LiberoEnv
-    from opd_gym.envs.wrappers import decode_tokens, encode_actions
 
     env = LiberoEnv(job.suite, task_ids=[job.task_id], cameras=(), init_states="eval" if job.official else "sampled")
     records = []

@@ -32,7 +32,7 @@ from gymnasium import spaces
 from safetensors.torch import save_file
 from torch import nn
 
-from opd_gym.envs.instructions import encode_instruction
+from opd_gym.instructions import encode_instruction
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel
 from opd_gym.policies.openvla.checkpoints import published_layout
 from opd_gym.policies.openvla.processing import PromptTokenizer

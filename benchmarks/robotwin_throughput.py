@@ -104,8 +104,8 @@ def measure_ours(task: str, n_envs: int, actions: np.ndarray) -> dict[str, float
     :return: the same of :func:`opd_gym.make_vec`
     """
     import opd_gym
+    from opd_gym.actions import to_actions
     from opd_gym.envs.registration import ROBOTWIN_IDS
-    from opd_gym.envs.robotwin.actions import to_actions
 
     began = time.perf_counter()
     (env_id,) = (key for key, kwargs in ROBOTWIN_IDS.items() if kwargs["task"] == task)

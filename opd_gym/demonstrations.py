@@ -16,8 +16,8 @@ import torch as th
 from gymnasium import spaces
 from torch.nn import functional as F
 
-from opd_gym.envs.instructions import encode_instruction
-from opd_gym.envs.wrappers import encode_actions
+from opd_gym.actions import encode_actions
+from opd_gym.instructions import encode_instruction
 
 # Names of LIBERO's files for the cameras of our observations.
 CAMERA_DATASETS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
@@ -501,7 +501,7 @@ class Demonstrations:
     def tokens(self, n_bins: int = 256, statistics: Mapping[str, Any] | None = None) -> np.ndarray:
         """
         :param n_bins: number of bins of one action dimension
-        :param statistics: see :func:`opd_gym.envs.wrappers.encode_actions`
+        :param statistics: see :func:`opd_gym.actions.encode_actions`
         :return: int64 ``(N, K * D)``
         """
         return encode_actions(self.actions, statistics, n_bins).reshape(len(self), -1)

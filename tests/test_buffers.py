@@ -4,7 +4,7 @@ import torch as th
 from gymnasium import spaces
 
 from opd_gym.algorithms.buffers import StateReplay, TeacherRolloutBuffer, random_shift
-from opd_gym.policies.tokens import token_spec
+from opd_gym.tokens import token_spec
 
 DICT = spaces.Dict({"a": spaces.Box(0, 255, (3, 4, 4), np.uint8), "b": spaces.Box(-1, 1, (2,), np.float32)})
 PLAIN = spaces.Box(-1, 1, (2,), np.float32)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from opd_gym.actions import decode_tokens
 from opd_gym.demonstrations import (
     Demonstrations,
     Episode,
@@ -18,8 +19,7 @@ from opd_gym.demonstrations import (
     resize_images,
     write_demonstrations,
 )
-from opd_gym.envs.instructions import decode_instruction, encode_instruction
-from opd_gym.envs.wrappers import decode_tokens
+from opd_gym.instructions import decode_instruction, encode_instruction
 
 INSTRUCTION = "pick up the butter and place it in the basket"
 

@@ -13,7 +13,7 @@ from opd_gym.algorithms.losses import (
     token_divergence,
     trajectory_weights,
 )
-from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens
+from opd_gym.tokens import CategoricalTokens, GaussianTokens
 
 P = [0.5, 0.3, 0.2]
 Q = [0.2, 0.2, 0.6]

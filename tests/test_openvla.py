@@ -17,10 +17,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from transformers import AutoConfig, AutoModel
 
 from opd_gym import OPD
+from opd_gym.actions import decode_tokens, encode_actions, to_positions
 from opd_gym.algorithms.base import checkpoint_settings
-from opd_gym.envs.instructions import encode_instruction
-from opd_gym.envs.robotwin.actions import to_positions
-from opd_gym.envs.wrappers import ActionTokens, decode_tokens, encode_actions
+from opd_gym.envs.wrappers import ActionTokens
+from opd_gym.instructions import encode_instruction
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel, complete_checkpoint
 from opd_gym.policies.openvla.checkpoints import detect_profile
 from opd_gym.policies.openvla.configuration import INPUT_PROFILES

@@ -10,7 +10,7 @@ from golden.openvla import tiny
 from stable_baselines3.common.utils import get_device
 from test_vlm import pretrained  # noqa: F401
 
-from opd_gym.envs.instructions import encode_instruction
+from opd_gym.instructions import encode_instruction
 from opd_gym.policies.adapters import DTYPES, add_lora, cast_parameters, check_lora, enable_gradient_checkpointing
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel
 from opd_gym.policies.openvla.checkpoints import published_layout

@@ -30,24 +30,25 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import opd_gym
 from opd_gym import GRPO, OPD
-from opd_gym.demonstrations import Demonstrations, Episode, read_demonstrations, read_statistics, write_demonstrations
-from opd_gym.envs import vec_env
-from opd_gym.envs.registration import CHUNK_SIZES, ROBOTWIN_IDS, make_env_fn
-from opd_gym.envs.robotwin import MESHLESS_TASKS, STAND_IN_TASKS, TASKS, RoboTwinEnv, install, runtime, tasks
-from opd_gym.envs.robotwin import remote as remote_module
-from opd_gym.envs.robotwin.actions import (
+from opd_gym.actions import (
+    decode_tokens,
+    encode_actions,
     statistics_of_actions,
     statistics_of_positions,
     to_actions,
     to_positions,
 )
+from opd_gym.demonstrations import Demonstrations, Episode, read_demonstrations, read_statistics, write_demonstrations
+from opd_gym.envs import vec_env
+from opd_gym.envs.registration import CHUNK_SIZES, ROBOTWIN_IDS, make_env_fn
+from opd_gym.envs.robotwin import MESHLESS_TASKS, STAND_IN_TASKS, TASKS, RoboTwinEnv, install, runtime, tasks
+from opd_gym.envs.robotwin import remote as remote_module
 from opd_gym.envs.robotwin.assets import download_assets, unpack
 from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost, receive, send
 from opd_gym.envs.robotwin.runtime import SimulatorError
 from opd_gym.envs.robotwin.stand_in import write_stand_in
 from opd_gym.envs.robotwin.topp import PLANNER_HINT
 from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Replay, Trace, find_traces, make_env, replay
-from opd_gym.envs.wrappers import decode_tokens, encode_actions
 from opd_gym.evaluation import eval_episodes, evaluate_success
 from opd_gym.policies.vla import VLAPolicy
 from opd_gym.zoo.cli import main

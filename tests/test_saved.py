@@ -16,5 +16,5 @@ def test_a_model_saved_by_the_first_version_predicts_what_it_did(name, algorithm
     with np.load(SAVED / "expected.npz") as file:
         obs = {key.split("/")[2]: file[key] for key in file.files if key.startswith(f"{name}/obs/")}
         expected = file[f"{name}/action"]
-    action, _ = model.predict(obs[""] if "" in obs else obs, deterministic=True)
+    action, _ = model.predict(obs.get("", obs), deterministic=True)
     np.testing.assert_allclose(action, expected, rtol=1e-5)

@@ -13,7 +13,7 @@ from stable_baselines3.common.logger import configure
 
 from opd_gym.algorithms.sft import SFT, SFTLoss
 from opd_gym.demonstrations import Demonstrations, Episode, write_demonstrations
-from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens
+from opd_gym.tokens import CategoricalTokens, GaussianTokens
 
 BODY = {"hidden_size": 32, "intermediate_size": 64, "stem_channels": [16, 32], "summary_size": 32, "vocab_size": 64}
 VLA = {"policy_kwargs": {"body_kwargs": BODY}, "device": "cpu"}

@@ -19,7 +19,7 @@ from opd_gym.algorithms.teachers import (
     unsquash,
 )
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
-from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens, token_spec
+from opd_gym.tokens import CategoricalTokens, GaussianTokens, token_spec
 
 NO_LABELS = th.empty(0)
 

@@ -14,7 +14,7 @@ from stable_baselines3.common.distributions import (
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from opd_gym.policies.tokens import (
+from opd_gym.tokens import (
     CategoricalTokens,
     TokenDistribution,
     policy_token_log_probs,

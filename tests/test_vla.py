@@ -9,10 +9,10 @@ from gymnasium import spaces
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from opd_gym.envs.instructions import encode_instruction
+from opd_gym.instructions import encode_instruction
 from opd_gym.policies.tiny import TinyVLAConfig, TinyVLAModel, split_words
-from opd_gym.policies.tokens import TokenDistribution
 from opd_gym.policies.vla import VLABody, VLAConfig, VLAOutput, VLAPolicy, get_body_class, register_body
+from opd_gym.tokens import TokenDistribution
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "stem_channels": [16, 32], "summary_size": 32, "vocab_size": 64}
 

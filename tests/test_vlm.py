@@ -21,8 +21,8 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from opd_gym import OPD
-from opd_gym.envs.instructions import encode_instruction
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
+from opd_gym.instructions import encode_instruction
 from opd_gym.policies.vla import VLAPolicy, read_checkpoint_config
 from opd_gym.policies.vlm import VLMConfig, VLMModel, _without_videos
 

@@ -4,7 +4,8 @@ import pytest
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl, bin_centers, decode_tokens, encode_actions
+from opd_gym.actions import bin_centers, decode_tokens, encode_actions
+from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 
 
 class Line(gym.Env):

@@ -35,7 +35,7 @@ from opd_gym.algorithms.buffers import TeacherRolloutBuffer, map_obs
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id, make_vec
 from opd_gym.envs.vec_env import Pipeline, announce
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
-from opd_gym.policies.tokens import (
+from opd_gym.tokens import (
     TokenSpec,
     TokenView,
     action_distribution,

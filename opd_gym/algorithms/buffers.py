@@ -14,7 +14,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.utils import get_device
 
-from opd_gym.policies.tokens import TokenSpec, token_spec
+from opd_gym.tokens import TokenSpec, token_spec
 
 # An observation, or one array per observation of a batch: an array for plain spaces, a dict of arrays for Dict spaces
 ObsArray = np.ndarray | dict[str, np.ndarray]

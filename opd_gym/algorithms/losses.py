@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 import torch as th
 
-from opd_gym.policies.tokens import CategoricalTokens, GaussianTokens, TokenView
+from opd_gym.tokens import CategoricalTokens, GaussianTokens, TokenView
 
 Divergence = Literal["reverse_kl", "forward_kl", "hard_ce", "jsd"]
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)

@@ -26,7 +26,7 @@ from opd_gym.algorithms.losses import (
     weighted_mean,
 )
 from opd_gym.algorithms.teachers import Teacher, make_teacher
-from opd_gym.policies.tokens import is_autoregressive
+from opd_gym.tokens import is_autoregressive
 
 SelfOPD = TypeVar("SelfOPD", bound="OPD")
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from opd_gym.algorithms.base import RolloutAlgorithm
 from opd_gym.algorithms.buffers import TeacherRolloutSamples, micro_batches, obs_rows
 from opd_gym.algorithms.losses import PolicyGradientMetrics, clipped_surrogate, masked_mean
-from opd_gym.policies.tokens import token_view
+from opd_gym.tokens import token_view
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
 

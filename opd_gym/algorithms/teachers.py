@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.buffers import map_obs
 from opd_gym.algorithms.losses import hermite_nodes
-from opd_gym.policies.tokens import (
+from opd_gym.tokens import (
     CategoricalTokens,
     GaussianTokens,
     TokenSpec,

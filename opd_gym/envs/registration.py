@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
+from opd_gym.actions import Statistics
 from opd_gym.envs.libero.suites import CLASSIC_SUITES, N_TASKS, SUITES
 from opd_gym.envs.robotwin.tasks import TASKS, camel
-from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl, Statistics
+from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv

@@ -5,88 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-Statistics = Mapping[str, Any]
-
-
-def bin_centers(n_bins: int = 256) -> np.ndarray:
-    """
-    Centres of OpenVLA's action bins.
-
-    ``n_bins`` edges over [-1, 1] enclose ``n_bins - 1`` bins, so the two highest tokens share the last centre
-    (https://github.com/openvla/openvla, ``ActionTokenizer``). The middle centre is exactly 0 for an even ``n_bins``:
-    with the rounding error of a plain mean a "zero" rotation would re-anchor LIBERO's controller at every step.
-
-    :param n_bins: number of tokens of one action dimension
-    :return: float64 array of shape ``(n_bins - 1,)``
-    """
-    edges = np.linspace(-1.0, 1.0, n_bins)
-    centers = (edges[:-1] + edges[1:]) / 2.0
-    if n_bins % 2 == 0:
-        centers[(n_bins - 1) // 2] = 0.0
-    return centers
-
-
-def _bounds(statistics: Statistics, action_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    low = np.asarray(statistics["q01"], dtype=np.float64)
-    high = np.asarray(statistics["q99"], dtype=np.float64)
-    mask = np.asarray(statistics.get("mask", np.ones_like(low, dtype=bool)), dtype=bool)
-    for name, value in (("q01", low), ("q99", high), ("mask", mask)):
-        if value.shape != (action_dim,):
-            raise ValueError(
-                f"statistics[{name!r}] must have shape ({action_dim},), one entry a dimension, got {value.shape}."
-            )
-    if statistics.get("gripper") not in (None, "open_is_one"):
-        raise ValueError(f'statistics["gripper"] must be "open_is_one" or None, got {statistics["gripper"]!r}.')
-    return low, high, mask
-
-
-def encode_actions(actions: np.ndarray, statistics: Statistics | None = None, n_bins: int = 256) -> np.ndarray:
-    """
-    Continuous actions to action tokens, OpenVLA's binning.
-
-    :param actions: float array of shape ``(..., D)``; in [-1, 1], or in the data set's units if ``statistics`` are
-        given
-    :param statistics: ``{"q01": (D,), "q99": (D,), "mask": (D,)}`` of the data set the policy was trained on, where
-        dimensions with a false mask were not normalised; ``"gripper": "open_is_one"`` says that its last dimension is
-        1 for an open gripper and 0 for a closed one, where the env's is negative and positive (OpenVLA on LIBERO)
-    :param n_bins: number of tokens of one action dimension
-    :return: int64 array of the same shape, tokens in ``[0, n_bins - 1]``
-    """
-    x = np.asarray(actions, dtype=np.float64)
-    if statistics is not None:
-        low, high, mask = _bounds(statistics, x.shape[-1])
-        if statistics.get("gripper"):
-            x = np.concatenate([x[..., :-1], x[..., -1:] <= 0.0], axis=-1)
-        x = np.where(mask, 2.0 * (x - low) / (high - low + 1e-8) - 1.0, x)
-    edges = np.linspace(-1.0, 1.0, n_bins)
-    return np.clip(np.digitize(np.clip(x, -1.0, 1.0), edges) - 1, 0, n_bins - 1).astype(np.int64)
-
-
-def decode_tokens(tokens: np.ndarray, statistics: Statistics | None = None, n_bins: int = 256) -> np.ndarray:
-    """
-    Action tokens to continuous actions, the inverse of :func:`encode_actions` up to half a bin.
-
-    :param tokens: integer array of shape ``(..., D)``
-    :param statistics: see :func:`encode_actions`; the un-normalisation is OpenVLA's ``0.5 (x + 1) (q99 - q01 + 1e-8) +
-        q01``, and ``"gripper": "open_is_one"`` turns the last dimension into -1 (open) or 1 (closed)
-    :param n_bins: number of tokens of one action dimension
-    :return: float32 array of the same shape
-    """
-    x = bin_centers(n_bins)[np.minimum(np.asarray(tokens, dtype=np.int64), n_bins - 2)]
-    if statistics is not None:
-        low, high, mask = _bounds(statistics, x.shape[-1])
-        x = np.where(mask, 0.5 * (x + 1.0) * (high - low + 1e-8) + low, x)
-        if statistics.get("gripper"):
-            # As published evaluations execute it: fully open (-1) or closed (1). No centre of a bin is at 0.5.
-            x[..., -1] = -np.sign(2.0 * x[..., -1] - 1.0)
-    return x.astype(np.float32)
+from opd_gym.actions import Statistics, decode_tokens, encode_actions, normalisation_bounds
 
 
 class ActionChunk(gym.Wrapper):
@@ -174,7 +99,7 @@ class ActionTokens(gym.ActionWrapper):
         self._shape = space.shape
         self.action_dim = space.shape[-1]
         if self.statistics is not None:
-            _bounds(self.statistics, self.action_dim)
+            normalisation_bounds(self.statistics, self.action_dim)
         self.action_space = spaces.MultiDiscrete(np.full(int(np.prod(space.shape)), n_bins))
 
     def encode(self, actions: np.ndarray) -> np.ndarray:

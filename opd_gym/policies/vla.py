@@ -36,7 +36,7 @@ from opd_gym.policies.adapters import (
     enable_gradient_checkpointing,
     merged,
 )
-from opd_gym.policies.tokens import TokenDistribution, token_view
+from opd_gym.tokens import TokenDistribution, token_view
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

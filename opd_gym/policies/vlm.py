@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import is_torchvision_available
 
-from opd_gym.envs.instructions import decode_instruction
+from opd_gym.instructions import decode_instruction
 from opd_gym.policies.adapters import cast_parameters
 from opd_gym.policies.vla import CONFIG_FILE, VLABody, VLAConfig, VLAOutput, locate_checkpoint
 

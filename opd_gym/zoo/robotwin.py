@@ -364,9 +364,8 @@ def make_demonstrations(
     :return: the file
     :raises ValueError: one trace after the other fails again and again; a single one is left out
     """
+    from opd_gym.actions import JOINTS, statistics_of_actions
     from opd_gym.demonstrations import Episode, write_demonstrations
-    from opd_gym.envs.robotwin.actions import statistics_of_actions
-    from opd_gym.envs.robotwin.tasks import ACTION_DIM
     from opd_gym.envs.robotwin.traces import make_env, replay
 
     if replays < 1 or n_envs < 1:
@@ -413,7 +412,7 @@ def make_demonstrations(
         def episodes() -> Generator[Episode, None, None]:
             failures = 0
             for i, played in stack.enter_context(closing(_in_order(take_turns, range(len(traces)), n_envs))):
-                actions.extend(episode.action_chunks.reshape(-1, ACTION_DIM) for episode in played)  # type: ignore[union-attr]
+                actions.extend(episode.action_chunks.reshape(-1, JOINTS) for episode in played)  # type: ignore[union-attr]
                 yield from played
                 failures = 0 if played else failures + 1
                 if len(played) == replays:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from opd_gym.actions import decode_tokens, encode_actions
 from opd_gym.envs.libero.env import LiberoEnv
-from opd_gym.envs.wrappers import decode_tokens, encode_actions
 
 
 @dataclass

@@ -11,9 +11,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from opd_gym.envs.instructions import INSTRUCTION_BYTES, encode_instruction
 from opd_gym.envs.libero import suites
 from opd_gym.envs.libero.runtime import import_libero, require_libero, warn_of_mujoco
+from opd_gym.instructions import INSTRUCTION_BYTES, encode_instruction
 
 if TYPE_CHECKING:
     from opd_gym.envs.libero.simulator import Simulator

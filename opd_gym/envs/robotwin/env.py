@@ -11,11 +11,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from opd_gym.envs.instructions import INSTRUCTION_BYTES, encode_instruction
+from opd_gym.actions import JOINTS, to_positions
 from opd_gym.envs.robotwin import runtime, tasks
-from opd_gym.envs.robotwin.actions import to_positions
 from opd_gym.envs.robotwin.remote import STEP_SECONDS, RemoteSimulator, WorkerLost
 from opd_gym.envs.robotwin.simulator import CAMERAS, PICTURE_SIZE, Settings
+from opd_gym.instructions import INSTRUCTION_BYTES, encode_instruction
 
 if TYPE_CHECKING:
     from opd_gym.envs.robotwin.simulator import Simulator
@@ -34,7 +34,7 @@ class RoboTwinEnv(gym.Env):
     ## Action space
     ``Box(-1, 1, (14,), float32)``, or ``(chunk_size, 14)``: where the six joints and the gripper of the left arm go to,
     then those of the right one. A joint's position is the action times pi, in rad; a gripper is closed at -1 and open
-    at 1. See :mod:`opd_gym.envs.robotwin.actions`. A chunk is carried out as RoboTwin does it for chunked policies, on
+    at 1. See :mod:`opd_gym.actions`. A chunk is carried out as RoboTwin does it for chunked policies, on
     one time-optimal path through all of its positions, which is not the same as one action after the other: with
     ``chunk_size=None`` the arms come to rest after every action.
 
@@ -192,11 +192,11 @@ class RoboTwinEnv(gym.Env):
         self.observation_space = spaces.Dict(
             {
                 **{name: picture for name in self.cameras},
-                "proprio": spaces.Box(-np.inf, np.inf, (tasks.ACTION_DIM,), np.float32),
+                "proprio": spaces.Box(-np.inf, np.inf, (JOINTS,), np.float32),
                 "instruction": spaces.Box(0, 255, (INSTRUCTION_BYTES,), np.uint8),
             }
         )
-        shape = (tasks.ACTION_DIM,) if chunk_size is None else (chunk_size, tasks.ACTION_DIM)
+        shape = (JOINTS,) if chunk_size is None else (chunk_size, JOINTS)
         self.action_space = spaces.Box(-1.0, 1.0, shape, np.float32)
 
     def _check_init_states(self, init_states: str | Sequence[int]) -> str | list[int]:
@@ -352,7 +352,7 @@ class RoboTwinEnv(gym.Env):
             )
         if self._death:
             return self._lose_episode()
-        chunk = action.reshape(-1, tasks.ACTION_DIM)[: self._episode_horizon - self._steps]
+        chunk = action.reshape(-1, JOINTS)[: self._episode_horizon - self._steps]
         try:
             result, arrays = self.simulator.step(to_positions(np.clip(chunk, -1.0, 1.0)), observe=self.observe)
             self._deaths = 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_gym.envs.instructions import INSTRUCTION_BYTES
+from opd_gym.actions import JOINTS
 from opd_gym.envs.robotwin.runtime import (
     RandomState,
     SimulatorError,
@@ -23,8 +23,9 @@ from opd_gym.envs.robotwin.runtime import (
     robots,
     use_assets,
 )
-from opd_gym.envs.robotwin.tasks import ACTION_DIM, camel, scene_seeds
+from opd_gym.envs.robotwin.tasks import camel, scene_seeds
 from opd_gym.envs.robotwin.topp import PLANNER_HINT, has_planner
+from opd_gym.instructions import INSTRUCTION_BYTES
 
 # Short names of RoboTwin's cameras.
 CAMERAS = {"head": "head_camera", "left_wrist": "left_camera", "right_wrist": "right_camera"}
@@ -253,7 +254,7 @@ class Simulator:
                 success = bool(self._task.plan_success and self._task.check_success())
         finally:
             self._task.trace = None
-        return {**info, "success": success}, {"actions": np.array(trace, dtype=np.float32).reshape(-1, ACTION_DIM)}
+        return {**info, "success": success}, {"actions": np.array(trace, dtype=np.float32).reshape(-1, JOINTS)}
 
     def close(self, clear_cache: bool = False) -> None:
         """

@@ -76,8 +76,6 @@ MESHLESS_TASKS = (
 # Those that run with the stand-in, which has the objects of a few more: with handover_block, the paper's four.
 STAND_IN_TASKS = (*MESHLESS_TASKS, "pick_dual_bottles", "place_empty_cup", "stack_bowls_two")
 
-ACTION_DIM = 14  # (6 joints and a gripper) of the left arm, then of the right one
-
 # RoboTwin's scenes are named by a seed. Its own evaluation begins at 100,000, data are collected from 0 upwards.
 TRAIN_SEEDS = range(100_000)
 EVAL_SEEDS = range(100_000, 100_100)

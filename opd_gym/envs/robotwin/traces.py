@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from opd_gym.actions import JOINTS, to_actions
 from opd_gym.envs.robotwin import runtime
-from opd_gym.envs.robotwin.actions import to_actions
 from opd_gym.envs.robotwin.env import RoboTwinEnv
-from opd_gym.envs.robotwin.tasks import ACTION_DIM, SEED_STRIDE, TASKS
+from opd_gym.envs.robotwin.tasks import SEED_STRIDE, TASKS
 
 # What `opd-gym robotwin check` plays, recorded with the stand-in robot
 EXPERT_TRACES = Path(__file__).parent / "expert"
@@ -81,7 +81,7 @@ class Trace:
                 f"{path} is not a trace of RoboTwin's expert, or is damaged ({type(error).__name__}: {error}). Remove "
                 "it; `opd-gym robotwin record` writes such files."
             ) from error
-        if trace.positions.ndim != 2 or trace.positions.shape[1] != ACTION_DIM or trace.task not in TASKS:
+        if trace.positions.ndim != 2 or trace.positions.shape[1] != JOINTS or trace.task not in TASKS:
             raise ValueError(f"{path} is not a trace: {trace.task!r} with positions of shape {trace.positions.shape}.")
         return trace
 
@@ -144,7 +144,7 @@ class Replay:
 
     success: bool
     observations: dict[str, np.ndarray] = field(default_factory=dict)
-    action_chunks: np.ndarray = field(default_factory=lambda: np.zeros((0, 1, ACTION_DIM), dtype=np.float32))
+    action_chunks: np.ndarray = field(default_factory=lambda: np.zeros((0, 1, JOINTS), dtype=np.float32))
     instruction: str = ""
 
 
@@ -199,7 +199,7 @@ def replay(
         # A shorter first chunk is filled up with its last action, which changes nothing
         played = np.concatenate([chunk[:length], np.repeat(chunk[length - 1 : length], size - length, axis=0)])
         if rng.random() < perturbation:
-            push = rng.normal(0.0, PUSH / np.pi, ACTION_DIM) * (np.arange(ACTION_DIM) % 7 != 6)
+            push = rng.normal(0.0, PUSH / np.pi, JOINTS) * (np.arange(JOINTS) % 7 != 6)
             played = played + push * np.linspace(0.0, 1.0, size)[:, None]
         observation, _, terminated, truncated, step_info = env.step(played.astype(np.float32).clip(-1.0, 1.0))
         position += length

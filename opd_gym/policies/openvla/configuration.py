@@ -113,7 +113,7 @@ class OpenVLAConfig(VLAConfig):
     :param normalization: "bounds_q99" if actions and proprioception were normalised with q01 and q99, "bounds" with min
         and max
     :param gripper: "open_is_one" if the last action dimension is 1 for an open gripper and 0 for a closed one (LIBERO),
-        see :func:`opd_gym.envs.wrappers.decode_tokens`; None if it is as the env wants it
+        see :func:`opd_gym.actions.decode_tokens`; None if it is as the env wants it
     :param joint_positions: actions are joint positions in rad and gripper openings from 0 to 1, of two arms (RoboTwin);
         :attr:`statistics` are those of the same tokens in the units of the envs here
     :param proprio_inputs: inputs of the proprioception projector; 0 if there is none. 8 inputs are position,
@@ -255,7 +255,7 @@ class OpenVLAConfig(VLAConfig):
     def _action_statistics(self) -> dict[str, Any]:
         statistics = self.data_statistics("action")
         if self.joint_positions:
-            from opd_gym.envs.robotwin.actions import statistics_of_positions
+            from opd_gym.actions import statistics_of_positions
 
             statistics = statistics_of_positions(statistics)
         return statistics if self.gripper is None else {**statistics, "gripper": self.gripper}

@@ -11,7 +11,7 @@ import torch as th
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 
-from opd_gym.envs.instructions import decode_instruction
+from opd_gym.instructions import decode_instruction
 from opd_gym.policies.openvla.jpeg import jpeg_round_trip
 
 if TYPE_CHECKING:
