@@ -99,7 +99,7 @@ install_robotwin() {
     # Where apt has no lists, what is missing is known only after they have been read
     for _ in 1 2 3; do
         say "RoboTwin's runtime"
-        if .venv/bin/python -u -m opd_gym.zoo.cli robotwin install 2>&1 | tee "$log"; then rm "$log"; return; fi
+        if .venv/bin/python -u -m opd_gym.cli robotwin install 2>&1 | tee "$log"; then rm "$log"; return; fi
         packages="$(sed -n 's/.*sudo apt-get install \([a-z0-9.+ -]*\)$/\1/p' "$log")"
         if [ -n "$packages" ]; then
             # shellcheck disable=SC2086

@@ -273,12 +273,12 @@ def compare_success(args: argparse.Namespace) -> str:
     :param args: see :func:`parse_args`
     :return: markdown
     """
+    from opd_gym.checkpoints import resolve_checkpoint
+    from opd_gym.cli.train import default_episodes, load_predictor, settings_of
     from opd_gym.evaluation import EvaluationResult, evaluate_success
     from opd_gym.files import write_atomic
     from opd_gym.versions import write_results
-    from opd_gym.zoo.config import build_env
-    from opd_gym.zoo.registry import resolve_checkpoint
-    from opd_gym.zoo.train import default_episodes, load_predictor, settings_of
+    from opd_gym.zoo.hyperparams import build_env
 
     path = resolve_checkpoint(args.policy)
     results: dict[str, EvaluationResult] = {}

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from opd_gym.cli.runs import read_progress
 from opd_gym.evaluation import EvaluationResult
 from opd_gym.files import write_atomic
 from opd_gym.versions import VERSIONS_FILE, differences, read_versions, write_versions
-from opd_gym.zoo.runs import read_progress
 
 
 @dataclass(frozen=True)
@@ -271,9 +271,9 @@ def export(study: Study, source: Path, target: Path) -> None:
     import torch
     from stable_baselines3.common.utils import ConstantSchedule
 
+    from opd_gym.cli.train import settings_of
     from opd_gym.policies.vla import VLAPolicy
-    from opd_gym.zoo.config import build_env
-    from opd_gym.zoo.train import settings_of
+    from opd_gym.zoo.hyperparams import build_env
 
     env = build_env(study.env, n_envs=1, settings=settings_of(source))
     policy = VLAPolicy(env.observation_space, env.action_space, ConstantSchedule(0.0), checkpoint=source)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from opd_gym.cli import doctor
+from opd_gym.cli.main import main
 from opd_gym.envs.libero import runtime
 from opd_gym.envs.robotwin import runtime as robotwin
-from opd_gym.zoo import doctor
-from opd_gym.zoo.cli import main
 
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
 

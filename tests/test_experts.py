@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opd_gym.envs.experts.articulated import axis_rotation
-from opd_gym.envs.experts.geometry import (
+from opd_gym.envs.libero.experts.articulated import axis_rotation
+from opd_gym.envs.libero.experts.geometry import (
     Gripper,
     box_points,
     closing_axis,
@@ -25,8 +25,8 @@ from opd_gym.envs.experts.geometry import (
     yaw_of_closing_axis,
     yaw_rotation,
 )
-from opd_gym.envs.experts.pick_place import highest_on_way
-from opd_gym.envs.experts.servo import CLOSE, OPEN, Servo, Target
+from opd_gym.envs.libero.experts.pick_place import highest_on_way
+from opd_gym.envs.libero.experts.servo import CLOSE, OPEN, Servo, Target
 
 GRIPPER = Gripper()
 
@@ -207,7 +207,7 @@ def test_expert_succeeds_with_tokens(suite: str, task_id: int) -> None:
 
 @pytest.mark.libero
 def test_expert_is_a_function_of_the_state_and_recovers() -> None:
-    from opd_gym.envs.experts import make_expert
+    from opd_gym.envs.libero.experts import make_expert
 
     env = make_env("libero_object", 6)
     env.reset(seed=5)
@@ -240,7 +240,7 @@ def test_expert_is_a_function_of_the_state_and_recovers() -> None:
 
 
 def test_unknown_goal_is_refused() -> None:
-    from opd_gym.envs.experts import make_expert, supports
+    from opd_gym.envs.libero.experts import make_expert, supports
 
     domain = SimpleNamespace(
         parsed_problem={"goal_state": [["juggle", "milk_1"]]}, objects_dict={}, fixtures_dict={}, object_sites_dict={}

@@ -12,10 +12,10 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import opd_gym
+from opd_gym.cli.train import default_episodes
 from opd_gym.envs.libero import CLASSIC_SUITES, PRO_SUITES, SUITES, LiberoEnv
 from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
-from opd_gym.zoo.train import default_episodes
 
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
 

@@ -16,8 +16,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import opd_gym
+from opd_gym.cli.train import default_episodes
 from opd_gym.envs.registration import LIBERO_PLUS_IDS
-from opd_gym.zoo.train import default_episodes
 
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
 

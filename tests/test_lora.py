@@ -11,14 +11,13 @@ from huggingface_hub import ModelCard
 from test_vla import SMALL, observation_space, sample, tensors
 from toys import TINY_BODY, Robot, vec
 
-from opd_gym import GRPO, OPD, PPO, SFT
+from opd_gym import GRPO, OPD, PPO, SFT, hub
 from opd_gym.algorithms.buffers import micro_batches
 from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult
 from opd_gym.policies.vla import VLAPolicy, read_checkpoint_config
 from opd_gym.versions import read_versions, versions
-from opd_gym.zoo import hub
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'opd_gym[vla]'")
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from opd_gym import GRPO, OPD, make_vec
+from opd_gym.checkpoints import checkpoint_path
+from opd_gym.cli.train import load_predictor
 from opd_gym.evaluation import eval_episodes, evaluate_success
-from opd_gym.zoo import checkpoint_path
-from opd_gym.zoo.train import load_predictor
 
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
 

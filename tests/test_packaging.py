@@ -69,7 +69,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert "MIT" in str(metadata["License-Expression"] or metadata["License"])
     assert {"libero", "plots", "dev"} <= set(metadata.get_all("Provides-Extra") or [])
-    assert "opd-gym = opd_gym.zoo.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "opd-gym = opd_gym.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
 
 
 def test_every_dependency_was_tested_in_one_version() -> None:

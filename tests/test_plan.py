@@ -10,13 +10,14 @@ from golden.openvla import tiny
 from stable_baselines3.common.utils import get_device
 from test_vlm import pretrained  # noqa: F401
 
+from opd_gym.cli import main as cli
+from opd_gym.cli import plan
+from opd_gym.cli.plan import MACHINES, Machine, Run, Weights
 from opd_gym.instructions import encode_instruction
 from opd_gym.policies.adapters import DTYPES, add_lora, cast_parameters, check_lora, enable_gradient_checkpointing
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel
 from opd_gym.policies.openvla.checkpoints import published_layout
 from opd_gym.policies.openvla.processing import PromptTokenizer
-from opd_gym.zoo import cli, plan
-from opd_gym.zoo.plan import MACHINES, Machine, Run, Weights
 
 SMALL, LARGE, EIGHT = MACHINES
 

@@ -38,8 +38,10 @@ from opd_gym.actions import (
     to_actions,
     to_positions,
 )
+from opd_gym.cli.main import main
+from opd_gym.cli.robotwin import make_demonstrations
+from opd_gym.cli.train import default_episodes
 from opd_gym.demonstrations import Demonstrations, Episode, read_demonstrations, read_statistics, write_demonstrations
-from opd_gym.envs import vec_env
 from opd_gym.envs.registration import CHUNK_SIZES, ROBOTWIN_IDS, make_env_fn
 from opd_gym.envs.robotwin import MESHLESS_TASKS, STAND_IN_TASKS, TASKS, RoboTwinEnv, install, runtime, tasks
 from opd_gym.envs.robotwin import remote as remote_module
@@ -49,11 +51,9 @@ from opd_gym.envs.robotwin.runtime import SimulatorError
 from opd_gym.envs.robotwin.stand_in import write_stand_in
 from opd_gym.envs.robotwin.topp import PLANNER_HINT
 from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Replay, Trace, find_traces, make_env, replay
+from opd_gym.envs.workers import vec_env
 from opd_gym.evaluation import eval_episodes, evaluate_success
 from opd_gym.policies.vla import VLAPolicy
-from opd_gym.zoo.cli import main
-from opd_gym.zoo.robotwin import make_demonstrations
-from opd_gym.zoo.train import default_episodes
 
 DATA = EXPERT_TRACES
 SETUP = Path(__file__).parents[1] / ".ci" / "setup.sh"
@@ -313,7 +313,7 @@ def test_a_worker_without_packages_is_told_where_to_install_them(monkeypatch):
 
     monkeypatch.setattr(RemoteSimulator, "call", call)
     settings = RoboTwinEnv("handover_block").settings
-    with pytest.raises(ImportError, match="need sapien\nThat is .* run there: /bin/true -m opd_gym.zoo.cli robotwin"):
+    with pytest.raises(ImportError, match="need sapien\nThat is .* run there: /bin/true -m opd_gym.cli robotwin"):
         RemoteSimulator(settings, "/bin/true")
 
 
@@ -766,7 +766,7 @@ def test_download_without_the_hub(tmp_path):
         "HF_HOME": str(tmp_path),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, "-m", "opd_gym.zoo.cli", "robotwin", "assets", "--download", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "opd_gym.cli", "robotwin", "assets", "--download", "-o", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "cannot be downloaded from the Hugging Face hub" in done.stderr
     assert "assets --stand-in" in done.stderr and "Traceback" not in done.stderr
@@ -1124,7 +1124,7 @@ def test_a_step_that_breaks_is_the_simulators_error(worker):
 
 def test_no_vulkan_device_is_an_error_and_no_traceback(tmp_path):
     environment = {**os.environ, "VK_ICD_FILENAMES": "/nowhere.json", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "opd_gym.zoo.cli", "robotwin", "check", "-o", str(tmp_path)]
+    command = [sys.executable, "-m", "opd_gym.cli", "robotwin", "check", "-o", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "no Vulkan device with the driver that VK_ICD_FILENAMES=/nowhere.json names" in done.stderr

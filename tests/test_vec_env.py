@@ -29,13 +29,14 @@ import opd_gym
 from opd_gym.algorithms.grpo import GRPO
 from opd_gym.algorithms.opd import OPD
 from opd_gym.algorithms.ppo import PPO
-from opd_gym.envs import registration, vec_env
-from opd_gym.envs.vec_env import Pipeline, WorkerTraceback, WorkerVecEnv
+from opd_gym.envs import registration
+from opd_gym.envs.workers import vec_env
+from opd_gym.envs.workers.vec_env import Pipeline, WorkerTraceback, WorkerVecEnv
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.evaluation import EpisodeSpec, evaluate_success
 
 # Workers are forked from a process that has imported everything: they start in no time
-multiprocessing.set_forkserver_preload(["opd_gym.envs.vec_env", "toys"])
+multiprocessing.set_forkserver_preload(["opd_gym.envs.workers.vec_env", "toys"])
 
 GO, DIE, CRASH, DIVERGE, MISTAKE, HANG, SLEEP, SEIZE = range(8)
 # More than a socket takes at once
@@ -688,7 +689,7 @@ def test_closing_gives_up_what_is_not_read(never_blocked):
 SCRIPT = """
 import os, signal, time
 import gymnasium as gym
-from opd_gym.envs.vec_env import WorkerVecEnv
+from opd_gym.envs.workers.vec_env import WorkerVecEnv
 
 class Sleeper(gym.Env):
     observation_space = action_space = gym.spaces.Discrete(3600)
@@ -805,7 +806,7 @@ OWN = """
 import sys
 import gymnasium as gym
 import numpy as np
-from opd_gym.envs.vec_env import WorkerVecEnv
+from opd_gym.envs.workers.vec_env import WorkerVecEnv
 
 print("begins", flush=True)
 
@@ -1105,7 +1106,7 @@ def test_a_benchmark_goes_without_workers_on_other_systems(monkeypatch):
 
 
 def test_configurations_may_say_how_many_workers():
-    from opd_gym.zoo.config import build_env, split_hyperparams
+    from opd_gym.zoo.hyperparams import build_env, split_hyperparams
 
     run, _ = split_hyperparams("opd", {"n_envs": 3, "n_workers": 2})
     env = build_env("CartPole-v1", run)

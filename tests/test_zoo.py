@@ -23,12 +23,10 @@ from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 import opd_gym
-from opd_gym.envs.registration import LIBERO_IDS
-from opd_gym.evaluation import EvaluationResult
-from opd_gym.versions import read_versions, versions, write_versions
-from opd_gym.zoo import config, load_hyperparams, quickstart, registry
-from opd_gym.zoo.cli import build_parser, main
-from opd_gym.zoo.runs import (
+from opd_gym import checkpoints as registry
+from opd_gym.cli import quickstart
+from opd_gym.cli.main import build_parser, main
+from opd_gym.cli.runs import (
     STATES_FILE,
     RunCheckpoint,
     checkpoints,
@@ -37,7 +35,12 @@ from opd_gym.zoo.runs import (
     plot_learning_curve,
     read_progress,
 )
-from opd_gym.zoo.video import side_by_side, write_video
+from opd_gym.cli.video import side_by_side, write_video
+from opd_gym.envs.registration import LIBERO_IDS
+from opd_gym.evaluation import EvaluationResult
+from opd_gym.versions import read_versions, versions, write_versions
+from opd_gym.zoo import hyperparams as config
+from opd_gym.zoo import load_hyperparams
 
 # ------------------------------------------------------------------------------------------------- hyperparameters
 
@@ -406,7 +409,7 @@ def test_a_student_from_a_zip(teacher: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: Path, signum: int) -> None:
-    command = [sys.executable, "-m", "opd_gym.zoo.cli", "train", "--algo", "opd", "--env", "CartPole-v1"]
+    command = [sys.executable, "-m", "opd_gym.cli", "train", "--algo", "opd", "--env", "CartPole-v1"]
     command += ["--teacher", str(teacher), "-f", str(tmp_path), "-n", "1000000", "--no-progress", "--device", "cpu"]
     command += ["--checkpoint-interval", "0.05", "--hyperparams", *SMALL]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
@@ -618,7 +621,7 @@ def test_quickstart_without_checkpoints(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_quickstart_takes_what_the_memory_carries() -> None:
-    from opd_gym.zoo.quickstart import fit_memory
+    from opd_gym.cli.quickstart import fit_memory
 
     assert fit_memory(2, None) == 2
     assert fit_memory(2, 24.0) == 2

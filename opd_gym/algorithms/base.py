@@ -33,7 +33,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, map_obs
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id, make_vec
-from opd_gym.envs.vec_env import Pipeline, announce
+from opd_gym.envs.workers.vec_env import Pipeline, announce
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.tokens import (
     TokenSpec,
@@ -771,12 +771,12 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         Publish a VLA on the Hugging Face hub: a plain checkpoint (LoRA merged) and a model card of this run.
 
         :param repo_id: ``owner/name``; created if needed
-        :param kwargs: See :func:`opd_gym.zoo.hub.push_to_hub`: ``result`` (of an evaluation), ``dtype``, ``private``,
+        :param kwargs: See :func:`opd_gym.hub.push_to_hub`: ``result`` (of an evaluation), ``dtype``, ``private``,
             ``token``
         :return: Address of the commit
         """
         # Here, because the zoo's command line imports the algorithms
-        from opd_gym.zoo.hub import push_to_hub
+        from opd_gym.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **kwargs)
 
@@ -869,7 +869,7 @@ def _make_from_id(env_id: str, requires_tokens: bool, settings: dict[str, Any], 
     if bare_id(env_id) not in CHUNK_SIZES:
         return make_vec(env_id, seed=seed, tokens=requires_tokens or None, **_without(settings, ENV_SETTINGS))
     # Here, because the zoo's command line imports the algorithms
-    from opd_gym.zoo.config import build_env, load_hyperparams, split_hyperparams
+    from opd_gym.zoo.hyperparams import build_env, load_hyperparams, split_hyperparams
 
     run, _ = split_hyperparams("opd", load_hyperparams("opd", env_id))
     return build_env(env_id, run, seed=seed, settings=settings)

@@ -376,7 +376,7 @@ def locate_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.
     :return: An existing file or directory
     """
     # Here, because the zoo's command line imports the algorithms
-    from opd_gym.zoo import find_teacher
+    from opd_gym.checkpoints import find_teacher
 
     if spec is None:
         env_id = _env_id(env)

@@ -153,7 +153,7 @@ def make_vec(
     """
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
-    from opd_gym.envs.vec_env import WorkerVecEnv
+    from opd_gym.envs.workers.vec_env import WorkerVecEnv
 
     if n_envs < 1:
         raise ValueError(f"n_envs must be at least 1, got {n_envs}.")

@@ -374,7 +374,7 @@ def locate_checkpoint(checkpoint: str | os.PathLike[str]) -> Path | None:
     :raises FileNotFoundError: it has the form of an id, and the hub does not give it
     """
     # Here, because the zoo's command line imports the policies
-    from opd_gym.zoo import find_checkpoint
+    from opd_gym.checkpoints import find_checkpoint
 
     path = Path(checkpoint).expanduser()
     found = path if path.exists() else find_checkpoint(os.fspath(checkpoint))

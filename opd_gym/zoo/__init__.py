@@ -1,7 +1,6 @@
 """Tuned hyperparameters and trained checkpoints, by environment id."""
 
-from opd_gym.zoo.config import load_hyperparams
-from opd_gym.zoo.registry import (
+from opd_gym.checkpoints import (
     checkpoint_names,
     checkpoint_path,
     find_checkpoint,
@@ -9,6 +8,7 @@ from opd_gym.zoo.registry import (
     student_for,
     teacher_for,
 )
+from opd_gym.zoo.hyperparams import load_hyperparams
 
 __all__ = [
     "checkpoint_names",

@@ -261,7 +261,7 @@ class Simulator:
 
     def _make_expert(self) -> Any:
         if self._expert is None:
-            from opd_gym.envs.experts import make_expert
+            from opd_gym.envs.libero.experts import make_expert
 
             self._expert = make_expert(self.domain)
         return self._expert

@@ -122,7 +122,7 @@ class RemoteSimulator:
             # Every environment has packages of its own
             raise ImportError(
                 f"{error}\nThat is the worker's interpreter, which python names. Install this library in its "
-                f"environment, and run there: {python} -m opd_gym.zoo.cli robotwin install"
+                f"environment, and run there: {python} -m opd_gym.cli robotwin install"
             ) from error
 
     def call(
@@ -216,7 +216,7 @@ class RemoteSimulator:
 
 
 def _rebuild(kind: str, message: str, traceback: str) -> Exception:
-    from opd_gym.envs.vec_env import WorkerTraceback
+    from opd_gym.envs.workers.vec_env import WorkerTraceback
 
     cls = SimulatorError if kind == SimulatorError.__name__ else getattr(builtins, kind, None)
     known = isinstance(cls, type) and issubclass(cls, Exception) and not issubclass(cls, UnicodeError)

@@ -8,7 +8,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from opd_gym.envs.experts.geometry import Array, box_points
+from opd_gym.envs.libero.experts.geometry import Array, box_points
 
 
 class Scene:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from opd_gym.envs.experts.geometry import Array, rotation_vector, wrap_half_turn, yaw_rotation
-from opd_gym.envs.experts.scene import Scene
+from opd_gym.envs.libero.experts.geometry import Array, rotation_vector, wrap_half_turn, yaw_rotation
+from opd_gym.envs.libero.experts.scene import Scene
 
 OPEN, CLOSE = -1.0, 1.0
 

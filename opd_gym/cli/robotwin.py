@@ -114,10 +114,10 @@ def _assets(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from opd_gym.cli.video import write_video
     from opd_gym.envs.robotwin import runtime
     from opd_gym.envs.robotwin.stand_in import write_stand_in
     from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Trace, find_traces, make_env, replay
-    from opd_gym.zoo.video import write_video
 
     traces = [Trace.load(path) for path in find_traces([EXPERT_TRACES])]
     if args.env is not None:

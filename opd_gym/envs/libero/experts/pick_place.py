@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opd_gym.envs.experts.geometry import (
+from opd_gym.envs.libero.experts.geometry import (
     Array,
     Grasp,
     Gripper,
@@ -17,8 +17,8 @@ from opd_gym.envs.experts.geometry import (
     plan_rim_grasp,
     plan_top_grasp,
 )
-from opd_gym.envs.experts.scene import Scene
-from opd_gym.envs.experts.servo import CLOSE, OPEN, Target
+from opd_gym.envs.libero.experts.scene import Scene
+from opd_gym.envs.libero.experts.servo import CLOSE, OPEN, Target
 
 GraspPlanner = Callable[[Scene, int], Grasp]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from opd_gym.envs.experts.geometry import Array, Gripper
-from opd_gym.envs.experts.scene import Scene
-from opd_gym.envs.experts.servo import CLOSE, Target
+from opd_gym.envs.libero.experts.geometry import Array, Gripper
+from opd_gym.envs.libero.experts.scene import Scene
+from opd_gym.envs.libero.experts.servo import CLOSE, Target
 
 
 class Slide:

@@ -18,11 +18,21 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv
 
+from opd_gym.checkpoints import checkpoint_names, resolve_checkpoint, student_for, teacher_for
+from opd_gym.cli.runs import (
+    STATES_FILE,
+    RunCheckpoint,
+    checkpoints,
+    make_logger,
+    new_run_dir,
+    plot_learning_curve,
+    write_run_files,
+)
 from opd_gym.demonstrations import read_statistics
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
 from opd_gym.versions import versions, write_versions
-from opd_gym.zoo.config import (
+from opd_gym.zoo.hyperparams import (
     algorithm_class,
     algorithm_parameters,
     build_env,
@@ -31,16 +41,6 @@ from opd_gym.zoo.config import (
     parse_overrides,
     parse_yaml,
     split_hyperparams,
-)
-from opd_gym.zoo.registry import checkpoint_names, resolve_checkpoint, student_for, teacher_for
-from opd_gym.zoo.runs import (
-    STATES_FILE,
-    RunCheckpoint,
-    checkpoints,
-    make_logger,
-    new_run_dir,
-    plot_learning_curve,
-    write_run_files,
 )
 
 EVAL_EPISODES_PER_TASK = 10

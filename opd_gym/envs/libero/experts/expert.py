@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from opd_gym.envs.experts.articulated import OpenDrawer, TurnKnob
-from opd_gym.envs.experts.geometry import Array
-from opd_gym.envs.experts.pick_place import PickPlace, Placement
-from opd_gym.envs.experts.scene import Scene
-from opd_gym.envs.experts.servo import Servo, Target
-from opd_gym.envs.experts.slide import Slide
+from opd_gym.envs.libero.experts.articulated import OpenDrawer, TurnKnob
+from opd_gym.envs.libero.experts.geometry import Array
+from opd_gym.envs.libero.experts.pick_place import PickPlace, Placement
+from opd_gym.envs.libero.experts.scene import Scene
+from opd_gym.envs.libero.experts.servo import Servo, Target
+from opd_gym.envs.libero.experts.slide import Slide
 
 Skill = Callable[[Scene], Target]
 

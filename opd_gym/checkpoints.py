@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-ZOO = Path(__file__).parent
+ZOO = Path(__file__).parent / "zoo"
 REGISTRY_FILE = ZOO / "checkpoints.yml"
 CHECKPOINTS = ZOO / "checkpoints"
 
@@ -100,7 +100,7 @@ def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         if (path / "config.json").is_file():
             return path
-        from opd_gym.zoo.runs import checkpoints
+        from opd_gym.cli.runs import checkpoints
 
         saved = checkpoints(path)
         if saved:

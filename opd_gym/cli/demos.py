@@ -37,7 +37,7 @@ def record_demonstrations(
     :param seed: seed of the first episode; the following ones count up
     :param chunk_size: length of the labels
     :param stride: record every so many steps
-    :param perturbation: probability of a push at a step, see :func:`opd_gym.envs.experts.record.record_episode`
+    :param perturbation: probability of a push at a step, see :func:`opd_gym.envs.libero.experts.record.record_episode`
     :param image_size: side of the pictures
     :param visuals: see ``LiberoEnv``
     :param progress: show a progress bar
@@ -48,8 +48,8 @@ def record_demonstrations(
     if episodes_per_task < 1:
         raise ValueError(f"episodes_per_task must be at least 1, got {episodes_per_task}.")
     from opd_gym.demonstrations import Episode, write_demonstrations
-    from opd_gym.envs.experts.record import record_episode
     from opd_gym.envs.libero.env import LiberoEnv
+    from opd_gym.envs.libero.experts.record import record_episode
 
     env = gym.make(env_id, image_size=image_size, visuals=visuals, max_simulators=1).unwrapped
     assert isinstance(env, LiberoEnv)

@@ -13,7 +13,7 @@ from gymnasium.error import Error as GymError
 
 from opd_gym.envs.robotwin.install import InstallError
 from opd_gym.envs.robotwin.runtime import SimulatorError
-from opd_gym.zoo.config import ALGORITHMS
+from opd_gym.zoo.hyperparams import ALGORITHMS
 
 # Bad input, and what is missing on the machine
 ERRORS = (ValueError, FileNotFoundError, ImportError, ConnectionError, InstallError, SimulatorError, GymError)
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="memory and time of a run",
         description="What a run of OPD takes: memory by what it is for, which GPUs have it, what to change, time.",
     )
-    from opd_gym.zoo.plan import add_arguments as add_plan_arguments
+    from opd_gym.cli.plan import add_arguments as add_plan_arguments
 
     add_plan_arguments(plan)
     plan.set_defaults(run=_plan)
@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     quick = commands.add_parser(
         "quickstart", help="OPD on real LIBERO in minutes", description="Student before and after OPD, on real LIBERO."
     )
-    from opd_gym.zoo.quickstart import add_arguments
+    from opd_gym.cli.quickstart import add_arguments
 
     add_arguments(quick)
     quick.set_defaults(run=_quickstart)
@@ -148,8 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="what is installed, what is wrong, how to mend it",
         description="What is installed, what is wrong, the command that mends it, and whether LIBERO is as published.",
     )
-    from opd_gym.zoo.doctor import add_arguments as add_doctor_arguments
-    from opd_gym.zoo.doctor import run as run_doctor
+    from opd_gym.cli.doctor import add_arguments as add_doctor_arguments
+    from opd_gym.cli.doctor import run as run_doctor
 
     add_doctor_arguments(doctor)
     doctor.set_defaults(run=run_doctor)
@@ -157,14 +157,14 @@ def build_parser() -> argparse.ArgumentParser:
     robotwin = commands.add_parser(
         "robotwin", help="RoboTwin: runtime, assets, demonstrations", description="What the RoboTwin ids need."
     )
-    from opd_gym.zoo.robotwin import add_arguments as add_robotwin_arguments
+    from opd_gym.cli.robotwin import add_arguments as add_robotwin_arguments
 
     add_robotwin_arguments(robotwin)
     return parser
 
 
 def _train(args: argparse.Namespace) -> int:
-    from opd_gym.zoo.train import TrainArgs, read_args, train
+    from opd_gym.cli.train import TrainArgs, read_args, train
 
     if args.resume is not None:
         stored = read_args(args.resume)
@@ -188,13 +188,13 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from stable_baselines3.common.utils import get_device
 
+    from opd_gym.checkpoints import resolve_checkpoint
+    from opd_gym.cli.train import default_episodes, default_threshold, load_predictor, settings_of
+    from opd_gym.cli.video import side_by_side, write_video
     from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
     from opd_gym.evaluation import EvaluationResult, evaluate_success
     from opd_gym.versions import differences, read_versions
-    from opd_gym.zoo.config import build_env, parse_overrides
-    from opd_gym.zoo.registry import resolve_checkpoint
-    from opd_gym.zoo.train import default_episodes, default_threshold, load_predictor, settings_of
-    from opd_gym.zoo.video import side_by_side, write_video
+    from opd_gym.zoo.hyperparams import build_env, parse_overrides
 
     film = args.command != "eval"
     names = [args.checkpoint] if not film or args.before is None else [args.before, args.checkpoint]
@@ -272,7 +272,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _demos(args: argparse.Namespace) -> int:
-    from opd_gym.zoo.demos import record_demonstrations
+    from opd_gym.cli.demos import record_demonstrations
 
     record_demonstrations(
         args.env,
@@ -290,8 +290,8 @@ def _demos(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
+    from opd_gym.checkpoints import read_registry
     from opd_gym.envs.registration import LIBERO_IDS, ROBOTWIN_IDS
-    from opd_gym.zoo.registry import read_registry
 
     shown = [env_id for env_id, kwargs in LIBERO_IDS.items() if args.all or "task_ids" not in kwargs]
     print("Environments:")
@@ -316,13 +316,13 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from opd_gym.zoo.plan import main
+    from opd_gym.cli.plan import main
 
     return main(args)
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    from opd_gym.zoo.quickstart import run
+    from opd_gym.cli.quickstart import run
 
     return run(args)
 

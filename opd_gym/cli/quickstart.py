@@ -121,14 +121,14 @@ def run(args: argparse.Namespace) -> int:
     :return: exit status
     """
     began = time.monotonic()
-    from opd_gym.zoo.config import algorithm_class, build_env, split_hyperparams
-    from opd_gym.zoo.registry import resolve_checkpoint
-    from opd_gym.zoo.train import (
+    from opd_gym.checkpoints import resolve_checkpoint
+    from opd_gym.cli.train import (
         TrainArgs,
         complete_hyperparams,
         default_episodes,
         settings_of,
     )
+    from opd_gym.zoo.hyperparams import algorithm_class, build_env, split_hyperparams
 
     overrides = list(args.hyperparams)
     train_args = TrainArgs(
@@ -163,8 +163,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: argparse.Namespace, began: float) -> int:
-    from opd_gym.zoo.runs import make_logger, plot_learning_curve
-    from opd_gym.zoo.video import side_by_side, write_video
+    from opd_gym.cli.runs import make_logger, plot_learning_curve
+    from opd_gym.cli.video import side_by_side, write_video
 
     folder: Path = args.folder
     tasks = [(spec.options or {}).get("task_id") for spec in episodes]

@@ -170,7 +170,7 @@ def push_to_hub(
             reason = next(iter(str(error).splitlines()), "")
             raise ConnectionError(
                 f"The Hugging Face hub did not take {repo_id} ({type(error).__name__}: {reason}). Log in with `hf auth "
-                "login`. Without a network: opd_gym.zoo.hub.write_model_folder(model, directory, repo_id) writes what "
+                "login`. Without a network: opd_gym.hub.write_model_folder(model, directory, repo_id) writes what "
                 f"would be uploaded; run `hf upload {repo_id} <directory>` where there is one."
             ) from error
     return str(commit.commit_url)

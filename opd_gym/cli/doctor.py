@@ -120,7 +120,7 @@ if torch.cuda.is_available():
 
 
 def _machine() -> Iterator[Check]:
-    from opd_gym.zoo.quickstart import LEARNER_MEMORY, WORKER_MEMORY, available_memory
+    from opd_gym.cli.quickstart import LEARNER_MEMORY, WORKER_MEMORY, available_memory
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Check("cores", OK, str(cores))
@@ -358,7 +358,7 @@ def measure_scenes() -> None:
 
 
 def _self_check() -> Iterator[Check]:
-    lines, failure = _ask("from opd_gym.zoo.doctor import measure_scenes; measure_scenes()", SELF_CHECK_SECONDS)
+    lines, failure = _ask("from opd_gym.cli.doctor import measure_scenes; measure_scenes()", SELF_CHECK_SECONDS)
     told = {line["scene"]: line for line in (json.loads(line) for line in lines if line.startswith('{"scene"'))}
     for number, scene in enumerate(SCENES):
         line = told.get(number, {"error": failure or "no answer"})

@@ -6,9 +6,9 @@ from math import cos, pi, sin
 
 import numpy as np
 
-from opd_gym.envs.experts.geometry import Array, yaw_of_closing_axis, yaw_rotation
-from opd_gym.envs.experts.scene import Scene
-from opd_gym.envs.experts.servo import CLOSE, OPEN, Target
+from opd_gym.envs.libero.experts.geometry import Array, yaw_of_closing_axis, yaw_rotation
+from opd_gym.envs.libero.experts.scene import Scene
+from opd_gym.envs.libero.experts.servo import CLOSE, OPEN, Target
 
 
 def axis_rotation(axis: Array, angle: float) -> Array:

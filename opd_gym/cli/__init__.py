@@ -1,0 +1,1 @@
+"""The command `opd-gym`: one module a command."""
