@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -202,14 +201,10 @@ def write_sheet(path: Path, pairs: list[Pair]) -> None:
         axes[0].set_title(f"{where}\nexact", fontsize="small")
         axes[1].set_title(f"state {record['init_state_id']}, step {record['step']}\nlight", fontsize="small")
         axes[2].set_title(f"SSIM {record['ssim']:.3f}\ndifference x {AMPLIFY}", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # As with text: nobody ever sees half a picture.
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    from opd_gym.files import replacing
+
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=90, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def compare_pictures(args: argparse.Namespace) -> str:
@@ -275,10 +270,10 @@ def compare_success(args: argparse.Namespace) -> str:
     """
     from opd_gym.checkpoints import resolve_checkpoint
     from opd_gym.cli.train import default_episodes, load_predictor, settings_of
+    from opd_gym.envs.make import build_env
     from opd_gym.evaluation import EvaluationResult, evaluate_success
     from opd_gym.files import write_atomic
     from opd_gym.versions import write_results
-    from opd_gym.zoo.hyperparams import build_env
 
     path = resolve_checkpoint(args.policy)
     results: dict[str, EvaluationResult] = {}

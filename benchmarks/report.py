@@ -272,8 +272,8 @@ def export(study: Study, source: Path, target: Path) -> None:
     from stable_baselines3.common.utils import ConstantSchedule
 
     from opd_gym.cli.train import settings_of
+    from opd_gym.envs.make import build_env
     from opd_gym.policies.vla import VLAPolicy
-    from opd_gym.zoo.hyperparams import build_env
 
     env = build_env(study.env, n_envs=1, settings=settings_of(source))
     policy = VLAPolicy(env.observation_space, env.action_space, ConstantSchedule(0.0), checkpoint=source)

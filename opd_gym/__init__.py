@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from opd_gym.envs.registration import register_envs
+from opd_gym.version import __version__
 
 if TYPE_CHECKING:
     from opd_gym.algorithms.grpo import GRPO
     from opd_gym.algorithms.opd import OPD
     from opd_gym.algorithms.ppo import PPO
     from opd_gym.algorithms.sft import SFT
-    from opd_gym.envs.registration import make_vec
+    from opd_gym.envs.make import make_vec
     from opd_gym.policies.vla import VLAPolicy
-
-__version__ = "0.1.0"
 
 __all__ = ["GRPO", "OPD", "PPO", "SFT", "VLAPolicy", "__version__", "make_vec"]
 
@@ -26,7 +25,7 @@ _LAZY = {
     "PPO": "opd_gym.algorithms.ppo",
     "SFT": "opd_gym.algorithms.sft",
     "VLAPolicy": "opd_gym.policies.vla",
-    "make_vec": "opd_gym.envs.registration",
+    "make_vec": "opd_gym.envs.make",
 }
 
 register_envs()

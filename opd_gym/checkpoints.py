@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 ZOO = Path(__file__).parent / "zoo"
 REGISTRY_FILE = ZOO / "checkpoints.yml"
 CHECKPOINTS = ZOO / "checkpoints"
+_RUN_CHECKPOINT = re.compile(r"model_(\d+)_steps\.zip")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,16 @@ def checkpoint_path(name: str) -> Path:
     return path
 
 
+def run_checkpoints(run_dir: Path) -> list[Path]:
+    """
+    :param run_dir: directory of a run
+    :return: its complete checkpoints, oldest first
+    """
+    paths = list((run_dir / "checkpoints").glob("*.zip"))
+    found = [(int(match[1]), path) for path in paths if (match := _RUN_CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
 def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
     """
     Where the weights are that somebody names.
@@ -100,9 +112,7 @@ def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         if (path / "config.json").is_file():
             return path
-        from opd_gym.cli.runs import checkpoints
-
-        saved = checkpoints(path)
+        saved = run_checkpoints(path)
         if saved:
             return saved[-1]
         raise ValueError(f"{path} is neither a VLA checkpoint (no config.json) nor a run with checkpoints.")

@@ -17,6 +17,7 @@ from gymnasium import spaces
 from torch.nn import functional as F
 
 from opd_gym.actions import encode_actions
+from opd_gym.files import replacing
 from opd_gym.instructions import encode_instruction
 
 # Names of LIBERO's files for the cameras of our observations.
@@ -144,28 +145,21 @@ def write_demonstrations(
     :param bddl_file_name: the task's definition
     :param compression: of the pictures; None reads faster
     """
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with h5py.File(temporary, "w") as file:
-            data = file.create_group("data")
-            n = total = 0
-            for n, episode in enumerate(episodes, start=1):
-                _write_episode(data.create_group(f"demo_{n - 1}"), episode, compression)
-                instruction = episode.instruction if instruction is None else instruction
-                total += len(episode.actions)
-            about = dict(env_args() if callable(env_args) else env_args or {})
-            data.attrs["problem_info"] = json.dumps({**(problem_info or {}), "language_instruction": instruction or ""})
-            data.attrs["env_args"] = json.dumps(about)
-            data.attrs["env_name"] = str(about.get("env_name", ""))
-            data.attrs["bddl_file_name"] = str(bddl_file_name)
-            data.attrs["macros_image_convention"] = "opengl"
-            data.attrs["num_demos"] = n
-            data.attrs["total"] = total
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        data = file.create_group("data")
+        n = total = 0
+        for n, episode in enumerate(episodes, start=1):
+            _write_episode(data.create_group(f"demo_{n - 1}"), episode, compression)
+            instruction = episode.instruction if instruction is None else instruction
+            total += len(episode.actions)
+        about = dict(env_args() if callable(env_args) else env_args or {})
+        data.attrs["problem_info"] = json.dumps({**(problem_info or {}), "language_instruction": instruction or ""})
+        data.attrs["env_args"] = json.dumps(about)
+        data.attrs["env_name"] = str(about.get("env_name", ""))
+        data.attrs["bddl_file_name"] = str(bddl_file_name)
+        data.attrs["macros_image_convention"] = "opengl"
+        data.attrs["num_demos"] = n
+        data.attrs["total"] = total
 
 
 def _write_episode(group: h5py.Group, episode: Episode, compression: str | None) -> None:

@@ -1,24 +1,72 @@
-"""Files that are never half written."""
+"""Files that are never half written, and the folder of what is computed once."""
 
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """
+    Write a file in one step: readers see the old file or the new one, never a part, also after a power cut.
+
+    ``with replacing(path) as temporary`` gives a path of the same suffix in the same folder. What is written there
+    takes the place of ``path`` at the end of the block, and is removed if the block raises.
+
+    :param path: file to replace; its folder is created
+    :return: context manager that gives the path to write to
+    """
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because os.replace must not cross file systems
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:
     """
-    Write a text file in one step: readers see the old content or the new, never a part.
+    Write a text file in one step, see :func:`replacing`.
 
-    :param path: file to write; its folder is created
+    :param path: file to write
     :param text: content
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, because os.replace must not cross file systems.
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def cache_dir() -> Path:
+    """
+    Folder for everything that is computed once: ``$OPD_GYM_CACHE``, else ``$XDG_CACHE_HOME/opd_gym``, else
+    ``~/.cache/opd_gym``.
+
+    :return: the folder, created
+    """
+    root = os.environ.get("OPD_GYM_CACHE")
+    path = (
+        Path(root).expanduser() if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opd_gym"
+    )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"The cache folder {path} cannot be made ({error}). Set OPD_GYM_CACHE to a folder that can be written."
+        ) from error
+    return path

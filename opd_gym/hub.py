@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch as th
 from huggingface_hub import HfApi, ModelCardData
 
-from opd_gym import __version__
 from opd_gym.files import write_atomic
+from opd_gym.version import __version__
 from opd_gym.versions import versions, write_versions
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlparse
 
 from opd_gym.envs.libero.runtime import libero_root, mujoco_version
 from opd_gym.files import write_atomic
+from opd_gym.version import __version__
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
@@ -45,8 +46,6 @@ def versions(env: VecEnv | None = None) -> dict[str, str]:
 
 @functools.cache
 def _installed() -> Mapping[str, str]:
-    from opd_gym import __version__
-
     found: dict[str, str | None] = {"opd_gym": __version__, "python": platform.python_version()}
     found["torch"] = _version("torch")
     found["mujoco"] = mujoco_version()

@@ -460,7 +460,7 @@ def test_without_a_network(robot_base, monkeypatch):
     with pytest.raises(
         ConnectionError, match="did not take somebody/robot.*write_model_folder.*hf upload somebody/robot"
     ):
-        model.push_to_hub("somebody/robot", token="none")
+        hub.push_to_hub(model, "somebody/robot", token="none")
 
 
 def test_only_policies_of_tokens_are_published(tmp_path):

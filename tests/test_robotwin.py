@@ -42,7 +42,8 @@ from opd_gym.cli.main import main
 from opd_gym.cli.robotwin import make_demonstrations
 from opd_gym.cli.train import default_episodes
 from opd_gym.demonstrations import Demonstrations, Episode, read_demonstrations, read_statistics, write_demonstrations
-from opd_gym.envs.registration import CHUNK_SIZES, ROBOTWIN_IDS, make_env_fn
+from opd_gym.envs.make import make_env_fn
+from opd_gym.envs.registration import CHUNK_SIZES, ROBOTWIN_IDS
 from opd_gym.envs.robotwin import MESHLESS_TASKS, STAND_IN_TASKS, TASKS, RoboTwinEnv, install, runtime, tasks
 from opd_gym.envs.robotwin import remote as remote_module
 from opd_gym.envs.robotwin.assets import download_assets, unpack

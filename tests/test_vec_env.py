@@ -1106,7 +1106,8 @@ def test_a_benchmark_goes_without_workers_on_other_systems(monkeypatch):
 
 
 def test_configurations_may_say_how_many_workers():
-    from opd_gym.zoo.hyperparams import build_env, split_hyperparams
+    from opd_gym.envs.make import build_env
+    from opd_gym.zoo.hyperparams import split_hyperparams
 
     run, _ = split_hyperparams("opd", {"n_envs": 3, "n_workers": 2})
     env = build_env("CartPole-v1", run)

@@ -24,12 +24,12 @@ from stable_baselines3.common.utils import LinearSchedule
 
 import opd_gym
 from opd_gym import checkpoints as registry
+from opd_gym.checkpoints import run_checkpoints
 from opd_gym.cli import quickstart
 from opd_gym.cli.main import build_parser, main
 from opd_gym.cli.runs import (
     STATES_FILE,
     RunCheckpoint,
-    checkpoints,
     make_logger,
     new_run_dir,
     plot_learning_curve,
@@ -279,11 +279,11 @@ def test_run_checkpoint_keeps_the_last(tmp_path: Path) -> None:
     callback.model = model
     for model.num_timesteps in (8, 16, 100):
         callback.on_step()
-    assert [path.name for path in checkpoints(tmp_path)] == ["model_16_steps.zip", "model_100_steps.zip"]
+    assert [path.name for path in run_checkpoints(tmp_path)] == ["model_16_steps.zip", "model_100_steps.zip"]
     # A file that was being written when the process was killed is no checkpoint.
     (tmp_path / "checkpoints" / ".model_200_steps.zip.123.tmp").write_text("")
     (tmp_path / "checkpoints" / "model_x_steps.zip").write_text("")
-    assert checkpoints(tmp_path)[-1].read_text() == "100"
+    assert run_checkpoints(tmp_path)[-1].read_text() == "100"
     with pytest.raises(ValueError, match="keep_last"):
         RunCheckpoint(tmp_path, keep_last=0)
 
@@ -353,14 +353,14 @@ def test_train_keeps_everything_and_resumes(teacher: Path, tmp_path: Path, capsy
     stored = yaml.safe_load((run / "config.yml").read_text())
     assert stored["n_steps"] == 32 and stored["n_timesteps"] == 64 and stored["teacher"] == str(teacher)
     assert (run / "command.txt").read_text().count("\n") == 1
-    assert [path.name for path in checkpoints(run)] == ["model_64_steps.zip"]
+    assert [path.name for path in run_checkpoints(run)] == ["model_64_steps.zip"]
     assert len(EvaluationResult.load(run / "evaluation.json").episodes) == 2
 
     assert main(["train", "--resume", str(run), "-n", "128", "--no-progress"]) == 0
     # What it replays are the states from before the resume, too.
     assert len(np.load(run / "checkpoints" / STATES_FILE)["masks"]) == 128
     assert "64 states to replay" in capsys.readouterr().out
-    assert [path.name for path in checkpoints(run)] == ["model_64_steps.zip", "model_128_steps.zip"]
+    assert [path.name for path in run_checkpoints(run)] == ["model_64_steps.zip", "model_128_steps.zip"]
     assert opd_gym.OPD.load(run / "model.zip").num_timesteps == 128
     steps = [row["time/total_timesteps"] for row in read_progress(run)]
     assert steps == sorted(steps) and steps[0] == 32 and steps[-1] == 128
@@ -416,7 +416,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: 
     run = tmp_path / "opd" / "CartPole-v1_1"
     try:
         deadline = time.monotonic() + 120
-        while len(checkpoints(run)) < 2:
+        while len(run_checkpoints(run)) < 2:
             assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
             time.sleep(0.05)
         process.send_signal(signum)
@@ -425,7 +425,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: 
         process.kill()
     if signum == signal.SIGTERM:
         assert process.returncode == 130 and "--resume" in output
-    steps = int(re.findall(r"\d+", checkpoints(run)[-1].name)[0])
+    steps = int(re.findall(r"\d+", run_checkpoints(run)[-1].name)[0])
     assert main(["train", "--resume", str(run), "-n", str(steps + 32), "--no-progress", "--device", "cpu"]) == 0
     assert opd_gym.OPD.load(run / "model.zip").num_timesteps >= steps + 32
 

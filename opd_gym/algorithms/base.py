@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
@@ -32,9 +32,10 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, map_obs
-from opd_gym.envs.registration import CHUNK_SIZES, bare_id, make_vec
+from opd_gym.envs.make import prepare_env, with_action_dim
 from opd_gym.envs.workers.vec_env import Pipeline, announce
-from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
+from opd_gym.envs.wrappers import EpisodeControl
+from opd_gym.files import replacing
 from opd_gym.tokens import (
     TokenSpec,
     TokenView,
@@ -47,9 +48,6 @@ from opd_gym.tokens import (
 
 SelfRolloutAlgorithm = TypeVar("SelfRolloutAlgorithm", bound="RolloutAlgorithm")
 
-DEFAULT_CHUNK_SIZE = 8
-# Of the settings of a checkpoint, those that the env itself takes
-ENV_SETTINGS = ("image_size", "cameras", "visuals")
 # Gymnasium and NumPy take seeds of 32 bits
 MAX_SEED = 2**31
 
@@ -182,7 +180,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         if env is not None:
             policy_class = self._get_policy_from_name(policy) if isinstance(policy, str) else policy
             env = prepare_env(env, policy_class, policy_kwargs, verbose, seed)
-            policy_kwargs = _with_action_dim(env, policy_class, policy_kwargs)
+            policy_kwargs = with_action_dim(env, policy_class, policy_kwargs)
         self.temperature = temperature
         self.group_size = group_size
         self.num_env_steps = 0
@@ -758,27 +756,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         target = pathlib.Path(path)
         if target.suffix == "":
             target = target.with_name(f"{target.name}.zip")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(target) as temporary:
             super().save(temporary, exclude=exclude, include=include)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """
-        Publish a VLA on the Hugging Face hub: a plain checkpoint (LoRA merged) and a model card of this run.
-
-        :param repo_id: ``owner/name``; created if needed
-        :param kwargs: See :func:`opd_gym.hub.push_to_hub`: ``result`` (of an evaluation), ``dtype``, ``private``,
-            ``token``
-        :return: Address of the commit
-        """
-        # Here, because the zoo's command line imports the algorithms
-        from opd_gym.hub import push_to_hub
-
-        return push_to_hub(self, repo_id, **kwargs)
 
     @classmethod
     def load(
@@ -818,109 +797,3 @@ def _join(parts: list[Any]) -> Any:
     if isinstance(parts[0], dict):
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     return np.concatenate(parts)
-
-
-def prepare_env(
-    env: GymEnv | str,
-    policy_class: type[BasePolicy],
-    policy_kwargs: dict[str, Any] | None = None,
-    verbose: int = 0,
-    seed: int | None = None,
-) -> VecEnv | gym.Env:
-    """
-    Make an env from its id, and give a policy of tokens an env of tokens.
-
-    :param env: An id, an env, or a vectorised env
-    :param policy_class: Class of the policy
-    :param policy_kwargs: Its keyword arguments; a ``checkpoint`` among them fixes chunk size, bins and statistics
-    :param verbose: 1 to say what was wrapped
-    :param seed: Seed for an env that is made here
-    :return: The env, ready for the policy
-    """
-    requires_tokens = getattr(policy_class, "requires_tokens", False)
-    settings = checkpoint_settings(policy_kwargs or {}) if requires_tokens else {}
-    if isinstance(env, str):
-        env = _make_from_id(env, requires_tokens, settings, seed)
-    for key in ENV_SETTINGS:
-        settings.pop(key, None)
-    if not requires_tokens or isinstance(env.action_space, spaces.MultiDiscrete):
-        return env
-    if isinstance(env, VecEnv):
-        raise ValueError(
-            f"{policy_class.__name__} expects a MultiDiscrete action space of action tokens, the vectorised env has "
-            f"{env.action_space}. Wrap each of its envs in ActionChunk and ActionTokens (opd_gym.envs.wrappers), or "
-            "build it with opd_gym.make_vec(env_id, n_envs, chunk_size=8, tokens=True)."
-        )
-    if not isinstance(env.action_space, spaces.Box):
-        raise ValueError(
-            f"{policy_class.__name__} expects an env with a Box action space (which is turned into action tokens) or a "
-            f"MultiDiscrete one, got {env.action_space}. Use MlpPolicy, CnnPolicy or MultiInputPolicy for this env."
-        )
-    if len(env.action_space.shape) == 1:
-        env = ActionChunk(env, settings.pop("chunk_size", DEFAULT_CHUNK_SIZE))
-    env = ActionTokens(env, **settings)
-    if verbose >= 1:
-        print(f"Wrapping the env, because {policy_class.__name__} needs action tokens: {env}")
-    return env
-
-
-def _make_from_id(env_id: str, requires_tokens: bool, settings: dict[str, Any], seed: int | None) -> VecEnv:
-    """An env from its id alone: a benchmark's with the cameras, workers and wrappers that the zoo has for it."""
-    if bare_id(env_id) not in CHUNK_SIZES:
-        return make_vec(env_id, seed=seed, tokens=requires_tokens or None, **_without(settings, ENV_SETTINGS))
-    # Here, because the zoo's command line imports the algorithms
-    from opd_gym.zoo.hyperparams import build_env, load_hyperparams, split_hyperparams
-
-    run, _ = split_hyperparams("opd", load_hyperparams("opd", env_id))
-    return build_env(env_id, run, seed=seed, settings=settings)
-
-
-def _with_action_dim(
-    env: VecEnv | gym.Env, policy_class: type[BasePolicy], policy_kwargs: dict[str, Any] | None
-) -> dict[str, Any] | None:
-    """Tell a new body of a token policy how many dimensions an action has: the number of tokens does not say it."""
-    kwargs = dict(policy_kwargs or {})
-    body_kwargs = dict(kwargs.get("body_kwargs") or {})
-    if not getattr(policy_class, "requires_tokens", False) or kwargs.get("checkpoint") or "action_dim" in body_kwargs:
-        return policy_kwargs
-    if isinstance(env, VecEnv):
-        found = env.get_attr("action_dim", indices=0)[0] if env.has_attr("action_dim") else None
-    else:
-        found = env.get_wrapper_attr("action_dim") if env.has_wrapper_attr("action_dim") else None
-    if found is None:
-        return policy_kwargs
-    return {**kwargs, "body_kwargs": {**body_kwargs, "action_dim": int(found)}}
-
-
-def _without(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in keys}
-
-
-def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    What an env must be like for a token policy, as far as that is known before there is an env.
-
-    :param policy_kwargs: Keyword arguments of the policy: its ``checkpoint``, or the configuration of its body
-    :return: ``chunk_size``, ``n_bins``, ``statistics`` (arguments of ``make_vec``), ``image_size``, ``cameras`` and
-        ``visuals`` (of the env), those that are known
-    """
-    checkpoint = policy_kwargs.get("checkpoint")
-    config = policy_kwargs.get("body_kwargs") or {}
-    if checkpoint is not None:
-        from opd_gym.policies.vla import locate_checkpoint, read_checkpoint_config
-
-        directory = locate_checkpoint(checkpoint)
-        if directory is not None:
-            config = read_checkpoint_config(directory)[1].to_dict()
-    settings = {key: config[key] for key in ("n_bins", "statistics") if config.get(key) is not None}
-    if "n_tokens" in config and "action_dim" in config:
-        settings["chunk_size"] = config["n_tokens"] // config["action_dim"]
-    if config.get("image_size"):
-        height, width = (int(size) for size in config["image_size"])
-        settings["image_size"] = height if height == width else (height, width)
-    if config.get("image_keys"):
-        settings["cameras"] = tuple(config["image_keys"])
-    if config.get("libero_images"):
-        # Trained on LIBERO's own pictures
-        settings["visuals"] = "exact"
-    return settings

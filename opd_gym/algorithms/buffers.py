@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.utils import get_device
 
+from opd_gym.files import replacing
 from opd_gym.tokens import TokenSpec, token_spec
 
 # An observation, or one array per observation of a batch: an array for plain spaces, a dict of arrays for Dict spaces
@@ -411,12 +411,8 @@ class StateReplay:
         arrays |= {"distributions": self.distributions[oldest_first], "masks": self.masks[oldest_first]}
         if self.store_actions:
             arrays["actions"] = self.actions[oldest_first]
-        path = pathlib.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """

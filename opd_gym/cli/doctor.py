@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-import opd_gym
 from opd_gym.envs.libero import runtime
 from opd_gym.envs.robotwin import install
 from opd_gym.envs.robotwin import runtime as robotwin
 from opd_gym.envs.robotwin.remote import LOAD_LIBRARY
+from opd_gym.version import PACKAGE_FILE
 from opd_gym.versions import libero_package, versions
 
 # Seconds until a check that may hang is given up; the self-check compiles its scenes at the very first time
@@ -248,7 +248,7 @@ def _ask(code: str, timeout: float) -> tuple[list[str], str | None]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", LOAD_LIBRARY + code, str(Path(opd_gym.__file__).resolve())],
+                [sys.executable, "-W", "ignore", "-c", LOAD_LIBRARY + code, str(PACKAGE_FILE)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=timeout,

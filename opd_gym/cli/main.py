@@ -191,10 +191,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     from opd_gym.checkpoints import resolve_checkpoint
     from opd_gym.cli.train import default_episodes, default_threshold, load_predictor, settings_of
     from opd_gym.cli.video import side_by_side, write_video
+    from opd_gym.envs.make import build_env
     from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
     from opd_gym.evaluation import EvaluationResult, evaluate_success
     from opd_gym.versions import differences, read_versions
-    from opd_gym.zoo.hyperparams import build_env, parse_overrides
+    from opd_gym.zoo.hyperparams import parse_overrides
 
     film = args.command != "eval"
     names = [args.checkpoint] if not film or args.before is None else [args.before, args.checkpoint]

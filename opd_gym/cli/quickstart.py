@@ -128,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
         default_episodes,
         settings_of,
     )
-    from opd_gym.zoo.hyperparams import algorithm_class, build_env, split_hyperparams
+    from opd_gym.envs.make import build_env
+    from opd_gym.zoo.hyperparams import algorithm_class, split_hyperparams
 
     overrides = list(args.hyperparams)
     train_args = TrainArgs(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import shlex
 import sys
 import time
@@ -16,13 +15,13 @@ import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, KVWriter, Logger
 
-from opd_gym.files import write_atomic
+from opd_gym.checkpoints import run_checkpoints
+from opd_gym.files import replacing, write_atomic
 from opd_gym.versions import differences, read_versions, versions, write_versions
 
 # States to replay, beside the checkpoints: large, so they are written less often.
 STATES_FILE = "states.npz"
 STATES_INTERVAL = 300.0
-_CHECKPOINT = re.compile(r"model_(\d+)_steps\.zip")
 
 
 def new_run_dir(folder: str | os.PathLike[str], algo: str, env_id: str) -> Path:
@@ -76,16 +75,6 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """
-    :param run_dir: directory of a run
-    :return: its complete checkpoints, oldest first
-    """
-    paths = list((run_dir / "checkpoints").glob("*.zip"))
-    found = [(int(match[1]), path) for path in paths if (match := _CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
 class RunCheckpoint(BaseCallback):
     """
     Keeps the last checkpoints of a run; a killed run loses what came after the last one.
@@ -119,7 +108,7 @@ class RunCheckpoint(BaseCallback):
         folder = self.run_dir / "checkpoints"
         # Atomic: the algorithms of this library replace a file only once the new one is complete.
         self.model.save(folder / f"model_{self.model.num_timesteps}_steps.zip")
-        for old in checkpoints(self.run_dir)[: -self.keep_last]:
+        for old in run_checkpoints(self.run_dir)[: -self.keep_last]:
             old.unlink(missing_ok=True)
         if states and getattr(self.model, "replay_buffer", None) is not None:
             self.model.save_replay_buffer(folder / STATES_FILE)  # type: ignore[attr-defined]
@@ -246,12 +235,8 @@ def plot_learning_curve(
                 axis.legend(fontsize="small", loc="best")
     if title:
         figure.suptitle(title)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

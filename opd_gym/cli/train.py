@@ -18,24 +18,23 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.checkpoints import checkpoint_names, resolve_checkpoint, student_for, teacher_for
+from opd_gym.checkpoints import checkpoint_names, resolve_checkpoint, run_checkpoints, student_for, teacher_for
 from opd_gym.cli.runs import (
     STATES_FILE,
     RunCheckpoint,
-    checkpoints,
     make_logger,
     new_run_dir,
     plot_learning_curve,
     write_run_files,
 )
 from opd_gym.demonstrations import read_statistics
+from opd_gym.envs.make import build_env
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
 from opd_gym.versions import versions, write_versions
 from opd_gym.zoo.hyperparams import (
     algorithm_class,
     algorithm_parameters,
-    build_env,
     load_hyperparams,
     merge,
     parse_overrides,
@@ -90,9 +89,9 @@ def settings_of(path: Path) -> dict[str, Any]:
     What an env must be like for a checkpoint.
 
     :param path: directory of a VLA checkpoint, or zip of a model
-    :return: see :func:`opd_gym.algorithms.base.checkpoint_settings`; empty if it is no VLA
+    :return: see :func:`opd_gym.policies.vla.checkpoint_settings`; empty if it is no VLA
     """
-    from opd_gym.algorithms.base import checkpoint_settings
+    from opd_gym.policies.vla import checkpoint_settings
 
     if path.is_dir():
         return checkpoint_settings({"checkpoint": path})
@@ -299,7 +298,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     :param resume: directory of a run to go on with; ``args`` are then those of :func:`read_args`
     :return: the outcome
     """
-    from opd_gym.algorithms.base import checkpoint_settings
+    from opd_gym.policies.vla import checkpoint_settings
 
     cls = algorithm_class(args.algo)
     if resume is None:
@@ -311,7 +310,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     run, kwargs = split_hyperparams(args.algo, values, cls)
     policy = run.get("policy") or "MlpPolicy"
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
-    saved = checkpoints(resume) if resume is not None else []
+    saved = run_checkpoints(resume) if resume is not None else []
     weights = None
     if start is not None and not saved and resolve_checkpoint(start).is_file():
         # A zip holds an SB3 policy, which is no argument of the policy's constructor.

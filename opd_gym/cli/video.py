@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from opd_gym.files import replacing
+
 
 def write_video(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: float = 5.0) -> Path:
     """
@@ -27,18 +29,13 @@ def write_video(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps:
         import imageio.v2 as imageio
     except ImportError as error:
         raise ImportError("Films need imageio. Run: pip install 'opd_gym[plots]'") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
+    with replacing(path) as temporary:
         if path.suffix == ".gif":
             imageio.mimsave(temporary, list(frames), duration=1000.0 / fps, loop=0)
         else:
             # H.264 with 4:2:0 needs even sides; without macro_block_size=1 imageio would stretch the pictures to 16.
             even = [frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2] for frame in frames]
             imageio.mimsave(temporary, list(even), fps=fps, macro_block_size=1)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

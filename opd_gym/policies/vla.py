@@ -848,3 +848,31 @@ class VLAPolicy(ActorCriticPolicy):
     def extract_features(self, *args: Any, **kwargs: Any) -> Any:
         """Not available: the body reads raw observations."""
         raise NotImplementedError("VLAPolicy reads raw observations; it has no feature extractor.")
+
+
+def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What an env must be like for a token policy, as far as that is known before there is an env.
+
+    :param policy_kwargs: Keyword arguments of the policy: its ``checkpoint``, or the configuration of its body
+    :return: ``chunk_size``, ``n_bins``, ``statistics`` (arguments of ``make_vec``), ``image_size``, ``cameras`` and
+        ``visuals`` (of the env), those that are known
+    """
+    checkpoint = policy_kwargs.get("checkpoint")
+    config = policy_kwargs.get("body_kwargs") or {}
+    if checkpoint is not None:
+        directory = locate_checkpoint(checkpoint)
+        if directory is not None:
+            config = read_checkpoint_config(directory)[1].to_dict()
+    settings = {key: config[key] for key in ("n_bins", "statistics") if config.get(key) is not None}
+    if "n_tokens" in config and "action_dim" in config:
+        settings["chunk_size"] = config["n_tokens"] // config["action_dim"]
+    if config.get("image_size"):
+        height, width = (int(size) for size in config["image_size"])
+        settings["image_size"] = height if height == width else (height, width)
+    if config.get("image_keys"):
+        settings["cameras"] = tuple(config["image_keys"])
+    if config.get("libero_images"):
+        # Trained on LIBERO's own pictures
+        settings["visuals"] = "exact"
+    return settings

@@ -9,19 +9,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, ROBOTWIN_IDS, bare_id, make_vec
+from opd_gym.envs.registration import ROBOTWIN_IDS, training_defaults
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 ALGORITHMS = ("opd", "grpo", "ppo", "sft")
@@ -69,9 +66,7 @@ def algorithm_class(algo: str) -> type[BaseAlgorithm]:
     """
     if algo.lower() not in ALGORITHMS:
         raise ValueError(f"Unknown algorithm {algo!r}. Known: {', '.join(ALGORITHMS)}.")
-    import opd_gym
-
-    return getattr(opd_gym, algo.upper())
+    return getattr(importlib.import_module(f"opd_gym.algorithms.{algo.lower()}"), algo.upper())
 
 
 def algorithm_parameters(cls: type) -> dict[str, inspect.Parameter]:
@@ -119,11 +114,12 @@ def suite_id(env_id: str) -> str:
 def load_hyperparams(algo: str, env_id: str, path: Path | str | None = None) -> dict[str, Any]:
     """
     Hyperparameters for an environment. A single task without an entry of its own has its suite's; else ``default``.
+    What an entry leaves open of a benchmark's env follows from :func:`opd_gym.envs.registration.training_defaults`.
 
     :param algo: "opd", "grpo", "ppo" or "sft"
     :param env_id: environment id, with or without ``opd_gym:``
     :param path: YAML file; None for the zoo's own
-    :return: plain values, as they are in the file
+    :return: plain values
     """
     if algo.lower() not in ALGORITHMS:
         raise ValueError(f"Unknown algorithm {algo!r}. Known: {', '.join(ALGORITHMS)}.")
@@ -137,7 +133,7 @@ def load_hyperparams(algo: str, env_id: str, path: Path | str | None = None) -> 
             values = entries[key]
             if not isinstance(values, dict):
                 raise ValueError(f"{path}, {key!r}: expected a mapping of hyperparameters, got {values!r}.")
-            return deepcopy(values)
+            return merge(training_defaults(env_id), values)
     raise ValueError(f"{path} has neither an entry {bare!r} nor a `default`. It has: {', '.join(map(str, entries))}.")
 
 
@@ -192,40 +188,6 @@ def schedule(value: Any, key: str) -> Any:
     return LinearSchedule(start, 0.0, 1.0) if kind == "lin" else start
 
 
-def _import_wrapper(path: str) -> Callable[..., gym.Env]:
-    module, _, name = path.replace(":", ".").rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"env_wrapper: cannot import {path!r} ({error}). Expected module.ClassName.") from error
-
-
-def _apply_wrappers(env: gym.Env, wrappers: list[tuple[str, dict[str, Any]]]) -> gym.Env:
-    for path, kwargs in wrappers:
-        env = _import_wrapper(path)(env, **kwargs)
-    return env
-
-
-def wrapper_function(spec: Any) -> Callable[[gym.Env], gym.Env] | None:
-    """
-    :param spec: import path of a wrapper, a mapping from it to its keyword arguments, a list of these, or None
-    :return: a function that applies them in order and can be sent to a worker process
-    """
-    if not spec:
-        return None
-    wrappers: list[tuple[str, dict[str, Any]]] = []
-    for item in spec if isinstance(spec, list) else [spec]:
-        if isinstance(item, Mapping) and len(item) == 1:
-            ((path, kwargs),) = item.items()
-        else:
-            path, kwargs = item, {}
-        if not isinstance(path, str) or not isinstance(kwargs or {}, Mapping):
-            raise ValueError(f"env_wrapper: expected an import path or one mapped to keyword arguments, got {item!r}.")
-        _import_wrapper(path)
-        wrappers.append((path, dict(kwargs or {})))
-    return partial(_apply_wrappers, wrappers=wrappers)
-
-
 def split_hyperparams(
     algo: str, values: Mapping[str, Any], cls: type | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -262,48 +224,3 @@ def split_hyperparams(
                 raise ValueError(f"{key}: expected a number, got {run[key]!r}.")
             run[key] = int(run[key])
     return run, kwargs
-
-
-def build_env(
-    env_id: str,
-    run: Mapping[str, Any] | None = None,
-    n_envs: int | None = None,
-    seed: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-    **env_kwargs: Any,
-) -> VecEnv:
-    """
-    The vectorised env of a configuration.
-
-    :param env_id: environment id
-    :param run: the part of the configuration about the env, see :func:`split_hyperparams`
-    :param n_envs: number of envs; None for what the configuration says
-    :param seed: seed of the workers
-    :param settings: what a checkpoint needs, see ``opd_gym.algorithms.base.checkpoint_settings``; it wins over the
-        configuration where it comes to pictures
-    :param env_kwargs: keyword arguments of the env that win over the configuration's
-    :return: the env
-    """
-    gym.spec(env_id)  # an unknown id is reported here, not in the traceback of a worker process
-    run, settings = dict(run or {}), dict(settings or {})
-    kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
-    if bare_id(env_id) in CHUNK_SIZES:
-        # How LIBERO's pictures are drawn is nothing that other benchmarks know of
-        for key in ("image_size", "cameras", *(("visuals",) if bare_id(env_id) in LIBERO_IDS else ())):
-            if key in settings and key not in env_kwargs:
-                kwargs[key] = settings[key]
-    token_kwargs: dict[str, Any] = {
-        key: settings[key] for key in ("chunk_size", "n_bins", "statistics") if key in settings
-    }
-    if token_kwargs:
-        token_kwargs["tokens"] = True
-    token_kwargs.update({key: run[key] for key in ("chunk_size", "tokens", "n_bins") if run.get(key) is not None})
-    return make_vec(
-        env_id,
-        n_envs=n_envs or run.get("n_envs") or 1,
-        seed=seed,
-        env_kwargs=kwargs,
-        wrapper=wrapper_function(run.get("env_wrapper")),
-        n_workers=run.get("n_workers"),
-        **token_kwargs,
-    )

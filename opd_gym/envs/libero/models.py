@@ -18,17 +18,15 @@ import logging
 import os
 import shutil
 import tempfile
-import uuid
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mujoco
 import numpy as np
 
 from opd_gym.envs.libero import light
+from opd_gym.files import replacing, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -141,19 +139,6 @@ def _key(xml: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file in one step: other workers see all of it or nothing, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix}")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _save_model(model: mujoco.MjModel, path: Path) -> None:
     mujoco.mj_saveModel(model, str(path))
     # MuJoCo does not say that the disk is full
@@ -181,11 +166,12 @@ def _build(xml: str, visuals: str, cache: Path, entry: Path) -> None:
         for texture in range(full.ntex):
             textures[texture] = _save_texture(full, texture, visuals, cache)
     model = full if stripped is None else stripped
-    _write(entry / f"{visuals}.mjb", lambda path: _save_model(model, path))
+    with replacing(entry / f"{visuals}.mjb") as temporary:
+        _save_model(model, temporary)
     digest = hashlib.sha256((entry / f"{visuals}.mjb").read_bytes()).hexdigest()
     index = {"sha256": digest, "meshes": meshes, "textures": textures}
     # Last, because it says that the rest is there
-    _write(entry / f"{visuals}.json", lambda path: path.write_text(json.dumps(index), encoding="utf-8"))
+    write_atomic(entry / f"{visuals}.json", json.dumps(index))
 
 
 def _visual_meshes(model: mujoco.MjModel) -> list[int]:
@@ -286,8 +272,9 @@ def _save_mesh(model: mujoco.MjModel, mesh: int, visuals: str, cache: Path) -> s
             simple = light.lighten_mesh(light.Mesh(vertices, faces, normals, uv))
             vertices, faces, normals, uv = simple.vertices, simple.faces, simple.normals, simple.uv
         corners, indices = _interleave(vertices, faces, normals, uv)
-        _write(vertex_file, lambda path: np.save(path, corners))
-        _write(index_file, lambda path: np.save(path, indices))
+        for file, array in ((vertex_file, corners), (index_file, indices)):
+            with replacing(file) as temporary:
+                np.save(temporary, array)
     return stem
 
 
@@ -362,5 +349,6 @@ def _save_texture(model: mujoco.MjModel, texture: int, visuals: str, cache: Path
     name = f"{digest.hexdigest()[:32]}.{kind}.npy"
     if not _is_readable(cache / "textures" / name):
         picture = light.shrink_texture(pixels) if visuals == "light" else pixels
-        _write(cache / "textures" / name, lambda path: np.save(path, picture))
+        with replacing(cache / "textures" / name) as temporary:
+            np.save(temporary, picture)
     return name

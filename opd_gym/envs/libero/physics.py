@@ -20,7 +20,8 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from opd_gym.envs.libero.runtime import cache_dir, import_libero
+from opd_gym.envs.libero.runtime import import_libero
+from opd_gym.files import cache_dir
 
 import_libero()  # first, because it tells numba where to keep compiled code and keeps robosuite quiet
 

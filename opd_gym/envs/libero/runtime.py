@@ -25,6 +25,8 @@ from typing import Any
 
 import yaml
 
+from opd_gym.files import cache_dir, write_atomic
+
 INSTALL_HINT = "pip install 'opd_gym[libero]'"
 
 # The newest MuJoCo with which LIBERO is the benchmark that results are published for, and what newer ones change in it
@@ -43,26 +45,6 @@ GL_PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"
 
 class MujocoVersionWarning(UserWarning):
     """The installed MuJoCo makes another benchmark of LIBERO than the one that results are published for."""
-
-
-def cache_dir() -> Path:
-    """
-    Folder for everything that is computed once: ``$OPD_GYM_CACHE``, else ``$XDG_CACHE_HOME/opd_gym``, else
-    ``~/.cache/opd_gym``.
-
-    :return: the folder, created
-    """
-    root = os.environ.get("OPD_GYM_CACHE")
-    path = (
-        Path(root).expanduser() if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opd_gym"
-    )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"The cache folder {path} cannot be made ({error}). Set OPD_GYM_CACHE to a folder that can be written."
-        ) from error
-    return path
 
 
 @contextlib.contextmanager
@@ -191,9 +173,7 @@ def _avoid_first_import_prompt() -> None:
         "datasets": cache_dir() / "datasets",
         "assets": root / "assets",
     }
-    temporary = folder / f".config-{os.getpid()}.yaml"
-    temporary.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
-    os.replace(temporary, folder / "config.yaml")
+    write_atomic(folder / "config.yaml", "".join(f"{key}: {value}\n" for key, value in lines.items()))
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
 
 

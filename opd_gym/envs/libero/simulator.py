@@ -16,8 +16,9 @@ import numpy as np
 from opd_gym.envs.libero.models import Visuals, load_model
 from opd_gym.envs.libero.physics import ControllerState, OscStepper, copy_data
 from opd_gym.envs.libero.rendering import Renderer
-from opd_gym.envs.libero.runtime import cache_dir, config_note, import_libero
+from opd_gym.envs.libero.runtime import config_note, import_libero
 from opd_gym.envs.libero.suites import TaskSpec, load_init_states
+from opd_gym.files import cache_dir
 
 NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 N_SETTLE = 10  # no-op steps after a reset in every published LIBERO evaluation: objects fall into place

@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-import opd_gym
 from opd_gym.envs.robotwin import runtime
 from opd_gym.envs.robotwin.remote import LOAD_LIBRARY
+from opd_gym.version import PACKAGE_FILE
 
 # Versions that were tested together, by the module that tells whether the package is there already. None of them brings
 # its own dependencies: the runtime would replace PyTorch, NumPy and Gymnasium with old versions.
@@ -275,7 +275,7 @@ def check(say: Say = print, planner: bool = False, timeout: float | None = None)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     try:
         done = subprocess.run(
-            [python, "-W", "ignore", "-c", LOAD_LIBRARY + code, str(opd_gym.__file__)],
+            [python, "-W", "ignore", "-c", LOAD_LIBRARY + code, str(PACKAGE_FILE)],
             capture_output=True,
             text=True,
             env=environment,

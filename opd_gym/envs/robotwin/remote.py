@@ -23,6 +23,7 @@ import numpy as np
 
 from opd_gym.envs.robotwin.runtime import SimulatorError
 from opd_gym.envs.robotwin.simulator import Arrays, Settings
+from opd_gym.version import PACKAGE_FILE
 
 # A new worker imports SAPIEN and compiles shaders first, whatever a step may take
 START_SECONDS = 300.0
@@ -101,14 +102,12 @@ class RemoteSimulator:
     """
 
     def __init__(self, settings: Settings, python: str | None = None, timeout: float = STEP_SECONDS):
-        import opd_gym
-
         self.timeout = timeout
         self._last_words = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
         self._connection, remote = socket.socketpair()
         with remote:
             self.process = subprocess.Popen(
-                [python or sys.executable, "-W", "ignore", "-c", _START, str(opd_gym.__file__), str(remote.fileno())],
+                [python or sys.executable, "-W", "ignore", "-c", _START, str(PACKAGE_FILE), str(remote.fileno())],
                 pass_fds=[remote.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._last_words,

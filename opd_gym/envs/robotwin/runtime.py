@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from opd_gym.envs.libero.runtime import cache_dir
 from opd_gym.envs.robotwin.tasks import MESHLESS_TASKS, STAND_IN_TASKS
+from opd_gym.files import cache_dir
 
 INSTALL_HINT = "opd-gym robotwin install"
 DOWNLOAD_HINT = "opd-gym robotwin assets --download"

@@ -22,6 +22,7 @@ from opd_gym.actions import JOINTS, to_actions
 from opd_gym.envs.robotwin import runtime
 from opd_gym.envs.robotwin.env import RoboTwinEnv
 from opd_gym.envs.robotwin.tasks import SEED_STRIDE, TASKS
+from opd_gym.files import replacing
 
 # What `opd-gym robotwin check` plays, recorded with the stand-in robot
 EXPERT_TRACES = Path(__file__).parent / "expert"
@@ -53,16 +54,9 @@ class Trace:
         """
         :param path: ``.npz`` file to write; an interrupted write leaves an old one untouched
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         about = {name: getattr(self, name) for name in ("task", "scene_seed", "embodiment", "task_config", "stand_in")}
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, positions=self.positions, about=np.array(json.dumps(about)))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, positions=self.positions, about=np.array(json.dumps(about)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:

@@ -1,12 +1,11 @@
-"""The published layout of OpenVLA's checkpoints: where they are, what they leave unsaid, their weights."""
+"""The weights of OpenVLA's checkpoints in their published layout."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +15,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from opd_gym.policies.openvla.configuration import INPUT_PROFILES, OpenVLAConfig, data_set, get_profile
+from opd_gym.files import replacing, write_atomic
+from opd_gym.policies.openvla.configuration import OpenVLAConfig
 from opd_gym.policies.openvla.processing import PromptTokenizer
-from opd_gym.policies.vla import CONFIG_FILE, WEIGHTS_FILE, locate_checkpoint, remove_stale_weights
+from opd_gym.policies.openvla.published import (
+    INDEX_FILE,
+    PREPROCESSOR_FILE,
+    PROPRIO_FILE,
+    TOKENIZER_FILE,
+    load_proprio,
+    locate,
+    proprio_file,
+    read_values,
+)
+from opd_gym.policies.vla import CONFIG_FILE, WEIGHTS_FILE, remove_stale_weights
 
 if TYPE_CHECKING:
     from opd_gym.policies.openvla.modeling import OpenVLAModel
 
-INDEX_FILE = "model.safetensors.index.json"
-STATISTICS_FILE = "dataset_statistics.json"
-TOKENIZER_FILE = "tokenizer.json"
-PREPROCESSOR_FILE = "preprocessor_config.json"
-PROPRIO_FILE = "proprio_projector--latest_checkpoint.pt"
-PROPRIO_PATTERN = "proprio_projector--*checkpoint.pt"
 # As in the published checkpoints; all else is in tokenizer.json
 TOKENIZER_CONFIG = {
     "add_bos_token": True,
@@ -44,157 +48,6 @@ TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "unk_token": "<unk>",
 }
-LIBERO_CAMERAS = ("agentview", "wrist")
-TWO_ARM_CAMERAS = ("head", "left_wrist", "right_wrist")
-HEAD_PATTERNS = ("action_head--*checkpoint.pt", "noisy_action_projector--*checkpoint.pt")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where a checkpoint is, and what it is
-
-
-def locate(checkpoint: str | os.PathLike[str]) -> Path:
-    """
-    :param checkpoint: see :func:`opd_gym.policies.vla.locate_checkpoint`
-    :return: the directory
-    :raises FileNotFoundError: there is none
-    """
-    directory = locate_checkpoint(checkpoint)
-    if directory is None or not directory.is_dir():
-        raise FileNotFoundError(
-            f"{os.fspath(checkpoint)!r} is neither a directory, nor a name of the zoo, nor the id of a model on the "
-            "Hugging Face hub (owner/name)."
-        )
-    return directory
-
-
-def read_values(directory: Path) -> dict[str, Any]:
-    """
-    :param directory: a checkpoint
-    :return: its ``config.json``
-    :raises FileNotFoundError: there is none
-    :raises ValueError: it is not OpenVLA's
-    """
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} is not a checkpoint of OpenVLA: {CONFIG_FILE} is missing.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        model_type = values.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a configuration of OpenVLA: {error!r}.") from error
-    if model_type != OpenVLAConfig.model_type:
-        raise ValueError(f"{path} is of model type {model_type!r}, expected {OpenVLAConfig.model_type!r}.")
-    return values
-
-
-def detect_profile(directory: Path, implementation: str | None = None) -> str:
-    """
-    Find out which code trained a published checkpoint, from the name under which it was published.
-
-    :param directory: the checkpoint
-    :param implementation: which of its two implementations RLinf wrote into the configuration
-    :return: the name of its :class:`InputProfile`
-    :raises ValueError: it does not show
-    """
-    path = directory.absolute()
-    in_cache = path.parent.name == "snapshots"  # of the hub: models--owner--name/snapshots/<revision>
-    name = (path.parent.parent if in_cache else path).name.lower().removeprefix("models--")
-    # RLinf took over SimpleVLA-RL's inputs for two arms, and for whatever was trained by openvla-oft itself
-    if implementation == "official" or (name.startswith("rlinf") and "robotwin" in name):
-        return "simplevla-rl"
-    if implementation == "rlinf" or name.startswith("rlinf"):
-        return "rlinf"
-    if name.startswith("haozhan72--") or "openvla-oft-sft-" in name:
-        return "simplevla-rl"
-    if re.fullmatch(r"(openvla--)?openvla-7b(-finetuned-libero-\w+)?", name):
-        return "openvla"
-    raise ValueError(
-        f"{directory} does not say what inputs it was trained on, and on others it scores far lower. Say it once: "
-        "opd_gym.policies.openvla.complete_checkpoint(checkpoint, input_profile=...) writes it to its config.json. One "
-        f"of {sorted(INPUT_PROFILES)}, the code that it was fine-tuned with (a discrete checkpoint of openvla-oft: "
-        '"simplevla-rl").'
-    )
-
-
-def _translate(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Other software's configuration in our terms; some of its fields have our names and mean something else."""
-    ours = dict(values)
-    # The projector's inputs, not the env's numbers; the vision transformers' pictures, not the env's; of no use
-    n_proprio = ours.pop("proprio_dim", 0)
-    for name in ("image_size", "hidden_size", "vocab_size"):
-        ours.pop(name, None)
-    if "use_proprio" in ours:
-        ours["proprio_inputs"] = n_proprio if ours.pop("use_proprio") else 0
-    return ours
-
-
-def complete_values(directory: Path, values: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
-    """
-    Fill in what a published ``config.json`` leaves open: inputs, action space, statistics.
-
-    :param directory: the checkpoint
-    :param values: its ``config.json``; what it says stands
-    :param fields: what is known besides
-    :return: the arguments of :class:`OpenVLAConfig`
-    :raises ValueError: continuous actions, no statistics, or something cannot be found out
-    """
-    heads = [path.name for pattern in HEAD_PATTERNS for path in directory.glob(pattern)]
-    if heads:
-        raise ValueError(
-            f"{directory} predicts continuous actions ({', '.join(sorted(heads))}). Distillation needs action tokens: "
-            "use a checkpoint of the discrete variant."
-        )
-    values = {**(values if _is_complete(values) else _translate(values)), **fields}
-    norm_stats = dict(values.get("norm_stats") or {})
-    path = directory / STATISTICS_FILE
-    if path.is_file():
-        fine_tuned = json.loads(path.read_text(encoding="utf-8"))
-        norm_stats.update(fine_tuned)
-        # config.json may still hold the statistics of all that the base model was trained on
-        if len(fine_tuned) == 1:
-            values.setdefault("unnorm_key", next(iter(fine_tuned)))
-    if not norm_stats:
-        raise ValueError(
-            f"{directory} has no statistics to turn tokens into actions: expected `norm_stats` in {CONFIG_FILE}, or "
-            f"{STATISTICS_FILE}."
-        )
-    values["norm_stats"] = norm_stats
-    if "input_profile" not in values:
-        values["input_profile"] = detect_profile(directory, values.get("implement_version"))
-    values["unnorm_key"] = data_set(norm_stats, values.get("unnorm_key"))
-    action = norm_stats[values["unnorm_key"]].get("action") or {}
-    action_dim = values.setdefault("action_dim", len(action.get("q01") or action.get("min") or [0.0] * 7))
-    two_arms = action_dim == 14
-    chunk_size = values.get("num_action_chunks", 25 if two_arms else 8)
-    parallel = get_profile(values["input_profile"]).parallel
-    values.setdefault("n_tokens", action_dim * (chunk_size if parallel else 1))
-    cameras = TWO_ARM_CAMERAS if two_arms else LIBERO_CAMERAS
-    values.setdefault("image_keys", list(cameras[: values.get("num_images_in_input", 1)]))
-    if two_arms:
-        # RoboTwin and ALOHA: joint angles, normalised from min to max
-        values.setdefault("normalization", "bounds")
-        values.setdefault("image_size", [240, 320])
-        values.setdefault("joint_positions", True)
-    libero = values["unnorm_key"].startswith("libero")
-    values.setdefault("libero_images", libero)
-    values.setdefault("gripper", "open_is_one" if libero else None)
-    path = directory / PREPROCESSOR_FILE
-    if path.is_file():
-        preprocessor = json.loads(path.read_text(encoding="utf-8"))
-        for name, field in (("pixel_means", "means"), ("pixel_stds", "stds")):
-            if field in preprocessor:
-                values.setdefault(name, preprocessor[field])
-    projector = _proprio_file(directory)
-    if projector is not None and "proprio_inputs" not in values:
-        values["proprio_inputs"] = _load_proprio(projector)["fc1.weight"].shape[1]
-    if values.get("proprio_inputs"):
-        values.setdefault("proprio_dim", 9 if values["proprio_inputs"] == 8 else values["proprio_inputs"])
-    return values
-
-
-def _is_complete(values: Mapping[str, Any]) -> bool:
-    # A field that nobody else's configuration has
-    return "libero_images" in values
 
 
 def complete_checkpoint(checkpoint: str | os.PathLike[str], **fields: Any) -> OpenVLAConfig:
@@ -217,25 +70,8 @@ def complete_checkpoint(checkpoint: str | os.PathLike[str], **fields: Any) -> Op
     return config
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which then replaces ``path``: nobody sees half a file."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def _write_json(path: Path, values: Any) -> None:
-    _write_text(path, json.dumps(values, indent=2) + "\n")
+    write_atomic(path, json.dumps(values, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,22 +160,6 @@ def published_layout(model: OpenVLAModel) -> dict[str, Part]:
 # Reading and writing weights
 
 
-def _proprio_file(directory: Path) -> Path | None:
-    found = sorted(directory.glob(PROPRIO_PATTERN))
-    if len(found) > 1:
-        raise ValueError(
-            f"{directory} has {len(found)} proprioception projectors ({', '.join(path.name for path in found)}); keep "
-            "the one that belongs to the weights."
-        )
-    return found[0] if found else None
-
-
-def _load_proprio(path: Path) -> dict[str, th.Tensor]:
-    state = th.load(path, map_location="cpu", weights_only=True)
-    # Written by a model that was wrapped for several GPUs
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
 def _shards(directory: Path) -> list[Path]:
     index = directory / INDEX_FILE
     if index.is_file():
@@ -358,9 +178,9 @@ def _published_tensors(directory: Path, with_proprio: bool) -> Iterator[tuple[st
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 # timm's own name; the published files avoid it because transformers once renamed it
                 yield re.sub(r"(\.ls[12])\.gamma$", r"\1.scale_factor", name), file.get_tensor(name)
-    projector = _proprio_file(directory) if with_proprio else None
+    projector = proprio_file(directory) if with_proprio else None
     if projector is not None:
-        for name, tensor in _load_proprio(projector).items():
+        for name, tensor in load_proprio(projector).items():
             yield f"proprio_projector.{name}", tensor
 
 
@@ -467,8 +287,9 @@ def save_model(model: OpenVLAModel, directory: str | os.PathLike[str], max_shard
             name: part.join(*(state[ours] for ours in (*part.names, *part.reads))).contiguous().cpu()
             for name, part in shard.items()
         }
-        with _replacing(directory / file) as temporary:
+        with replacing(directory / file) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
+            temporary.chmod(0o644)  # safetensors writes files that only their owner can read
         weight_map.update(dict.fromkeys(shard, file))
     written = set(weight_map.values())
     if len(shards) > 1:
@@ -477,11 +298,11 @@ def save_model(model: OpenVLAModel, directory: str | os.PathLike[str], max_shard
     if model.proprio_projector is not None:
         written.add(PROPRIO_FILE)
         weights = {name: tensor.cpu() for name, tensor in model.proprio_projector.state_dict().items()}
-        with _replacing(directory / PROPRIO_FILE) as temporary:
+        with replacing(directory / PROPRIO_FILE) as temporary:
             th.save(weights, temporary)
     config = model.config
     if model.tokenizer is not None:
-        _write_text(directory / TOKENIZER_FILE, model.tokenizer.to_str())
+        write_atomic(directory / TOKENIZER_FILE, model.tokenizer.to_str())
         _write_json(directory / "tokenizer_config.json", TOKENIZER_CONFIG)
     input_size = [3, config.vision_size, config.vision_size]
     preprocessor = {

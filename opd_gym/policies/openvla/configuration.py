@@ -4,69 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import Dinov2WithRegistersConfig, LlamaConfig, PretrainedConfig, SiglipVisionConfig
 
+from opd_gym.actions import statistics_of_positions
+from opd_gym.policies.openvla.published import (
+    MODEL_TYPE,
+    InputProfile,
+    complete_values,
+    data_set,
+    get_profile,
+    locate,
+    read_values,
+)
 from opd_gym.policies.vla import VLAConfig
-
-
-@dataclass(frozen=True)
-class InputProfile:
-    """
-    How the code that trained a checkpoint feeds it. A checkpoint works with the inputs that it was trained on.
-
-    :param parallel: all tokens of a decision come from one pass with bidirectional attention (OpenVLA-OFT); otherwise
-        one after the other with causal attention (OpenVLA)
-    :param stop_token: parallel decoding only: whether the end of the sequence is in sight of all others
-    :param tensorflow_images: LIBERO's pictures go through JPEG, a Lanczos resize and a centre crop of 0.9 of the area,
-        as in OpenVLA's data loader; otherwise through one bicubic resize
-    """
-
-    parallel: bool
-    stop_token: bool
-    tensorflow_images: bool
-
-
-INPUT_PROFILES = {
-    "openvla": InputProfile(parallel=False, stop_token=False, tensorflow_images=True),
-    "simplevla-rl": InputProfile(parallel=True, stop_token=True, tensorflow_images=True),
-    "rlinf": InputProfile(parallel=True, stop_token=False, tensorflow_images=False),
-}
-
-
-def get_profile(name: str) -> InputProfile:
-    """
-    :param name: "openvla", "simplevla-rl" or "rlinf"
-    :return: the profile
-    :raises ValueError: unknown name
-    """
-    if name not in INPUT_PROFILES:
-        raise ValueError(f"input_profile must be one of {sorted(INPUT_PROFILES)}, got {name!r}.")
-    return INPUT_PROFILES[name]
-
-
-def data_set(norm_stats: Mapping[str, Any], unnorm_key: str | None) -> str:
-    """
-    :param norm_stats: statistics by data set
-    :param unnorm_key: name of a data set, with or without LIBERO's suffix ``_no_noops``; None if there is one only
-    :return: the name in ``norm_stats``
-    :raises ValueError: it is not there, or there are several to choose from
-    """
-    if unnorm_key is None and len(norm_stats) == 1:
-        return next(iter(norm_stats))
-    for name in (unnorm_key, f"{unnorm_key}_no_noops"):
-        if name in norm_stats:
-            return str(name)
-    raise ValueError(
-        f"unnorm_key {unnorm_key!r} names no data set of this checkpoint. It has statistics of: "
-        f"{sorted(norm_stats) or 'none'}. Say which ones to use: "
-        'opd_gym.policies.openvla.complete_checkpoint(checkpoint, unnorm_key="...").'
-    )
-
 
 # What the published config.json of every checkpoint with this architecture says; written so that other software reads
 # what is saved here.
@@ -125,7 +79,7 @@ class OpenVLAConfig(VLAConfig):
     :raises ValueError: unknown profile, normalisation, data set or vision backbone; statistics that do not fit
     """
 
-    model_type = "openvla"
+    model_type = MODEL_TYPE
     sub_configs = {  # noqa: RUF012
         "text_config": LlamaConfig,
         "dino_config": Dinov2WithRegistersConfig,
@@ -255,8 +209,6 @@ class OpenVLAConfig(VLAConfig):
     def _action_statistics(self) -> dict[str, Any]:
         statistics = self.data_statistics("action")
         if self.joint_positions:
-            from opd_gym.actions import statistics_of_positions
-
             statistics = statistics_of_positions(statistics)
         return statistics if self.gripper is None else {**statistics, "gripper": self.gripper}
 
@@ -281,8 +233,6 @@ class OpenVLAConfig(VLAConfig):
         :param fields: arguments of this class that are known besides
         :return: its configuration
         """
-        from opd_gym.policies.openvla.checkpoints import complete_values
-
         return cls.from_dict(complete_values(directory, values, **fields))
 
     @classmethod
@@ -294,7 +244,5 @@ class OpenVLAConfig(VLAConfig):
         :param fields: arguments of this class that are known besides, or to differ
         :return: its configuration
         """
-        from opd_gym.policies.openvla.checkpoints import locate, read_values
-
         directory = locate(pretrained_model_name_or_path)
         return cls.from_checkpoint(directory, read_values(directory), **fields)

@@ -370,7 +370,8 @@ class OpenVLAModel(VLABody):
         :return: the model, in evaluation mode
         """
         del hub_kwargs
-        from opd_gym.policies.openvla.checkpoints import load_model, locate
+        from opd_gym.policies.openvla.checkpoints import load_model
+        from opd_gym.policies.openvla.published import locate
 
         directory = locate(pretrained_model_name_or_path)
         config = config or OpenVLAConfig.from_pretrained(directory)

@@ -1,0 +1,297 @@
+"""From an environment id, or any env, to the vectorised env that the algorithms train on."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+from gymnasium import spaces
+
+from opd_gym.actions import Statistics
+from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, ROBOTWIN_IDS, bare_id, register_envs, training_defaults
+from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.policies import BasePolicy
+    from stable_baselines3.common.type_aliases import GymEnv
+    from stable_baselines3.common.vec_env import VecEnv
+
+DEFAULT_CHUNK_SIZE = 8
+# Of the settings of a checkpoint, those that the env itself takes
+ENV_SETTINGS = ("image_size", "cameras", "visuals")
+
+
+def make_env_fn(
+    env_id: str,
+    env_kwargs: dict[str, Any] | None = None,
+    chunk_size: int | None = None,
+    tokens: bool | None = None,
+    n_bins: int = 256,
+    statistics: Statistics | None = None,
+    wrapper: Callable[[gym.Env], gym.Env] | None = None,
+) -> Callable[[], gym.Env]:
+    """
+    A function that builds one worker's env: ``env -> wrapper -> ActionChunk -> ActionTokens -> Monitor ->
+    EpisodeControl``. A RoboTwin env carries out chunks itself, as one path, and has no ``ActionChunk``.
+
+    :param env_id: registered id
+    :param env_kwargs: keyword arguments of the env
+    :param chunk_size: actions in a chunk; None for that of ``env_kwargs`` (RoboTwin) or what the benchmark's policies
+        use, 0 for no chunks
+    :param tokens: whether actions are tokens; None: as for ``chunk_size``
+    :param n_bins: tokens of an action dimension
+    :param statistics: un-normalisation statistics, see :class:`ActionTokens`
+    :param wrapper: a further wrapper, next to the env
+    :return: the function; it can be sent to another process
+    :raises ValueError: two different sizes of a chunk
+    """
+    known = CHUNK_SIZES.get(bare_id(env_id))
+    if bare_id(env_id) in ROBOTWIN_IDS:
+        own = (env_kwargs or {}).get("chunk_size")
+        if own is not None and chunk_size not in (None, own):
+            raise ValueError(f"chunk_size is {chunk_size}, and {own} in env_kwargs. Give one of the two.")
+        chunk_size = chunk_size if own is None else own
+    chunk = known if chunk_size is None else chunk_size
+    tokenised = bool(known) if tokens is None else tokens
+    kwargs = dict(env_kwargs or {})
+    if chunk and bare_id(env_id) in ROBOTWIN_IDS:
+        kwargs["chunk_size"], chunk = chunk, 0
+
+    def build() -> gym.Env:
+        from stable_baselines3.common.monitor import Monitor
+
+        register_envs()  # a fresh worker process has not registered them yet
+        env = gym.make(env_id, **kwargs)
+        if wrapper is not None:
+            env = wrapper(env)
+        if chunk:
+            env = ActionChunk(env, chunk)
+        if tokenised:
+            env = ActionTokens(env, n_bins, statistics)
+        return EpisodeControl(Monitor(env))
+
+    return build
+
+
+def _patience(env_id: str, env_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Time-out of a ``WorkerVecEnv``: a RoboTwin env notices by itself that its simulator hangs, and starts another."""
+    if bare_id(env_id) not in ROBOTWIN_IDS:
+        return {}
+    from opd_gym.envs.robotwin.remote import START_SECONDS, STEP_SECONDS
+
+    step = float((env_kwargs or {}).get("timeout", STEP_SECONDS))
+    # Behind a step with its pictures that ends an episode: the start of a simulator, and its reset
+    return {"timeout": 2 * step + 2 * max(step, START_SECONDS)}
+
+
+def make_vec(
+    env_id: str,
+    n_envs: int = 1,
+    seed: int | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    chunk_size: int | None = None,
+    tokens: bool | None = None,
+    n_bins: int = 256,
+    statistics: Statistics | None = None,
+    wrapper: Callable[[gym.Env], gym.Env] | None = None,
+    vec_env_cls: Callable[..., VecEnv] | None = None,
+    n_workers: int | None = None,
+) -> VecEnv:
+    """
+    The vectorised env that the algorithms of this library train on.
+
+    On a benchmark's ids (LIBERO, RoboTwin) one step is one decision of a policy that emits a chunk of action tokens.
+
+    :param env_id: registered id, for instance ``LiberoObject-v0``
+    :param n_envs: number of envs
+    :param seed: env i gets ``seed + i``
+    :param env_kwargs: see :func:`make_env_fn`, as for the arguments that follow
+    :param vec_env_cls: None for :class:`WorkerVecEnv` where a benchmark has several envs, or ``n_workers`` is given,
+        and for ``DummyVecEnv`` elsewhere. On other systems than Linux a benchmark's envs go to ``SubprocVecEnv``
+    :param n_workers: processes that host the envs, see :class:`WorkerVecEnv`; None for one a core, at most one an env
+    :return: the vectorised env
+    :raises NotImplementedError: ``n_workers`` on another system than Linux
+    :raises ValueError: ``n_envs`` or ``n_workers`` below 1, or ``n_workers`` for another class of env
+    """
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+    from opd_gym.envs.workers.vec_env import WorkerVecEnv
+
+    if n_envs < 1:
+        raise ValueError(f"n_envs must be at least 1, got {n_envs}.")
+    if n_workers is not None and vec_env_cls is not None:
+        raise ValueError(
+            f"n_workers is an argument of WorkerVecEnv, got it with vec_env_cls={vec_env_cls}. Give one of the two."
+        )
+    build = make_env_fn(env_id, env_kwargs, chunk_size, tokens, n_bins, statistics, wrapper)
+    if n_workers is not None or (vec_env_cls is None and n_envs > 1 and bare_id(env_id) in CHUNK_SIZES):
+        workers = partial(WorkerVecEnv, n_workers=n_workers, **_patience(env_id, env_kwargs))
+        # Who asks for a number of workers is told that there are none
+        vec_env_cls = workers if n_workers is not None or sys.platform == "linux" else SubprocVecEnv
+    cls = vec_env_cls or DummyVecEnv
+    if cls is not DummyVecEnv:
+        # What is wrong with the arguments or the installation is said here and not in a worker, whose error would
+        # arrive as a broken connection. Simulators are lazy, so this costs little.
+        build().close()
+    env = cls([build] * n_envs)
+    env.seed(seed)
+    return env
+
+
+def _import_wrapper(path: str) -> Callable[..., gym.Env]:
+    module, _, name = path.replace(":", ".").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"env_wrapper: cannot import {path!r} ({error}). Expected module.ClassName.") from error
+
+
+def _apply_wrappers(env: gym.Env, wrappers: list[tuple[str, dict[str, Any]]]) -> gym.Env:
+    for path, kwargs in wrappers:
+        env = _import_wrapper(path)(env, **kwargs)
+    return env
+
+
+def wrapper_function(spec: Any) -> Callable[[gym.Env], gym.Env] | None:
+    """
+    :param spec: import path of a wrapper, a mapping from it to its keyword arguments, a list of these, or None
+    :return: a function that applies them in order and can be sent to a worker process
+    """
+    if not spec:
+        return None
+    wrappers: list[tuple[str, dict[str, Any]]] = []
+    for item in spec if isinstance(spec, list) else [spec]:
+        if isinstance(item, Mapping) and len(item) == 1:
+            ((path, kwargs),) = item.items()
+        else:
+            path, kwargs = item, {}
+        if not isinstance(path, str) or not isinstance(kwargs or {}, Mapping):
+            raise ValueError(f"env_wrapper: expected an import path or one mapped to keyword arguments, got {item!r}.")
+        _import_wrapper(path)
+        wrappers.append((path, dict(kwargs or {})))
+    return partial(_apply_wrappers, wrappers=wrappers)
+
+
+def build_env(
+    env_id: str,
+    run: Mapping[str, Any] | None = None,
+    n_envs: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **env_kwargs: Any,
+) -> VecEnv:
+    """
+    The vectorised env of a configuration.
+
+    :param env_id: environment id
+    :param run: the part of the configuration about the env, see :func:`split_hyperparams`
+    :param n_envs: number of envs; None for what the configuration says
+    :param seed: seed of the workers
+    :param settings: what a checkpoint needs, see ``opd_gym.policies.vla.checkpoint_settings``; it wins over the
+        configuration where it comes to pictures
+    :param env_kwargs: keyword arguments of the env that win over the configuration's
+    :return: the env
+    """
+    gym.spec(env_id)  # an unknown id is reported here, not in the traceback of a worker process
+    run, settings = dict(run or {}), dict(settings or {})
+    kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
+    if bare_id(env_id) in CHUNK_SIZES:
+        # How LIBERO's pictures are drawn is nothing that other benchmarks know of
+        for key in ("image_size", "cameras", *(("visuals",) if bare_id(env_id) in LIBERO_IDS else ())):
+            if key in settings and key not in env_kwargs:
+                kwargs[key] = settings[key]
+    token_kwargs: dict[str, Any] = {
+        key: settings[key] for key in ("chunk_size", "n_bins", "statistics") if key in settings
+    }
+    if token_kwargs:
+        token_kwargs["tokens"] = True
+    token_kwargs.update({key: run[key] for key in ("chunk_size", "tokens", "n_bins") if run.get(key) is not None})
+    return make_vec(
+        env_id,
+        n_envs=n_envs or run.get("n_envs") or 1,
+        seed=seed,
+        env_kwargs=kwargs,
+        wrapper=wrapper_function(run.get("env_wrapper")),
+        n_workers=run.get("n_workers"),
+        **token_kwargs,
+    )
+
+
+def prepare_env(
+    env: GymEnv | str,
+    policy_class: type[BasePolicy],
+    policy_kwargs: dict[str, Any] | None = None,
+    verbose: int = 0,
+    seed: int | None = None,
+) -> VecEnv | gym.Env:
+    """
+    Make an env from its id, and give a policy of tokens an env of tokens.
+
+    :param env: An id, an env, or a vectorised env
+    :param policy_class: Class of the policy
+    :param policy_kwargs: Its keyword arguments; a ``checkpoint`` among them fixes chunk size, bins and statistics
+    :param verbose: 1 to say what was wrapped
+    :param seed: Seed for an env that is made here
+    :return: The env, ready for the policy
+    """
+    requires_tokens = getattr(policy_class, "requires_tokens", False)
+    settings: dict[str, Any] = {}
+    if requires_tokens:
+        from opd_gym.policies.vla import checkpoint_settings
+
+        settings = checkpoint_settings(policy_kwargs or {})
+    if isinstance(env, str):
+        env = _make_from_id(env, requires_tokens, settings, seed)
+    for key in ENV_SETTINGS:
+        settings.pop(key, None)
+    if not requires_tokens or isinstance(env.action_space, spaces.MultiDiscrete):
+        return env
+    if isinstance(env, VecEnv):
+        raise ValueError(
+            f"{policy_class.__name__} expects a MultiDiscrete action space of action tokens, the vectorised env has "
+            f"{env.action_space}. Wrap each of its envs in ActionChunk and ActionTokens (opd_gym.envs.wrappers), or "
+            "build it with opd_gym.make_vec(env_id, n_envs, chunk_size=8, tokens=True)."
+        )
+    if not isinstance(env.action_space, spaces.Box):
+        raise ValueError(
+            f"{policy_class.__name__} expects an env with a Box action space (which is turned into action tokens) or a "
+            f"MultiDiscrete one, got {env.action_space}. Use MlpPolicy, CnnPolicy or MultiInputPolicy for this env."
+        )
+    if len(env.action_space.shape) == 1:
+        env = ActionChunk(env, settings.pop("chunk_size", DEFAULT_CHUNK_SIZE))
+    env = ActionTokens(env, **settings)
+    if verbose >= 1:
+        print(f"Wrapping the env, because {policy_class.__name__} needs action tokens: {env}")
+    return env
+
+
+def _make_from_id(env_id: str, requires_tokens: bool, settings: dict[str, Any], seed: int | None) -> VecEnv:
+    """An env from its id alone: a benchmark's as the algorithms of this library train on it."""
+    if bare_id(env_id) not in CHUNK_SIZES:
+        return make_vec(env_id, seed=seed, tokens=requires_tokens or None, **_without(settings, ENV_SETTINGS))
+    return build_env(env_id, training_defaults(env_id), seed=seed, settings=settings)
+
+
+def with_action_dim(
+    env: VecEnv | gym.Env, policy_class: type[BasePolicy], policy_kwargs: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Tell a new body of a token policy how many dimensions an action has: the number of tokens does not say it."""
+    kwargs = dict(policy_kwargs or {})
+    body_kwargs = dict(kwargs.get("body_kwargs") or {})
+    if not getattr(policy_class, "requires_tokens", False) or kwargs.get("checkpoint") or "action_dim" in body_kwargs:
+        return policy_kwargs
+    if isinstance(env, VecEnv):
+        found = env.get_attr("action_dim", indices=0)[0] if env.has_attr("action_dim") else None
+    else:
+        found = env.get_wrapper_attr("action_dim") if env.has_wrapper_attr("action_dim") else None
+    if found is None:
+        return policy_kwargs
+    return {**kwargs, "body_kwargs": {**body_kwargs, "action_dim": int(found)}}
+
+
+def _without(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in keys}
