@@ -17,9 +17,10 @@ from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.demonstrations import Demonstrations
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
 from opd_gym.instructions import encode_instruction
+from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput, register_body
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel
 from opd_gym.policies.openvla.processing import PromptTokenizer
-from opd_gym.policies.vla import VLABody, VLAConfig, VLAOutput, VLAPolicy, register_body
+from opd_gym.policies.vla import VLAPolicy
 from opd_gym.tokens import CategoricalTokens, action_distribution, policy_token_log_probs
 
 N_BINS = 8

@@ -10,15 +10,8 @@ import pytest
 from gymnasium import spaces
 
 from opd_gym.actions import decode_tokens
-from opd_gym.demonstrations import (
-    Demonstrations,
-    Episode,
-    axis_angle_to_quat,
-    quat_to_axis_angle,
-    read_demonstrations,
-    resize_images,
-    write_demonstrations,
-)
+from opd_gym.demonstrations import Demonstrations, Episode, read_demonstrations, write_demonstrations
+from opd_gym.demonstrations.hdf5 import axis_angle_to_quat, quat_to_axis_angle, resize_images
 from opd_gym.instructions import decode_instruction, encode_instruction
 
 INSTRUCTION = "pick up the butter and place it in the basket"

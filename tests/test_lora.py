@@ -16,7 +16,8 @@ from opd_gym.algorithms.buffers import micro_batches
 from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult
-from opd_gym.policies.vla import VLAPolicy, read_checkpoint_config
+from opd_gym.policies.body import read_checkpoint_config
+from opd_gym.policies.vla import VLAPolicy
 from opd_gym.versions import read_versions, versions
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'opd_gym[vla]'")

@@ -20,6 +20,7 @@ from opd_gym import OPD
 from opd_gym.actions import decode_tokens, encode_actions, to_positions
 from opd_gym.envs.wrappers import ActionTokens
 from opd_gym.instructions import encode_instruction
+from opd_gym.policies.body import checkpoint_settings, locate_checkpoint, read_checkpoint_config
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel, complete_checkpoint
 from opd_gym.policies.openvla.jpeg import jpeg_round_trip
 from opd_gym.policies.openvla.processing import (
@@ -32,7 +33,7 @@ from opd_gym.policies.openvla.processing import (
     resize_lanczos,
 )
 from opd_gym.policies.openvla.published import INPUT_PROFILES, detect_profile
-from opd_gym.policies.vla import VLAPolicy, checkpoint_settings, locate_checkpoint, read_checkpoint_config
+from opd_gym.policies.vla import VLAPolicy
 
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
 # The names under which checkpoints were published tell what inputs they need.

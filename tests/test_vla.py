@@ -10,8 +10,9 @@ from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from opd_gym.instructions import encode_instruction
+from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput, get_body_class, register_body
 from opd_gym.policies.tiny import TinyVLAConfig, TinyVLAModel, split_words
-from opd_gym.policies.vla import VLABody, VLAConfig, VLAOutput, VLAPolicy, get_body_class, register_body
+from opd_gym.policies.vla import VLAPolicy
 from opd_gym.tokens import TokenDistribution
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "stem_channels": [16, 32], "summary_size": 32, "vocab_size": 64}

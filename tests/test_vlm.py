@@ -23,7 +23,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from opd_gym import OPD
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.instructions import encode_instruction
-from opd_gym.policies.vla import VLAPolicy, read_checkpoint_config
+from opd_gym.policies.body import read_checkpoint_config
+from opd_gym.policies.vla import VLAPolicy
 from opd_gym.policies.vlm import VLMConfig, VLMModel, _without_videos
 
 SPACE = observation_space(32)

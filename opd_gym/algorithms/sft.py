@@ -23,7 +23,7 @@ from opd_gym.algorithms.base import RolloutAlgorithm
 from opd_gym.algorithms.buffers import micro_batches, obs_rows, random_shift
 from opd_gym.algorithms.losses import masked_mean, weighted_mean
 from opd_gym.demonstrations import Demonstrations, PathLike
-from opd_gym.policies.vla import checkpoint_settings
+from opd_gym.policies.body import checkpoint_settings
 from opd_gym.tokens import CategoricalTokens, TokenView, token_view
 
 SelfSFT = TypeVar("SelfSFT", bound="SFT")

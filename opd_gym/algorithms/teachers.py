@@ -392,7 +392,7 @@ def locate_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.
     for candidate in (path, path.with_name(f"{path.name}.zip")):
         if candidate.exists():
             return candidate
-    from opd_gym.policies.vla import locate_checkpoint
+    from opd_gym.policies.body import locate_checkpoint
 
     found = locate_checkpoint(spec)
     if found is None:
@@ -412,7 +412,8 @@ def load_vla(directory: pathlib.Path, env: VecEnv, dtype: str | th.dtype | None 
     :param dtype: Type in which it computes, and of its weights; None: float32
     :return: The policy
     """
-    from opd_gym.policies.vla import VLAPolicy, read_checkpoint_config
+    from opd_gym.policies.body import read_checkpoint_config
+    from opd_gym.policies.vla import VLAPolicy
 
     read_checkpoint_config(directory)
     try:

@@ -117,7 +117,7 @@ def resolve(model: str) -> tuple[str, Any]:
     :return: name of the body and its configuration
     :raises ValueError: it is none of these
     """
-    from opd_gym.policies.vla import CONFIG_FILE, locate_checkpoint, read_checkpoint_config
+    from opd_gym.policies.body import CONFIG_FILE, locate_checkpoint, read_checkpoint_config
     from opd_gym.policies.vlm import VLMConfig
 
     if model in PUBLISHED:
@@ -370,7 +370,7 @@ def count_weights(model: str, lora_rank: int | None) -> Weights:
     :raises ValueError: a model of unknown kind that is too large to be measured
     """
     from opd_gym.policies.adapters import add_lora, check_lora
-    from opd_gym.policies.vla import get_body_class
+    from opd_gym.policies.body import get_body_class
 
     name, config = resolve(model)
     body_class = get_body_class(name)

@@ -89,9 +89,9 @@ def settings_of(path: Path) -> dict[str, Any]:
     What an env must be like for a checkpoint.
 
     :param path: directory of a VLA checkpoint, or zip of a model
-    :return: see :func:`opd_gym.policies.vla.checkpoint_settings`; empty if it is no VLA
+    :return: see :func:`opd_gym.policies.body.checkpoint_settings`; empty if it is no VLA
     """
-    from opd_gym.policies.vla import checkpoint_settings
+    from opd_gym.policies.body import checkpoint_settings
 
     if path.is_dir():
         return checkpoint_settings({"checkpoint": path})
@@ -298,7 +298,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     :param resume: directory of a run to go on with; ``args`` are then those of :func:`read_args`
     :return: the outcome
     """
-    from opd_gym.policies.vla import checkpoint_settings
+    from opd_gym.policies.body import checkpoint_settings
 
     cls = algorithm_class(args.algo)
     if resume is None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
-    from opd_gym.policies.vla import VLABody
+    from opd_gym.policies.body import VLABody
 
 DTYPES = {"float32": th.float32, "bfloat16": th.bfloat16}
 

@@ -9,7 +9,7 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-from opd_gym.policies.vla import VLABody, VLAConfig, VLAOutput
+from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput
 
 # Two polynomial hashes of a word's bytes, modulo a prime small enough for int64 arithmetic without overflow.
 _HASH_PRIME = 2**31 - 1

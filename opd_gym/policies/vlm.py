@@ -29,7 +29,7 @@ from transformers.utils import is_torchvision_available
 
 from opd_gym.instructions import decode_instruction
 from opd_gym.policies.adapters import cast_parameters
-from opd_gym.policies.vla import CONFIG_FILE, VLABody, VLAConfig, VLAOutput, locate_checkpoint
+from opd_gym.policies.body import CONFIG_FILE, VLABody, VLAConfig, VLAOutput, locate_checkpoint
 
 PROMPT = "What action should the robot take to {instruction}?"
 # Which of a processor's files says what class it is, from the newest layout to the oldest

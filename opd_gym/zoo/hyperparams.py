@@ -12,13 +12,14 @@ import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.utils import LinearSchedule
 
 from opd_gym.envs.registration import ROBOTWIN_IDS, training_defaults
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 ALGORITHMS = ("opd", "grpo", "ppo", "sft")
@@ -185,7 +186,11 @@ def schedule(value: Any, key: str) -> Any:
         start = float(number if kind == "lin" else value)
     except ValueError:
         raise ValueError(f"{key}: expected a number or a schedule like lin_5e-4, got {value!r}.") from None
-    return LinearSchedule(start, 0.0, 1.0) if kind == "lin" else start
+    if kind != "lin":
+        return start
+    from stable_baselines3.common.utils import LinearSchedule  # here: `opd-gym --help` has no use for PyTorch
+
+    return LinearSchedule(start, 0.0, 1.0)
 
 
 def split_hyperparams(

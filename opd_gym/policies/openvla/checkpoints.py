@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from opd_gym.files import replacing, write_atomic
+from opd_gym.policies.body import CONFIG_FILE, WEIGHTS_FILE, remove_stale_weights
 from opd_gym.policies.openvla.configuration import OpenVLAConfig
 from opd_gym.policies.openvla.processing import PromptTokenizer
 from opd_gym.policies.openvla.published import (
@@ -28,7 +29,6 @@ from opd_gym.policies.openvla.published import (
     proprio_file,
     read_values,
 )
-from opd_gym.policies.vla import CONFIG_FILE, WEIGHTS_FILE, remove_stale_weights
 
 if TYPE_CHECKING:
     from opd_gym.policies.openvla.modeling import OpenVLAModel

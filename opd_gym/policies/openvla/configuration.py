@@ -11,6 +11,7 @@ import numpy as np
 from transformers import Dinov2WithRegistersConfig, LlamaConfig, PretrainedConfig, SiglipVisionConfig
 
 from opd_gym.actions import statistics_of_positions
+from opd_gym.policies.body import VLAConfig
 from opd_gym.policies.openvla.published import (
     MODEL_TYPE,
     InputProfile,
@@ -20,7 +21,6 @@ from opd_gym.policies.openvla.published import (
     locate,
     read_values,
 )
-from opd_gym.policies.vla import VLAConfig
 
 # What the published config.json of every checkpoint with this architecture says; written so that other software reads
 # what is saved here.

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Dinov2WithRegistersModel, DynamicCache, LlamaForCausalLM, SiglipVisionModel
 
+from opd_gym.policies.body import VLABody, VLAOutput
 from opd_gym.policies.openvla.configuration import OpenVLAConfig
 from opd_gym.policies.openvla.processing import PromptTokenizer, model_proprio, pixel_values
-from opd_gym.policies.vla import VLABody, VLAOutput
 
 
 class Unused(nn.Module):

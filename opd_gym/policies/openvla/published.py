@@ -12,7 +12,7 @@ from typing import Any
 
 import torch as th
 
-from opd_gym.policies.vla import CONFIG_FILE, locate_checkpoint
+from opd_gym.policies.body import CONFIG_FILE, locate_checkpoint
 
 MODEL_TYPE = "openvla"
 INDEX_FILE = "model.safetensors.index.json"
@@ -82,7 +82,7 @@ def data_set(norm_stats: Mapping[str, Any], unnorm_key: str | None) -> str:
 
 def locate(checkpoint: str | os.PathLike[str]) -> Path:
     """
-    :param checkpoint: see :func:`opd_gym.policies.vla.locate_checkpoint`
+    :param checkpoint: see :func:`opd_gym.policies.body.locate_checkpoint`
     :return: the directory
     :raises FileNotFoundError: there is none
     """
