@@ -8,7 +8,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,8 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
-from opd_gym.envs.workers.vec_env import Pipeline, announce
+from opd_gym.envs.workers.vec_env import Pipeline
+from opd_gym.episodes import Dispatcher, EpisodeSpec
 from opd_gym.files import write_atomic
 from opd_gym.versions import differences, parse_versions, versions
 
@@ -37,19 +38,6 @@ class Predictor(Protocol):
         :return: batch of actions, and a state that is not used
         """
         ...
-
-
-@dataclass(frozen=True)
-class EpisodeSpec:
-    """
-    One episode to evaluate: how the environment is reset.
-
-    :param seed: seed of the reset
-    :param options: options of the reset, on LIBERO ``task_id`` and ``init_state_id``
-    """
-
-    seed: int | None = None
-    options: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -357,14 +345,14 @@ class _Queue:
     def _task(self, index: int) -> Any:
         return (self.episodes[index].options or {}).get("task_id")
 
-    def take(self, worker: int) -> int | None:
+    def take(self, worker: int) -> EpisodeSpec | None:
         if not self.pending:
             return None
         others = set().union(*(seen for i, seen in enumerate(self.seen) if i != worker))
         index = min(self.pending, key=lambda i: (self._task(i) not in self.seen[worker], self._task(i) in others, i))
         self.pending.remove(index)
         self.seen[worker].add(self._task(index))
-        return index
+        return replace(self.episodes[index], member=index)
 
 
 def evaluate_success(
@@ -438,7 +426,7 @@ class _Evaluation:
         self.records: dict[int, EpisodeRecord] = {}
         self.frames: dict[int, list[np.ndarray]] = {index: [] for index in recorded}
         self.losses = [0] * len(specs)
-        self.playing: list[int | None] = [None] * env.num_envs
+        self.dispatcher = Dispatcher(env, self.queue.take)
         self.steps, self.returns = [0] * env.num_envs, [0.0] * env.num_envs
         # What a worker that stands still is sent
         self.idle_actions = np.stack([np.asarray(env.action_space.sample()) for _ in range(env.num_envs)])
@@ -451,43 +439,36 @@ class _Evaluation:
         return EvaluationResult(records, self.frames, versions(self.env))
 
     def _play(self) -> None:
-        """Reset all workers and play until each stands still."""
-        # A seed that was set on the VecEnv would win over that of the first episodes.
-        self.env.unwrapped._reset_seeds()
-        self.env.unwrapped._reset_options()
-        for worker in range(self.env.num_envs):
-            self._announce_next(worker)
+        """Reset all envs and play until each stands still."""
+        self.dispatcher.announce_first()
         first = self.env.reset()
-        for worker in range(self.env.num_envs):
-            self._episode_started(worker)
+        for index in range(self.env.num_envs):
+            self._episode_started(index)
         in_flight = [self._act(part, _rows(first, workers)) for part, workers in enumerate(self.pipeline.parts)]
         while any(in_flight):
             for part, is_in_flight in enumerate(in_flight):
                 if is_in_flight:
                     in_flight[part] = self._act(part, self._receive(part))
 
-    def _announce_next(self, worker: int) -> None:
-        index = self.queue.take(worker)
-        if index is None:
-            announce(self.env, worker, frozen=True)
-        else:
-            announce(self.env, worker, seed=self.specs[index].seed, options=self.specs[index].options, tag=index)
-
     def _episode_started(self, worker: int) -> None:
-        self.playing[worker] = self.env.unwrapped.reset_infos[worker].get("episode_tag")
+        self.dispatcher.begun(worker)
         self.steps[worker], self.returns[worker] = 0, 0.0
-        if self.playing[worker] is not None:
-            self._announce_next(worker)
+
+    def _playing(self, worker: int) -> int | None:
+        """Number of the episode that a worker plays."""
+        spec = self.dispatcher.playing[worker]
+        return None if spec is None else spec.member
 
     def _act(self, part: int, obs: Any) -> bool:
         """Send some workers off, and say whether there was anything to do."""
         workers = self.pipeline.parts[part]
-        active = [i for i, worker in enumerate(workers) if self.playing[worker] is not None]
+        active = [i for i, worker in enumerate(workers) if not self.dispatcher.standing_still[worker]]
         if not active:
             return False
         for worker in workers[active]:
-            if self.playing[worker] in self.frames:
-                self.frames[self.playing[worker]].append(_render(self.env, int(worker)))
+            index = self._playing(worker)
+            if index in self.frames:
+                self.frames[index].append(_render(self.env, int(worker)))
         actions = self.idle_actions[workers]
         actions[active], _ = self.model.predict(_rows(obs, active), deterministic=self.deterministic)
         self.pipeline.send(part, actions)
@@ -497,7 +478,7 @@ class _Evaluation:
         """Wait for the steps of some workers, and take note of the episodes that ended."""
         obs, rewards, dones, infos = self.pipeline.recv(part)
         for worker, reward, done, info in zip(self.pipeline.parts[part].tolist(), rewards, dones, infos, strict=True):
-            index = self.playing[worker]
+            index = self._playing(worker)
             if index is None:
                 continue
             self.steps[worker] += int(info.get("n_executed", 1))

@@ -18,8 +18,10 @@ def watch(starts):
     def look(locals_, globals_):
         algorithm = locals_["self"]
         for worker, first in enumerate(algorithm._last_episode_starts):
-            if first and algorithm._running[worker] is not None:
-                starts.setdefault(algorithm._running[worker].group, []).append(tuple(algorithm._last_obs[worker]))
+            if first and algorithm._episodes.playing[worker] is not None:
+                starts.setdefault(algorithm._episodes.playing[worker].group, []).append(
+                    tuple(algorithm._last_obs[worker])
+                )
         return True
 
     return look
@@ -147,7 +149,7 @@ def test_workers_in_processes():
         model = GRPO("MlpPolicy", env, **SMALL).learn(30)
     finally:
         env.close()
-    assert model._n_episodes >= 8
+    assert model._episodes.numbers.max() >= 7
 
 
 def test_vla_policy():

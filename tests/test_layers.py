@@ -7,7 +7,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "opd_gym"
 # From the ground up. A module may import its own layer and those below; what is not named here, nothing may import.
 LAYERS = (
-    ("opd_gym.version", "opd_gym.files", "opd_gym.tokens", "opd_gym.actions", "opd_gym.instructions"),
+    (
+        "opd_gym.version",
+        "opd_gym.files",
+        "opd_gym.tokens",
+        "opd_gym.actions",
+        "opd_gym.instructions",
+        "opd_gym.episodes",
+    ),
     ("opd_gym.checkpoints",),
     ("opd_gym.policies",),
     ("opd_gym.demonstrations",),

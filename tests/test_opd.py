@@ -207,7 +207,7 @@ def test_groups_start_from_the_same_state():
     def look(locals_, globals_):
         for worker, first in enumerate(locals_["self"]._last_episode_starts):
             if first:
-                group = locals_["self"]._running[worker].group
+                group = locals_["self"]._episodes.playing[worker].group
                 starts.setdefault(group, []).append(tuple(locals_["self"]._last_obs[worker]))
         return True
 

@@ -33,8 +33,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, map_obs
 from opd_gym.envs.make import prepare_env, with_action_dim
-from opd_gym.envs.workers.vec_env import Pipeline, announce
+from opd_gym.envs.workers.vec_env import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
+from opd_gym.episodes import Dispatcher, EpisodeSpec
 from opd_gym.files import replacing
 from opd_gym.tokens import (
     TokenSpec,
@@ -50,21 +51,6 @@ SelfRolloutAlgorithm = TypeVar("SelfRolloutAlgorithm", bound="RolloutAlgorithm")
 
 # Gymnasium and NumPy take seeds of 32 bits
 MAX_SEED = 2**31
-
-
-@dataclass(frozen=True)
-class Episode:
-    """
-    An episode that a worker is told to play. Episodes of one group start from the same state.
-
-    :param seed: Seed of its reset
-    :param group: Id of its group
-    :param member: Its number in the group
-    """
-
-    seed: int
-    group: int
-    member: int
 
 
 @dataclass
@@ -185,7 +171,6 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         self.group_size = group_size
         self.num_env_steps = 0
         self._n_iterations = 0
-        self._n_episodes = 0
         self._n_finished = 0
         self._n_lost = 0
         self._lost_episodes: set[int] = set()
@@ -267,51 +252,24 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         assert self.env is not None
         return all(self.env.env_is_wrapped(EpisodeControl))
 
-    def _next_episode(self) -> Episode | None:
+    def _next_episode(self, index: int) -> EpisodeSpec | None:
         """
-        Hook: the episode that the next free worker plays.
+        Hook: the episode that an env plays next.
 
-        :return: None for a worker that is to stand still until the next rollout
+        :param index: The env
+        :return: None for an env that is to stand still until the next rollout
         """
         group, member = divmod(self._n_announced, self.group_size)
         if member == 0:
             self._group_seed = int(self._episode_rng.integers(MAX_SEED))
         self._n_announced += 1
-        return Episode(self._group_seed, group, member)
-
-    def _announce_next(self, worker: int) -> None:
-        """Tell a worker what its next reset will be: Stable-Baselines3's workers reset by themselves."""
-        assert self.env is not None
-        episode = self._next_episode()
-        if episode is None:
-            announce(self.env, worker, frozen=True)
-        else:
-            announce(self.env, worker, seed=episode.seed, tag=(episode.group, episode.member))
-        self._announced[worker] = episode
+        return EpisodeSpec(self._group_seed, group=group, member=member)
 
     def _before_reset(self) -> None:
-        """Announce the first episode of every worker."""
+        """Announce the first episode of every env."""
         assert self.env is not None
-        self._workers_controlled = self._controls_episodes
-        self._announced: list[Episode | None] = [None] * self.n_envs
-        self._running: list[Episode | None] = [None] * self.n_envs
-        self._episode_ids = np.zeros(self.n_envs, dtype=np.int64)
-        self._standing_still = np.zeros(self.n_envs, dtype=bool)
-        if self._workers_controlled:
-            # A seed given to the VecEnv would win over the announced one
-            self.env.unwrapped._reset_seeds()
-            for worker in range(self.n_envs):
-                self._announce_next(worker)
-
-    def _episode_started(self, worker: int) -> None:
-        """Take note that a worker has been reset, and announce what comes after."""
-        self._episode_ids[worker] = self._n_episodes
-        self._n_episodes += 1
-        if self._workers_controlled:
-            self._running[worker] = self._announced[worker]
-            self._standing_still[worker] = self._running[worker] is None
-            if not self._standing_still[worker]:
-                self._announce_next(worker)
+        self._episodes = Dispatcher(self.env, self._next_episode)
+        self._episodes.announce_first()
 
     def _setup_learn(
         self,
@@ -333,8 +291,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             self._before_reset()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if resets:
-            for worker in range(self.n_envs):
-                self._episode_started(worker)
+            for index in range(self.n_envs):
+                self._episodes.begun(index)
         return result
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
@@ -438,7 +396,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
                     obs, _, part_dones, part_infos = results[part]
                     self._episodes_ended(decisions, part_dones, part_infos)
                     # Whether there is a next row is not known if only the others still play
-                    plays = not self._standing_still[decisions.workers].all()
+                    plays = not self._episodes.standing_still[decisions.workers].all()
                     if plays and not self._rollout_done(n_steps + 1, n_rollout_steps):
                         ahead[part] = self._decide(pipeline, part, obs)
 
@@ -515,7 +473,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         workers = pipeline.parts[part]
         with th.no_grad():
             actions, values, token_log_probs = self._act(obs_as_tensor(obs, self.device))
-        running = [self._running[worker] for worker in workers]
+        playing = [self._episodes.playing[worker] for worker in workers]
         decisions = _Decisions(
             workers,
             actions,
@@ -523,9 +481,9 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             values.flatten().expand(len(workers)),
             token_log_probs,
             labels=self._label_step(workers),
-            standing_still=self._standing_still[workers],
-            group_ids=np.array([-1 if episode is None else episode.group for episode in running]),
-            episode_ids=self._episode_ids[workers],
+            standing_still=self._episodes.standing_still[workers],
+            group_ids=np.array([-1 if episode is None else episode.group for episode in playing]),
+            episode_ids=self._episodes.numbers[workers],
         )
         pipeline.send(part, self._env_actions(actions))
         return decisions
@@ -544,7 +502,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
                 self._lost_episodes.add(int(decisions.episode_ids[i]))
             else:
                 self._n_finished += 1
-            self._episode_started(int(decisions.workers[i]))
+            self._episodes.begun(int(decisions.workers[i]))
 
     def _act(self, obs: PyTorchObs) -> tuple[np.ndarray, th.Tensor, th.Tensor]:
         """
@@ -733,8 +691,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         # Observations hold images, and the workers' episodes end with the process
-        runtime = ["_last_obs", "_last_original_obs", "_last_episode_starts", "_announced", "_running"]
-        runtime += ["_standing_still", "_episode_ids", "_workers_controlled", "_lost_episodes"]
+        runtime = ["_last_obs", "_last_original_obs", "_last_episode_starts", "_episodes", "_lost_episodes"]
         return [*super()._excluded_save_params(), *runtime]
 
     def save(

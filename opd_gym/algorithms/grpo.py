@@ -10,7 +10,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
-from opd_gym.algorithms.base import MAX_SEED, Episode, RolloutAlgorithm
+from opd_gym.algorithms.base import MAX_SEED, RolloutAlgorithm
 from opd_gym.algorithms.losses import (
     PolicyGradientMetrics,
     clipped_surrogate,
@@ -18,6 +18,7 @@ from opd_gym.algorithms.losses import (
     masked_mean,
     trajectory_weights,
 )
+from opd_gym.episodes import EpisodeSpec
 
 SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 
@@ -106,7 +107,7 @@ class GRPO(RolloutAlgorithm):
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high
         self.dynamic_sampling = dynamic_sampling
-        self._queue: deque[Episode] = deque()
+        self._queue: deque[EpisodeSpec] = deque()
         self._first_group = 0
         self._just_reset = False
         self._trajectories: list[np.ndarray] = []
@@ -146,12 +147,12 @@ class GRPO(RolloutAlgorithm):
         self._queue.clear()
         for group in range(self._first_group, self._first_group + self.n_groups):
             seed = int(self._episode_rng.integers(MAX_SEED))
-            self._queue.extend(Episode(seed, group, member) for member in range(self.group_size))
+            self._queue.extend(EpisodeSpec(seed, group=group, member=member) for member in range(self.group_size))
         self._first_group += self.n_groups
         self._just_reset = True
         super()._before_reset()
 
-    def _next_episode(self) -> Episode | None:
+    def _next_episode(self, index: int) -> EpisodeSpec | None:
         return self._queue.popleft() if self._queue else None
 
     def _begin_rollout(self) -> None:
@@ -160,12 +161,12 @@ class GRPO(RolloutAlgorithm):
             self._before_reset()
             self._last_obs = self.env.reset()  # type: ignore[assignment]
             self._last_episode_starts = np.ones((self.n_envs,), dtype=bool)
-            for worker in range(self.n_envs):
-                self._episode_started(worker)
+            for index in range(self.n_envs):
+                self._episodes.begun(index)
         self._just_reset = False
 
     def _rollout_done(self, n_steps: int, n_rollout_steps: int) -> bool:
-        return bool(self._standing_still.all())
+        return bool(self._episodes.standing_still.all())
 
     def _end_rollout(self) -> None:
         """Outcome, group and advantage of every trajectory; drop groups that teach little."""

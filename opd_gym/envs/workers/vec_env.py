@@ -766,21 +766,6 @@ class Pipeline:
         return obs, rewards, dones, infos
 
 
-def announce(env: VecEnv, index: int, **announcement: Any) -> None:
-    """
-    Announce the next episode of an env that is wrapped in ``EpisodeControl``; where it can be done without waiting, it
-    is.
-
-    :param env: Vectorised env
-    :param index: Env
-    :param announcement: Arguments of ``EpisodeControl.set_next_reset``
-    """
-    if isinstance(env.unwrapped, WorkerVecEnv):
-        env.unwrapped.announce(index, **announcement)
-    else:
-        env.env_method("set_next_reset", indices=[index], **announcement)
-
-
 def _send_file(worker: _Worker, fd: int) -> None:
     # This does not wait: files are sent to a new worker, before anything else. One that has died is noticed where its
     # answer is waited for

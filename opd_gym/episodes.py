@@ -1,0 +1,103 @@
+"""Which episode each env plays: how it is specified, and the one dispatcher that hands episodes to envs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """
+    One episode: how its env is reset.
+
+    :param seed: seed of the reset
+    :param options: options of the reset, on LIBERO ``task_id`` and ``init_state_id``
+    :param group: number of the group of episodes from one state that it belongs to; -1 for none
+    :param member: its number in the group, or among all episodes
+    """
+
+    seed: int | None = None
+    options: dict[str, Any] | None = None
+    group: int = -1
+    member: int = 0
+
+
+class Dispatcher:
+    """
+    Hands episodes to the envs of a vectorised env.
+
+    Stable-Baselines3's envs reset by themselves as soon as an episode ends. So each env is told its next episode while
+    it still plays the present one, and none waits for the others. An env for which there is no episode left stands
+    still. Envs that are not wrapped in ``EpisodeControl`` cannot be told; they choose for themselves.
+
+    Call :meth:`announce_first`, reset the vectorised env, then :meth:`begun` for each env, and again whenever an
+    episode of it ended.
+
+    :param env: vectorised env
+    :param next_episode: number of an env to the episode that it plays next; None lets it stand still
+    """
+
+    def __init__(self, env: VecEnv, next_episode: Callable[[int], EpisodeSpec | None]):
+        self.env = env
+        self.next_episode = next_episode
+        #: Whether the envs can be told which episode to play
+        self.controlled = env.has_attr("set_next_reset")
+        #: What each env plays now; None where it stands still, or chooses for itself
+        self.playing: list[EpisodeSpec | None] = [None] * env.num_envs
+        #: Whether each env stands still, bool ``(num_envs,)``
+        self.standing_still = np.zeros(env.num_envs, dtype=bool)
+        #: Running number of the episode of each env, int64 ``(num_envs,)``
+        self.numbers = np.zeros(env.num_envs, dtype=np.int64)
+        self._announced: list[EpisodeSpec | None] = [None] * env.num_envs
+        self._n_begun = 0
+
+    def announce_first(self) -> None:
+        """Announce the first episode of every env, before the vectorised env is reset."""
+        if self.controlled:
+            # Seeds and options that were given to the vectorised env would win over the announced ones
+            self.env.unwrapped._reset_seeds()
+            self.env.unwrapped._reset_options()
+            for index in range(self.env.num_envs):
+                self._announce_next(index)
+
+    def begun(self, index: int) -> None:
+        """
+        Take note that the announced episode of an env has begun, and announce the one after it.
+
+        :param index: the env
+        """
+        self.numbers[index] = self._n_begun
+        self._n_begun += 1
+        if self.controlled:
+            self.playing[index] = self._announced[index]
+            self.standing_still[index] = self.playing[index] is None
+            if not self.standing_still[index]:
+                self._announce_next(index)
+
+    def _announce_next(self, index: int) -> None:
+        episode = self._announced[index] = self.next_episode(index)
+        if episode is None:
+            announce(self.env, index, frozen=True)
+        else:
+            tag = (episode.group, episode.member)
+            announce(self.env, index, seed=episode.seed, options=episode.options, tag=tag)
+
+
+def announce(env: VecEnv, index: int, **announcement: Any) -> None:
+    """
+    Announce the next episode of an env that is wrapped in ``EpisodeControl``, without waiting where that is possible.
+
+    :param env: vectorised env
+    :param index: the env
+    :param announcement: arguments of ``EpisodeControl.set_next_reset``
+    """
+    inner: Any = env.unwrapped
+    if hasattr(inner, "announce"):  # a WorkerVecEnv
+        inner.announce(index, **announcement)
+    else:
+        env.env_method("set_next_reset", indices=[index], **announcement)
