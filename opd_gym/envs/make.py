@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.actions import Statistics
 from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, ROBOTWIN_IDS, bare_id, register_envs, training_defaults
@@ -18,7 +19,6 @@ from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 if TYPE_CHECKING:
     from stable_baselines3.common.policies import BasePolicy
     from stable_baselines3.common.type_aliases import GymEnv
-    from stable_baselines3.common.vec_env import VecEnv
 
 DEFAULT_CHUNK_SIZE = 8
 # Of the settings of a checkpoint, those that the env itself takes
