@@ -41,7 +41,15 @@ MAX_COLOUR = 0.5  # of 255, mean over the picture
 ROUNDING = 1e-6  # m; the files hold float32
 
 # Where stock LIBERO on 3.3.2 and on 2.3.7 themselves disagree: the largest distance (mm) and the number of states
-DISAGREE: dict[tuple[str, int], tuple[float, int]] = {}
+DISAGREE: dict[tuple[str, int], tuple[float, int]] = {
+    ("libero_spatial", 2): (12.2, 2),
+    ("libero_spatial", 6): (3.4, 50),
+    ("libero_spatial", 7): (3.4, 50),
+    ("libero_spatial", 8): (6.6, 2),
+    ("libero_spatial", 9): (3.4, 50),
+    ("libero_10", 0): (102.8, 1),
+    ("libero_10", 7): (3.7, 1),
+}
 
 
 def golden(version: str, suite: str, task_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -58,10 +66,11 @@ def test_the_pinned_mujoco_is_that_of_the_published_benchmark(suite, task_id):
     assert names.tolist() == pinned_names.tolist()
     distance = np.linalg.norm(pinned - positions, axis=2).max(axis=1)
     largest, n_states = DISAGREE.get((suite, task_id), (0.0, 0))
-    assert (distance > MAX_DISTANCE).sum() == n_states
+    agrees = distance < MAX_DISTANCE
+    assert (~agrees).sum() == n_states
     if n_states:
         assert 1000 * distance.max() == pytest.approx(largest, abs=0.06)
-    assert np.abs(pinned_colours - colours).max() < MAX_COLOUR
+    assert np.abs(pinned_colours - colours)[agrees].max(initial=0.0) < MAX_COLOUR
 
 
 @pytest.mark.parametrize(("suite", "task_id"), CASES)
@@ -76,11 +85,13 @@ def test_scenes_are_those_of_the_published_benchmark(suite, task_id):
         for number in range(50) if ALL else (0, 17, 34):
             simulator.reset(1000 * task_id + number, states[number])
             found = np.array([simulator.data.body(str(name)).xpos for name in names])
-            distance = np.linalg.norm(found - positions[number], axis=1)
-            if (suite, task_id) not in DISAGREE:
-                assert distance.max() < MAX_DISTANCE, f"state {number}: {names[distance.argmax()]} lies elsewhere"
             if mujoco.__version__ == PINNED:
                 assert np.abs(found - pinned[number]).max() < ROUNDING, f"state {number}: not as in stock LIBERO"
+            apart = np.linalg.norm(pinned[number] - positions[number], axis=1).max()
+            if (suite, task_id) in DISAGREE and apart > MAX_DISTANCE:
+                continue
+            distance = np.linalg.norm(found - positions[number], axis=1)
+            assert distance.max() < MAX_DISTANCE, f"state {number}: {names[distance.argmax()]} lies elsewhere"
             pictures = simulator.render(CAMERAS, SIZE)
             difference = np.abs(np.array([picture.mean(axis=(0, 1)) for picture in pictures]) - colours[number])
             assert difference.max() < MAX_COLOUR, f"state {number}: the pictures have other colours"
