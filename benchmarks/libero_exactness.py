@@ -156,7 +156,8 @@ def main() -> None:
     args = parser.parse_args()
 
     from opd_gym.envs.libero.suites import N_TASKS
-    from opd_gym.evaluation import write_atomic
+    from opd_gym.files import write_atomic
+    from opd_gym.versions import write_results
 
     path = args.output / "results.json"
     records: list[dict[str, Any]] = json.loads(path.read_text())["tasks"] if path.exists() else []
@@ -168,7 +169,7 @@ def main() -> None:
         for record in tqdm(pool.imap_unordered(_compare, jobs), total=len(jobs), unit="task"):
             records.append(record)
             records.sort(key=lambda r: (SUITES.index(r["suite"]), r["task_id"]))
-            write_atomic(path, json.dumps({"tasks": records}, indent=1) + "\n")
+            write_results(path, {"tasks": records})
             write_atomic(args.output / "results.md", table(records))
     print(table(records))
 
