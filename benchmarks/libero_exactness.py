@@ -77,6 +77,7 @@ def compare(suite: str, task_id: int) -> dict[str, Any]:
         ``pictures`` compared and ``different_pixels`` in them; ``moved``: how far anything but the robot went, in its
         own coordinates
     """
+    from opd_gym.envs.libero.rendering import gl_renderer
     from opd_gym.envs.libero.simulator import N_SETTLE, NO_OP, Simulator, _global_seed
     from opd_gym.envs.libero.suites import horizon, load_init_states, tasks
 
@@ -87,7 +88,7 @@ def compare(suite: str, task_id: int) -> dict[str, Any]:
     n = horizon(suite)
     record: dict[str, Any] = {
         "suite": suite, "task_id": task_id, "init_state_id": init_state_id, "horizon": n, "steps": 0,
-        "difference": None, "pictures": 0, "different_pixels": 0,
+        "difference": None, "pictures": 0, "different_pixels": 0, "gl_renderer": None,
     }  # fmt: skip
     try:
         # Reloading the model at a reset appends to this list what is there already, so that each reset draws more than
@@ -115,6 +116,7 @@ def compare(suite: str, task_id: int) -> dict[str, Any]:
                 for camera, picture in zip(CAMERAS, ours.render(CAMERAS, SIZE), strict=True):
                     record["pictures"] += 1
                     record["different_pixels"] += int((picture != stock_picture(stock, camera)).any(axis=-1).sum())
+        record["gl_renderer"] = gl_renderer()
         record["moved"] = round(float(np.abs(ours.data.qpos[9:] - init_state[10 : 1 + ours.model.nq]).max()), 4)
         return record
     finally:
