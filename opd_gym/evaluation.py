@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from opd_gym.envs.workers.vec_env import Pipeline
 from opd_gym.episodes import Dispatcher, EpisodeSpec
 from opd_gym.files import write_atomic
+from opd_gym.observations import obs_rows
 from opd_gym.versions import differences, parse_versions, versions
 
 # How often an episode that was lost with its worker is played again.
@@ -330,10 +331,6 @@ def _as_spec(episode: EpisodeSpec | Mapping[str, Any]) -> EpisodeSpec:
     return EpisodeSpec(**episode)
 
 
-def _rows(obs: Any, rows: Sequence[int] | np.ndarray) -> Any:
-    return {key: value[rows] for key, value in obs.items()} if isinstance(obs, dict) else obs[rows]
-
-
 class _Queue:
     """Hands out episodes; a worker gets tasks that it has played already, because a new task is a new simulator."""
 
@@ -444,7 +441,7 @@ class _Evaluation:
         first = self.env.reset()
         for index in range(self.env.num_envs):
             self._episode_started(index)
-        in_flight = [self._act(part, _rows(first, workers)) for part, workers in enumerate(self.pipeline.parts)]
+        in_flight = [self._act(part, obs_rows(first, workers)) for part, workers in enumerate(self.pipeline.parts)]
         while any(in_flight):
             for part, is_in_flight in enumerate(in_flight):
                 if is_in_flight:
@@ -470,7 +467,7 @@ class _Evaluation:
             if index in self.frames:
                 self.frames[index].append(_render(self.env, int(worker)))
         actions = self.idle_actions[workers]
-        actions[active], _ = self.model.predict(_rows(obs, active), deterministic=self.deterministic)
+        actions[active], _ = self.model.predict(obs_rows(obs, active), deterministic=self.deterministic)
         self.pipeline.send(part, actions)
         return True
 

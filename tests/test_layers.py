@@ -13,6 +13,7 @@ LAYERS = (
         "opd_gym.tokens",
         "opd_gym.actions",
         "opd_gym.instructions",
+        "opd_gym.observations",
         "opd_gym.episodes",
     ),
     ("opd_gym.checkpoints",),

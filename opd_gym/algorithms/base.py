@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, ClassVar, TypeVar
 
 import gymnasium as gym
@@ -31,12 +30,13 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from opd_gym.algorithms.buffers import TeacherRolloutBuffer, map_obs
+from opd_gym.algorithms.buffers import TeacherRolloutBuffer
 from opd_gym.envs.make import prepare_env, with_action_dim
 from opd_gym.envs.workers.vec_env import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.episodes import Dispatcher, EpisodeSpec
 from opd_gym.files import replacing
+from opd_gym.observations import join_obs, obs_rows
 from opd_gym.tokens import (
     TokenSpec,
     TokenView,
@@ -385,7 +385,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
                 self.policy.reset_noise(env.num_envs)
 
             row = [
-                ahead[part] or self._decide(pipeline, part, map_obs(itemgetter(workers), self._last_obs))
+                ahead[part] or self._decide(pipeline, part, obs_rows(self._last_obs, workers))
                 for part, workers in enumerate(pipeline.parts)
             ]
             results = []
@@ -400,7 +400,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
                     if plays and not self._rollout_done(n_steps + 1, n_rollout_steps):
                         ahead[part] = self._decide(pipeline, part, obs)
 
-            new_obs = _join([result[0] for result in results])
+            new_obs = join_obs([result[0] for result in results])
             rewards, dones = (np.concatenate([result[i] for result in results]) for i in (1, 2))
             infos = [info for result in results for info in result[3]]
             actions, standing_still, group_ids, episode_ids = (
@@ -747,10 +747,3 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             assert data is not None, "No data found in the saved file"
             env = prepare_env(env, data["policy_class"], data["policy_kwargs"], data["verbose"], data["seed"])
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-
-
-def _join(parts: list[Any]) -> Any:
-    """One batch of observations from those of all parts."""
-    if isinstance(parts[0], dict):
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    return np.concatenate(parts)

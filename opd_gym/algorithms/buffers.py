@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.utils import get_device
 
 from opd_gym.files import replacing
+from opd_gym.observations import map_obs
 from opd_gym.tokens import TokenSpec, token_spec
 
 # An observation, or one array per observation of a batch: an array for plain spaces, a dict of arrays for Dict spaces
@@ -442,26 +443,6 @@ def _token_dtype(spec: TokenSpec) -> type[np.generic]:
     if not spec.n_bins:
         return np.float32
     return np.uint8 if spec.n_bins <= 256 else np.int32
-
-
-def obs_rows(obs: Any, rows: Any) -> Any:
-    """
-    :param obs: Observations of a batch
-    :param rows: Rows of it
-    :return: The observations in these rows
-    """
-    return map_obs(lambda array: array[rows], obs)
-
-
-def map_obs(function: Callable[[Any], Any], obs: Any) -> Any:
-    """
-    Apply a function to the array of a plain observation or to each array of a Dict observation.
-
-    :param function: Function of one array
-    :param obs: Observation
-    :return: Results in the same structure
-    """
-    return {key: function(array) for key, array in obs.items()} if isinstance(obs, dict) else function(obs)
 
 
 def store_obs(target: Any, index: Any, obs: Any) -> None:

@@ -16,7 +16,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from opd_gym.algorithms.base import RolloutAlgorithm
-from opd_gym.algorithms.buffers import ReplayedStates, StateReplay, micro_batches, obs_rows, random_shift
+from opd_gym.algorithms.buffers import ReplayedStates, StateReplay, micro_batches, random_shift
 from opd_gym.algorithms.losses import (
     DIVERGENCES,
     DistillationMetrics,
@@ -26,6 +26,7 @@ from opd_gym.algorithms.losses import (
     weighted_mean,
 )
 from opd_gym.algorithms.teachers import Teacher, make_teacher
+from opd_gym.observations import obs_rows
 from opd_gym.tokens import is_autoregressive
 
 SelfOPD = TypeVar("SelfOPD", bound="OPD")

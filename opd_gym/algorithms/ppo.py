@@ -13,8 +13,9 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch.nn import functional as F
 
 from opd_gym.algorithms.base import RolloutAlgorithm
-from opd_gym.algorithms.buffers import TeacherRolloutSamples, micro_batches, obs_rows
+from opd_gym.algorithms.buffers import TeacherRolloutSamples, micro_batches
 from opd_gym.algorithms.losses import PolicyGradientMetrics, clipped_surrogate, masked_mean
+from opd_gym.observations import obs_rows
 from opd_gym.tokens import token_view
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")

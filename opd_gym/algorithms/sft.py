@@ -20,9 +20,10 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import obs_as_tensor
 
 from opd_gym.algorithms.base import RolloutAlgorithm
-from opd_gym.algorithms.buffers import micro_batches, obs_rows, random_shift
+from opd_gym.algorithms.buffers import micro_batches, random_shift
 from opd_gym.algorithms.losses import masked_mean, weighted_mean
 from opd_gym.demonstrations import Demonstrations, PathLike
+from opd_gym.observations import obs_rows
 from opd_gym.policies.body import checkpoint_settings
 from opd_gym.tokens import CategoricalTokens, TokenView, token_view
 

@@ -21,8 +21,8 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.algorithms.buffers import map_obs
 from opd_gym.algorithms.losses import hermite_nodes
+from opd_gym.observations import map_obs
 from opd_gym.tokens import (
     CategoricalTokens,
     GaussianTokens,

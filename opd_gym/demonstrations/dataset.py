@@ -17,6 +17,7 @@ from opd_gym.demonstrations.hdf5 import (
     resize_images,
 )
 from opd_gym.instructions import encode_instruction
+from opd_gym.observations import join_obs, obs_rows
 
 
 class Demonstrations:
@@ -189,14 +190,9 @@ class Demonstrations:
         :param indices: rows
         :return: the demonstrations of these rows
         """
-        observations = (
-            {key: value[indices] for key, value in self.observations.items()}
-            if isinstance(self.observations, dict)
-            else self.observations[indices]
-        )
         mask = None if self.mask is None else self.mask[indices]
         return Demonstrations(
-            observations,
+            obs_rows(self.observations, indices),
             self.actions[indices],
             mask,
             self.episodes[indices],
@@ -212,11 +208,7 @@ class Demonstrations:
             raise ValueError("Only demonstrations with the same observation keys can be added.")
         if self.actions.shape[1:] != other.actions.shape[1:]:
             raise ValueError(f"Labels have shapes {self.actions.shape[1:]} and {other.actions.shape[1:]}.")
-        observations = (
-            {key: np.concatenate([value, other.observations[key]]) for key, value in self.observations.items()}
-            if isinstance(self.observations, dict)
-            else np.concatenate([self.observations, other.observations])
-        )
+        observations = join_obs([self.observations, other.observations])
         mask = None if self.mask is None or other.mask is None else np.concatenate([self.mask, other.mask])
         episodes = np.concatenate([self.episodes, other.episodes + self.episodes.max() + 1])
         actions = np.concatenate([self.actions, other.actions])
