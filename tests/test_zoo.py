@@ -36,6 +36,7 @@ from opd_gym.cli.runs import (
     read_progress,
 )
 from opd_gym.cli.video import side_by_side, write_video
+from opd_gym.envs.make import wrapper_function
 from opd_gym.envs.registration import LIBERO_IDS
 from opd_gym.evaluation import EvaluationResult
 from opd_gym.versions import read_versions, versions, write_versions
@@ -180,15 +181,15 @@ def test_overrides() -> None:
 
 def test_env_wrapper() -> None:
     spec = ["gymnasium.wrappers.FlattenObservation", {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 3}}]
-    wrap = config.wrapper_function(spec)
+    wrap = wrapper_function(spec)
     assert wrap is not None
     env = wrap(gym.make("CartPole-v1"))
     env.reset()
     assert [env.step(0)[3] for _ in range(3)] == [False, False, True]
-    assert config.wrapper_function(None) is None
+    assert wrapper_function(None) is None
     for bad in ("gymnasium.wrappers.NoSuch", "NoModule", "no.such.Module", {"a": 1, "b": 2}, 3):
         with pytest.raises(ValueError, match="env_wrapper"):
-            config.wrapper_function(bad)
+            wrapper_function(bad)
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
