@@ -46,7 +46,7 @@ class Dispatcher:
         self.env = env
         self.next_episode = next_episode
         #: Whether the envs can be told which episode to play
-        self.controlled = env.has_attr("set_next_reset")
+        self.controlled = can_announce(env)
         #: What each env plays now; None where it stands still, or chooses for itself
         self.playing: list[EpisodeSpec | None] = [None] * env.num_envs
         #: Whether each env stands still, bool ``(num_envs,)``
@@ -59,9 +59,8 @@ class Dispatcher:
     def announce_first(self) -> None:
         """Announce the first episode of every env, before the vectorised env is reset."""
         if self.controlled:
-            # Seeds and options that were given to the vectorised env would win over the announced ones
+            # A seed that was given to the vectorised env would win over the announced one
             self.env.unwrapped._reset_seeds()
-            self.env.unwrapped._reset_options()
             for index in range(self.env.num_envs):
                 self._announce_next(index)
 
@@ -86,6 +85,14 @@ class Dispatcher:
         else:
             tag = (episode.group, episode.member)
             announce(self.env, index, seed=episode.seed, options=episode.options, tag=tag)
+
+
+def can_announce(env: VecEnv) -> bool:
+    """
+    :param env: vectorised env
+    :return: whether every env of it can be told which episode to play next (``EpisodeControl``)
+    """
+    return env.has_attr("set_next_reset")
 
 
 def announce(env: VecEnv, index: int, **announcement: Any) -> None:

@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
 from opd_gym.envs.workers.vec_env import Pipeline
-from opd_gym.episodes import Dispatcher, EpisodeSpec
+from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
 from opd_gym.files import write_atomic
 from opd_gym.observations import obs_rows
 from opd_gym.versions import differences, parse_versions, versions
@@ -378,7 +378,7 @@ def evaluate_success(
     :raises RuntimeError: an episode was lost again and again
     """
     specs = [_as_spec(episode) for episode in episodes]
-    if not env.has_attr("set_next_reset"):
+    if not can_announce(env):
         raise ValueError(
             "evaluate_success decides which episode a worker plays and needs envs wrapped in EpisodeControl. "
             "Build the env with opd_gym.make_vec, or wrap each worker in opd_gym.envs.wrappers.EpisodeControl."
@@ -437,6 +437,7 @@ class _Evaluation:
 
     def _play(self) -> None:
         """Reset all envs and play until each stands still."""
+        self.env.unwrapped._reset_options()  # as with seeds: they would win over those of the first episodes
         self.dispatcher.announce_first()
         first = self.env.reset()
         for index in range(self.env.num_envs):

@@ -12,7 +12,8 @@ from pathlib import Path
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
-    Write a file in one step: readers see the old file or the new one, never a part, also after a power cut.
+    Write a file in one step: readers see the old file or the new one, never a part; except on Windows also after
+    a power cut.
 
     ``with replacing(path) as temporary`` gives a path of the same suffix in the same folder. What is written there
     takes the place of ``path`` at the end of the block, and is removed if the block raises.
@@ -20,9 +21,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     :param path: file to replace; its folder is created
     :return: context manager that gives the path to write to
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because os.replace must not cross file systems
+    # Hidden, so that readers of the folder pass over it; there, because os.replace must not cross file systems
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
@@ -34,6 +35,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
+    if os.name != "posix":
+        return  # Windows cannot open a folder, nor sync a file that is open for reading
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

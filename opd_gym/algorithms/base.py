@@ -34,7 +34,7 @@ from opd_gym.algorithms.buffers import TeacherRolloutBuffer
 from opd_gym.envs.make import prepare_env, with_action_dim
 from opd_gym.envs.workers.vec_env import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
-from opd_gym.episodes import Dispatcher, EpisodeSpec
+from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
 from opd_gym.files import replacing
 from opd_gym.observations import join_obs, obs_rows
 from opd_gym.tokens import (
@@ -247,11 +247,6 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
 
     # ------------------------------------------------------------------------------------------------------ episodes
 
-    @property
-    def _controls_episodes(self) -> bool:
-        assert self.env is not None
-        return all(self.env.env_is_wrapped(EpisodeControl))
-
     def _next_episode(self, index: int) -> EpisodeSpec | None:
         """
         Hook: the episode that an env plays next.
@@ -281,7 +276,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("This model has no env: load it with load(path, env=env), or call set_env(env), first.")
-        if self._last_obs is not None and self._controls_episodes and any(self.env.get_attr("frozen")):
+        if self._last_obs is not None and can_announce(self.env) and any(self.env.get_attr("frozen")):
             # An evaluation on this env has left its workers standing still
             self._last_obs = None
         resets = reset_num_timesteps or self._last_obs is None

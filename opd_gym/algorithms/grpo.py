@@ -18,7 +18,7 @@ from opd_gym.algorithms.losses import (
     masked_mean,
     trajectory_weights,
 )
-from opd_gym.episodes import EpisodeSpec
+from opd_gym.episodes import EpisodeSpec, can_announce
 
 SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 
@@ -131,7 +131,7 @@ class GRPO(RolloutAlgorithm):
             device=device,
             _init_setup_model=False,
         )
-        if env is not None and not self._controls_episodes:
+        if self.env is not None and not can_announce(self.env):
             raise ValueError(
                 "GRPO starts groups of episodes from the same state, which needs every env of the vectorised env "
                 "wrapped in opd_gym.envs.wrappers.EpisodeControl. Build it with opd_gym.make_vec(env_id, n_envs), or "

@@ -22,6 +22,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.losses import hermite_nodes
+from opd_gym.checkpoints import find_teacher
 from opd_gym.observations import map_obs
 from opd_gym.tokens import (
     CategoricalTokens,
@@ -375,9 +376,6 @@ def locate_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.
     :param env: The student's env
     :return: An existing file or directory
     """
-    # Here, because the zoo's command line imports the algorithms
-    from opd_gym.checkpoints import find_teacher
-
     if spec is None:
         env_id = _env_id(env)
         found = find_teacher(env_id) if env_id else None

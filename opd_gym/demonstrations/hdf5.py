@@ -142,7 +142,7 @@ def write_demonstrations(
     :param bddl_file_name: the task's definition
     :param compression: of the pictures; None reads faster
     """
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with replacing(Path(path).expanduser()) as temporary, h5py.File(temporary, "w") as file:
         data = file.create_group("data")
         n = total = 0
         for n, episode in enumerate(episodes, start=1):

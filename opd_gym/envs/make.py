@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from opd_gym.actions import Statistics
 from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, ROBOTWIN_IDS, bare_id, register_envs, training_defaults
@@ -62,8 +63,6 @@ def make_env_fn(
         kwargs["chunk_size"], chunk = chunk, 0
 
     def build() -> gym.Env:
-        from stable_baselines3.common.monitor import Monitor
-
         register_envs()  # a fresh worker process has not registered them yet
         env = gym.make(env_id, **kwargs)
         if wrapper is not None:
@@ -117,8 +116,6 @@ def make_vec(
     :raises NotImplementedError: ``n_workers`` on another system than Linux
     :raises ValueError: ``n_envs`` or ``n_workers`` below 1, or ``n_workers`` for another class of env
     """
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
-
     from opd_gym.envs.workers.vec_env import WorkerVecEnv
 
     if n_envs < 1:
@@ -188,7 +185,7 @@ def build_env(
     The vectorised env of a configuration.
 
     :param env_id: environment id
-    :param run: the part of the configuration about the env, see :func:`split_hyperparams`
+    :param run: the part of the configuration about the env, see ``opd_gym.zoo.hyperparams.split_hyperparams``
     :param n_envs: number of envs; None for what the configuration says
     :param seed: seed of the workers
     :param settings: what a checkpoint needs, see ``opd_gym.policies.body.checkpoint_settings``; it wins over the
@@ -200,9 +197,10 @@ def build_env(
     run, settings = dict(run or {}), dict(settings or {})
     kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
     if bare_id(env_id) in CHUNK_SIZES:
-        # How LIBERO's pictures are drawn is nothing that other benchmarks know of
-        for key in ("image_size", "cameras", *(("visuals",) if bare_id(env_id) in LIBERO_IDS else ())):
-            if key in settings and key not in env_kwargs:
+        for key in ENV_SETTINGS:
+            # How LIBERO's pictures are drawn is nothing that other benchmarks know of
+            known = key != "visuals" or bare_id(env_id) in LIBERO_IDS
+            if known and key in settings and key not in env_kwargs:
                 kwargs[key] = settings[key]
     token_kwargs: dict[str, Any] = {
         key: settings[key] for key in ("chunk_size", "n_bins", "statistics") if key in settings
@@ -272,14 +270,22 @@ def prepare_env(
 def _make_from_id(env_id: str, requires_tokens: bool, settings: dict[str, Any], seed: int | None) -> VecEnv:
     """An env from its id alone: a benchmark's as the algorithms of this library train on it."""
     if bare_id(env_id) not in CHUNK_SIZES:
-        return make_vec(env_id, seed=seed, tokens=requires_tokens or None, **_without(settings, ENV_SETTINGS))
+        token_settings = {key: value for key, value in settings.items() if key not in ENV_SETTINGS}
+        return make_vec(env_id, seed=seed, tokens=requires_tokens or None, **token_settings)
     return build_env(env_id, training_defaults(env_id), seed=seed, settings=settings)
 
 
 def with_action_dim(
     env: VecEnv | gym.Env, policy_class: type[BasePolicy], policy_kwargs: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """Tell a new body of a token policy how many dimensions an action has: the number of tokens does not say it."""
+    """
+    Tell a new body of a token policy how many dimensions an action has: the number of tokens does not say it.
+
+    :param env: The env that the policy acts in
+    :param policy_class: Class of the policy
+    :param policy_kwargs: Its keyword arguments
+    :return: These, with ``action_dim`` among those of the body where it was open and the env knows it
+    """
     kwargs = dict(policy_kwargs or {})
     body_kwargs = dict(kwargs.get("body_kwargs") or {})
     if not getattr(policy_class, "requires_tokens", False) or kwargs.get("checkpoint") or "action_dim" in body_kwargs:
@@ -291,7 +297,3 @@ def with_action_dim(
     if found is None:
         return policy_kwargs
     return {**kwargs, "body_kwargs": {**body_kwargs, "action_dim": int(found)}}
-
-
-def _without(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in keys}

@@ -178,7 +178,8 @@ def fingerprint(directory: Path) -> str:
     :return: 64 hexadecimal digits
     """
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in ("*.safetensors", "*.pt", "*.bin") for path in directory.glob(pattern)):
+    patterns = ("[!.]*.safetensors", "[!.]*.pt", "[!.]*.bin")
+    for path in sorted(path for pattern in patterns for path in directory.glob(pattern)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 
+from opd_gym.checkpoints import find_checkpoint
 from opd_gym.policies.adapters import (
     cast_parameters,
 )
@@ -345,9 +346,6 @@ def locate_checkpoint(checkpoint: str | os.PathLike[str]) -> Path | None:
     :return: the directory; None if there is none
     :raises FileNotFoundError: it has the form of an id, and the hub does not give it
     """
-    # Here, because the zoo's command line imports the policies
-    from opd_gym.checkpoints import find_checkpoint
-
     path = Path(checkpoint).expanduser()
     found = path if path.exists() else find_checkpoint(os.fspath(checkpoint))
     if found is None and isinstance(checkpoint, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", checkpoint):

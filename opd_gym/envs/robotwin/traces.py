@@ -119,7 +119,7 @@ def find_traces(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        found += sorted(path.glob("*.npz")) if path.is_dir() else [path]
+        found += sorted(path.glob("[!.]*.npz")) if path.is_dir() else [path]
     if not found or not all(path.is_file() for path in found):
         raise FileNotFoundError(f"No traces (.npz) in {', '.join(map(str, paths))}.")
     return found
