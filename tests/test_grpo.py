@@ -103,7 +103,7 @@ def test_improves_cartpole():
         n_groups=4,
         learning_rate=5e-3,
         temperature=1.0,
-        batch_size=16,
+        trajectories_per_batch=16,
         n_epochs=4,
         seed=0,
         device="cpu",

@@ -5,31 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
 from opd_gym.algorithms.base import RolloutAlgorithm
-from opd_gym.algorithms.buffers import ReplayedStates, StateReplay, micro_batches, random_shift
+from opd_gym.algorithms.buffers import ReplayedStates, StateReplay
+from opd_gym.algorithms.common import accumulate_gradients, augment, check_at_least_one, check_augmentation
 from opd_gym.algorithms.losses import (
     DIVERGENCES,
     DistillationMetrics,
     Divergence,
     exact_opd_loss,
     sampled_opd_loss,
-    weighted_mean,
 )
 from opd_gym.algorithms.teachers import Teacher, make_teacher
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import is_autoregressive
-
-SelfOPD = TypeVar("SelfOPD", bound="OPD")
 
 # What `state_replay=True` may take of the memory
 REPLAY_BYTES = 2**30
@@ -122,10 +118,10 @@ class OPD(RolloutAlgorithm):
             raise ValueError(f"Expected divergence to be one of {DIVERGENCES}, got {divergence!r}.")
         if estimator not in ("exact", "sampled"):
             raise ValueError(f'Expected estimator to be "exact" or "sampled", got {estimator!r}.')
-        if augmentation not in (None, "random_shift", "random_shift_batch"):
-            raise ValueError(
-                f'Expected augmentation to be None, "random_shift" or "random_shift_batch", got {augmentation!r}.'
-            )
+        check_augmentation(augmentation)
+        check_at_least_one(
+            batch_size=batch_size, gradient_steps=gradient_steps, n_epochs=n_epochs, micro_batch_size=micro_batch_size
+        )
         if estimator == "sampled":
             if divergence != "reverse_kl":
                 raise ValueError(
@@ -141,10 +137,6 @@ class OPD(RolloutAlgorithm):
                 raise ValueError(
                     'estimator="sampled" scores the observations that were acted on: use augmentation=None.'
                 )
-        sizes = dict(batch_size=batch_size, gradient_steps=gradient_steps, n_epochs=n_epochs)
-        for name, value in {**sizes, "micro_batch_size": micro_batch_size}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"Expected {name} to be at least 1, got {value}.")
         self.teacher = teacher
         self.teacher_kwargs = teacher_kwargs or {}
         self.batch_size = batch_size
@@ -208,12 +200,12 @@ class OPD(RolloutAlgorithm):
 
     # ------------------------------------------------------------------------------------------------------ rollout
 
-    def _label_step(self, workers: np.ndarray) -> np.ndarray | None:
+    def _label_step(self, envs: np.ndarray) -> np.ndarray | None:
         assert self._teacher is not None and self.env is not None
         if not self._teacher.privileged:
             return None
-        # All workers simulate ahead at once: a vectorised env sends to all of them before it waits for the first
-        return self._teacher.label(self.env, workers)
+        # All envs simulate ahead at once: a vectorised env sends to all of them before it waits for the first
+        return self._teacher.label(self.env, envs)
 
     def _end_rollout(self) -> None:
         """The teacher gives its opinion on every state of the rollout, in large batches."""
@@ -257,17 +249,21 @@ class OPD(RolloutAlgorithm):
         """Descend the divergence of the two distributions, on replayed states or on those of this rollout."""
         metrics, grad_norms = [], []
         for observations, distributions, mask, actions in self._exact_batches():
-            observations = self._augment(observations)
-            parts = []
-            for rows, share in micro_batches(mask, self.micro_batch_size):
-                student = self._student(obs_rows(observations, rows), None if actions is None else actions[rows])
-                teacher = self.token_spec.from_flat(distributions[rows])
-                loss, part_metrics = exact_opd_loss(student, teacher, mask[rows], self.divergence)
-                (share * loss).backward()
-                parts.append((share, part_metrics))
+            metrics.append(self._descend(observations, distributions, mask, actions))
             grad_norms.append(self._gradient_step())
-            metrics.append(weighted_mean(parts))
         return metrics, grad_norms
+
+    def _descend(
+        self, observations: PyTorchObs, distributions: th.Tensor, mask: th.Tensor, actions: th.Tensor | None
+    ) -> DistillationMetrics:
+        """Gradients of the divergence on a minibatch of states."""
+        observations = augment(observations, self.observation_space, self.augmentation)
+
+        def loss_of(rows: slice) -> tuple[th.Tensor, DistillationMetrics]:
+            student = self._student(obs_rows(observations, rows), None if actions is None else actions[rows])
+            return exact_opd_loss(student, self.token_spec.from_flat(distributions[rows]), mask[rows], self.divergence)
+
+        return accumulate_gradients(mask, self.micro_batch_size, loss_of)
 
     def _exact_batches(self) -> Iterator[ReplayedStates]:
         if self.replay_buffer is not None:
@@ -296,31 +292,6 @@ class OPD(RolloutAlgorithm):
         # Minibatches add up to the loss of the rollout
         total_loss = sum(m.loss for m in metrics)
         return [replace(m, loss=total_loss) for m in metrics], [self._gradient_step()]
-
-    def _augment(self, observations: Any) -> Any:
-        if self.augmentation is None:
-            return observations
-        per_sample = self.augmentation == "random_shift"
-
-        def augment(array: th.Tensor, space: spaces.Space) -> th.Tensor:
-            if not (isinstance(space, spaces.Box) and is_image_space(space)):
-                return array
-            return random_shift(array, per_sample, is_image_space_channels_first(space))
-
-        if isinstance(self.observation_space, spaces.Dict):
-            return {key: augment(observations[key], space) for key, space in self.observation_space.spaces.items()}
-        return augment(observations, self.observation_space)
-
-    def learn(
-        self: SelfOPD,
-        total_timesteps: int | None = None,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str | None = "OPD",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfOPD:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     # ------------------------------------------------------------------------------------------------------ saving
 

@@ -21,7 +21,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.algorithms.losses import hermite_nodes
+from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
 from opd_gym.checkpoints import find_teacher
 from opd_gym.observations import map_obs
 from opd_gym.tokens import (
@@ -272,12 +272,8 @@ class LabelSmoothing:
     @staticmethod
     def _table(n_bins: int, width: int, sigma: float, floor: float) -> np.ndarray:
         """Log-probabilities of every bin for every label, (width, width), -inf where a token has fewer bins."""
-        bins = np.arange(n_bins)
-        distance = (bins[:, None] - bins[None, :]).astype(np.float64)
-        kernel = np.exp(-0.5 * (distance / sigma) ** 2) if sigma > 0.0 else (distance == 0).astype(np.float64)
-        probabilities = (1.0 - floor) * kernel / kernel.sum(axis=1, keepdims=True) + floor / n_bins
         table = np.full((width, width), -np.inf, dtype=np.float32)
-        table[:n_bins, :n_bins] = np.log(probabilities)
+        table[:n_bins, :n_bins] = np.log(smoothed_labels(n_bins, sigma, floor))
         return table
 
     def __call__(self, labels: th.Tensor) -> TokenView:
