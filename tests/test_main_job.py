@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from opd_gym import GRPO, OPD, make_vec
-from opd_gym.checkpoints import checkpoint_path
-from opd_gym.cli.train import load_predictor
 from opd_gym.evaluation import eval_episodes, evaluate_success
+from opd_gym.policies.loading import load_policy
 
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
 
@@ -62,7 +61,7 @@ def test_the_readmes_program_runs_as_a_script(tmp_path):
 
 
 def test_the_committed_teacher_solves_held_out_episodes(env):
-    teacher = load_predictor(checkpoint_path("libero-object-teacher"), env)
+    teacher = load_policy("libero-object-teacher", env.observation_space, env.action_space)
     result = evaluate_success(teacher, env, eval_episodes([3, 6], 3), progress=False)
     assert [(e.task_id, e.init_state_id) for e in result.episodes] == [(t, i) for t in (3, 6) for i in range(3)]
     # 200 of these were measured, nearly all solved (benchmarks/results/libero_object); all but one leaves room for

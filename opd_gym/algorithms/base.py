@@ -21,7 +21,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, outcome_of_step
 from opd_gym.algorithms.common import PolicyAlgorithm, check_at_least_one
-from opd_gym.envs.make import with_action_dim
 from opd_gym.envs.workers.vec_env import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
@@ -103,10 +102,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         if kwargs.get("use_sde") and temperature != 1.0:
             raise ValueError("State-dependent exploration has its own noise: use temperature=1.0 with use_sde=True.")
         check_at_least_one(group_size=group_size, n_steps=n_steps)
-        if env is not None:
-            policy_class = self._get_policy_from_name(policy) if isinstance(policy, str) else policy
-            env = self._prepare_env(env, policy_class, policy_kwargs, verbose, seed)
-            policy_kwargs = with_action_dim(env, policy_class, policy_kwargs)  # type: ignore[arg-type]
+        env, policy_kwargs = self._prepare(policy, env, policy_kwargs, verbose, seed)
         self.temperature = temperature
         self.group_size = group_size
         self.num_env_steps = 0
@@ -146,7 +142,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self._keep_portable_kwargs()
+        self._policy_is_built()
 
     # ------------------------------------------------------------------------------------------------------ episodes
 

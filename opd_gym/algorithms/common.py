@@ -26,8 +26,9 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 
 from opd_gym.algorithms.buffers import micro_batches, random_shift
 from opd_gym.algorithms.losses import Metrics, weighted_mean
-from opd_gym.envs.make import prepare_env
+from opd_gym.envs.make import prepare_env, with_action_dim
 from opd_gym.files import replacing
+from opd_gym.policies.loading import start_from
 from opd_gym.tokens import TokenSpec, TokenView, action_distribution, distribution_and_values, token_spec, token_view
 
 SelfPolicyAlgorithm = TypeVar("SelfPolicyAlgorithm", bound="PolicyAlgorithm")
@@ -121,6 +122,7 @@ class PolicyAlgorithm(BaseAlgorithm):
     progress_bar_class: ClassVar[type[BaseCallback]] = DecisionProgressBar
 
     policy: ActorCriticPolicy
+    _start_state: dict[str, Any] | None = None
     max_grad_norm: float
     _n_updates: int
 
@@ -136,6 +138,27 @@ class PolicyAlgorithm(BaseAlgorithm):
             known = ["VLAPolicy", *self.policy_aliases]
             raise ValueError(f"Unknown policy {policy_name!r}: expected one of {known}, or a policy class.")
         return super()._get_policy_from_name(policy_name)
+
+    def _prepare(
+        self,
+        policy: str | type[BasePolicy],
+        env: GymEnv | str | None,
+        policy_kwargs: dict[str, Any] | None,
+        verbose: int,
+        seed: int | None,
+    ) -> tuple[Any, dict[str, Any] | None]:
+        """
+        The env and the arguments of the policy, as they fit each other; with a checkpoint among them that is the zip of
+        a model, what that says.
+
+        :return: The env, and keyword arguments of the policy
+        """
+        policy_class: type[BasePolicy] = self._get_policy_from_name(policy) if isinstance(policy, str) else policy
+        policy_kwargs, self._start_state = start_from(policy_class, policy_kwargs)
+        if env is None:
+            return None, policy_kwargs
+        prepared = self._prepare_env(env, policy_class, policy_kwargs, verbose, seed)
+        return prepared, with_action_dim(prepared, policy_class, policy_kwargs)
 
     @classmethod
     def _prepare_env(
@@ -164,8 +187,11 @@ class PolicyAlgorithm(BaseAlgorithm):
         """Token view of the policy's actions."""
         return token_spec(self.action_space, squashed=self.policy.squash_output)
 
-    def _keep_portable_kwargs(self) -> None:
-        # A saved algorithm must load where the checkpoint that its policy started from is gone
+    def _policy_is_built(self) -> None:
+        """Load the weights that it starts from, and keep arguments that build it where its checkpoint is gone."""
+        if self._start_state is not None:
+            self.policy.load_state_dict(self._start_state)
+            self._start_state = None
         portable_kwargs = getattr(self.policy, "portable_kwargs", None)
         if portable_kwargs is not None:
             self.policy_kwargs = portable_kwargs()

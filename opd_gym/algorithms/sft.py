@@ -28,7 +28,6 @@ from opd_gym.algorithms.common import (
 )
 from opd_gym.algorithms.losses import masked_mean, smoothed_labels
 from opd_gym.demonstrations import Demonstrations, PathLike
-from opd_gym.envs.make import with_action_dim
 from opd_gym.observations import obs_rows
 from opd_gym.policies.body import checkpoint_settings
 from opd_gym.tokens import CategoricalTokens, TokenView
@@ -208,10 +207,7 @@ class SFT(PolicyAlgorithm):
         check_at_least_one(batch_size=batch_size, micro_batch_size=micro_batch_size, validation_freq=validation_freq)
         if warmup_steps < 0:
             raise ValueError(f"Expected warmup_steps of at least 0, got {warmup_steps}.")
-        if env is not None:
-            policy_class = self._get_policy_from_name(policy) if isinstance(policy, str) else policy
-            env = self._prepare_env(env, policy_class, policy_kwargs, verbose, seed)
-            policy_kwargs = with_action_dim(env, policy_class, policy_kwargs)  # type: ignore[arg-type]
+        env, policy_kwargs = self._prepare(policy, env, policy_kwargs, verbose, seed)
         super().__init__(
             policy,
             env,
@@ -269,7 +265,7 @@ class SFT(PolicyAlgorithm):
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
         )
         self.policy = policy.to(self.device)
-        self._keep_portable_kwargs()
+        self._policy_is_built()
         if demonstrations is not None:
             self.set_demonstrations(demonstrations)
 

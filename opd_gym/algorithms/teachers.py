@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import pathlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -17,13 +15,13 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
 from opd_gym.checkpoints import find_teacher
 from opd_gym.observations import map_obs
+from opd_gym.policies.loading import load_policy
 from opd_gym.tokens import (
     CategoricalTokens,
     GaussianTokens,
@@ -329,9 +327,10 @@ def make_teacher(
     """
     Build a teacher and check that it fits the student: action space, bins, statistics, observations.
 
-    :param spec: The directory of a VLA checkpoint; the zip of any model of Stable-Baselines3, sb3-contrib or this
-        library; the name of a checkpoint of the zoo; "expert" for the env's scripted expert; a live policy or model; a
-        :class:`Teacher`; None for the teacher that the zoo has for this env
+    :param spec: The directory of a VLA checkpoint or of a run; the zip of any model of Stable-Baselines3, sb3-contrib
+        or this library; the name of a checkpoint of the zoo; the id of a VLA on the Hugging Face hub; "expert" for the
+        env's scripted expert; a live policy or model; a :class:`Teacher`; None for the teacher that the zoo has for
+        this env
     :param env: The student's env
     :param student: The student's policy
     :param device: Device of a teacher that is read from files; None: the student's
@@ -357,114 +356,28 @@ def make_teacher(
             'Expected teacher to be a path, the name of a checkpoint of the zoo, "expert", a policy, a model or None, '
             f"got {type(spec).__name__}."
         )
-    path = locate_teacher(spec, env)
     # Building networks draws random numbers; the student's run must not depend on the kind of its teacher
     with preserved_rng():
-        policy = load_vla(path, env, dtype) if path.is_dir() else load_policy(path, dtype, trainable=False)
+        policy = _load_teacher(spec, env, dtype)
     return PolicyTeacher(policy.to(student.device if device is None else device), env, student, **kwargs)
 
 
-def locate_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.Path:
-    """
-    Where a teacher's weights are.
-
-    :param spec: Path, name in the zoo, or None for the zoo's teacher of this env
-    :param env: The student's env
-    :return: An existing file or directory
-    """
+def _load_teacher(spec: str | os.PathLike[str] | None, env: VecEnv, dtype: str | th.dtype | None) -> BasePolicy:
     if spec is None:
         env_id = _env_id(env)
-        found = find_teacher(env_id) if env_id else None
-        if found is None:
+        spec = find_teacher(env_id) if env_id else None
+        if spec is None:
             raise ValueError(
                 f"No teacher given, and the zoo has none for {env_id or 'this env'}. Pass teacher=: the directory of a "
                 'VLA checkpoint, the zip of a model of Stable-Baselines3 or sb3-contrib, "expert" where the env has a '
                 "scripted expert, or a policy."
             )
-        return pathlib.Path(found)
-    path = pathlib.Path(spec).expanduser()
-    for candidate in (path, path.with_name(f"{path.name}.zip")):
-        if candidate.exists():
-            return candidate
-    from opd_gym.policies.body import locate_checkpoint
-
-    found = locate_checkpoint(spec)
-    if found is None:
-        raise FileNotFoundError(
-            f"Teacher {os.fspath(spec)!r} not found: it is neither a directory nor a zip file nor the name of a "
-            'checkpoint of the zoo. Expected one of these, the id of a VLA on the Hugging Face hub, or "expert".'
-        )
-    return found
-
-
-def load_vla(directory: pathlib.Path, env: VecEnv, dtype: str | th.dtype | None = None) -> BasePolicy:
-    """
-    Load a VLA checkpoint, to teach.
-
-    :param directory: Directory of ``config.json`` and ``model.safetensors``
-    :param env: The student's env
-    :param dtype: Type in which it computes, and of its weights; None: float32
-    :return: The policy
-    """
-    from opd_gym.policies.body import read_checkpoint_config
-    from opd_gym.policies.vla import VLAPolicy
-
-    read_checkpoint_config(directory)
     try:
-        return VLAPolicy(
-            env.observation_space,
-            env.action_space,
-            _no_learning,
-            checkpoint=directory,
-            dtype=dtype or "float32",
-            trainable=False,
-        )
+        return load_policy(spec, env.observation_space, env.action_space, dtype, trainable=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'Teacher {os.fspath(spec)!r} not found: {error} Or "expert".') from error
     except ValueError as error:
-        raise ValueError(f"Teacher {directory} does not fit the student's env. {error}") from error
-
-
-def load_policy(path: pathlib.Path, dtype: str | th.dtype | None = None, trainable: bool = True) -> BasePolicy:
-    """
-    Load the policy of any algorithm from its zip file.
-
-    The zip names the class of the policy, so the class of the algorithm is not needed (nor its replay buffer).
-
-    :param path: Zip file that ``save()`` of an algorithm wrote
-    :param dtype: Type in which a VLA computes, and of its weights; None: as it was saved
-    :param trainable: False for a VLA without gradients and optimizer
-    :return: The policy
-    """
-    try:
-        data, params, _ = load_from_zip_file(path, device="cpu")
-    except ValueError as error:
-        raise ValueError(
-            f"Teacher {path} is not the zip of a Stable-Baselines3 model (as model.save() writes it): {error}"
-        ) from error
-    if data is None or "policy_class" not in data or "policy" not in params:
-        raise ValueError(
-            f"Teacher {path} holds no policy: expected the zip that a Stable-Baselines3 model's save() writes."
-        )
-    policy_class, kwargs = data["policy_class"], dict(data.get("policy_kwargs") or {})
-    accepted = inspect.signature(policy_class.__init__).parameters
-    if "lr_schedule" in accepted:
-        kwargs["lr_schedule"] = _no_learning
-    if "use_sde" in accepted and data.get("use_sde"):
-        kwargs["use_sde"] = True
-    kwargs.pop("device", None)
-    if "trainable" in accepted:
-        kwargs["trainable"] = trainable
-    if dtype is not None:
-        if "dtype" not in accepted:
-            raise ValueError(f"Only a VLA can be read in another dtype; {path} holds a {policy_class.__name__}.")
-        kwargs["dtype"] = dtype
-    policy = policy_class(data["observation_space"], data["action_space"], **kwargs)
-    policy.load_state_dict(params["policy"])
-    return policy
-
-
-def _no_learning(progress_remaining: float) -> float:
-    del progress_remaining
-    return 0.0
+        raise ValueError(f"Teacher {os.fspath(spec)!r}: {error}") from error
 
 
 @contextmanager

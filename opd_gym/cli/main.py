@@ -189,19 +189,21 @@ def _evaluate(args: argparse.Namespace) -> int:
     from stable_baselines3.common.utils import get_device
 
     from opd_gym.checkpoints import resolve_checkpoint
-    from opd_gym.cli.train import default_episodes, default_threshold, load_predictor, settings_of
+    from opd_gym.cli.train import default_episodes, default_threshold
     from opd_gym.cli.video import side_by_side, write_video
     from opd_gym.envs.make import build_env
     from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
     from opd_gym.evaluation import EvaluationResult, evaluate_success
+    from opd_gym.policies.body import checkpoint_settings
+    from opd_gym.policies.loading import load_policy
     from opd_gym.versions import differences, read_versions
     from opd_gym.zoo.hyperparams import parse_overrides
 
     film = args.command != "eval"
     names = [args.checkpoint] if not film or args.before is None else [args.before, args.checkpoint]
     paths = [resolve_checkpoint(name) for name in names]
-    settings = settings_of(paths[-1])
-    if settings_of(paths[0]) != settings:
+    settings = checkpoint_settings({"checkpoint": paths[-1]})
+    if checkpoint_settings({"checkpoint": paths[0]}) != settings:
         raise ValueError(
             f"Both policies of a film act in one env, but {names[0]} and {names[1]} differ in what they were trained "
             "with (pictures, chunk or the statistics of their action tokens). Film them one by one."
@@ -211,6 +213,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     given = [name for name in plus if getattr(args, name)]
     if given and not any(bare_id(env_id) in LIBERO_PLUS_IDS for env_id in ([args.env] if film else args.env)):
         raise ValueError(f"{', '.join(given)}: only LIBERO-Plus has these; its ids are {', '.join(LIBERO_PLUS_IDS)}.")
+
+    device = get_device(args.device)
 
     def play(env_id: str) -> list[EvaluationResult]:
         env_kwargs: dict[str, Any] = {}
@@ -234,7 +238,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(env_id)
             return [
                 evaluate_success(
-                    load_predictor(path, env).to(get_device(args.device)),
+                    load_policy(path, env.observation_space, env.action_space, trainable=False).to(device),
                     env,
                     episodes[: args.episodes] if film else episodes,
                     deterministic=not args.stochastic,

@@ -117,18 +117,19 @@ def resolve(model: str) -> tuple[str, Any]:
     :return: name of the body and its configuration
     :raises ValueError: it is none of these
     """
-    from opd_gym.policies.body import CONFIG_FILE, locate_checkpoint, read_checkpoint_config
+    from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
+    from opd_gym.policies.body import read_checkpoint_config
     from opd_gym.policies.vlm import VLMConfig
 
     if model in PUBLISHED:
         return PUBLISHED[model]()
     path = Path(model).expanduser()
-    directory = path.parent if path.name == CONFIG_FILE else locate_checkpoint(model)
-    if directory is None or not (directory / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"{model!r} is neither the name of a published model ({', '.join(PUBLISHED)}) nor a directory with "
-            f"{CONFIG_FILE} nor a checkpoint of the zoo."
-        )
+    try:
+        directory = path.parent if path.name == CONFIG_FILE else resolve_checkpoint(model)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error} Or the name of a published model: {', '.join(PUBLISHED)}.") from error
+    if not (directory / CONFIG_FILE).is_file():
+        raise ValueError(f"{directory} is not the directory of a VLA checkpoint: it has no {CONFIG_FILE}.")
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     if json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type") in (

@@ -121,14 +121,13 @@ def run(args: argparse.Namespace) -> int:
     :return: exit status
     """
     began = time.monotonic()
-    from opd_gym.checkpoints import resolve_checkpoint
     from opd_gym.cli.train import (
         TrainArgs,
         complete_hyperparams,
         default_episodes,
-        settings_of,
     )
     from opd_gym.envs.make import build_env
+    from opd_gym.policies.body import checkpoint_settings
     from opd_gym.zoo.hyperparams import algorithm_class, split_hyperparams
 
     overrides = list(args.hyperparams)
@@ -150,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         wanted, n_envs = n_envs, fit_memory(n_envs, available_memory())
         if n_envs < wanted:
             print(f"Not enough memory for {wanted} parallel simulators: {n_envs}.", flush=True)
-    settings = settings_of(resolve_checkpoint(student))
+    settings = checkpoint_settings({"checkpoint": student})
     print(f"Student {Path(student).name}, teacher {teacher}, on {args.env} (LIBERO's own simulator)", flush=True)
     env = build_env(args.env, run_values, n_envs, args.seed, settings, **env_kwargs)
     try:

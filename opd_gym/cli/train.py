@@ -14,11 +14,9 @@ import gymnasium as gym
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.checkpoints import checkpoint_names, resolve_checkpoint, run_checkpoints, student_for, teacher_for
+from opd_gym.checkpoints import resolve_checkpoint, run_checkpoints, student_for, teacher_for
 from opd_gym.cli.runs import (
     STATES_FILE,
     RunCheckpoint,
@@ -84,21 +82,6 @@ class TrainArgs:
     verbose: int = 0
 
 
-def settings_of(path: Path) -> dict[str, Any]:
-    """
-    What an env must be like for a checkpoint.
-
-    :param path: directory of a VLA checkpoint, or zip of a model
-    :return: see :func:`opd_gym.policies.body.checkpoint_settings`; empty if it is no VLA
-    """
-    from opd_gym.policies.body import checkpoint_settings
-
-    if path.is_dir():
-        return checkpoint_settings({"checkpoint": path})
-    data, _, _ = load_from_zip_file(path, device="cpu")
-    return checkpoint_settings({"body_kwargs": ((data or {}).get("policy_kwargs") or {}).get("body_kwargs")})
-
-
 def default_episodes(
     env: VecEnv,
     n_episodes: int,
@@ -147,23 +130,6 @@ def default_threshold(env_id: str) -> float | None:
     if bare_id(env_id) in CHUNK_SIZES:
         return None
     return gym.spec(env_id).reward_threshold
-
-
-def load_predictor(path: Path, env: VecEnv) -> BasePolicy:
-    """
-    :param path: directory of a VLA checkpoint, or zip of a model of any algorithm
-    :param env: env that it is to act in
-    :return: the policy
-    """
-    if path.is_dir():
-        from stable_baselines3.common.utils import ConstantSchedule
-
-        from opd_gym.policies.vla import VLAPolicy
-
-        return VLAPolicy(env.observation_space, env.action_space, ConstantSchedule(0.0), checkpoint=path)
-    from opd_gym.algorithms.teachers import load_policy
-
-    return load_policy(path)
 
 
 class _Stop(BaseCallback):
@@ -281,9 +247,10 @@ def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
         if statistics is not None:
             policy_kwargs["body_kwargs"] = {"statistics": statistics, **(policy_kwargs.get("body_kwargs") or {})}
     if policy_kwargs.get("checkpoint") is not None:
-        # A name of the zoo stays a name: a configuration that somebody publishes should not hold their paths.
+        # A name of the zoo or of the hub stays a name: a published configuration should not hold the user's paths
         path = resolve_checkpoint(policy_kwargs["checkpoint"])
-        if policy_kwargs["checkpoint"] not in checkpoint_names():
+        named = Path(policy_kwargs["checkpoint"]).expanduser()
+        if named.exists() or named.with_name(f"{named.name}.zip").exists():
             policy_kwargs["checkpoint"] = str(path)
     if policy_kwargs:
         values["policy_kwargs"] = policy_kwargs
@@ -311,23 +278,14 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     policy = run.get("policy") or "MlpPolicy"
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
     saved = run_checkpoints(resume) if resume is not None else []
-    weights = None
-    if start is not None and not saved and resolve_checkpoint(start).is_file():
-        # A zip holds an SB3 policy, which is no argument of the policy's constructor.
-        kwargs["policy_kwargs"] = {key: value for key, value in kwargs["policy_kwargs"].items() if key != "checkpoint"}
-        data, weights, _ = load_from_zip_file(start, device="cpu")
-        kwargs["policy_kwargs"] = {**((data or {}).get("policy_kwargs") or {}), **kwargs["policy_kwargs"]}
     source = saved[-1] if saved else start
-    policy_kwargs = kwargs.get("policy_kwargs") or {}
-    settings = settings_of(resolve_checkpoint(source)) if source is not None else checkpoint_settings(policy_kwargs)
+    settings = checkpoint_settings({"checkpoint": source} if source is not None else kwargs.get("policy_kwargs") or {})
     env = build_env(args.env, run, seed=args.seed, settings=settings)
     try:
         if saved:
             model = _load_to_resume(cls, saved[-1], env, args, kwargs)
         else:
             model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
-            if weights is not None:
-                model.policy.load_state_dict(weights["policy"])  # type: ignore[arg-type]
         run_dir = resume or new_run_dir(args.folder, args.algo, args.env)
         write_run_files(run_dir, asdict(args), values)
         print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)

@@ -18,6 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
 from opd_gym.policies.adapters import (
     DTYPES,
     TrainedState,
@@ -28,13 +29,11 @@ from opd_gym.policies.adapters import (
     merged,
 )
 from opd_gym.policies.body import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     VLAConfig,
     VLAOutput,
     channels_first,
     get_body_class,
-    locate_checkpoint,
     read_checkpoint_config,
     remove_stale_weights,
     token_space,
@@ -120,7 +119,7 @@ class VLAPolicy(ActorCriticPolicy):
         self._reference = checkpoint
         if checkpoint is not None:
             try:
-                directory = locate_checkpoint(checkpoint)
+                directory = resolve_checkpoint(checkpoint)
             except FileNotFoundError:
                 if body_kwargs is None:
                     raise
@@ -130,8 +129,8 @@ class VLAPolicy(ActorCriticPolicy):
                     f"The base checkpoint of these LoRA adapters is gone: {checkpoint}. Put it back there, or load "
                     'with custom_objects={"policy_kwargs": {...}} and its new place as "checkpoint".'
                 )
-            if directory is not None or body_kwargs is None:
-                self._checkpoint = directory or Path(checkpoint).expanduser()
+            if directory is not None:
+                self._checkpoint = directory
                 body, self._config = read_checkpoint_config(self._checkpoint)
             else:
                 # A saved algorithm brings its weights along and must load where the original checkpoint is gone.
