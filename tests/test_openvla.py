@@ -600,7 +600,7 @@ def test_gradient_checkpointing_changes_nothing(sft, both):
 
 
 def test_autoregressive_policy(autoregressive):
-    policy = make_policy(autoregressive, temperature=1.5, value_head=True)
+    policy = make_policy(autoregressive, value_head=True)
     obs = {key: th.as_tensor(value) for key, value in sample(policy.observation_space).items()}
     th.manual_seed(0)
     actions, values, log_prob = policy(obs)

@@ -279,7 +279,7 @@ def test_missing_and_broken_teachers(tmp_path):
     (tmp_path / "text.zip").write_text("not a zip")
     with pytest.raises(ValueError, match="not the zip of a Stable-Baselines3 model"):
         OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path / "text.zip")
-    with pytest.raises(FileNotFoundError, match="not a VLA checkpoint"):
+    with pytest.raises(ValueError, match="neither a VLA checkpoint"):
         OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path)
     with pytest.raises(ValueError, match="got int"):
         OPD("MlpPolicy", "CartPole-v1", teacher=3)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -20,6 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
 from opd_gym.checkpoints import find_teacher
+from opd_gym.envs.wrappers import ActionTokens, EpisodeControl
 from opd_gym.observations import map_obs
 from opd_gym.policies.loading import load_policy
 from opd_gym.tokens import (
@@ -194,11 +196,18 @@ class ExpertTeacher(Teacher):
     privileged = True
 
     def __init__(self, env: VecEnv, student: BasePolicy, std: float = 0.1, smoothing: float = 1.0, floor: float = 0.01):
-        # A wrapper passes expert_action() on whether or not there is an expert below; `has_expert` tells
         if not all(env.get_attr("has_expert") if env.has_attr("has_expert") else [env.has_attr("expert_action")]):
             raise ValueError(
                 'teacher="expert" needs an env with a scripted expert: a method expert_action() that returns the '
-                f"action to take in the present state. {_env_id(env) or 'This env'} has none."
+                "action to take in the present state, and below ActionChunk a method expert_chunk(chunk_size). "
+                f"{_env_id(env) or 'This env'} has none."
+            )
+        # Only our wrappers bring a label through others, which may change actions
+        ours = [env.env_is_wrapped(wrapper) for wrapper in (EpisodeControl, ActionTokens)]
+        if any(env.env_is_wrapped(gym.ActionWrapper)) and not all(map(any, zip(*ours, strict=True))):
+            raise ValueError(
+                'teacher="expert": a wrapper of the envs changes actions. Wrap each env in '
+                "opd_gym.envs.wrappers.EpisodeControl, outermost, which brings the expert's actions through it."
             )
         self.spec = token_spec(env.action_space, squashed=student.squash_output)
         # Bins of a tokenised number have neighbours; the values of any other discrete action are only names
