@@ -247,7 +247,7 @@ class TeacherRolloutBuffer(RolloutBuffer):
 
     def set_teacher(self, rows: np.ndarray, log_probs: th.Tensor, distributions: th.Tensor | None = None) -> None:
         """
-        Attach the teacher's opinion to rows of the finished rollout.
+        Attach the teacher's labels to rows of the finished rollout.
 
         :param rows: Rows of the flattened buffer
         :param log_probs: Teacher's log-probabilities of the sampled tokens, (rows, T)
@@ -313,7 +313,7 @@ class ReplayedStates(NamedTuple):
 class StateReplay:
     """
     Ring buffer of states with the teacher's distribution, so that an exact divergence can be descended on all states
-    visited so far: the objective is an expectation over states alone, and a frozen teacher's opinion does not age.
+    visited so far: the objective is an expectation over states alone, and a frozen teacher's labels do not age.
 
     Memory grows by doubling up to ``capacity`` and observations keep the dtype of their space (images: uint8).
 

@@ -35,13 +35,13 @@ class OPD(RolloutAlgorithm):
     """
     On-Policy Distillation (OPD), after VLA-OPD: https://arxiv.org/abs/2603.26666
 
-    Each iteration the student acts for ``n_steps`` decisions in every worker, the frozen teacher gives its distribution
-    in the states that the student came to (its own mistakes included), and the student descends the divergence between
-    the two. The environment's reward is not used, and episodes need not be complete, so no worker waits for another.
+    Each iteration the student acts for ``n_steps`` decisions in every env, the frozen teacher gives its distribution in
+    the states the student visited (its own mistakes included), and the student descends the divergence between the two.
+    The environment's reward is not used, and episodes need not be complete, so no env waits for another.
 
     ``estimator="exact"`` (the default) sums the divergence over all bins, or takes the closed form for Gaussians. It is
     an expectation over states alone, so every state visited so far remains a valid target: they are kept with the
-    teacher's opinion (``state_replay``), and each iteration takes ``gradient_steps`` minibatches from all of them.
+    teacher's labels (``state_replay``), and each iteration takes ``gradient_steps`` minibatches from all of them.
 
     Tokens of an autoregressive student (OpenVLA) are compared one by one after its own tokens before them, as on-policy
     distillation of language models does (GKD, https://arxiv.org/abs/2306.13649): such a prefix is part of the state,
@@ -56,15 +56,15 @@ class OPD(RolloutAlgorithm):
         in the zoo, "expert" for the env's scripted expert, or a live policy; None: the teacher that the zoo has for
         this env
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
-    :param n_steps: Number of decisions of each worker per iteration
+    :param n_steps: Number of decisions of each env per iteration
     :param batch_size: Minibatch size
     :param micro_batch_size: Number of decisions that go through student or teacher at once; gradients are accumulated
         over the parts of a minibatch. None: the whole minibatch
     :param divergence: "reverse_kl" (the paper's), "forward_kl", "hard_ce" (cross-entropy on the teacher's mode) or
         "jsd"
     :param estimator: "exact" or "sampled" ("sampled" estimates the reverse KL only)
-    :param group_size: Number of consecutive episodes that start from the same state (where workers can be told): the
-        paper has 8, 1 comes to the most initial states
+    :param group_size: Number of consecutive episodes that start from the same state (where envs can be told): the paper
+        has 8, 1 visits the most initial states
     :param state_replay: Whether to keep all states visited so far, or how many at most; True: as many as fit in 1 GiB;
         None: with the exact estimator, and not with the sampled one
     :param gradient_steps: Minibatches per iteration, with state replay
@@ -208,7 +208,7 @@ class OPD(RolloutAlgorithm):
         return self._teacher.label(self.env, envs)
 
     def _end_rollout(self) -> None:
-        """The teacher gives its opinion on every state of the rollout, in large batches."""
+        """The teacher labels every state of the rollout, in large batches."""
         assert self._teacher is not None
         buffer = self.rollout_buffer
         for samples in buffer.get(self.micro_batch_size or self.batch_size, rows=buffer.valid_rows()):

@@ -49,7 +49,7 @@ class PPO(RolloutAlgorithm):
     :param policy: The policy model to use (MlpPolicy, VLAPolicy with ``value_head=True``, ...)
     :param env: The environment to learn from: an id, an env, or a vectorised env
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
-    :param n_steps: Number of decisions of each worker per update
+    :param n_steps: Number of decisions of each env per update
     :param batch_size: Minibatch size
     :param n_epochs: Number of epochs when optimizing the surrogate loss
     :param gamma: Discount factor

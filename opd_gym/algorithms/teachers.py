@@ -1,4 +1,4 @@
-"""Teachers: from a specification (a string, mostly) to something that has an opinion on every token in every state."""
+"""Teachers: from a specification (a string, mostly) to something that labels every token in every state."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class Teacher(ABC):
         :return: The teacher's distribution, without gradient
         """
 
-    def label(self, env: VecEnv, workers: np.ndarray) -> np.ndarray:
+    def label(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:
         """
         Labels of a privileged teacher for the present states.
 
         :param env: The student's env
-        :param workers: Workers to ask
-        :return: (len(workers), T)
+        :param indices: Numbers of the envs to ask
+        :return: (len(indices), T)
         """
         raise NotImplementedError
 
@@ -121,7 +121,7 @@ class PolicyTeacher(Teacher):
         policy: Any = self.policy
         if hasattr(policy, "lstm_actor"):
             raise ValueError(
-                "The teacher is recurrent (RecurrentPPO): its opinion depends on the history, and states are labelled "
+                "The teacher is recurrent (RecurrentPPO): its labels depend on the history, and states are labelled "
                 "one by one. Use a teacher without memory."
             )
         if hasattr(policy, "get_distribution"):
@@ -183,7 +183,7 @@ class ExpertTeacher(Teacher):
     """
     A scripted expert that sees the simulator's state: ``expert_action()`` of the env.
 
-    Its opinion on a token is its label, whatever the student's tokens before it: an autoregressive student learns the
+    Its label of a token does not depend on the student's tokens before it: an autoregressive student learns the
     expert's value of every action dimension also after a token of its own that the expert would not have chosen.
 
     :param env: The student's env
@@ -214,9 +214,9 @@ class ExpertTeacher(Teacher):
         ordered = self.spec.n_bins > 0 and env.has_attr("n_bins")
         self._smooth = LabelSmoothing(self.spec, env.action_space, ordered, std, smoothing, floor)
 
-    def label(self, env: VecEnv, workers: np.ndarray) -> np.ndarray:
+    def label(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:
         try:
-            actions = env.env_method("expert_action", indices=[int(worker) for worker in workers])
+            actions = env.env_method("expert_action", indices=[int(index) for index in indices])
         except AttributeError as error:
             raise ValueError(
                 f'teacher="expert": the env has no scripted expert ({error}). Use another teacher.'

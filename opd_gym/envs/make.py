@@ -36,7 +36,7 @@ def make_env_fn(
     wrapper: Callable[[gym.Env], gym.Env] | None = None,
 ) -> Callable[[], gym.Env]:
     """
-    A function that builds one worker's env: ``env -> wrapper -> ActionChunk -> ActionTokens -> Monitor ->
+    A function that builds one env: ``env -> wrapper -> ActionChunk -> ActionTokens -> Monitor ->
     EpisodeControl``. A RoboTwin env carries out chunks itself, as one path, and has no ``ActionChunk``.
 
     :param env_id: registered id
@@ -127,7 +127,7 @@ def make_vec(
     build = make_env_fn(env_id, env_kwargs, chunk_size, tokens, n_bins, statistics, wrapper)
     if n_workers is not None or (vec_env_cls is None and n_envs > 1 and bare_id(env_id) in CHUNK_SIZES):
         workers = partial(WorkerVecEnv, n_workers=n_workers, **_patience(env_id, env_kwargs))
-        # Who asks for a number of workers is told that there are none
+        # Off Linux, an explicit n_workers raises
         vec_env_cls = workers if n_workers is not None or sys.platform == "linux" else SubprocVecEnv
     cls = vec_env_cls or DummyVecEnv
     if cls is not DummyVecEnv:
@@ -187,7 +187,7 @@ def build_env(
     :param env_id: environment id
     :param run: the part of the configuration about the env, see ``opd_gym.zoo.hyperparams.split_hyperparams``
     :param n_envs: number of envs; None for what the configuration says
-    :param seed: seed of the workers
+    :param seed: seed of the envs, see :func:`make_vec`
     :param settings: what a checkpoint needs, see ``opd_gym.policies.body.checkpoint_settings``; it wins over the
         configuration where it comes to pictures
     :param env_kwargs: keyword arguments of the env that win over the configuration's
