@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 import opd_gym
 from opd_gym.cli.train import default_episodes
@@ -428,3 +429,11 @@ def test_original_liberos_initial_states_load(tmp_path, module):
                 raw = raw.replace(b"numpy._core.multiarray", module.encode())
             target.writestr(name, raw)
     np.testing.assert_array_equal(_load_torch_states(path), states)
+
+
+def test_sft_of_an_id_starts_no_simulator():
+    model = opd_gym.SFT("VLAPolicy", "LiberoObject-v0", device="cpu")
+    assert isinstance(model.env, DummyVecEnv) and model.env.num_envs == 1
+    assert not model.env.envs[0].unwrapped._simulators
+    assert model.observation_space == model.env.observation_space and model.action_space.nvec.tolist() == [256] * 56
+    model.env.close()

@@ -280,7 +280,9 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     saved = run_checkpoints(resume) if resume is not None else []
     source = saved[-1] if saved else start
     settings = checkpoint_settings({"checkpoint": source} if source is not None else kwargs.get("policy_kwargs") or {})
-    env = build_env(args.env, run, seed=args.seed, settings=settings)
+    # Simulators that are never stepped are not started: SFT reads the spaces off one env
+    slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, "n_workers": None}
+    env = build_env(args.env, {**run, **slots}, seed=args.seed, settings=settings)
     try:
         if saved:
             model = _load_to_resume(cls, saved[-1], env, args, kwargs)
@@ -305,6 +307,9 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
             write_versions(run_dir / "policy", used)
         result = None
         if args.eval_episodes > 0:
+            if slots:
+                env.close()
+                env = build_env(args.env, run, seed=args.seed, settings=settings)
             result = evaluate_success(
                 model,
                 env,
