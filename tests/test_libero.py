@@ -433,7 +433,8 @@ def test_original_liberos_initial_states_load(tmp_path, module):
 
 def test_sft_of_an_id_starts_no_simulator():
     model = opd_gym.SFT("VLAPolicy", "LiberoObject-v0", device="cpu")
-    assert isinstance(model.env, DummyVecEnv) and model.env.num_envs == 1
-    assert not model.env.envs[0].unwrapped._simulators
-    assert model.observation_space == model.env.observation_space and model.action_space.nvec.tolist() == [256] * 56
+    envs = model.env.unwrapped
+    assert isinstance(envs, DummyVecEnv) and envs.num_envs == 1
+    assert not envs.envs[0].unwrapped._simulators
+    assert model.action_space.nvec.tolist() == [256] * 56
     model.env.close()
