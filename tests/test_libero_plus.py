@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import sys
 import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -21,12 +20,12 @@ from opd_gym.envs.registration import LIBERO_PLUS_IDS
 
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
 
+from golden.liberoplus import make_golden  # noqa: E402
+
 from opd_gym.envs.libero import noise, plus, suites  # noqa: E402
 from opd_gym.envs.libero.simulator import Simulator  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "liberoplus"
-sys.path.insert(0, str(GOLDEN))
-import make_golden  # noqa: E402
 
 if importlib.util.find_spec("liberoplus") is None and not os.environ.get("OPD_GYM_CI"):
     pytest.skip(f"LIBERO-Plus' task files are not installed: {plus.INSTALL_HINT}", allow_module_level=True)
