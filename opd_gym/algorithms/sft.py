@@ -82,9 +82,13 @@ class SFTLoss:
         if isinstance(view, CategoricalTokens):
             accuracy = masked_mean((mode == actions).float(), mask).item()
             if self.label_smoothing > 0.0:
-                targets = self._table(view.log_probs)[actions.long()]
-                # A bin that a token does not have carries no label, and 0 * -inf is NaN.
-                losses = -(targets * view.log_probs.clamp(min=-1e4)).sum(dim=-1)
+                targets, log_probs, padding = self._table(view.log_probs)[actions.long()], view.log_probs, view.padding
+                if padding is not None:
+                    # A bin that a token does not have carries no label, and 0 * -inf is NaN
+                    targets = targets.masked_fill(padding, 0.0)
+                    targets = targets / targets.sum(dim=-1, keepdim=True)
+                    log_probs = log_probs.masked_fill(padding, 0.0)
+                losses = -(targets * log_probs).sum(dim=-1)
         loss = masked_mean(losses, mask)
         with th.no_grad():
             metrics = SFTMetrics(
