@@ -413,6 +413,8 @@ class SFT(RolloutAlgorithm):
     def train(self) -> None:
         """Take one gradient step on a random minibatch."""
         self.policy.set_training_mode(True)
+        # An update that was interrupted, or refused, has left its gradients
+        self.policy.optimizer.zero_grad()
         utils.update_learning_rate(self.policy.optimizer, self._learning_rate_now())
         self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
         rows = self._training_rows[th.randint(len(self._training_rows), (self.batch_size,)).numpy()]
