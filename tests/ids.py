@@ -16,17 +16,17 @@ LIBERO_PRO = [
     for suite, changes in {
         "LiberoSpatial": (
             "WithMug WithRedStick WithYellowBook WithBlueStick WithGreenMug WithDiffposStick WithMilk WithRedBox Lan "
-            "Object Swap"
+            "Object Swap Task"
         ),
         "LiberoObject": (
             "WithTrigger TriggeredEpisode WithTriggerNew WithMug WithRedStick WithYellowBook MatchedTwoEpisodes "
-            "NotMatchedTwoEpisodes TwoNormalEpisodes WithBlueStick WithRedBox WithDiffposStick Lan Object Swap"
+            "NotMatchedTwoEpisodes TwoNormalEpisodes WithBlueStick WithRedBox WithDiffposStick Lan Object Swap Task"
         ),
         "LiberoGoal": (
             "WithMug WithRedStick WithYellowBook WithGreenMug WithBlueStick WithRotatedStick WithDiffposStick WithMilk "
-            "WithRedBox Lan Object Swap"
+            "WithRedBox Lan Object Swap Task"
         ),
-        "Libero10": "WithMug WithRedStick WithBlueStick WithDiffposStick WithMilk WithRedBox Lan Object Swap",
+        "Libero10": "WithMug WithRedStick WithBlueStick WithDiffposStick WithMilk WithRedBox Lan Object Swap Task",
     }.items()
     for change in changes.split()
 ]
