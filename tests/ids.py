@@ -14,19 +14,30 @@ LIBERO_PLUS = [f"LiberoPlus{suite}-v0" for suite in ("Spatial", "Object", "Goal"
 LIBERO_PRO = [
     f"{suite}{change}-v0"
     for suite, changes in {
-        "LiberoSpatial": (
-            "WithMug WithRedStick WithYellowBook WithBlueStick WithGreenMug WithDiffposStick WithMilk WithRedBox Lan "
+        "LiberoSpatial": "WithMug WithYellowBook WithMilk Lan Object Swap Task",
+        "LiberoObject": (
+            "WithMug WithYellowBook TriggeredEpisode MatchedTwoEpisodes NotMatchedTwoEpisodes TwoNormalEpisodes Lan "
             "Object Swap Task"
         ),
-        "LiberoObject": (
-            "WithTrigger TriggeredEpisode WithTriggerNew WithMug WithRedStick WithYellowBook MatchedTwoEpisodes "
-            "NotMatchedTwoEpisodes TwoNormalEpisodes WithBlueStick WithRedBox WithDiffposStick Lan Object Swap Task"
-        ),
-        "LiberoGoal": (
-            "WithMug WithRedStick WithYellowBook WithGreenMug WithBlueStick WithRotatedStick WithDiffposStick WithMilk "
-            "WithRedBox Lan Object Swap Task"
-        ),
-        "Libero10": "WithMug WithRedStick WithBlueStick WithDiffposStick WithMilk WithRedBox Lan Object Swap Task",
+        "LiberoGoal": "WithMug WithYellowBook WithMilk Lan Object Swap Task",
+        "Libero10": "WithMug WithMilk Lan Object Swap Task",
+    }.items()
+    for change in changes.split()
+]
+# In these some tasks have an object whose files are not in the wheel
+PARTLY = [
+    "LiberoObjectTriggeredEpisode-v0",
+    "LiberoObjectMatchedTwoEpisodes-v0",
+    "LiberoObjectNotMatchedTwoEpisodes-v0",
+]
+# In these all tasks have: a sticker, a box or a green mug
+NO_OBJECT_FILES = [
+    f"{suite}{change}-v0"
+    for suite, changes in {
+        "LiberoSpatial": "WithRedStick WithBlueStick WithDiffposStick WithRedBox WithGreenMug",
+        "LiberoObject": "WithRedStick WithBlueStick WithDiffposStick WithRedBox WithTrigger WithTriggerNew",
+        "LiberoGoal": "WithRedStick WithBlueStick WithDiffposStick WithRedBox WithGreenMug WithRotatedStick",
+        "Libero10": "WithRedStick WithBlueStick WithDiffposStick WithRedBox",
     }.items()
     for change in changes.split()
 ]

@@ -44,17 +44,18 @@ def make(env_id, **kwargs):
 
 def test_every_registered_id_is_named_and_none_twice():
     ours = {env_id for env_id, spec in gym.registry.items() if str(spec.entry_point).startswith("opd_gym.")}
-    named = [*PLAYED, *ids.NO_TASK_FILES, *ids.ROBOTWIN, *ids.NO_OBJECTS]
+    named = [*PLAYED, *ids.NO_OBJECT_FILES, *ids.NO_TASK_FILES, *ids.ROBOTWIN, *ids.NO_OBJECTS]
     assert len(named) == len(set(named)) and set(named) == ours
     assert ours == LIBERO_IDS.keys() | ROBOTWIN_IDS.keys() == CHUNK_SIZES.keys()
     assert set(ids.LIBERO_PLUS) == LIBERO_PLUS_IDS.keys() and set(SAMPLE) < set(PLAYED)
     # An id in a registry is a promise of how to train on it
     assert all(training_defaults(env_id)["n_envs"] == 2 for env_id in ours)
     # RoboTwin's envs need its runtime: tests/test_robotwin.py makes them
-    assert {LIBERO_IDS[env_id]["suite"] for env_id in ids.LIBERO_PRO + ids.NO_TASK_FILES} == set(suites.PRO_SUITES)
+    pro = [*ids.LIBERO_PRO, *ids.NO_OBJECT_FILES, *ids.NO_TASK_FILES]
+    assert {LIBERO_IDS[env_id]["suite"] for env_id in pro} == set(suites.PRO_SUITES)
 
 
-@pytest.mark.parametrize("env_id", [*PLAYED, *ids.NO_TASK_FILES])
+@pytest.mark.parametrize("env_id", [*PLAYED, *ids.NO_OBJECT_FILES, *ids.NO_TASK_FILES])
 def test_every_id_of_libero_makes_its_env(libero, env_id):
     """Up to the first reset, which starts a simulator."""
     suite = LIBERO_IDS[env_id]["suite"]
@@ -64,7 +65,8 @@ def test_every_id_of_libero_makes_its_env(libero, env_id):
             with pytest.raises(ValueError, match=f"names the suite '{suite}' but does not ship its task files"):
                 suites.tasks(suite)
         else:
-            assert len(suites.tasks(suite)) == suites.N_TASKS.get(suite, 10)
+            found = suites.tasks(suite)
+            assert len(found) == suites.N_TASKS.get(suite, len(found)) > 0
     env = make(env_id)
     assert env.spec.id == env_id and env.unwrapped.suite == suite
     assert env.unwrapped.horizon == suites.horizon(suite)
@@ -82,6 +84,9 @@ def test_every_id_of_libero_makes_its_env(libero, env_id):
 @pytest.mark.parametrize("env_id", PLAYED if ids.ALL else SAMPLE)
 def test_checkers_of_gymnasium_and_stable_baselines3(libero, env_id):
     tasks = {} if env_id in ids.LIBERO_TASKS else {"task_ids": [0]}
+    if env_id in ids.PARTLY:
+        found = suites.tasks(LIBERO_IDS[env_id]["suite"])
+        tasks = {"task_ids": [next(t.task_id for t in found if "red_sticker" not in t.bddl_file.read_text())]}
     if env_id in ids.LIBERO_PLUS and not NO_PLUS:
         from opd_gym.envs.libero import plus
 
@@ -96,3 +101,11 @@ def test_checkers_of_gymnasium_and_stable_baselines3(libero, env_id):
             sb3_check_env(env)
     finally:
         env.close()
+
+
+@pytest.mark.parametrize("env_id", ids.NO_OBJECT_FILES if ids.ALL else ["LiberoObjectWithRedStick-v0"])
+def test_an_id_whose_objects_are_not_shipped_says_so(libero, env_id):
+    env = make(env_id, task_ids=[0])
+    with pytest.raises(FileNotFoundError, match="it does not ship .*custom_objects"):
+        env.reset(seed=0)
+    env.close()
