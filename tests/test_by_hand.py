@@ -17,7 +17,7 @@ from toys import Match, parameters, vec
 from opd_gym import GRPO, OPD, PPO, SFT
 from opd_gym.demonstrations import Demonstrations
 
-LEARNING_RATE, WEIGHT_DECAY, MAX_NORM, N_STEPS = 1e-2, 0.1, 0.02, 8
+LEARNING_RATE, WEIGHT_DECAY, N_STEPS = 1e-2, 0.1, 8
 NETWORK = {"net_arch": {"pi": [8], "vf": []}, "activation_fn": th.nn.Tanh}
 
 
@@ -44,7 +44,7 @@ def plain_network(policy: ActorCriticPolicy) -> th.nn.Module:
     return th.nn.Sequential(*copy.deepcopy(layers))
 
 
-def opd_by_hand(student, teacher, estimator, temperature, iterations):
+def opd_by_hand(student, teacher, estimator, temperature, max_norm, iterations):
     """Algorithm 1 of VLA-OPD: act, ask the teacher, descend the reverse KL; with AdamW and a clipped gradient."""
     optimizer = th.optim.AdamW(student.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     workers = [Walk(), Walk()]
@@ -75,18 +75,22 @@ def opd_by_hand(student, teacher, estimator, temperature, iterations):
         optimizer.zero_grad()
         loss.backward()
         norm = math.sqrt(sum(float((p.grad**2).sum()) for p in student.parameters()))
-        assert norm > MAX_NORM, "clipping must matter"
         for p in student.parameters():
-            p.grad *= MAX_NORM / (norm + 1e-6)
+            p.grad *= min(1.0, max_norm / (norm + 1e-6))
+        assert (norm > max_norm) == (max_norm == CLIPS), "the small limit must matter, and the large one must not"
         gradients.append(th.cat([p.grad.flatten() for p in student.parameters()]))
         optimizer.step()
     return gradients
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 5])
+# A clipped gradient does not tell what a loss was multiplied with, so some are not clipped
+CLIPS, NEVER_CLIPS = 0.02, 100.0
+
+
+@pytest.mark.parametrize(("micro_batch_size", "max_norm"), [(None, CLIPS), (5, NEVER_CLIPS)])
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
 @pytest.mark.parametrize("estimator", ["exact", "sampled"])
-def test_opd_is_the_step_that_torch_takes(estimator, temperature, micro_batch_size):
+def test_opd_is_the_step_that_torch_takes(estimator, temperature, micro_batch_size, max_norm):
     th.manual_seed(1)
     teacher = ActorCriticPolicy(Walk.observation_space, Walk.action_space, lambda _: 0.0, **NETWORK)
     with th.no_grad():
@@ -95,7 +99,7 @@ def test_opd_is_the_step_that_torch_takes(estimator, temperature, micro_batch_si
     model = OPD(
         "MlpPolicy", vec(2, env=Walk), teacher=teacher, estimator=estimator, temperature=temperature, n_steps=N_STEPS,
         batch_size=2 * N_STEPS, micro_batch_size=micro_batch_size, n_epochs=1, state_replay=False, seed=0, device="cpu",
-        policy_kwargs=NETWORK, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_NORM,
+        policy_kwargs=NETWORK, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, max_grad_norm=max_norm,
     )  # fmt: skip
     student = plain_network(model.policy)
     actor = [model.policy.mlp_extractor.policy_net, model.policy.action_net]
@@ -111,7 +115,7 @@ def test_opd_is_the_step_that_torch_takes(estimator, temperature, micro_batch_si
     # Three updates: Adam's first one is blind to the length of the gradient
     model.learn(3 * 2 * N_STEPS)
     th.manual_seed(2)
-    expected = opd_by_hand(student, plain_network(teacher), estimator, temperature, iterations=3)
+    expected = opd_by_hand(student, plain_network(teacher), estimator, temperature, max_norm, iterations=3)
     assert len(gradients) == len(expected) == 3
     for found, wanted in zip(gradients, expected, strict=True):
         th.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
