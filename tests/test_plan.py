@@ -8,7 +8,6 @@ import pytest
 import torch as th
 from golden.openvla import tiny
 from stable_baselines3.common.utils import get_device
-from test_vlm import pretrained  # noqa: F401
 
 from opd_gym.cli import main as cli
 from opd_gym.cli import plan
@@ -206,8 +205,7 @@ def test_command_line(capsys):
     assert "| yes" in text and "with changes" in text and "PFLOP" in text
 
 
-@pytest.mark.usefixtures("pretrained")
-def test_directories_and_configurations(pretrained, tmp_path, capsys):  # noqa: F811
+def test_directories_and_configurations(pretrained, tmp_path, capsys):
     """A pretrained model that is to become a student, and a config.json alone."""
     assert cli.main(["plan", "--student", str(pretrained), "--teacher", "none", "--lora-rank", "4"]) == 0
     assert "Teacher" not in capsys.readouterr().out

@@ -8,33 +8,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import DummyVecEnv
+from vlas import SMALL, observation_space, sample, tensors
 
 from opd_gym.instructions import encode_instruction
 from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput, get_body_class, register_body
 from opd_gym.policies.tiny import TinyVLAConfig, TinyVLAModel, split_words
 from opd_gym.policies.vla import VLAPolicy
 from opd_gym.tokens import TokenDistribution
-
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "stem_channels": [16, 32], "summary_size": 32, "vocab_size": 64}
-
-
-def observation_space(size=16, keys=("agentview", "wrist"), channels_first=False, proprio=9):
-    shape = (3, size, size) if channels_first else (size, size, 3)
-    found = {key: spaces.Box(0, 255, shape, np.uint8) for key in keys}
-    if proprio:
-        found["proprio"] = spaces.Box(-np.inf, np.inf, (proprio,), np.float32)
-    return spaces.Dict({**found, "instruction": spaces.Box(0, 255, (128,), np.uint8)})
-
-
-def sample(space, n=3, instruction="pick up the milk"):
-    space.seed(0)
-    obs = {key: np.stack([box.sample() for _ in range(n)]) for key, box in space.spaces.items()}
-    obs["instruction"] = np.tile(encode_instruction(instruction), (n, 1))
-    return obs
-
-
-def tensors(obs):
-    return {key: th.as_tensor(value) for key, value in obs.items()}
 
 
 def make(space=None, n_tokens=14, n_bins=256, **kwargs):

@@ -183,7 +183,6 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             self.num_env_steps = 0
         if resets:
             self._before_reset()
-        self.policy.optimizer.zero_grad()  # a training that was interrupted may have left some
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if resets:
             self._episodes.all_begun()

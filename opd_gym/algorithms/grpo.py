@@ -218,6 +218,8 @@ class GRPO(RolloutAlgorithm):
         Update policy using the trajectories of the groups that were kept.
         """
         self.policy.set_training_mode(True)
+        # An update that was interrupted, or refused, has left its gradients
+        self.policy.optimizer.zero_grad()
         self._update_learning_rate(self.policy.optimizer)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if not self._trajectories:

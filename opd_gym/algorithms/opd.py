@@ -234,6 +234,8 @@ class OPD(RolloutAlgorithm):
         Update policy using the currently gathered rollout buffer (and the replayed states).
         """
         self.policy.set_training_mode(True)
+        # An update that was interrupted, or refused, has left its gradients
+        self.policy.optimizer.zero_grad()
         self._update_learning_rate(self.policy.optimizer)
         if self.estimator == "sampled":
             metrics, grad_norms = self._train_sampled()

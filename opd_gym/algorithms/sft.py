@@ -87,11 +87,13 @@ class SFTLoss:
         if isinstance(view, CategoricalTokens):
             accuracy = masked_mean((mode == actions).float(), mask).item()
             if self.label_smoothing > 0.0:
-                # A bin that a token does not have has no probability, and takes none of the label
-                exists = view.log_probs.detach() > -math.inf
-                targets = self._table(view.log_probs)[actions.long()] * exists
-                targets = targets / targets.sum(dim=-1, keepdim=True)
-                losses = -(targets * view.log_probs.masked_fill(~exists, 0.0)).sum(dim=-1)
+                targets, log_probs, padding = self._table(view.log_probs)[actions.long()], view.log_probs, view.padding
+                if padding is not None:
+                    # A bin that a token does not have carries no label, and 0 * -inf is NaN
+                    targets = targets.masked_fill(padding, 0.0)
+                    targets = targets / targets.sum(dim=-1, keepdim=True)
+                    log_probs = log_probs.masked_fill(padding, 0.0)
+                losses = -(targets * log_probs).sum(dim=-1)
         loss = masked_mean(losses, mask)
         with th.no_grad():
             metrics = SFTMetrics(
@@ -403,6 +405,8 @@ class SFT(PolicyAlgorithm):
     def train(self) -> None:
         """Take one gradient step on a random minibatch."""
         self.policy.set_training_mode(True)
+        # An update that was interrupted, or refused, has left its gradients
+        self.policy.optimizer.zero_grad()
         utils.update_learning_rate(self.policy.optimizer, self._learning_rate_now())
         self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
         rows = self._training_rows[th.randint(len(self._training_rows), (self.batch_size,)).numpy()]
@@ -468,7 +472,6 @@ class SFT(PolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         # As Stable-Baselines3's, without an env that is reset
-        self.policy.optimizer.zero_grad()  # a training that was interrupted may have left some
         self.start_time = time.time_ns()
         if self.ep_info_buffer is None or reset_num_timesteps:
             self.ep_info_buffer = deque(maxlen=self._stats_window_size)
