@@ -17,7 +17,7 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
-from opd_gym.envs.workers.vec_env import Pipeline
+from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
 from opd_gym.files import write_atomic
 from opd_gym.observations import obs_rows

@@ -32,7 +32,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer
 from opd_gym.envs.make import prepare_env, with_action_dim
-from opd_gym.envs.workers.vec_env import Pipeline
+from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
 from opd_gym.files import replacing

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import ast
-import faulthandler
-import mmap
 import multiprocessing as mp
 import os
 import pickle
-import queue
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
-import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, reduction, spawn
@@ -29,43 +24,23 @@ import cloudpickle
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.env_util import is_wrapped
-from stable_baselines3.common.vec_env import CloudpickleWrapper, VecEnv, VecTransposeImage
+from stable_baselines3.common.vec_env import CloudpickleWrapper, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
-from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
+from stable_baselines3.common.vec_env.util import dict_to_obs
+
+from opd_gym.envs.workers.host import CALLER_ERRORS, work
+from opd_gym.envs.workers.memory import Arrays, Memory
+from opd_gym.envs.workers.pipeline import Pipeline
+from opd_gym.envs.workers.process import CLOSE_SECONDS, Outbox, WorkerTraceback
+
+__all__ = ["CALLER_ERRORS", "Pipeline", "WorkerDeath", "WorkerTraceback", "WorkerVecEnv"]
 
 # A new worker imports its libraries and builds its envs first, whatever a step may take
 START_SECONDS = 300.0
-# What a worker is given to close its envs
-CLOSE_SECONDS = 5.0
 MAX_DEATHS = 3
-
-# What says that the caller is wrong, and would be wrong again in a new process. Whatever else an env's step raises (a
-# simulator that diverged, a lost GL context, no memory) costs the episode and not the run
-CALLER_ERRORS = (
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    NameError,
-    ImportError,
-    NotImplementedError,
-    gym.error.Error,
-)
 
 # While a process starts without the learner's script, no other one does
 _starting = threading.Lock()
-
-# By key of the observation; None for spaces that are neither Dict nor Tuple
-_Arrays = dict[Any, np.ndarray]
-
-
-class WorkerTraceback(Exception):
-    """The cause of an exception that an env raised in its worker: the traceback there, as text."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
 
 
 @dataclass(frozen=True)
@@ -117,8 +92,8 @@ class _Request:
     answered: bool = False
     value: Any = None
     error: BaseException | None = None
-    obs: _Arrays = field(default_factory=dict)
-    terminal_obs: _Arrays = field(default_factory=dict)
+    obs: Arrays = field(default_factory=dict)
+    terminal_obs: Arrays = field(default_factory=dict)
 
     @property
     def resets(self) -> bool:
@@ -128,63 +103,6 @@ class _Request:
     def began_episode(self) -> bool:
         """Whether this is the answer of a step behind or in place of which an episode began."""
         return self.answered and self.error is None and (self.lost is not None or self.value[1])
-
-
-class _Outbox:
-    """
-    What the learner sends to a worker, in order. It never waits for the worker to read: what the socket does not take
-    at once, a thread sends.
-
-    :param pipe: The learner's end of the pipe
-    """
-
-    def __init__(self, pipe: Any):
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(pipe.fileno()))
-        self.socket.setblocking(True)  # whatever socket.setdefaulttimeout() says
-        self._lock = threading.Lock()
-        self._left: deque[memoryview] = deque()
-        self._thread: threading.Thread | None = None
-
-    def put(self, message: bytes) -> None:
-        """
-        :param message: What is to be sent; what is said to a process that has ended is dropped
-        """
-        rest = memoryview(message)
-        with self._lock:
-            if not self._left:
-                try:
-                    rest = rest[self.socket.send(rest, socket.MSG_DONTWAIT) :]
-                except BlockingIOError:
-                    pass
-                except OSError:
-                    # A worker that has died is noticed where its answer is waited for
-                    return
-                if not rest:
-                    return
-                self._thread = threading.Thread(target=self._send_rest, name="WorkerVecEnv-outbox", daemon=True)
-                self._thread.start()
-            self._left.append(rest)
-
-    def _send_rest(self) -> None:
-        with self._lock:
-            rest = self._left[0]
-        with suppress(OSError):
-            while True:
-                self.socket.sendall(rest)
-                with self._lock:
-                    self._left.popleft()
-                    if not self._left:
-                        return
-                    rest = self._left[0]
-
-    def close(self) -> None:
-        """Give up what is not yet sent."""
-        # Ends the thread's write too, also where a process that the worker has forked holds the other end
-        with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        if self._thread is not None:
-            self._thread.join()
-        self.socket.close()
 
 
 class _Worker:
@@ -290,7 +208,7 @@ class WorkerVecEnv(VecEnv):
                 if build.error is not None:
                     raise build.error
             observation_space, action_space = self._check_spaces([pair for build in builds for pair in build.value])
-            self._memory = _Memory(observation_space, len(env_fns))
+            self._memory = Memory(observation_space, len(env_fns))
             for worker in self._workers:
                 self._send_memory(worker)
             self._built = True
@@ -314,13 +232,13 @@ class WorkerVecEnv(VecEnv):
 
     def _start(self, worker: _Worker, build: _Request) -> None:
         worker.pipe, remote = self._context.Pipe()
-        worker.outbox = _Outbox(worker.pipe)
+        worker.outbox = Outbox(worker.pipe)
         # A forked process holds the learner's ends of every pipe: it would never see the learner's death
         forks = self._context.get_start_method() == "fork"
         inherited = [end for other in self._workers for end in other.ends] if forks else []
         env_fns = [self._env_fns[index] for index in worker.envs]
         worker.process = self._context.Process(
-            target=_work,
+            target=work,
             args=(remote, inherited, self._registered, env_fns, worker.envs, len(self._env_fns)),
             name=f"WorkerVecEnv-{worker.number}",
             daemon=True,
@@ -558,7 +476,7 @@ class WorkerVecEnv(VecEnv):
         for key, array in request.obs.items():
             self._last[key][request.index] = array
 
-    def _as_obs(self, arrays: _Arrays, rows: list[int] | int) -> Any:
+    def _as_obs(self, arrays: Arrays, rows: list[int] | int) -> Any:
         # take() copies: users keep observations, and the next step must leave them as they are
         return dict_to_obs(self.observation_space, {key: array.take(rows, axis=0) for key, array in arrays.items()})
 
@@ -721,117 +639,11 @@ class WorkerVecEnv(VecEnv):
             worker.failure = "This WorkerVecEnv is closed: build a new one."
 
 
-class Pipeline:
-    """
-    Steps a vectorised env part by part: in two halves where that keeps its workers busy while the learner thinks
-    (:class:`WorkerVecEnv` with several envs in a worker, also below ``VecTransposeImage``), elsewhere all envs at once.
-
-    :param env: Vectorised env
-    :param split: False for all envs at once, whatever the env
-    """
-
-    def __init__(self, env: VecEnv, split: bool = True):
-        self.env = env
-        #: Envs of each part
-        self.parts = [np.arange(env.num_envs)]
-        self._transpose = env if isinstance(env, VecTransposeImage) else None
-        inner = env.venv if isinstance(env, VecTransposeImage) else env
-        self._workers = inner if isinstance(inner, WorkerVecEnv) else None
-        if split and self._workers is not None:
-            self.parts = self._workers.halves
-
-    def send(self, part: int, actions: np.ndarray) -> None:
-        """
-        :param part: Number of the part whose envs are to take a step
-        :param actions: Their actions
-        """
-        if self._workers is None:
-            self.env.step_async(actions)
-        else:
-            self._workers.send(actions, self.parts[part])
-
-    def recv(self, part: int) -> VecEnvStepReturn:
-        """
-        :param part: Number of a part that was sent
-        :return: Observations, rewards, dones and infos of its envs
-        """
-        if self._workers is None:
-            return self.env.step_wait()
-        obs, rewards, dones, infos = self._workers.recv(self.parts[part])
-        if self._transpose is not None:
-            for info in infos:
-                if "terminal_observation" in info:
-                    info["terminal_observation"] = self._transpose.transpose_observations(info["terminal_observation"])
-            obs = self._transpose.transpose_observations(obs)  # type: ignore[arg-type]
-        return obs, rewards, dones, infos
-
-
 def _send_file(worker: _Worker, fd: int) -> None:
     # This does not wait: files are sent to a new worker, before anything else. One that has died is noticed where its
     # answer is waited for
     with suppress(OSError):
         reduction.send_handle(worker.pipe, fd, worker.process.pid)
-
-
-class _Memory:
-    """
-    The observations of all envs, and beside each the last one of a finished episode, in memory that learner and workers
-    share. It has no name, so nothing is left behind by whoever dies.
-
-    :param space: Observation space
-    :param num_envs: Number of envs
-    :param fd: File that another process made; None: make one
-    """
-
-    def __init__(self, space: spaces.Space, num_envs: int, fd: int | None = None):
-        try:
-            self.keys, shapes, dtypes = obs_space_info(space)
-            layout = [((num_envs, 2, *shapes[key]), np.dtype(dtypes[key])) for key in self.keys]
-        except (NotImplementedError, AssertionError, TypeError) as error:
-            raise _unsupported(space) from error
-        if any(dtype.kind not in "biuf" for _, dtype in layout):
-            raise _unsupported(space)
-        sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout]
-        # Each array begins at a multiple of a cache line
-        offsets = np.cumsum([0, *(-(-size // 64) * 64 for size in sizes)]).tolist()
-        if fd is None:
-            if hasattr(os, "memfd_create"):
-                self._file: Any = os.fdopen(os.memfd_create("WorkerVecEnv"), "r+b")
-            else:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the memory)
-            self._file.truncate(max(offsets[-1], 1))
-        else:
-            self._file = os.fdopen(fd, "r+b")
-        shared = mmap.mmap(self._file.fileno(), 0)
-        self.arrays: _Arrays = {
-            key: np.frombuffer(shared, dtype, int(np.prod(shape)), offset).reshape(shape)
-            for key, (shape, dtype), offset in zip(self.keys, layout, offsets, strict=False)
-        }
-
-    @property
-    def fd(self) -> int:
-        return self._file.fileno()
-
-    def read(self, index: int, slot: int) -> _Arrays:
-        return {key: array[index, slot].copy() for key, array in self.arrays.items()}
-
-    def write(self, index: int, slot: int, obs: Any) -> None:
-        for key, array in self.arrays.items():
-            value = np.asarray(obs if key is None else obs[key])
-            if value.shape != array.shape[2:]:
-                where = "the observation" if key is None else f"the observation's {key!r}"
-                raise ValueError(
-                    f"Env {index} returned {where} with shape {value.shape}; its observation space says "
-                    f"{array.shape[2:]}."
-                )
-            array[index, slot] = value
-
-
-def _unsupported(space: spaces.Space) -> ValueError:
-    return ValueError(
-        "WorkerVecEnv expects an observation space of arrays: Box, Discrete, MultiDiscrete, MultiBinary, or a flat "
-        f"Dict or Tuple of these. Got {space}. Wrap the env so that it returns arrays."
-    )
 
 
 def _can_import_main() -> bool:
@@ -876,144 +688,3 @@ def _registered() -> dict[str, Any]:
         with suppress(Exception):
             found[env_id] = cloudpickle.dumps(spec)
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------- in a worker
-
-
-def _work(
-    pipe: Any,
-    inherited: Iterable[Any],
-    registered: dict[str, bytes],
-    env_fns: list[CloudpickleWrapper],
-    indices: tuple[int, ...],
-    num_envs: int,
-) -> None:
-    """What a worker process does: build its envs, then one command after the other."""
-    # Ctrl-C reaches the whole process group; the learner decides what comes of it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for learner_end in inherited:
-        learner_end.close()
-    try:
-        # A crash in native code leaves the Python stack here
-        last_words = os.fdopen(reduction.recv_handle(pipe), "wb")
-        faulthandler.enable(last_words)
-        began = time.perf_counter()
-        envs: dict[int, gym.Env] = {}
-        try:
-            for env_id, spec in registered.items():
-                if env_id not in gym.registry:
-                    gym.registry[env_id] = pickle.loads(spec)
-            for index, env_fn in zip(indices, env_fns, strict=True):
-                envs[index] = env_fn.var()
-            found = [(env.observation_space, env.action_space) for env in envs.values()]
-        except Exception as error:
-            pipe.send_bytes(_answer("error", error, time.perf_counter() - began))
-            return
-        pipe.send_bytes(_answer("value", found, time.perf_counter() - began))
-        memory = _Memory(envs[indices[0]].observation_space, num_envs, reduction.recv_handle(pipe))
-        _serve(pipe, envs, memory)
-        for env in envs.values():
-            env.close()
-    except (EOFError, ConnectionError):
-        # The learner is gone
-        return
-
-
-def _serve(pipe: Any, envs: dict[int, gym.Env], memory: _Memory) -> None:
-    commands: queue.SimpleQueue[tuple[str, int, bytes] | None] = queue.SimpleQueue()
-
-    def listen() -> None:
-        # In a thread: the learner's death is noticed in the middle of a step
-        stream = os.fdopen(pipe.fileno(), "rb", closefd=False)
-        try:
-            while True:
-                commands.put(pickle.load(stream))
-        except (EOFError, OSError, pickle.UnpicklingError):
-            commands.put(None)
-            time.sleep(CLOSE_SECONDS)
-            os._exit(1)
-
-    threading.Thread(target=listen, daemon=True).start()
-    failed: dict[int, Exception] = {}
-    busy = 0.0
-    while (message := commands.get()) is not None:
-        command, index, payload = message
-        if command == "close":
-            return
-        began = time.perf_counter()
-        kind, value = "value", None
-        try:
-            if index in failed and command != "announce":
-                raise failed.pop(index)
-            value = _execute(command, envs[index], index, pickle.loads(payload), memory)
-        except Exception as error:
-            dies = command == "step" and not isinstance(error, CALLER_ERRORS)
-            kind, value = "fatal" if dies else "error", error
-        busy += time.perf_counter() - began
-        if command == "announce":
-            # Nobody waits for this answer: a failure is that of the next command
-            if isinstance(value, Exception):
-                failed[index] = value
-            continue
-        pipe.send_bytes(_answer(kind, value, busy))
-        busy = 0.0
-        if kind == "fatal":
-            return
-
-
-def _execute(command: str, env: gym.Env, index: int, payload: Any, memory: _Memory) -> Any:
-    if command == "step":
-        obs, reward, terminated, truncated, info = env.step(payload)
-        done, reset_info = bool(terminated or truncated), None
-        # The meaning that Stable-Baselines3 gives it: the end of an episode that was not the end of the task
-        info["TimeLimit.truncated"] = bool(truncated and not terminated)
-        if done:
-            memory.write(index, 1, obs)
-            obs, reset_info = env.reset()
-        memory.write(index, 0, obs)
-        return float(reward), done, info, reset_info
-    if command == "reset":
-        seed, options = payload
-        obs, reset_info = env.reset(seed=seed, **({"options": options} if options else {}))
-        memory.write(index, 0, obs)
-        return reset_info
-    if command == "announce":
-        return env.get_wrapper_attr("set_next_reset")(**payload)
-    if command == "env_method":
-        name, args, kwargs = payload
-        return env.get_wrapper_attr(name)(*args, **kwargs)
-    if command == "get_attr":
-        return env.get_wrapper_attr(payload)
-    if command == "has_attr":
-        return env.has_wrapper_attr(payload)
-    if command == "set_attr":
-        return setattr(env, *payload)
-    if command == "is_wrapped":
-        return is_wrapped(env, payload)
-    assert command == "settle", command
-    return None
-
-
-def _answer(kind: str, value: Any, seconds: float) -> bytes:
-    """What a worker answers: a value, or an exception with its traceback, as its text where it cannot be sent."""
-
-    def dumps(answer: Any) -> bytes:
-        try:
-            return pickle.dumps(answer)
-        except Exception:
-            # What the learner's script defines, where that has not been imported
-            return cloudpickle.dumps(answer)
-
-    if kind == "value":
-        try:
-            return dumps((kind, value, seconds))
-        except Exception as error:
-            kind, value = "error", error
-    text = "".join(traceback.format_exception(type(value), value, value.__traceback__))
-    try:
-        message = dumps((kind, (value, text), seconds))
-        pickle.loads(message)
-    except Exception:
-        message = pickle.dumps((kind, (RuntimeError(f"{type(value).__name__}: {value}"), text), seconds))
-    return message
