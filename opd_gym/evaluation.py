@@ -23,8 +23,9 @@ from opd_gym.files import write_atomic
 from opd_gym.observations import obs_rows
 from opd_gym.versions import differences, parse_versions, versions
 
-# How often an episode that was lost with its worker is played again.
-MAX_REPLAYS = 3
+# How often an episode that was lost with its worker is played again. One that is lost three times is an error, as for
+# a WorkerVecEnv.
+MAX_REPLAYS = 2
 # Per-process seeds of sampled evaluation episodes start here: far from the small seeds that people train with.
 SAMPLED_EVAL_SEED = 1_000_000
 

@@ -5,59 +5,65 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from gymnasium import spaces
-from stable_baselines3.common.vec_env.util import obs_space_info
 
 # By key of the observation; None for spaces that are neither Dict nor Tuple
 Arrays = dict[Any, np.ndarray]
+# Key, shape and dtype of each array of an observation
+Layout = list[tuple[Any, tuple[int, ...], np.dtype]]
+
+
+def open_memory() -> IO[bytes]:
+    """
+    :return: A file without a name, so that nothing is left behind by whoever dies
+    """
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("WorkerVecEnv"), "r+b")
+    return tempfile.TemporaryFile()
 
 
 class Memory:
     """
-    The observations of all envs, and beside each the last one of a finished episode, in memory that learner and workers
-    share. It has no name, so nothing is left behind by whoever dies.
+    The observations of all envs, beside each the last one of a finished episode, and which envs are at work.
 
-    :param space: Observation space
+    :param fd: Descriptor of a file of :func:`open_memory`
+    :param layout: Arrays of an observation
     :param num_envs: Number of envs
-    :param fd: File that another process made; None: make one
     """
 
-    def __init__(self, space: spaces.Space, num_envs: int, fd: int | None = None):
-        try:
-            self.keys, shapes, dtypes = obs_space_info(space)
-            layout = [((num_envs, 2, *shapes[key]), np.dtype(dtypes[key])) for key in self.keys]
-        except (NotImplementedError, AssertionError, TypeError) as error:
-            raise _unsupported(space) from error
-        if any(dtype.kind not in "biuf" for _, dtype in layout):
-            raise _unsupported(space)
-        sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout]
+    def __init__(self, fd: int, layout: Layout, num_envs: int):
+        fields = [(None, (num_envs,), np.dtype(np.uint8))]
+        fields += [(key, (num_envs, 2, *shape), dtype) for key, shape, dtype in layout]
+        sizes = [int(np.prod(shape)) * dtype.itemsize for _, shape, dtype in fields]
         # Each array begins at a multiple of a cache line
         offsets = np.cumsum([0, *(-(-size // 64) * 64 for size in sizes)]).tolist()
-        if fd is None:
-            if hasattr(os, "memfd_create"):
-                self._file: Any = os.fdopen(os.memfd_create("WorkerVecEnv"), "r+b")
-            else:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the memory)
-            self._file.truncate(max(offsets[-1], 1))
-        else:
-            self._file = os.fdopen(fd, "r+b")
-        shared = mmap.mmap(self._file.fileno(), 0)
-        self.arrays: Arrays = {
-            key: np.frombuffer(shared, dtype, int(np.prod(shape)), offset).reshape(shape)
-            for key, (shape, dtype), offset in zip(self.keys, layout, offsets, strict=False)
-        }
-
-    @property
-    def fd(self) -> int:
-        return self._file.fileno()
+        os.ftruncate(fd, offsets[-1])
+        shared = mmap.mmap(fd, offsets[-1])
+        at_work, *arrays = (
+            np.frombuffer(shared, dtype, int(np.prod(shape)), offset).reshape(shape)
+            for (_, shape, dtype), offset in zip(fields, offsets, strict=False)
+        )
+        #: Whether a worker is carrying out a command of an env, for each env. It stays so where the worker dies
+        self.at_work = at_work
+        self.arrays: Arrays = {key: array for (key, _, _), array in zip(layout, arrays, strict=True)}
 
     def read(self, index: int, slot: int) -> Arrays:
+        """
+        :param index: Number of an env
+        :param slot: 0 for its observation, 1 for the last one of its last episode
+        :return: A copy of that observation
+        """
         return {key: array[index, slot].copy() for key, array in self.arrays.items()}
 
     def write(self, index: int, slot: int, obs: Any) -> None:
+        """
+        :param index: Number of an env
+        :param slot: 0 for its observation, 1 for the last one of its last episode
+        :param obs: The observation
+        :raises ValueError: It has not the shape that the observation space says
+        """
         for key, array in self.arrays.items():
             value = np.asarray(obs if key is None else obs[key])
             if value.shape != array.shape[2:]:
@@ -67,10 +73,3 @@ class Memory:
                     f"{array.shape[2:]}."
                 )
             array[index, slot] = value
-
-
-def _unsupported(space: spaces.Space) -> ValueError:
-    return ValueError(
-        "WorkerVecEnv expects an observation space of arrays: Box, Discrete, MultiDiscrete, MultiBinary, or a flat "
-        f"Dict or Tuple of these. Got {space}. Wrap the env so that it returns arrays."
-    )
