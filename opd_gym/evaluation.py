@@ -17,14 +17,15 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
-from opd_gym.envs.workers.vec_env import Pipeline
+from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
 from opd_gym.files import write_atomic
 from opd_gym.observations import obs_rows
 from opd_gym.versions import differences, parse_versions, versions
 
-# How often an episode that was lost with its worker is played again.
-MAX_REPLAYS = 3
+# How often an episode that was lost with its worker is played again. One that is lost three times is an error, as for
+# a WorkerVecEnv.
+MAX_REPLAYS = 2
 # Per-process seeds of sampled evaluation episodes start here: far from the small seeds that people train with.
 SAMPLED_EVAL_SEED = 1_000_000
 

@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, outcome_of_step
 from opd_gym.algorithms.common import PolicyAlgorithm, check_at_least_one
-from opd_gym.envs.workers.vec_env import Pipeline
+from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
 from opd_gym.observations import join_obs, obs_rows

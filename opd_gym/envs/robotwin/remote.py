@@ -215,7 +215,7 @@ class RemoteSimulator:
 
 
 def _rebuild(kind: str, message: str, traceback: str) -> Exception:
-    from opd_gym.envs.workers.vec_env import WorkerTraceback
+    from opd_gym.envs.workers.process import WorkerTraceback
 
     cls = SimulatorError if kind == SimulatorError.__name__ else getattr(builtins, kind, None)
     known = isinstance(cls, type) and issubclass(cls, Exception) and not issubclass(cls, UnicodeError)

@@ -2,70 +2,46 @@
 
 from __future__ import annotations
 
-import ast
-import faulthandler
-import mmap
-import multiprocessing as mp
 import os
 import pickle
-import queue
-import signal
-import socket
+import reprlib
+import subprocess
 import sys
-import tempfile
-import threading
 import time
-import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing import connection, reduction, spawn
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import cloudpickle
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.env_util import is_wrapped
-from stable_baselines3.common.vec_env import CloudpickleWrapper, VecEnv, VecTransposeImage
+from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
-# A new worker imports its libraries and builds its envs first, whatever a step may take
-START_SECONDS = 300.0
-# What a worker is given to close its envs
-CLOSE_SECONDS = 5.0
+from opd_gym.envs.workers.host import CALLER_ERRORS
+from opd_gym.envs.workers.memory import Arrays, Layout, Memory, open_memory
+from opd_gym.envs.workers.pipeline import Pipeline
+from opd_gym.envs.workers.process import CLOSE_SECONDS, START_SECONDS, Process, WorkerTraceback, exit_text
+
+__all__ = ["CALLER_ERRORS", "Pipeline", "WorkerDeath", "WorkerTraceback", "WorkerVecEnv"]
+
+# So many deaths in a row, of a worker without a completed step or of an env without a finished episode, are an error
 MAX_DEATHS = 3
-
-# What says that the caller is wrong, and would be wrong again in a new process. Whatever else an env's step raises (a
-# simulator that diverged, a lost GL context, no memory) costs the episode and not the run
-CALLER_ERRORS = (
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    NameError,
-    ImportError,
-    NotImplementedError,
-    gym.error.Error,
-)
-
-# While a process starts without the learner's script, no other one does
-_starting = threading.Lock()
-
-# By key of the observation; None for spaces that are neither Dict nor Tuple
-_Arrays = dict[Any, np.ndarray]
-
-
-class WorkerTraceback(Exception):
-    """The cause of an exception that an env raised in its worker: the traceback there, as text."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
+# The learner's path comes first: the library itself may be found through it alone. Ctrl-C is the learner's business,
+# also while this is imported
+_PROGRAM = """
+import sys
+sys.path[:] = sys.argv[1:-3]
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from opd_gym.envs.workers.host import main
+main(*map(int, sys.argv[-3:]))
+"""
 
 
 @dataclass(frozen=True)
@@ -78,19 +54,20 @@ class WorkerDeath:
     :param exit_code: Exit status of the process, negative for a signal
     :param reason: What was noticed
     :param details: Traceback, or what the process said in its last moments; empty where it could say nothing
+    :param env: The env whose command it was carrying out; None where it was idle, or built its envs
     """
 
     worker: int
     envs: tuple[int, ...]
-    exit_code: int | None
+    exit_code: int
     reason: str
     details: str
+    env: int | None = None
 
     def __str__(self) -> str:
-        code = "unknown exit code" if self.exit_code is None else f"exit code {self.exit_code}"
-        if self.exit_code is not None and -self.exit_code in set(signal.Signals):
-            code = f"{code}, {signal.Signals(-self.exit_code).name}"
-        return f"worker {self.worker} (envs {', '.join(map(str, self.envs))}): {self.reason} ({code})"
+        at_work = "" if self.env is None else f", at work for env {self.env}"
+        envs = ", ".join(map(str, self.envs))
+        return f"worker {self.worker} (envs {envs}){at_work}: {self.reason} ({exit_text(self.exit_code)})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +94,8 @@ class _Request:
     answered: bool = False
     value: Any = None
     error: BaseException | None = None
-    obs: _Arrays = field(default_factory=dict)
-    terminal_obs: _Arrays = field(default_factory=dict)
+    obs: Arrays = field(default_factory=dict)
+    terminal_obs: Arrays = field(default_factory=dict)
 
     @property
     def resets(self) -> bool:
@@ -130,86 +107,19 @@ class _Request:
         return self.answered and self.error is None and (self.lost is not None or self.value[1])
 
 
-class _Outbox:
-    """
-    What the learner sends to a worker, in order. It never waits for the worker to read: what the socket does not take
-    at once, a thread sends.
-
-    :param pipe: The learner's end of the pipe
-    """
-
-    def __init__(self, pipe: Any):
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(pipe.fileno()))
-        self.socket.setblocking(True)  # whatever socket.setdefaulttimeout() says
-        self._lock = threading.Lock()
-        self._left: deque[memoryview] = deque()
-        self._thread: threading.Thread | None = None
-
-    def put(self, message: bytes) -> None:
-        """
-        :param message: What is to be sent; what is said to a process that has ended is dropped
-        """
-        rest = memoryview(message)
-        with self._lock:
-            if not self._left:
-                try:
-                    rest = rest[self.socket.send(rest, socket.MSG_DONTWAIT) :]
-                except BlockingIOError:
-                    pass
-                except OSError:
-                    # A worker that has died is noticed where its answer is waited for
-                    return
-                if not rest:
-                    return
-                self._thread = threading.Thread(target=self._send_rest, name="WorkerVecEnv-outbox", daemon=True)
-                self._thread.start()
-            self._left.append(rest)
-
-    def _send_rest(self) -> None:
-        with self._lock:
-            rest = self._left[0]
-        with suppress(OSError):
-            while True:
-                self.socket.sendall(rest)
-                with self._lock:
-                    self._left.popleft()
-                    if not self._left:
-                        return
-                    rest = self._left[0]
-
-    def close(self) -> None:
-        """Give up what is not yet sent."""
-        # Ends the thread's write too, also where a process that the worker has forked holds the other end
-        with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        if self._thread is not None:
-            self._thread.join()
-        self.socket.close()
-
-
 class _Worker:
-    """The learner's side of a worker process."""
+    """A worker process, and what it has not answered yet."""
 
-    def __init__(self, number: int, envs: tuple[int, ...]):
+    def __init__(self, number: int, envs: tuple[int, ...], build: bytes):
         self.number = number
         self.envs = envs
+        self.build = build
         self.pending: deque[_Request] = deque()
+        # Since it last completed a step
         self.deaths = 0
         self.failure = ""
         self.busy = 0.0
-        self.last_words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (close() closes it)
         self.process: Any = None
-        self.pipe: Any = None
-        self.outbox: Any = None
-
-    @property
-    def ends(self) -> list[Any]:
-        """The learner's ends of what connects it with the process."""
-        return [] if self.pipe is None else [self.pipe, self.outbox.socket]
-
-    def hang_up(self) -> None:
-        self.outbox.close()
-        self.pipe.close()
 
 
 class WorkerVecEnv(VecEnv):
@@ -225,17 +135,27 @@ class WorkerVecEnv(VecEnv):
     ``"episode_lost": True``, ``"TimeLimit.truncated": True``, the last observation as ``"terminal_observation"``, the
     ``"episode_tag"`` and a text under ``"worker_death"``, and go on with the episode that was announced next
     (:meth:`announce`). Attributes that were set with ``set_attr`` are set again; other state that methods of an env
-    left in it is gone. The third death in a row without a completed step is an error.
+    left in it is gone.
+
+    Two things are an error, which says what was lost: ``MAX_DEATHS`` deaths of a worker in a row without a completed
+    step, and ``MAX_DEATHS`` episodes in a row that an env lost by its own fault, without one of it that ended. A death
+    costs the episodes of all envs of the worker, but only the env whose command was being carried out is at fault
+    (:attr:`WorkerDeath.env`): none is if the worker was idle, killed from outside for instance.
 
     An exception that says that the caller is wrong (``CALLER_ERRORS``: a wrong action, a missing attribute), or that
     anything but a step raises, is raised here, with the worker's traceback as its cause.
 
-    For Linux: the memory that learner and workers share is a file without a name, which is handed to a running process.
+    Workers are Python processes of their own, with the learner's ``sys.path``, working directory, environment, options
+    of the interpreter and registered envs. They do not run the learner's script (or notebook): it needs no
+    ``if __name__ == "__main__"``. What it defines is sent to them by value, together with the globals that this uses;
+    what modules define is imported there.
+
+    For Linux: the memory that learner and workers share is a file without a name, which a new process inherits.
 
     :param env_fns: Functions that build the envs; they are sent to the workers by cloudpickle
     :param n_workers: Number of worker processes, at most one an env; None: as many as there are cores for this process
     :param timeout: Seconds without an answer after which a worker counts as dead; None: it may take for ever
-    :param start_method: "forkserver", "spawn", or "fork", which is not thread-safe
+    :param start_method: Deprecated and without effect, as there is only one way to start a worker
     :raises NotImplementedError: On another system than Linux
     :raises ValueError: No env, a bad number of workers, envs of different spaces, or observations that are not arrays
     """
@@ -245,7 +165,7 @@ class WorkerVecEnv(VecEnv):
         env_fns: list[Callable[[], gym.Env]],
         n_workers: int | None = None,
         timeout: float | None = 300.0,
-        start_method: str = "forkserver",
+        start_method: str | None = None,
     ):
         if sys.platform != "linux":
             raise NotImplementedError(
@@ -258,16 +178,18 @@ class WorkerVecEnv(VecEnv):
             raise ValueError(f"Expected n_workers to be at least 1, or None for one per core, got {n_workers}.")
         if timeout is not None and not timeout > 0.0:
             raise ValueError(f"Expected timeout to be positive, or None for no limit, got {timeout}.")
+        if start_method is not None:
+            warnings.warn(
+                f"WorkerVecEnv ignores start_method={start_method!r}: a worker is a Python process of its own, which "
+                "needs nothing of the learner's script. Leave the argument out.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
         self.closed = False
         self.timeout = timeout
         self.n_workers = min(n_workers or len(os.sched_getaffinity(0)), len(env_fns))
         #: Every death so far
         self.deaths: list[WorkerDeath] = []
-        self._context: Any = mp.get_context(start_method)
-        self._env_fns = [CloudpickleWrapper(env_fn) for env_fn in env_fns]
-        # A forked process has everything that was here
-        self._imports_main = start_method == "fork" or _can_import_main()
-        self._registered = {} if self._imports_main else _registered()
         self._built = False
         self._steps: list[_Request | None] = [None] * len(env_fns)
         # Resets that replaced a lost episode which the learner does not know yet to be lost
@@ -276,10 +198,17 @@ class WorkerVecEnv(VecEnv):
         self._announced: list[_Announcement | None] = [None] * len(env_fns)
         self._playing: list[_Announcement | None] = [None] * len(env_fns)
         self._attributes: list[dict[str, Any]] = [{} for _ in env_fns]
+        # Episodes that each env lost by its own fault since it last finished one
+        self._lost_in_a_row: list[list[str]] = [[] for _ in env_fns]
         self._memory: Any = None
-        self._workers = [
-            _Worker(number, tuple(range(number, len(env_fns), self.n_workers))) for number in range(self.n_workers)
-        ]
+        self._memory_file = open_memory()
+        registered = _registered()
+        self._workers = []
+        for number in range(self.n_workers):
+            envs = tuple(range(number, len(env_fns), self.n_workers))
+            functions = cloudpickle.dumps([env_fns[index] for index in envs])
+            message = {"argv": sys.argv, "registered": registered, "indices": envs, "env_fns": functions}
+            self._workers.append(_Worker(number, envs, pickle.dumps(message)))
         self.reset_stats()
         try:
             builds = [_Request(worker.envs[0], "build") for worker in self._workers]
@@ -290,7 +219,8 @@ class WorkerVecEnv(VecEnv):
                 if build.error is not None:
                     raise build.error
             observation_space, action_space = self._check_spaces([pair for build in builds for pair in build.value])
-            self._memory = _Memory(observation_space, len(env_fns))
+            self._layout = _layout(observation_space)
+            self._memory = Memory(self._memory_file.fileno(), self._layout, len(env_fns))
             for worker in self._workers:
                 self._send_memory(worker)
             self._built = True
@@ -313,46 +243,31 @@ class WorkerVecEnv(VecEnv):
     # ------------------------------------------------------------------------------------------------------ workers
 
     def _start(self, worker: _Worker, build: _Request) -> None:
-        worker.pipe, remote = self._context.Pipe()
-        worker.outbox = _Outbox(worker.pipe)
-        # A forked process holds the learner's ends of every pipe: it would never see the learner's death
-        forks = self._context.get_start_method() == "fork"
-        inherited = [end for other in self._workers for end in other.ends] if forks else []
-        env_fns = [self._env_fns[index] for index in worker.envs]
-        worker.process = self._context.Process(
-            target=_work,
-            args=(remote, inherited, self._registered, env_fns, worker.envs, len(self._env_fns)),
-            name=f"WorkerVecEnv-{worker.number}",
-            daemon=True,
-        )
-        with nullcontext() if self._imports_main else _main_is_left_out():
-            worker.process.start()
-        remote.close()
+        path = [entry for entry in sys.path if isinstance(entry, str)]
+        memory = self._memory_file.fileno()
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
+        worker.process = Process([sys.executable, *flags, "-c", _PROGRAM, *path, str(memory)], files=[memory])
         worker.pending.append(build)
-        _send_file(worker, worker.last_words.fileno())
+        self._write(build.index, "build", worker.build)
 
     def _send_memory(self, worker: _Worker) -> None:
-        _send_file(worker, self._memory.fd)
+        self._write(worker.envs[0], "memory", pickle.dumps((self._layout, len(self._attributes))))
 
     def _worker_of(self, index: int) -> _Worker:
         return self._workers[index % self.n_workers]
 
     def _write(self, index: int, command: str, payload: bytes) -> None:
-        self._worker_of(index).outbox.put(pickle.dumps((command, index, payload)))
-
-    def _dumps(self, value: Any) -> bytes:
-        # By name, what the learner's script defines is unknown where that has not been imported
-        return (pickle if self._imports_main else cloudpickle).dumps(value)
+        self._worker_of(index).process.put(pickle.dumps((command, index, payload)))
 
     def _submit(self, request: _Request) -> _Request:
-        payload = self._dumps(request.payload)  # before anything is noted: what cannot be sent changes nothing
+        payload = cloudpickle.dumps(request.payload)  # before anything is noted: what cannot be sent changes nothing
         request.sent, request.answered = True, False
         self._worker_of(request.index).pending.append(request)
         self._write(request.index, request.command, payload)
         return request
 
     def _tell(self, index: int, announcement: _Announcement) -> None:
-        self._write(index, "announce", self._dumps(vars(announcement)))
+        self._write(index, "announce", cloudpickle.dumps(vars(announcement)))
 
     def _wait(self, request: _Request) -> None:
         worker = self._worker_of(request.index)
@@ -367,27 +282,25 @@ class WorkerVecEnv(VecEnv):
         timeout = self.timeout
         if timeout is not None and request.command == "build":
             timeout = max(timeout, START_SECONDS)
-        answers = connection.wait([worker.pipe, worker.process.sentinel], timeout)
-        if not answers:
+        try:
+            message = worker.process.get(timeout)
+        except TimeoutError:
             worker.process.kill()
             self._revive(worker, f"no answer to {request.command!r} for {timeout:g} s: killed")
             return
-        message = None
-        with suppress(EOFError, OSError):
-            # What it said before it died comes first
-            message = worker.pipe.recv_bytes() if worker.pipe.poll() else None
-        if message is None:
+        except EOFError:
             self._revive(worker, f"died in {request.command!r}")
             return
         kind, value, seconds = pickle.loads(message)
         worker.busy += min(seconds, time.perf_counter() - self._stats_since)
-        if kind == "fatal" or (kind == "error" and request.command == "build" and self._built):
+        if kind == "fatal" and (request.command != "build" or self._built):
             error, details = value
-            self._revive(worker, f"{type(error).__name__} in {request.command!r}: {error}", details)
+            env = None if request.command == "build" else request.index
+            self._revive(worker, f"{type(error).__name__} in {request.command!r}: {error}", details, env)
             return
         worker.pending.popleft()
         request.answered = True
-        if kind == "error":
+        if kind != "value":
             request.error, details = value
             request.error.__cause__ = WorkerTraceback(details)
             return
@@ -402,8 +315,10 @@ class WorkerVecEnv(VecEnv):
             request.obs = self._memory.read(index, 0)
         if request.command == "step":
             worker.deaths = 0
-            reset = request.value[1]
+            _, reset, info, _ = request.value
             if reset:
+                if not info.get("episode_lost"):  # which an env may say of itself
+                    self._lost_in_a_row[index].clear()
                 request.terminal_obs = self._memory.read(index, 1)
         if reset:
             self._was_reset[index] = True
@@ -411,23 +326,36 @@ class WorkerVecEnv(VecEnv):
             if self._announced[index] is request.announcement:
                 self._announced[index] = None
 
-    def _revive(self, worker: _Worker, reason: str, details: str = "") -> None:
-        """Start a dead worker again, and give it what the old one did not answer."""
-        worker.process.join(CLOSE_SECONDS)
-        if worker.process.exitcode is None:
-            worker.process.kill()
-            worker.process.join()
-        worker.last_words.seek(0)
-        details = details or worker.last_words.read().decode(errors="replace").strip()
-        worker.last_words.seek(0)
-        worker.last_words.truncate()
-        death = WorkerDeath(worker.number, worker.envs, worker.process.exitcode, reason, details)
+    def _revive(self, worker: _Worker, reason: str, details: str = "", env: int | None = None) -> None:
+        """
+        Start a dead worker again, and give it what the old one did not answer.
+
+        :param reason: What was noticed
+        :param details: Traceback; empty where the worker did not send one
+        :param env: The env that is at fault; None: the one that it died at work for, if any
+        """
+        exit_code = worker.process.end(CLOSE_SECONDS)
+        details = details or worker.process.last_words()
+        worker.process.close()
+        if self._memory is not None:
+            at_work = [index for index in worker.envs if self._memory.at_work[index]]
+            env = at_work[0] if at_work else env
+            self._memory.at_work[list(worker.envs)] = False
+        death = WorkerDeath(worker.number, worker.envs, exit_code, reason, details, env)
         self.deaths.append(death)
         worker.deaths += 1
-        worker.hang_up()
-        if worker.deaths >= MAX_DEATHS:
+        lost = [] if env is None else self._lost_in_a_row[env]
+        if env is not None:
+            lost.append(self._episode_text(worker, env))
+        if max(worker.deaths, len(lost)) >= MAX_DEATHS:
+            again = (
+                f"env {env} lost {len(lost)} episodes in a row to such deaths, and finished none in between: "
+                f"{'; '.join(lost)}. "
+                if len(lost) >= MAX_DEATHS
+                else f"it died {worker.deaths} times in a row without completing a step. "
+            )
             worker.failure = (
-                f"WorkerVecEnv: {death}; it died {worker.deaths} times in a row without completing a step. "
+                f"WorkerVecEnv: {death}; {again}"
                 + (f"Its last words:\n{details}\n" if details else "It left no last words; look at stderr above. ")
                 + "Step one of the envs in a DummyVecEnv, or under a debugger, to see why. SIGKILL without a time-out "
                 "is most often the system's answer to a lack of memory: take fewer envs. A step that needs longer than "
@@ -446,6 +374,15 @@ class WorkerVecEnv(VecEnv):
         # Last, because a filter may turn it into an exception
         message = f"WorkerVecEnv: {death}. Its episodes are lost; it was started again.\n{details}".strip()
         warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def _episode_text(self, worker: _Worker, index: int) -> str:
+        """How the episode was announced that an env was in when its worker died."""
+        request = next((request for request in worker.pending if request.index == index), None)
+        episode = request.announcement if request is not None and request.resets else self._playing[index]
+        if episode is None:
+            return "one that was not announced"
+        options, tag = reprlib.repr(episode.options), reprlib.repr(episode.tag)
+        return f"seed={episode.seed}, options={options}, tag={tag}"
 
     def _resume(self, index: int, requests: list[_Request], death: str) -> None:
         """Bring an env of a new worker to where the learner can go on with it."""
@@ -558,7 +495,7 @@ class WorkerVecEnv(VecEnv):
         for key, array in request.obs.items():
             self._last[key][request.index] = array
 
-    def _as_obs(self, arrays: _Arrays, rows: list[int] | int) -> Any:
+    def _as_obs(self, arrays: Arrays, rows: list[int] | int) -> Any:
         # take() copies: users keep observations, and the next step must leave them as they are
         return dict_to_obs(self.observation_space, {key: array.take(rows, axis=0) for key, array in arrays.items()})
 
@@ -711,120 +648,22 @@ class WorkerVecEnv(VecEnv):
             self._write(worker.envs[0], "close", pickle.dumps(None))
         deadline = time.monotonic() + CLOSE_SECONDS
         for worker in started:
-            worker.process.join(max(deadline - time.monotonic(), 0.0))
-            if worker.process.exitcode is None:
-                worker.process.kill()
-                worker.process.join()
-            worker.hang_up()
+            worker.process.end(max(deadline - time.monotonic(), 0.0))
+            worker.process.close()
         for worker in self._workers:
-            worker.last_words.close()
             worker.failure = "This WorkerVecEnv is closed: build a new one."
+        self._memory_file.close()
 
 
-class Pipeline:
-    """
-    Steps a vectorised env part by part: in two halves where that keeps its workers busy while the learner thinks
-    (:class:`WorkerVecEnv` with several envs in a worker, also below ``VecTransposeImage``), elsewhere all envs at once.
-
-    :param env: Vectorised env
-    :param split: False for all envs at once, whatever the env
-    """
-
-    def __init__(self, env: VecEnv, split: bool = True):
-        self.env = env
-        #: Envs of each part
-        self.parts = [np.arange(env.num_envs)]
-        self._transpose = env if isinstance(env, VecTransposeImage) else None
-        inner = env.venv if isinstance(env, VecTransposeImage) else env
-        self._workers = inner if isinstance(inner, WorkerVecEnv) else None
-        if split and self._workers is not None:
-            self.parts = self._workers.halves
-
-    def send(self, part: int, actions: np.ndarray) -> None:
-        """
-        :param part: Number of the part whose envs are to take a step
-        :param actions: Their actions
-        """
-        if self._workers is None:
-            self.env.step_async(actions)
-        else:
-            self._workers.send(actions, self.parts[part])
-
-    def recv(self, part: int) -> VecEnvStepReturn:
-        """
-        :param part: Number of a part that was sent
-        :return: Observations, rewards, dones and infos of its envs
-        """
-        if self._workers is None:
-            return self.env.step_wait()
-        obs, rewards, dones, infos = self._workers.recv(self.parts[part])
-        if self._transpose is not None:
-            for info in infos:
-                if "terminal_observation" in info:
-                    info["terminal_observation"] = self._transpose.transpose_observations(info["terminal_observation"])
-            obs = self._transpose.transpose_observations(obs)  # type: ignore[arg-type]
-        return obs, rewards, dones, infos
-
-
-def _send_file(worker: _Worker, fd: int) -> None:
-    # This does not wait: files are sent to a new worker, before anything else. One that has died is noticed where its
-    # answer is waited for
-    with suppress(OSError):
-        reduction.send_handle(worker.pipe, fd, worker.process.pid)
-
-
-class _Memory:
-    """
-    The observations of all envs, and beside each the last one of a finished episode, in memory that learner and workers
-    share. It has no name, so nothing is left behind by whoever dies.
-
-    :param space: Observation space
-    :param num_envs: Number of envs
-    :param fd: File that another process made; None: make one
-    """
-
-    def __init__(self, space: spaces.Space, num_envs: int, fd: int | None = None):
-        try:
-            self.keys, shapes, dtypes = obs_space_info(space)
-            layout = [((num_envs, 2, *shapes[key]), np.dtype(dtypes[key])) for key in self.keys]
-        except (NotImplementedError, AssertionError, TypeError) as error:
-            raise _unsupported(space) from error
-        if any(dtype.kind not in "biuf" for _, dtype in layout):
-            raise _unsupported(space)
-        sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout]
-        # Each array begins at a multiple of a cache line
-        offsets = np.cumsum([0, *(-(-size // 64) * 64 for size in sizes)]).tolist()
-        if fd is None:
-            if hasattr(os, "memfd_create"):
-                self._file: Any = os.fdopen(os.memfd_create("WorkerVecEnv"), "r+b")
-            else:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the memory)
-            self._file.truncate(max(offsets[-1], 1))
-        else:
-            self._file = os.fdopen(fd, "r+b")
-        shared = mmap.mmap(self._file.fileno(), 0)
-        self.arrays: _Arrays = {
-            key: np.frombuffer(shared, dtype, int(np.prod(shape)), offset).reshape(shape)
-            for key, (shape, dtype), offset in zip(self.keys, layout, offsets, strict=False)
-        }
-
-    @property
-    def fd(self) -> int:
-        return self._file.fileno()
-
-    def read(self, index: int, slot: int) -> _Arrays:
-        return {key: array[index, slot].copy() for key, array in self.arrays.items()}
-
-    def write(self, index: int, slot: int, obs: Any) -> None:
-        for key, array in self.arrays.items():
-            value = np.asarray(obs if key is None else obs[key])
-            if value.shape != array.shape[2:]:
-                where = "the observation" if key is None else f"the observation's {key!r}"
-                raise ValueError(
-                    f"Env {index} returned {where} with shape {value.shape}; its observation space says "
-                    f"{array.shape[2:]}."
-                )
-            array[index, slot] = value
+def _layout(space: spaces.Space) -> Layout:
+    try:
+        keys, shapes, dtypes = obs_space_info(space)
+        layout = [(key, tuple(shapes[key]), np.dtype(dtypes[key])) for key in keys]
+    except (NotImplementedError, AssertionError, TypeError) as error:
+        raise _unsupported(space) from error
+    if any(dtype.kind not in "biuf" for _, _, dtype in layout):
+        raise _unsupported(space)
+    return layout
 
 
 def _unsupported(space: spaces.Space) -> ValueError:
@@ -834,41 +673,6 @@ def _unsupported(space: spaces.Space) -> ValueError:
     )
 
 
-def _can_import_main() -> bool:
-    """
-    Whether another process may import what runs here as ``__main__``, as multiprocessing has it: a script without
-    ``if __name__ == "__main__"`` would start the learner again there, and so on.
-    """
-    main = sys.modules["__main__"]
-    path = getattr(main, "__file__", None)
-    if getattr(main, "__spec__", None) is not None or path is None:
-        # A module (python -m), or nothing that could be imported (a notebook)
-        return True
-    try:
-        tree = ast.parse(Path(path).read_bytes())
-    except (OSError, ValueError, SyntaxError):
-        return False
-    comparisons = [[node.left, *node.comparators] for node in ast.walk(tree) if isinstance(node, ast.Compare)]
-    return any(isinstance(side, ast.Name) and side.id == "__name__" for sides in comparisons for side in sides)
-
-
-@contextmanager
-def _main_is_left_out() -> Iterator[None]:
-    """Processes that are started meanwhile do not import ``__main__``."""
-    with _starting:
-        prepare = spawn.get_preparation_data
-
-        def without_main(name: str) -> dict[str, Any]:
-            data = prepare(name)
-            return {key: value for key, value in data.items() if not key.startswith("init_main_from")}
-
-        spawn.get_preparation_data = without_main
-        try:
-            yield
-        finally:
-            spawn.get_preparation_data = prepare
-
-
 def _registered() -> dict[str, Any]:
     """Specifications of all envs, which a script may have registered; those that can be sent."""
     found = {}
@@ -876,144 +680,3 @@ def _registered() -> dict[str, Any]:
         with suppress(Exception):
             found[env_id] = cloudpickle.dumps(spec)
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------- in a worker
-
-
-def _work(
-    pipe: Any,
-    inherited: Iterable[Any],
-    registered: dict[str, bytes],
-    env_fns: list[CloudpickleWrapper],
-    indices: tuple[int, ...],
-    num_envs: int,
-) -> None:
-    """What a worker process does: build its envs, then one command after the other."""
-    # Ctrl-C reaches the whole process group; the learner decides what comes of it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for learner_end in inherited:
-        learner_end.close()
-    try:
-        # A crash in native code leaves the Python stack here
-        last_words = os.fdopen(reduction.recv_handle(pipe), "wb")
-        faulthandler.enable(last_words)
-        began = time.perf_counter()
-        envs: dict[int, gym.Env] = {}
-        try:
-            for env_id, spec in registered.items():
-                if env_id not in gym.registry:
-                    gym.registry[env_id] = pickle.loads(spec)
-            for index, env_fn in zip(indices, env_fns, strict=True):
-                envs[index] = env_fn.var()
-            found = [(env.observation_space, env.action_space) for env in envs.values()]
-        except Exception as error:
-            pipe.send_bytes(_answer("error", error, time.perf_counter() - began))
-            return
-        pipe.send_bytes(_answer("value", found, time.perf_counter() - began))
-        memory = _Memory(envs[indices[0]].observation_space, num_envs, reduction.recv_handle(pipe))
-        _serve(pipe, envs, memory)
-        for env in envs.values():
-            env.close()
-    except (EOFError, ConnectionError):
-        # The learner is gone
-        return
-
-
-def _serve(pipe: Any, envs: dict[int, gym.Env], memory: _Memory) -> None:
-    commands: queue.SimpleQueue[tuple[str, int, bytes] | None] = queue.SimpleQueue()
-
-    def listen() -> None:
-        # In a thread: the learner's death is noticed in the middle of a step
-        stream = os.fdopen(pipe.fileno(), "rb", closefd=False)
-        try:
-            while True:
-                commands.put(pickle.load(stream))
-        except (EOFError, OSError, pickle.UnpicklingError):
-            commands.put(None)
-            time.sleep(CLOSE_SECONDS)
-            os._exit(1)
-
-    threading.Thread(target=listen, daemon=True).start()
-    failed: dict[int, Exception] = {}
-    busy = 0.0
-    while (message := commands.get()) is not None:
-        command, index, payload = message
-        if command == "close":
-            return
-        began = time.perf_counter()
-        kind, value = "value", None
-        try:
-            if index in failed and command != "announce":
-                raise failed.pop(index)
-            value = _execute(command, envs[index], index, pickle.loads(payload), memory)
-        except Exception as error:
-            dies = command == "step" and not isinstance(error, CALLER_ERRORS)
-            kind, value = "fatal" if dies else "error", error
-        busy += time.perf_counter() - began
-        if command == "announce":
-            # Nobody waits for this answer: a failure is that of the next command
-            if isinstance(value, Exception):
-                failed[index] = value
-            continue
-        pipe.send_bytes(_answer(kind, value, busy))
-        busy = 0.0
-        if kind == "fatal":
-            return
-
-
-def _execute(command: str, env: gym.Env, index: int, payload: Any, memory: _Memory) -> Any:
-    if command == "step":
-        obs, reward, terminated, truncated, info = env.step(payload)
-        done, reset_info = bool(terminated or truncated), None
-        # The meaning that Stable-Baselines3 gives it: the end of an episode that was not the end of the task
-        info["TimeLimit.truncated"] = bool(truncated and not terminated)
-        if done:
-            memory.write(index, 1, obs)
-            obs, reset_info = env.reset()
-        memory.write(index, 0, obs)
-        return float(reward), done, info, reset_info
-    if command == "reset":
-        seed, options = payload
-        obs, reset_info = env.reset(seed=seed, **({"options": options} if options else {}))
-        memory.write(index, 0, obs)
-        return reset_info
-    if command == "announce":
-        return env.get_wrapper_attr("set_next_reset")(**payload)
-    if command == "env_method":
-        name, args, kwargs = payload
-        return env.get_wrapper_attr(name)(*args, **kwargs)
-    if command == "get_attr":
-        return env.get_wrapper_attr(payload)
-    if command == "has_attr":
-        return env.has_wrapper_attr(payload)
-    if command == "set_attr":
-        return setattr(env, *payload)
-    if command == "is_wrapped":
-        return is_wrapped(env, payload)
-    assert command == "settle", command
-    return None
-
-
-def _answer(kind: str, value: Any, seconds: float) -> bytes:
-    """What a worker answers: a value, or an exception with its traceback, as its text where it cannot be sent."""
-
-    def dumps(answer: Any) -> bytes:
-        try:
-            return pickle.dumps(answer)
-        except Exception:
-            # What the learner's script defines, where that has not been imported
-            return cloudpickle.dumps(answer)
-
-    if kind == "value":
-        try:
-            return dumps((kind, value, seconds))
-        except Exception as error:
-            kind, value = "error", error
-    text = "".join(traceback.format_exception(type(value), value, value.__traceback__))
-    try:
-        message = dumps((kind, (value, text), seconds))
-        pickle.loads(message)
-    except Exception:
-        message = pickle.dumps((kind, (RuntimeError(f"{type(value).__name__}: {value}"), text), seconds))
-    return message
