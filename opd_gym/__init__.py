@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from opd_gym.envs.registration import register_envs
 from opd_gym.version import __version__
 
 if TYPE_CHECKING:
@@ -28,7 +31,41 @@ _LAZY = {
     "make_vec": "opd_gym.envs.make",
 }
 
-register_envs()
+
+def _register_envs() -> None:
+    from opd_gym.envs.registration import register_envs
+
+    register_envs()
+
+
+class _WithGymnasium(MetaPathFinder):
+    """Registers the environment ids as soon as somebody imports Gymnasium: the command line's help need not wait."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != "gymnasium":
+            return None
+        sys.meta_path.remove(self)  # what the others find
+        try:
+            spec = find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: Any) -> None:
+                execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    _register_envs()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "gymnasium" in sys.modules:
+    _register_envs()
+else:
+    sys.meta_path.insert(0, _WithGymnasium())
 
 
 def __getattr__(name: str) -> Any:
