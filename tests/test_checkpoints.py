@@ -12,8 +12,9 @@ from toys import TINY_BODY, Robot
 from opd_gym import OPD, SFT
 from opd_gym import checkpoints as registry
 from opd_gym.checkpoints import resolve_checkpoint
-from opd_gym.cli.plan import resolve as resolve_planned
-from opd_gym.cli.train import TrainArgs, complete_hyperparams
+from opd_gym.cli.options import TrainArgs
+from opd_gym.cli.sizes import resolve as resolve_planned
+from opd_gym.cli.train import complete_hyperparams
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
 from opd_gym.policies.body import checkpoint_settings
 from opd_gym.policies.loading import load_policy
@@ -87,11 +88,7 @@ def test_every_way_to_name_a_checkpoint(named, saved):
     assert resolve_checkpoint(start) == resolve_checkpoint(named)
     assert resolve_checkpoint(values["teacher"]) == resolve_checkpoint(named)
     assert Path(start).is_absolute() or named in ("vla", "somebody/vla"), "paths become absolute, names stay names"
-    if resolve_checkpoint(named).is_dir():
-        assert resolve_planned(named)[0] == "tiny"
-    else:
-        with pytest.raises(ValueError, match="not the directory of a VLA checkpoint"):
-            resolve_planned(named)
+    assert resolve_planned(named)[0] == "tiny"
 
 
 def test_what_a_zip_starts_learns_and_loads_without_it(saved, tmp_path):

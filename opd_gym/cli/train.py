@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.checkpoints import resolve_checkpoint, run_checkpoints, student_for, teacher_for
+from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
     STATES_FILE,
     RunCheckpoint,
@@ -41,45 +42,6 @@ from opd_gym.zoo.hyperparams import (
 )
 
 EVAL_EPISODES_PER_TASK = 10
-
-
-@dataclass
-class TrainArgs:
-    """
-    What a run is started with.
-
-    :param algo: "opd", "grpo", "ppo" or "sft"
-    :param env: environment id
-    :param n_timesteps: number of decisions; None for what the YAML file says
-    :param seed: seed of everything
-    :param hyperparams: overrides, ``key:value``
-    :param config: YAML file of hyperparameters; None for the zoo's
-    :param teacher: see ``OPD``; None for what the YAML file or else the zoo says
-    :param student: checkpoint to start from; None for the zoo's default, "none" for random weights
-    :param demonstrations: files or directories, for SFT
-    :param folder: where run directories go
-    :param eval_episodes: episodes of the final evaluation; 0 for none
-    :param device: "auto", "cpu", "cuda", ...
-    :param checkpoint_interval: least number of seconds between two checkpoints
-    :param progress: show a progress bar
-    :param verbose: 1 to print the table of every iteration
-    """
-
-    algo: str
-    env: str
-    n_timesteps: int | None = None
-    seed: int = 0
-    hyperparams: list[str] = field(default_factory=list)
-    config: str | None = None
-    teacher: str | None = None
-    student: str | None = None
-    demonstrations: list[str] = field(default_factory=list)
-    folder: str = "runs"
-    eval_episodes: int = 0
-    device: str = "auto"
-    checkpoint_interval: float = 60.0
-    progress: bool = True
-    verbose: int = 0
 
 
 def default_episodes(
@@ -349,3 +311,30 @@ def _learn(model: BaseAlgorithm, run_dir: Path, n_timesteps: int | None, args: T
             checkpoint.save()
     print(f"{model.num_timesteps} timesteps, {time.monotonic() - began:.0f} s", flush=True)
     return not stop.asked
+
+
+def run(args: Train) -> int:
+    """
+    Start a run, or go on with one.
+
+    :param args: what to run
+    :return: exit status
+    """
+    given = {item.name: getattr(args, item.name) for item in fields(TrainArgs)}
+    given["hyperparams"] = [*args.hyperparams, *args.param]
+    if args.resume is None:
+        if not args.env:
+            raise ValueError("Which environment? Pass --env, for instance --env LiberoObject-v0, or --resume DIR.")
+        return 0 if train(TrainArgs(**given)).finished else 130
+    stored = read_args(args.resume)
+    kept = ("algo", "env", "seed", "hyperparams", "config", "teacher", "student", "demonstrations")
+    changed = [name for name in kept if given[name] != getattr(TrainArgs(), name)]
+    if changed:
+        raise ValueError(
+            f"--resume goes on with the run's own {', '.join(changed)}. Leave out --{' --'.join(changed)}, or edit "
+            f"{args.resume / 'config.yml'}, which is read again."
+        )
+    if args.n_timesteps is not None:
+        stored.n_timesteps = args.n_timesteps
+    stored.device, stored.progress, stored.verbose = args.device, args.progress, args.verbose
+    return 0 if train(stored, resume=args.resume).finished else 130

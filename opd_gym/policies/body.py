@@ -310,10 +310,18 @@ def read_checkpoint_config(checkpoint: str | os.PathLike[str]) -> tuple[str, VLA
     """
     Read what a checkpoint was made for, without its weights.
 
-    :param checkpoint: directory with ``config.json`` and ``model.safetensors``
+    :param checkpoint: directory with ``config.json`` and ``model.safetensors``, or the zip of an algorithm
     :return: name of the body and its configuration
+    :raises FileNotFoundError: there is no ``config.json``
+    :raises ValueError: it is not a VLA
     """
     path = Path(checkpoint)
+    if path.is_file():
+        data, _, _ = load_from_zip_file(path, device="cpu")
+        kwargs = (data or {}).get("policy_kwargs") or {}
+        if "body_kwargs" not in kwargs:
+            raise ValueError(f"{path} holds a policy that is not a VLA.")
+        return kwargs["body"], get_body_class(kwargs["body"]).config_class(**kwargs["body_kwargs"])
     config_path = path / CONFIG_FILE
     if not config_path.is_file():
         raise FileNotFoundError(

@@ -132,6 +132,11 @@ class VLAPolicy(ActorCriticPolicy):
                     f"The base checkpoint of these LoRA adapters is gone: {checkpoint}. Put it back there, or load "
                     'with custom_objects={"policy_kwargs": {...}} and its new place as "checkpoint".'
                 )
+            if directory is not None and directory.is_file():
+                raise ValueError(
+                    f"{directory} holds a whole policy: pass it in the policy_kwargs of an algorithm, or use "
+                    "opd_gym.policies.loading.load_policy()."
+                )
             if directory is not None:
                 self._checkpoint = directory
                 body, self._config = read_checkpoint_config(self._checkpoint)
