@@ -384,6 +384,18 @@ def memory(pid: int) -> dict[str, float] | None:
     return values
 
 
+def worker_pids() -> list[int]:
+    """
+    :return: processes that host envs: those of multiprocessing, and those of a ``WorkerVecEnv``
+    """
+    pids = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+    for task in Path("/proc/self/task").iterdir():
+        for pid in map(int, (task / "children").read_text().split()):
+            if b"opd_gym.envs.workers.host" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                pids.append(pid)
+    return pids
+
+
 def versions() -> dict[str, str]:
     """
     :return: versions of what is installed for this Python, and which distribution gives it LIBERO
@@ -435,8 +447,7 @@ def measure(plan: Plan, started: float) -> dict[str, Any]:
             subject.decide(chunk)
         record["step_s"].append(time.perf_counter() - begin)
         record["positions"].append(np.asarray(subject.positions(), dtype=np.float64).tolist())
-    workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
-    record["memory"] = {"parent": memory(os.getpid()), "workers": [memory(pid) for pid in workers]}
+    record["memory"] = {"parent": memory(os.getpid()), "workers": [memory(pid) for pid in worker_pids()]}
     if plan.processes == 1:
         record["gl_renderer"] = gl_renderer()
     subject.close()
@@ -851,11 +862,13 @@ def start_table(records: list[Record], modes: list[str], processes: list[int]) -
             if not runs:
                 continue
             cold = select(records, mode, n, cold=True).values()
-            workers = [w for run in runs for w in (run["memory"]["workers"] or [run["memory"]["parent"]]) if w]
+            # One env process is the measuring process itself
+            hosts = [run["memory"]["workers"] or [run["memory"]["parent"]] * (n == 1) for run in runs]
+            workers = [worker for found in hosts for worker in found if worker]
             totals = []
             for run in runs:
                 everyone = [run["memory"]["parent"], *run["memory"]["workers"]]
-                if all(everyone):
+                if all(everyone) and (n == 1 or len(everyone) > 1):
                     totals.append(sum(one["pss_mb"] for one in everyone))
             cells = [
                 LABELS[mode],
