@@ -84,7 +84,7 @@ def opd_by_hand(student, teacher, estimator, temperature, max_norm, iterations):
 
 
 # A clipped gradient does not tell what a loss was multiplied with, so some are not clipped
-CLIPS, NEVER_CLIPS = 0.02, 100.0
+CLIPS, NEVER_CLIPS = 0.02, 1e4
 
 
 @pytest.mark.parametrize(("micro_batch_size", "max_norm"), [(None, CLIPS), (5, NEVER_CLIPS)])
@@ -94,8 +94,8 @@ def test_opd_is_the_step_that_torch_takes(estimator, temperature, micro_batch_si
     th.manual_seed(1)
     teacher = ActorCriticPolicy(Walk.observation_space, Walk.action_space, lambda _: 0.0, **NETWORK)
     with th.no_grad():
-        teacher.action_net.weight.mul_(300.0)
-        teacher.action_net.bias.normal_()
+        teacher.action_net.weight.mul_(100.0)
+        teacher.action_net.bias.normal_(std=0.5)
     model = OPD(
         "MlpPolicy", vec(2, env=Walk), teacher=teacher, estimator=estimator, temperature=temperature, n_steps=N_STEPS,
         batch_size=2 * N_STEPS, micro_batch_size=micro_batch_size, n_epochs=1, state_replay=False, seed=0, device="cpu",
@@ -118,7 +118,7 @@ def test_opd_is_the_step_that_torch_takes(estimator, temperature, micro_batch_si
     expected = opd_by_hand(student, plain_network(teacher), estimator, temperature, max_norm, iterations=3)
     assert len(gradients) == len(expected) == 3
     for found, wanted in zip(gradients, expected, strict=True):
-        th.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+        th.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
     for found, wanted in zip(ours, student.parameters(), strict=True):
         th.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
 
