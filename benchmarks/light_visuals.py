@@ -269,10 +269,12 @@ def compare_success(args: argparse.Namespace) -> str:
     :return: markdown
     """
     from opd_gym.checkpoints import resolve_checkpoint
-    from opd_gym.cli.train import default_episodes, load_predictor, settings_of
+    from opd_gym.cli.train import default_episodes
     from opd_gym.envs.make import build_env
     from opd_gym.evaluation import EvaluationResult, evaluate_success
     from opd_gym.files import write_atomic
+    from opd_gym.policies.body import checkpoint_settings
+    from opd_gym.policies.loading import load_policy
     from opd_gym.versions import write_results
 
     path = resolve_checkpoint(args.policy)
@@ -281,10 +283,18 @@ def compare_success(args: argparse.Namespace) -> str:
         env_kwargs: dict[str, Any] = {"visuals": visuals}
         if args.task_ids is not None:
             env_kwargs["task_ids"] = tuple(args.task_ids)
-        env = build_env(args.env, n_envs=args.processes, seed=args.seed, settings=settings_of(path), **env_kwargs)
+        env = build_env(
+            args.env,
+            n_envs=args.processes,
+            seed=args.seed,
+            settings=checkpoint_settings({"checkpoint": path}),
+            **env_kwargs,
+        )
         try:
             episodes = default_episodes(env, args.episodes, args.task_ids, "eval")
-            results[visuals] = evaluate_success(load_predictor(path, env), env, episodes)
+            results[visuals] = evaluate_success(
+                load_policy(path, env.observation_space, env.action_space), env, episodes
+            )
         finally:
             env.close()
     exact, light = results["exact"], results["light"]

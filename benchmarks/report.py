@@ -271,11 +271,11 @@ def export(study: Study, source: Path, target: Path) -> None:
     import torch
     from stable_baselines3.common.utils import ConstantSchedule
 
-    from opd_gym.cli.train import settings_of
     from opd_gym.envs.make import build_env
+    from opd_gym.policies.body import checkpoint_settings
     from opd_gym.policies.vla import VLAPolicy
 
-    env = build_env(study.env, n_envs=1, settings=settings_of(source))
+    env = build_env(study.env, n_envs=1, settings=checkpoint_settings({"checkpoint": source}))
     policy = VLAPolicy(env.observation_space, env.action_space, ConstantSchedule(0.0), checkpoint=source)
     policy.save_checkpoint(target, dtype=torch.float16)
     trained_with = read_versions(source)

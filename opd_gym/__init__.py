@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd_gym.envs.registration import register_envs
 from opd_gym.version import __version__
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ _LAZY = {
     "make_vec": "opd_gym.envs.make",
 }
 
-register_envs()
+
+# The command registers them once it knows what to do: its help need not wait for Gymnasium
+if Path(getattr(sys, "argv", [""])[0]).name != "opd-gym":
+    from opd_gym.envs.registration import register_envs
+
+    register_envs()
 
 
 def __getattr__(name: str) -> Any:

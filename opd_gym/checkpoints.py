@@ -1,4 +1,4 @@
-"""Which trained checkpoints come with the package, and for which environments they are the default."""
+"""Where the weights are that somebody names: one resolver, and the registry of the checkpoints of the zoo."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ import yaml
 ZOO = Path(__file__).parent / "zoo"
 REGISTRY_FILE = ZOO / "checkpoints.yml"
 CHECKPOINTS = ZOO / "checkpoints"
+CONFIG_FILE = "config.json"
+# Of a repository on the hub, what a VLA is read from. A zip of Stable-Baselines3 is not among them: reading one runs
+# what it holds
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors", "*checkpoint.pt"]
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _RUN_CHECKPOINT = re.compile(r"model_(\d+)_steps\.zip")
 
 
@@ -101,25 +106,58 @@ def run_checkpoints(run_dir: Path) -> list[Path]:
 
 def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
     """
-    Where the weights are that somebody names.
+    Where the weights are that somebody names, wherever a checkpoint is named: as ``teacher=``, in
+    ``policy_kwargs["checkpoint"]`` and on the command line.
 
-    :param spec: directory of a VLA checkpoint, zip of a model, directory of a run (its last checkpoint), or a name of
-        the zoo
-    :return: existing directory with ``config.json``, or zip file
-    :raises ValueError: it is none of these
+    :param spec: what exists wins, in this order: the directory of a VLA checkpoint; the directory of a run (its last
+        checkpoint); the zip of a model, with or without ``.zip``; a name of the zoo; the id of a VLA on the Hugging
+        Face hub (``owner/name``), which is downloaded into the hub's cache
+    :return: an existing directory with ``config.json``, or a zip file
+    :raises FileNotFoundError: it is none of these
+    :raises ValueError: a directory with neither
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return path
-        saved = run_checkpoints(path)
-        if saved:
-            return saved[-1]
-        raise ValueError(f"{path} is neither a VLA checkpoint (no config.json) nor a run with checkpoints.")
+        return _in_directory(path)
     for candidate in (path, path.with_name(f"{path.name}.zip")):
         if candidate.is_file():
             return candidate
-    return checkpoint_path(os.fspath(spec))
+    name = os.fspath(spec)
+    found = find_checkpoint(name)
+    if found is not None:
+        return found
+    if isinstance(spec, str) and _HUB_ID.fullmatch(spec):
+        return _in_directory(_download(spec))
+    raise FileNotFoundError(
+        f"There is no checkpoint {name!r}. Expected the directory of a VLA checkpoint or of a run, the zip of a model, "
+        f"the id of a VLA on the Hugging Face hub (owner/name), or a name of the zoo: {', '.join(checkpoint_names())}."
+    )
+
+
+def _in_directory(path: Path) -> Path:
+    if (path / CONFIG_FILE).is_file():
+        return path
+    for candidate in (*reversed(run_checkpoints(path)), path / "model.zip"):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(
+        f"{path} is neither a VLA checkpoint (it has no {CONFIG_FILE}) nor a run (it has no checkpoints/*.zip)."
+    )
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise FileNotFoundError(
+            f"{hub_id!r} is neither a path nor a name of the zoo, and the Hugging Face hub does not give it "
+            f"({type(error).__name__}: {reason}). Without a network: run `hf download {hub_id}` on a machine that has "
+            "one, copy the directory that it prints, and pass its path as the checkpoint."
+        ) from error
 
 
 def _default_for(role: str, env_id: str) -> str | None:

@@ -35,8 +35,8 @@ class Dispatcher:
     it still plays the present one, and none waits for the others. An env for which there is no episode left stands
     still. Envs that are not wrapped in ``EpisodeControl`` cannot be told; they choose for themselves.
 
-    Call :meth:`announce_first`, reset the vectorised env, then :meth:`begun` for each env, and again whenever an
-    episode of it ended.
+    Call :meth:`announce_first`, reset the vectorised env, then :meth:`all_begun`, and :meth:`begun` whenever an episode
+    of an env ended.
 
     :param env: vectorised env
     :param next_episode: number of an env to the episode that it plays next; None lets it stand still
@@ -77,6 +77,11 @@ class Dispatcher:
             self.standing_still[index] = self.playing[index] is None
             if not self.standing_still[index]:
                 self._announce_next(index)
+
+    def all_begun(self) -> None:
+        """Take note that the vectorised env was reset: the announced episodes of all envs have begun."""
+        for index in range(self.env.num_envs):
+            self.begun(index)
 
     def _announce_next(self, index: int) -> None:
         episode = self._announced[index] = self.next_episode(index)

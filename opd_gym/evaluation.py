@@ -333,23 +333,23 @@ def _as_spec(episode: EpisodeSpec | Mapping[str, Any]) -> EpisodeSpec:
 
 
 class _Queue:
-    """Hands out episodes; a worker gets tasks that it has played already, because a new task is a new simulator."""
+    """Hands out episodes; an env gets tasks that it has played already, because a new task is a new simulator."""
 
-    def __init__(self, episodes: list[EpisodeSpec], n_workers: int):
+    def __init__(self, episodes: list[EpisodeSpec], n_envs: int):
         self.episodes = episodes
         self.pending = list(range(len(episodes)))
-        self.seen: list[set[Any]] = [set() for _ in range(n_workers)]
+        self.seen: list[set[Any]] = [set() for _ in range(n_envs)]
 
     def _task(self, index: int) -> Any:
         return (self.episodes[index].options or {}).get("task_id")
 
-    def take(self, worker: int) -> EpisodeSpec | None:
+    def take(self, slot: int) -> EpisodeSpec | None:
         if not self.pending:
             return None
-        others = set().union(*(seen for i, seen in enumerate(self.seen) if i != worker))
-        index = min(self.pending, key=lambda i: (self._task(i) not in self.seen[worker], self._task(i) in others, i))
+        others = set().union(*(seen for i, seen in enumerate(self.seen) if i != slot))
+        index = min(self.pending, key=lambda i: (self._task(i) not in self.seen[slot], self._task(i) in others, i))
         self.pending.remove(index)
-        self.seen[worker].add(self._task(index))
+        self.seen[slot].add(self._task(index))
         return replace(self.episodes[index], member=index)
 
 
@@ -365,11 +365,11 @@ def evaluate_success(
     """
     Play exactly the given episodes, each once, and count the solved ones.
 
-    A worker goes from one episode to the next without waiting for the others, and stands still when there is none left.
+    An env goes from one episode to the next without waiting for the others, and stands still when there is none left.
     An episode that is lost with its worker (``WorkerVecEnv``) is played again.
 
     :param model: algorithm or policy
-    :param env: vectorised env whose workers are wrapped in ``EpisodeControl``, as :func:`opd_gym.make_vec` does it
+    :param env: vectorised env whose envs are wrapped in ``EpisodeControl``, as :func:`opd_gym.make_vec` does it
     :param episodes: reset specs, see :class:`EpisodeSpec` and :func:`eval_episodes`
     :param deterministic: most likely actions instead of samples
     :param progress: show a progress bar
@@ -381,8 +381,8 @@ def evaluate_success(
     specs = [_as_spec(episode) for episode in episodes]
     if not can_announce(env):
         raise ValueError(
-            "evaluate_success decides which episode a worker plays and needs envs wrapped in EpisodeControl. "
-            "Build the env with opd_gym.make_vec, or wrap each worker in opd_gym.envs.wrappers.EpisodeControl."
+            "evaluate_success decides which episode an env plays and needs envs wrapped in EpisodeControl. "
+            "Build the env with opd_gym.make_vec, or wrap each of its envs in opd_gym.envs.wrappers.EpisodeControl."
         )
     recorded = set(range(min(record, len(specs)))) if isinstance(record, int) else {int(i) for i in record}
     if recorded and env.render_mode != "rgb_array":
@@ -426,11 +426,11 @@ class _Evaluation:
         self.losses = [0] * len(specs)
         self.dispatcher = Dispatcher(env, self.queue.take)
         self.steps, self.returns = [0] * env.num_envs, [0.0] * env.num_envs
-        # What a worker that stands still is sent
+        # What an env that stands still is sent
         self.idle_actions = np.stack([np.asarray(env.action_space.sample()) for _ in range(env.num_envs)])
 
     def run(self) -> EvaluationResult:
-        # Again only if an episode was lost when the other workers stood still already
+        # Again only if an episode was lost when the other envs stood still already
         while self.queue.pending:
             self._play()
         records = [self.records[index] for index in range(len(self.specs))]
@@ -443,56 +443,56 @@ class _Evaluation:
         first = self.env.reset()
         for index in range(self.env.num_envs):
             self._episode_started(index)
-        in_flight = [self._act(part, obs_rows(first, workers)) for part, workers in enumerate(self.pipeline.parts)]
+        in_flight = [self._act(part, obs_rows(first, slots)) for part, slots in enumerate(self.pipeline.parts)]
         while any(in_flight):
             for part, is_in_flight in enumerate(in_flight):
                 if is_in_flight:
                     in_flight[part] = self._act(part, self._receive(part))
 
-    def _episode_started(self, worker: int) -> None:
-        self.dispatcher.begun(worker)
-        self.steps[worker], self.returns[worker] = 0, 0.0
+    def _episode_started(self, slot: int) -> None:
+        self.dispatcher.begun(slot)
+        self.steps[slot], self.returns[slot] = 0, 0.0
 
-    def _playing(self, worker: int) -> int | None:
-        """Number of the episode that a worker plays."""
-        spec = self.dispatcher.playing[worker]
+    def _playing(self, slot: int) -> int | None:
+        """Number of the episode that an env plays."""
+        spec = self.dispatcher.playing[slot]
         return None if spec is None else spec.member
 
     def _act(self, part: int, obs: Any) -> bool:
-        """Send some workers off, and say whether there was anything to do."""
-        workers = self.pipeline.parts[part]
-        active = [i for i, worker in enumerate(workers) if not self.dispatcher.standing_still[worker]]
+        """Send some envs off, and say whether there was anything to do."""
+        slots = self.pipeline.parts[part]
+        active = [i for i, slot in enumerate(slots) if not self.dispatcher.standing_still[slot]]
         if not active:
             return False
-        for worker in workers[active]:
-            index = self._playing(worker)
+        for slot in slots[active]:
+            index = self._playing(slot)
             if index in self.frames:
-                self.frames[index].append(_render(self.env, int(worker)))
-        actions = self.idle_actions[workers]
+                self.frames[index].append(_render(self.env, int(slot)))
+        actions = self.idle_actions[slots]
         actions[active], _ = self.model.predict(obs_rows(obs, active), deterministic=self.deterministic)
         self.pipeline.send(part, actions)
         return True
 
     def _receive(self, part: int) -> Any:
-        """Wait for the steps of some workers, and take note of the episodes that ended."""
+        """Wait for the steps of some envs, and take note of the episodes that ended."""
         obs, rewards, dones, infos = self.pipeline.recv(part)
-        for worker, reward, done, info in zip(self.pipeline.parts[part].tolist(), rewards, dones, infos, strict=True):
-            index = self._playing(worker)
+        for slot, reward, done, info in zip(self.pipeline.parts[part].tolist(), rewards, dones, infos, strict=True):
+            index = self._playing(slot)
             if index is None:
                 continue
-            self.steps[worker] += int(info.get("n_executed", 1))
-            self.returns[worker] += float(reward)
+            self.steps[slot] += int(info.get("n_executed", 1))
+            self.returns[slot] += float(reward)
             if done:
                 if info.get("episode_lost"):
                     self._lost(index, info)
                 else:
-                    self._finished(worker, index, info)
-                self._episode_started(worker)
+                    self._finished(slot, index, info)
+                self._episode_started(slot)
         return obs
 
-    def _finished(self, worker: int, index: int, info: dict[str, Any]) -> None:
+    def _finished(self, slot: int, index: int, info: dict[str, Any]) -> None:
         self.records[index] = _record(
-            self.specs[index], info, self.steps[worker], self.returns[worker], self.reward_threshold
+            self.specs[index], info, self.steps[slot], self.returns[slot], self.reward_threshold
         )
         if index in self.frames:
             _append_last(self.frames[index], info.get("terminal_observation"))
@@ -542,8 +542,8 @@ def _record(
     )
 
 
-def _render(env: VecEnv, worker: int) -> np.ndarray:
-    return np.asarray(env.env_method("render", indices=[worker])[0], dtype=np.uint8)
+def _render(env: VecEnv, slot: int) -> np.ndarray:
+    return np.asarray(env.env_method("render", indices=[slot])[0], dtype=np.uint8)
 
 
 def _append_last(frames: list[np.ndarray], terminal: Any) -> None:

@@ -147,6 +147,8 @@ class CategoricalTokens:
         :param temperature: Divides the logits
         :return: The tempered distribution
         """
+        if temperature == 1.0:
+            return self
         return CategoricalTokens(th.log_softmax(self.log_probs / temperature, dim=-1))
 
     def detach(self) -> CategoricalTokens:
@@ -221,6 +223,8 @@ class GaussianTokens:
         :param temperature: Multiplies the variance: ``p(x) ** (1 / temperature)``, normalised
         :return: The tempered distribution
         """
+        if temperature == 1.0:
+            return self
         return GaussianTokens(self.mean, self.log_std + 0.5 * math.log(temperature), self.squashed)
 
     def detach(self) -> GaussianTokens:
@@ -376,6 +380,47 @@ def distribution_and_values(
     if shared_pass is not None:
         return shared_pass(obs, **_given(policy, actions))
     return action_distribution(policy, obs, actions), policy.predict_values(obs)
+
+
+def sample_tokens(
+    policy: Any, obs: PyTorchObs, temperature: float = 1.0, with_values: bool = False
+) -> tuple[th.Tensor, TokenView, th.Tensor]:
+    """
+    Sample the tokens of a decision for each observation.
+
+    :param policy: Actor-critic policy
+    :param obs: Observations
+    :param temperature: Temperature of the distributions
+    :param with_values: Whether to compute state values
+    :return: tokens (batch, T), the tempered distributions they were sampled from, and values (batch, 1), or one zero
+    """
+    if is_autoregressive(policy):
+        # One pass gives all three: a token is sampled before the distribution of the next is known
+        tokens, dist, values = policy.decode(obs, temperature)
+        view = token_view(dist).temper(temperature)
+    else:
+        if with_values:
+            dist, values = distribution_and_values(policy, obs)
+        else:
+            dist = action_distribution(policy, obs)
+        view = token_view(dist).temper(temperature)
+        # The distribution's own sampling, for the sake of state-dependent exploration
+        tokens = dist.sample() if temperature == 1.0 else view.sample()
+    return tokens.reshape(len(tokens), -1), view, values if with_values else th.zeros(1, device=tokens.device)
+
+
+def env_actions(policy: ActorCriticPolicy, actions: np.ndarray) -> np.ndarray:
+    """
+    Actions as the env takes them.
+
+    :param policy: The policy that sampled them
+    :param actions: Sampled actions
+    :return: Box actions unscaled or clipped, others unchanged
+    """
+    space = policy.action_space
+    if not isinstance(space, spaces.Box):
+        return actions
+    return policy.unscale_action(actions) if policy.squash_output else np.clip(actions, space.low, space.high)
 
 
 def policy_token_log_probs(

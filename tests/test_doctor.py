@@ -64,8 +64,14 @@ def test_scenes_tell_versions_of_mujoco_apart(
         assert check.mend == ("" if agrees else "pip install mujoco==3.3.2")
 
 
+@pytest.fixture
+def no_robotwin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not what a test is about, its simulator need not be started, which takes many seconds."""
+    monkeypatch.setattr(doctor, "ROBOTWIN_SECONDS", 0.01)
+
+
 def test_text_is_aligned_and_ends_with_a_verdict(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    no_robotwin: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime, "mujoco_version", lambda: "3.4.0")
     assert main(["doctor", "--no-self-check"]) == 1
@@ -93,7 +99,7 @@ def test_what_is_missing_is_named_with_its_command(
     assert found["self-check"]["found"] == "not run: LIBERO first"
 
 
-def test_no_gl(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gl(no_robotwin: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
         monkeypatch.setenv(variable, "osmesa")
     status, found = diagnose(capsys)

@@ -3,7 +3,7 @@ import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from toys import TINY_BODY, Match, Robot, parameters, vec
 
 from opd_gym.algorithms.grpo import GRPO
@@ -103,7 +103,7 @@ def test_improves_cartpole():
         n_groups=4,
         learning_rate=5e-3,
         temperature=1.0,
-        batch_size=16,
+        trajectories_per_batch=16,
         n_epochs=4,
         seed=0,
         device="cpu",
@@ -144,12 +144,30 @@ def test_same_seed_same_run_and_resume(tmp_path):
 
 
 def test_workers_in_processes():
-    env = SubprocVecEnv([lambda: EpisodeControl(Match(horizon=2)), lambda: EpisodeControl(Match(horizon=5))])
-    try:
-        model = GRPO("MlpPolicy", env, **SMALL).learn(30)
-    finally:
-        env.close()
-    assert model._episodes.numbers.max() >= 7
+    """Episodes of unequal length from one queue: who plays which, and what is learned, is the same in any process."""
+    runs = []
+    for cls in (DummyVecEnv, SubprocVecEnv):
+        env = cls([lambda: EpisodeControl(Match(horizon=2)), lambda: EpisodeControl(Match(horizon=5))])
+        starts: dict[int, list] = {}
+        try:
+            model = GRPO("MlpPolicy", env, **{**SMALL, "dynamic_sampling": None}).learn(30, callback=watch(starts))
+        finally:
+            env.close()
+        runs.append((model, starts))
+    (here, starts_here), (there, starts) = runs
+    # Whole groups, each from one state of its own
+    assert len(starts) >= 4 and starts == starts_here
+    assert all(len(group) == 4 and len(set(group)) == 1 for group in starts.values())
+    assert len({group[0] for group in starts.values()}) == len(starts)
+    buffer = there.rollout_buffer
+    rows = buffer.valid_rows()
+    lengths = [int((buffer.episode_ids[rows] == i).sum()) for i in np.unique(buffer.episode_ids[rows])]
+    # Nobody waits: the worker of short episodes plays more of them
+    assert set(lengths) == {2, 5} and len(lengths) == 8 and lengths.count(2) > lengths.count(5)
+    for name in ("observations", "actions", "rewards", "successes", "advantages", "group_ids", "episode_ids"):
+        np.testing.assert_array_equal(getattr(here.rollout_buffer, name), getattr(buffer, name), err_msg=name)
+    assert here._n_updates == there._n_updates > 0
+    assert th.equal(parameters(here), parameters(there))
 
 
 def test_vla_policy():

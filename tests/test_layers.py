@@ -128,5 +128,20 @@ def test_the_test_sees_them():
     edges = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}
     assert circles(edges) == [["b", "c"]]
     found = modules()
-    assert "opd_gym.evaluation" in set(imports("opd_gym.cli.main", found)), "an import inside a function"
+    assert "opd_gym.envs.robotwin.install" in set(imports("opd_gym.cli.main", found)), "an import inside a function"
     assert layer("opd_gym.version") < layer("opd_gym.versions") < layer("opd_gym")
+
+
+def test_no_test_module_imports_another():
+    """What tests share is in modules that are no tests, and in conftest.py: each file runs, and changes, alone."""
+    here = Path(__file__).parent
+    tests = {path.stem: path for path in here.rglob("test_*.py")}
+    assert "test_layers" in tests
+    wrong = []
+    for name, path in {**tests, "conftest": here / "conftest.py"}.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            source = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            parts = {part for name in names + source for part in name.split(".")}
+            wrong += [f"{name} imports {other}" for other in sorted(parts & tests.keys())]
+    assert not wrong

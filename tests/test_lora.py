@@ -8,8 +8,8 @@ import torch as th
 from golden.openvla import tiny as tiny_openvla
 from gymnasium import spaces
 from huggingface_hub import ModelCard
-from test_vla import SMALL, observation_space, sample, tensors
 from toys import TINY_BODY, Robot, vec
+from vlas import SMALL, Recorder, logits, observation_space, sample, tensors, train
 
 from opd_gym import GRPO, OPD, PPO, SFT, hub
 from opd_gym.algorithms.buffers import micro_batches
@@ -57,22 +57,6 @@ def make_openvla(checkpoint, **kwargs):
     # The images of the configuration are larger than what tests need
     space = openvla_space(read_checkpoint_config(checkpoint)[1].image_size[0])
     return VLAPolicy(space, spaces.MultiDiscrete([256] * 56), lambda _: 1e-3, checkpoint=checkpoint, **kwargs)
-
-
-def logits(policy, obs):
-    policy.set_training_mode(False)
-    with th.no_grad():
-        return policy.get_distribution(tensors(obs)).logits
-
-
-def train(policy, obs, steps=3):
-    """A few gradient steps towards one action."""
-    policy.set_training_mode(True)
-    tokens = th.full((len(obs["instruction"]), policy.config.n_tokens), 42)
-    for _ in range(steps):
-        policy.optimizer.zero_grad()
-        (-policy.token_log_probs(tensors(obs), tokens).mean()).backward()
-        policy.optimizer.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA
@@ -297,21 +281,6 @@ def test_micro_batches():
     np.testing.assert_allclose([share for _, share in parts], [3 / 7, 2 / 7, 2 / 7])
     assert list(micro_batches(mask, None)) == [(slice(0, 5), 1.0)]
     assert [share for _, share in micro_batches(th.zeros(3, 2), 2)] == [0.0, 0.0]
-
-
-class Recorder:
-    """Keeps the gradients of every optimizer step."""
-
-    def __init__(self, model, trained_only=False):
-        self.steps = []
-        parameters = [p for p in model.policy.parameters() if p.requires_grad or not trained_only]
-        step = model.policy.optimizer.step
-
-        def record(*args, **kwargs):
-            self.steps.append(th.cat([p.grad.flatten() for p in parameters]))
-            return step(*args, **kwargs)
-
-        model.policy.optimizer.step = record
 
 
 def check_gradients(found, expected):

@@ -1,4 +1,6 @@
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +41,30 @@ def tokens(*rows):
 )
 def test_categorical_divergences_by_hand(divergence, expected):
     assert token_divergence(tokens(P), tokens(Q), divergence).item() == pytest.approx(expected, abs=1e-9)
+
+
+TRL = json.loads((Path(__file__).parent / "golden" / "trl" / "generalized_jsd_loss.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", TRL["cases"], ids=lambda case: f"{case['divergence']}-{case['temperature']}")
+def test_losses_and_gradients_are_those_of_trl(case):
+    """``GKDTrainer.generalized_jsd_loss``, at its ends and in the middle: tests/golden/trl/make_golden.py."""
+    logits, teacher_logits = (th.tensor(TRL[f"{who}_logits"], dtype=th.float64) for who in ("student", "teacher"))
+    logits.requires_grad_()
+    student, teacher = (
+        CategoricalTokens(th.log_softmax(x, dim=-1)).temper(case["temperature"]) for x in (logits, teacher_logits)
+    )
+    mask = th.tensor(TRL["mask"], dtype=th.float64)
+    assert 0 < mask.sum() < mask.numel()
+    loss, _ = exact_opd_loss(student, teacher, mask, case["divergence"])
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], abs=1e-9)
+    np.testing.assert_allclose(logits.grad, case["gradient"], rtol=0, atol=1e-9)
+
+
+def test_the_golden_losses_hold_both_ends():
+    found = {(case["divergence"], case["beta"]) for case in TRL["cases"]}
+    assert found == {("forward_kl", 0.0), ("jsd", 0.5), ("reverse_kl", 1.0)} and len(TRL["cases"]) == 6
 
 
 def gaussian(mean, std, squashed=False):
@@ -163,6 +189,43 @@ def test_clipped_surrogate_by_hand():
     assert metrics.clip_fraction == pytest.approx(2 / 3)
     loss.backward()
     assert th.allclose(log_probs.grad, th.tensor([[0.0, -1.1 / 3], [0.0, 0.0]]))
+
+
+LOW, HIGH = 0.2, 0.28
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "counts"),
+    [
+        # Inside: the ratio itself, whatever the sign
+        (1.0, 2.0, True),
+        (1.0, -2.0, True),
+        (0.81, 2.0, True),
+        (0.81, -2.0, True),
+        (1.27, 2.0, True),
+        (1.27, -2.0, True),
+        # Outside where the advantage has led: no more of it
+        (1.29, 2.0, False),
+        (5.0, 0.5, False),
+        (0.79, -2.0, False),
+        (0.1, -0.5, False),
+        # Outside on the other side: the way back is open
+        (0.79, 2.0, True),
+        (0.1, 0.5, True),
+        (1.29, -2.0, True),
+        (5.0, -0.5, True),
+    ],
+)
+def test_gradient_of_one_ratio(ratio, advantage, counts):
+    """d/dx of -w min(A r, A clip(r)) with r = exp(x - old) is -w A r, or 0 where the clipped one is the smaller."""
+    old = th.tensor([[-0.3, -1.7]], dtype=th.float64)
+    log_probs = (old + th.tensor([[math.log(ratio), 0.0]], dtype=th.float64)).requires_grad_()
+    weights = th.tensor([[0.75, 0.25]], dtype=th.float64)
+    loss, metrics = clipped_surrogate(log_probs, old, th.tensor([[advantage]]).double(), weights, LOW, HIGH)
+    loss.backward()
+    expected = [-0.75 * advantage * ratio if counts else 0.0, -0.25 * advantage]
+    assert log_probs.grad[0].tolist() == pytest.approx(expected, abs=1e-9)
+    assert metrics.clip_fraction == (0.5 if not 1 - LOW < ratio < 1 + HIGH else 0.0)
 
 
 def test_clipped_surrogate_survives_overflow_of_masked_tokens():

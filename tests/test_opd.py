@@ -8,7 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from toys import TINY_BODY, Match, Robot, cartpole_teacher, parameters, vec
 
 from opd_gym.algorithms.opd import OPD
@@ -222,13 +222,31 @@ def test_envs_without_episode_control_work_too():
     OPD("MlpPolicy", vec(control=False), teacher="expert", **FAST).learn(64)
 
 
+def of_one_process_and_of_several(make):
+    """The same run with its envs in this process and in one process each."""
+    for cls in (DummyVecEnv, SubprocVecEnv):
+        env = cls([lambda: EpisodeControl(Match(horizon=3)), lambda: EpisodeControl(Match(horizon=5))])
+        try:
+            yield make(env)
+        finally:
+            env.close()
+
+
 def test_workers_in_processes():
-    env = SubprocVecEnv([lambda: EpisodeControl(Match(horizon=3)), lambda: EpisodeControl(Match(horizon=5))])
-    try:
-        in_processes = OPD("MlpPolicy", env, teacher="expert", **FAST).learn(128)
-    finally:
-        env.close()
-    assert in_processes.num_timesteps == 128
+    """Which process an env lives in changes nothing: not what is seen and labelled, not what is learned."""
+    here, there = of_one_process_and_of_several(
+        lambda env: OPD("MlpPolicy", env, teacher="expert", group_size=2, **FAST).learn(128)
+    )
+    buffer = there.rollout_buffer
+    # The expert labels the states that each worker is in, before it acts there
+    np.testing.assert_array_equal(buffer.teacher_actions[:, 0], buffer.observations.argmax(axis=1))
+    # Of 32 decisions each, in episodes of 3 and of 5
+    ends = np.flatnonzero(~np.isnan(buffer.successes))
+    assert len(ends) > 10 and set(np.diff(ends[ends < 32])) == {3} and set(np.diff(ends[ends >= 32])) == {5}
+    for name in ("observations", "actions", "rewards", "successes", "group_ids", "episode_ids", "teacher_actions"):
+        np.testing.assert_array_equal(getattr(here.rollout_buffer, name), getattr(buffer, name), err_msg=name)
+    assert here._n_updates == there._n_updates == 2 * FAST["gradient_steps"]
+    assert th.equal(parameters(here), parameters(there))
 
 
 def test_masks_tokens_that_were_not_executed():
@@ -275,7 +293,7 @@ def test_nan_in_the_policy_is_named():
     model = OPD("MlpPolicy", vec(), teacher="expert", **FAST)
     with th.no_grad():
         model.policy.action_net.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="iteration 1 .*learning_rate"):
+    with pytest.raises(FloatingPointError, match="after 0 updates .*learning_rate"):
         model.learn(64)
 
 

@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModel
 
 from opd_gym import OPD
 from opd_gym.actions import decode_tokens, encode_actions, to_positions
+from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.envs.wrappers import ActionTokens
 from opd_gym.instructions import encode_instruction
-from opd_gym.policies.body import checkpoint_settings, locate_checkpoint, read_checkpoint_config
+from opd_gym.policies.body import checkpoint_settings, read_checkpoint_config
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel, complete_checkpoint
 from opd_gym.policies.openvla.jpeg import jpeg_round_trip
 from opd_gym.policies.openvla.processing import (
@@ -413,10 +414,10 @@ def test_hub_cache(sft, tmp_path, monkeypatch):
     snapshot = repository / "snapshots" / "0123abc"
     snapshot.parent.mkdir()
     snapshot.symlink_to(sft)
-    assert locate_checkpoint("RLinf/some-teacher") == snapshot
+    assert resolve_checkpoint("RLinf/some-teacher") == snapshot
     assert read_checkpoint_config(snapshot)[1].input_profile == "rlinf"
     with pytest.raises(FileNotFoundError, match="hf download nobody/nothing"):
-        locate_checkpoint("nobody/nothing")
+        resolve_checkpoint("nobody/nothing")
     # A saved algorithm has the arguments of its body, and goes without the checkpoint it once started from
     with pytest.warns(UserWarning, match="nobody/nothing does not exist"):
         VLAPolicy(*spaces_of(OpenVLAConfig()), lambda _: 1e-3, checkpoint="nobody/nothing", body_kwargs={})
@@ -537,7 +538,7 @@ def test_wrong_layouts_are_refused(tmp_path):
         path = broken(tmp_path / message, **changes)
         with pytest.raises(ValueError, match=message):
             OpenVLAModel.from_pretrained(path)
-    with pytest.raises(FileNotFoundError, match="neither a directory"):
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint"):
         OpenVLAModel.from_pretrained(tmp_path / "nowhere")
 
 
@@ -599,7 +600,7 @@ def test_gradient_checkpointing_changes_nothing(sft, both):
 
 
 def test_autoregressive_policy(autoregressive):
-    policy = make_policy(autoregressive, temperature=1.5, value_head=True)
+    policy = make_policy(autoregressive, value_head=True)
     obs = {key: th.as_tensor(value) for key, value in sample(policy.observation_space).items()}
     th.manual_seed(0)
     actions, values, log_prob = policy(obs)

@@ -28,12 +28,6 @@ def test_equals_stable_baselines3(env_id, kwargs):
     assert th.allclose(*runs, atol=1e-5)
 
 
-def test_ratio_per_token():
-    model = PPO("MlpPolicy", vec(kind="multi_discrete"), ratio="token", **SMALL).learn(256)
-    assert model.rollout_buffer.token_log_probs.shape == (128, 2)
-    assert not PPO("MlpPolicy", vec(kind="multi_discrete"), **SMALL)._per_token
-
-
 class Cut(Match):
     """Between one and three of the three tokens of a decision are executed."""
 

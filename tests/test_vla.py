@@ -8,33 +8,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import DummyVecEnv
+from vlas import SMALL, observation_space, sample, tensors
 
 from opd_gym.instructions import encode_instruction
 from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput, get_body_class, register_body
 from opd_gym.policies.tiny import TinyVLAConfig, TinyVLAModel, split_words
 from opd_gym.policies.vla import VLAPolicy
 from opd_gym.tokens import TokenDistribution
-
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "stem_channels": [16, 32], "summary_size": 32, "vocab_size": 64}
-
-
-def observation_space(size=16, keys=("agentview", "wrist"), channels_first=False, proprio=9):
-    shape = (3, size, size) if channels_first else (size, size, 3)
-    found = {key: spaces.Box(0, 255, shape, np.uint8) for key in keys}
-    if proprio:
-        found["proprio"] = spaces.Box(-np.inf, np.inf, (proprio,), np.float32)
-    return spaces.Dict({**found, "instruction": spaces.Box(0, 255, (128,), np.uint8)})
-
-
-def sample(space, n=3, instruction="pick up the milk"):
-    space.seed(0)
-    obs = {key: np.stack([box.sample() for _ in range(n)]) for key, box in space.spaces.items()}
-    obs["instruction"] = np.tile(encode_instruction(instruction), (n, 1))
-    return obs
-
-
-def tensors(obs):
-    return {key: th.as_tensor(value) for key, value in obs.items()}
 
 
 def make(space=None, n_tokens=14, n_bins=256, **kwargs):
@@ -138,17 +118,11 @@ def test_transposed_pictures_are_the_same_pictures():
     np.testing.assert_array_equal(other.predict(obs, deterministic=True)[0], policy.predict(obs, deterministic=True)[0])
 
 
-def test_temperature_divides_logits_and_leaves_the_mode():
-    policy = make()
-    obs = tensors(sample(policy.observation_space))
-    cold = policy.get_distribution(obs)
-    policy.temperature = 2.0
-    warm = policy.get_distribution(obs)
-    th.testing.assert_close(warm.logits, th.log_softmax(cold.logits / 2.0, dim=-1))
-    assert (warm.entropy() > cold.entropy()).all()
-    assert (warm.mode() == cold.mode()).all()
-    with pytest.raises(ValueError, match="temperature"):
-        policy.temperature = 0.0
+def test_the_only_temperature_is_that_of_the_algorithm():
+    policy = make(temperature=1.0)  # as models saved by version 0.1 say
+    assert not hasattr(policy, "temperature") and "temperature" not in policy.portable_kwargs()
+    with pytest.raises(ValueError, match="Pass temperature= to the algorithm"):
+        make(temperature=1.5)
 
 
 def test_every_parameter_gets_a_gradient():
@@ -233,10 +207,10 @@ def test_failed_checkpoint_keeps_the_old_one(tmp_path, monkeypatch):
 
 
 def test_policy_save_and_load(tmp_path):
-    policy = make(temperature=1.5, value_head=True)
+    policy = make(value_head=True)
     policy.save(tmp_path / "policy.pt")
     loaded = VLAPolicy.load(tmp_path / "policy.pt", device="cpu")
-    assert loaded.temperature == 1.5 and loaded.value_net is not None
+    assert loaded.value_net is not None
     obs = sample(policy.observation_space)
     np.testing.assert_array_equal(
         policy.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0]
@@ -361,9 +335,9 @@ def test_checkpoint_of_other_spaces_is_refused(tmp_path):
 
 
 def test_broken_checkpoints_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not a VLA checkpoint"):
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint"):
         make(checkpoint=tmp_path / "nowhere", body_kwargs=None)
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+    with pytest.raises(ValueError, match="neither a VLA checkpoint"):
         make(checkpoint=tmp_path, body_kwargs=None)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
     with pytest.raises(ValueError, match="unheard_of"):

@@ -2,6 +2,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.wrappers import ClipAction, FrameStackObservation, RescaleAction, TimeLimit, TransformObservation
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from opd_gym.actions import bin_centers, decode_tokens, encode_actions
@@ -13,6 +14,7 @@ class Line(gym.Env):
 
     observation_space = spaces.Box(-10.0, 10.0, (1,), np.float32)
     action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    can_skip_observations = True
 
     def __init__(self):
         self.observe = True
@@ -72,6 +74,138 @@ def test_chunk_ends_with_the_episode():
     assert env.unwrapped.observed == [False, False, False, True] and env.unwrapped.observe
     with pytest.raises(ValueError, match=r"\(4, 2\)"):
         env.step(np.zeros(2))
+
+
+class Halfway(gym.Wrapper):
+    """Ends an episode by itself."""
+
+    def step(self, action):
+        obs, reward, _, truncated, info = self.env.step(action)
+        return obs, reward, bool(obs[0] >= 0.5), truncated, info
+
+
+@pytest.mark.parametrize(
+    ("wrap", "observed"),
+    [
+        (lambda env: TimeLimit(env, 6), "...x" ".x"),
+        (lambda env: TimeLimit(RescaleAction(env, -2.0, 2.0), 6), "...x" ".x"),
+        (lambda env: TransformObservation(env, lambda obs: obs + 1, env.observation_space), "...x" "...x"),
+        (Halfway, "xxxx" "xxxx"),
+        (lambda env: FrameStackObservation(env, 2), "xxxx" "xxxx"),
+    ],
+)  # fmt: skip
+def test_the_last_state_of_an_episode_is_always_observed(wrap, observed):
+    """Whatever ends the episode inside the chunk, and what looks at every step, sees every step that it needs."""
+    env = ActionChunk(wrap(Line()), 4)
+    env.reset(options={"x": 0.0})
+    for _ in range(2):
+        env.step(np.zeros((4, 2), dtype=np.float32))
+    assert "".join(".x"[seen] for seen in env.unwrapped.observed) == observed and env.unwrapped.observe is True
+
+
+def test_an_attribute_named_observe_of_somebody_elses_env_is_left_alone():
+    class Theirs(Line):
+        can_skip_observations = False
+
+        def __init__(self):
+            super().__init__()
+            self.observe = self.look
+
+        def look(self):
+            return "a method"
+
+    env = ActionChunk(Theirs(), 2)
+    env.reset()
+    env.step(np.zeros((2, 2), dtype=np.float32))
+    assert env.unwrapped.observe() == "a method"
+
+
+class Negated(gym.ActionWrapper):
+    def action(self, action):
+        return -action
+
+
+class Undoable(Negated):
+    def reverse_action(self, action):
+        assert np.shape(action) == (2,)
+        return -action
+
+
+class Strong(Line):
+    """Remembers what it executed; its actions are in [-2, 2] and [-6, 6]."""
+
+    action_space = spaces.Box(np.array([-2.0, -6.0], np.float32), np.array([2.0, 6.0], np.float32))
+    executed: list[np.ndarray]
+
+    def reset(self, *, seed=None, options=None):
+        self.executed = []
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        self.executed.append(np.array(action))
+        return super().step(action)
+
+    def expert_action(self):
+        return np.array([-1.5, 4.0], dtype=np.float32)
+
+    def expert_chunk(self, chunk_size):
+        return np.tile(self.expert_action(), (chunk_size, 1))
+
+
+def scaled(env):
+    return RescaleAction(env, -1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda env: ActionTokens(ActionChunk(scaled(env), 2)),
+        lambda env: ActionTokens(ActionChunk(scaled(Undoable(env)), 2)),
+        lambda env: ActionTokens(ActionChunk(TimeLimit(scaled(env), 9), 2)),
+        lambda env: EpisodeControl(ClipAction(env)),
+        lambda env: ActionTokens(scaled(env)),
+        lambda env: EpisodeControl(scaled(Undoable(env))),
+        lambda env: EpisodeControl(ActionTokens(scaled(ActionChunk(env, 2)))),
+    ],
+)  # fmt: skip
+def test_the_experts_own_label_executes_the_experts_action(wrap):
+    env = wrap(Strong())
+    env.reset(seed=0)
+    assert env.get_wrapper_attr("has_expert")
+    env.step(env.expert_action())
+    for executed in env.unwrapped.executed:
+        np.testing.assert_allclose(executed, [-1.5, 4.0], atol=4 / 255)
+
+
+def test_a_wrapper_that_says_not_how_to_undo_it_is_refused():
+    env = EpisodeControl(Negated(Strong()))
+    for ask in (lambda: env.has_expert, env.expert_action):
+        with pytest.raises(ValueError, match="Negated changes actions.*reverse_action"):
+            ask()
+    # An env without an expert has none, whatever stands around it
+    assert not EpisodeControl(Negated(gym.make("Pendulum-v1"))).has_expert
+
+
+class Native(gym.Env):
+    """Carries out chunks by itself, and says nothing of how many actions it took."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (3, 2), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        assert action.shape == (3, 2)
+        return np.zeros(1, np.float32), 0.0, False, False, {"n_executed": 2} if action[0, 0] > 0 else {}
+
+
+def test_all_tokens_of_a_native_chunk_count():
+    env = ActionTokens(Native())
+    env.reset()
+    assert env.step(np.zeros(6, dtype=np.int64))[4]["n_executed_tokens"] == 6
+    assert env.step(np.full(6, 200))[4]["n_executed_tokens"] == 4, "two of three actions, as it says"
 
 
 def test_tokens_of_a_chunk():

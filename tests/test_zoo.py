@@ -26,7 +26,7 @@ import opd_gym
 from opd_gym import checkpoints as registry
 from opd_gym.checkpoints import run_checkpoints
 from opd_gym.cli import quickstart
-from opd_gym.cli.main import build_parser, main
+from opd_gym.cli.main import main
 from opd_gym.cli.runs import (
     STATES_FILE,
     RunCheckpoint,
@@ -468,7 +468,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("train", "eval", "enjoy", "video", "demos", "list", "quickstart", "doctor"):
         with pytest.raises(SystemExit) as stop:
-            build_parser().parse_args([command, "--help"])
+            main([command, "--help"])
         assert stop.value.code == 0
         assert "usage: opd-gym" in capsys.readouterr().out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,27 @@ def micro_batches(mask: th.Tensor, size: int | None) -> Iterator[tuple[slice, fl
     shares = th.stack([mask[part].sum() for part in parts]) / total
     # A minibatch in which nothing counts has a loss of 0 whatever its parts weigh
     yield from zip(parts, shares.tolist(), strict=True)
+
+
+def outcome_of_step(
+    infos: Sequence[dict[str, Any]], dones: np.ndarray, void: np.ndarray, n_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    What the infos of a step say of the decisions that led to it.
+
+    :param infos: Infos of all envs; ``n_executed_tokens`` where a chunk was cut short, ``is_success`` at the end
+    :param dones: Whether the episode ended
+    :param void: Whether the decision was not carried out
+    :param n_tokens: Number of tokens of a decision
+    :return: Mask of executed tokens, (n_envs, T), and outcome of the episodes that ended, NaN for the others
+    """
+    token_mask = np.ones((len(infos), n_tokens), dtype=np.float32)
+    success = np.full(len(infos), np.nan, dtype=np.float32)
+    for i, info in enumerate(infos):
+        token_mask[i, 0 if void[i] else info.get("n_executed_tokens", n_tokens) :] = 0.0
+        if dones[i] and "is_success" in info:
+            success[i] = info["is_success"]
+    return token_mask, success
 
 
 class TeacherRolloutSamples(NamedTuple):
@@ -226,7 +247,7 @@ class TeacherRolloutBuffer(RolloutBuffer):
 
     def set_teacher(self, rows: np.ndarray, log_probs: th.Tensor, distributions: th.Tensor | None = None) -> None:
         """
-        Attach the teacher's opinion to rows of the finished rollout.
+        Attach the teacher's labels to rows of the finished rollout.
 
         :param rows: Rows of the flattened buffer
         :param log_probs: Teacher's log-probabilities of the sampled tokens, (rows, T)
@@ -292,7 +313,7 @@ class ReplayedStates(NamedTuple):
 class StateReplay:
     """
     Ring buffer of states with the teacher's distribution, so that an exact divergence can be descended on all states
-    visited so far: the objective is an expectation over states alone, and a frozen teacher's opinion does not age.
+    visited so far: the objective is an expectation over states alone, and a frozen teacher's labels do not age.
 
     Memory grows by doubling up to ``capacity`` and observations keep the dtype of their space (images: uint8).
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from opd_gym.algorithms.base import MAX_SEED, RolloutAlgorithm
+from opd_gym.algorithms.common import check_at_least_one
 from opd_gym.algorithms.losses import (
     PolicyGradientMetrics,
     clipped_surrogate,
@@ -19,8 +20,6 @@ from opd_gym.algorithms.losses import (
     trajectory_weights,
 )
 from opd_gym.episodes import EpisodeSpec, can_announce
-
-SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 
 
 class GRPO(RolloutAlgorithm):
@@ -33,8 +32,8 @@ class GRPO(RolloutAlgorithm):
     episode (``info["is_success"]``), or its return where the env does not report success. There is no critic, no KL
     term and no entropy bonus.
 
-    Episodes are handed out from a queue: a worker that has finished takes the next one, and stands still at no cost
-    when the queue is empty. So the envs must be wrapped in ``EpisodeControl`` (``make_vec`` does it, and so does this
+    Episodes are handed out from a queue: an env that has finished takes the next one, and stands still at no cost when
+    the queue is empty. So the envs must be wrapped in ``EpisodeControl`` (``make_vec`` does it, and so does this
     class for a single env or an env id), must be determined by the seed of their reset, and must end their episodes.
     An episode that is lost with its worker (``WorkerVecEnv``) has no outcome: its group is one member smaller, and
     nothing is learned from it.
@@ -44,7 +43,7 @@ class GRPO(RolloutAlgorithm):
     :param group_size: Number of episodes in a group
     :param n_groups: Number of groups in an iteration (SimpleVLA-RL: 64)
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
-    :param batch_size: Minibatch size, in trajectories
+    :param trajectories_per_batch: Number of trajectories in a minibatch
     :param micro_batch_size: Number of decisions that go through the policy at once; gradients are accumulated over the
         trajectories of a minibatch
     :param n_epochs: Number of epochs when optimizing the surrogate loss
@@ -61,6 +60,7 @@ class GRPO(RolloutAlgorithm):
     :param verbose: 0 for no output, 1 for info messages, 2 for debug messages
     :param seed: Seed for the pseudo random generators
     :param device: Device (cpu, cuda, ...) on which the code should be run
+    :param batch_size: Not taken: see ``trajectories_per_batch``
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
@@ -71,7 +71,7 @@ class GRPO(RolloutAlgorithm):
         group_size: int = 8,
         n_groups: int = 8,
         learning_rate: float | Schedule = 5e-6,
-        batch_size: int = 128,
+        trajectories_per_batch: int = 128,
         micro_batch_size: int = 128,
         n_epochs: int = 1,
         clip_range: float = 0.2,
@@ -86,8 +86,14 @@ class GRPO(RolloutAlgorithm):
         verbose: int = 0,
         seed: int | None = None,
         device: th.device | str = "auto",
+        batch_size: None = None,
         _init_setup_model: bool = True,
     ):
+        if batch_size is not None:
+            raise ValueError(
+                f"GRPO takes whole trajectories: write trajectories_per_batch={batch_size} instead of "
+                f"batch_size={batch_size}, which meant the same. batch_size counts decisions, in all other algorithms."
+            )
         if group_size < 2:
             raise ValueError(
                 f"Expected group_size to be at least 2: an episode is compared with its group. Got {group_size}."
@@ -96,12 +102,14 @@ class GRPO(RolloutAlgorithm):
             raise ValueError(
                 f"Expected dynamic_sampling to be (low, high) within [0, 1] or None, got {dynamic_sampling}."
             )
-        sizes = dict(n_groups=n_groups, batch_size=batch_size, micro_batch_size=micro_batch_size, n_epochs=n_epochs)
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"Expected {name} to be at least 1, got {value}.")
+        check_at_least_one(
+            n_groups=n_groups,
+            trajectories_per_batch=trajectories_per_batch,
+            micro_batch_size=micro_batch_size,
+            n_epochs=n_epochs,
+        )
         self.n_groups = n_groups
-        self.batch_size = batch_size
+        self.trajectories_per_batch = trajectories_per_batch
         self.micro_batch_size = micro_batch_size
         self.n_epochs = n_epochs
         self.clip_range = clip_range
@@ -140,6 +148,11 @@ class GRPO(RolloutAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        # What models saved by version 0.1 call it
+        self.trajectories_per_batch = self.__dict__.pop("batch_size", self.trajectories_per_batch)
+
     # ------------------------------------------------------------------------------------------------------ rollout
 
     def _before_reset(self) -> None:
@@ -161,8 +174,7 @@ class GRPO(RolloutAlgorithm):
             self._before_reset()
             self._last_obs = self.env.reset()  # type: ignore[assignment]
             self._last_episode_starts = np.ones((self.n_envs,), dtype=bool)
-            for index in range(self.n_envs):
-                self._episodes.begun(index)
+            self._episodes.all_begun()
         self._just_reset = False
 
     def _rollout_done(self, n_steps: int, n_rollout_steps: int) -> bool:
@@ -206,6 +218,8 @@ class GRPO(RolloutAlgorithm):
         Update policy using the trajectories of the groups that were kept.
         """
         self.policy.set_training_mode(True)
+        # An update that was interrupted, or refused, has left its gradients
+        self.policy.optimizer.zero_grad()
         self._update_learning_rate(self.policy.optimizer)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if not self._trajectories:
@@ -219,8 +233,8 @@ class GRPO(RolloutAlgorithm):
         metrics: list[PolicyGradientMetrics] = []
         for _ in range(self.n_epochs):
             order = np.random.permutation(len(self._trajectories))
-            for start in range(0, len(order), self.batch_size):
-                trajectories = [self._trajectories[i] for i in order[start : start + self.batch_size]]
+            for start in range(0, len(order), self.trajectories_per_batch):
+                trajectories = [self._trajectories[i] for i in order[start : start + self.trajectories_per_batch]]
                 batch_metrics, batch_entropies = self._accumulate_gradients(np.concatenate(trajectories))
                 grad_norms.append(self._gradient_step())
                 # Micro-batches add up to the loss of the minibatch
@@ -255,17 +269,6 @@ class GRPO(RolloutAlgorithm):
             metrics.append(micro_metrics)
             entropies.append(masked_mean(policy.entropy().detach(), samples.token_mask).item())
         return metrics, entropies
-
-    def learn(
-        self: SelfGRPO,
-        total_timesteps: int | None = None,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str | None = "GRPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfGRPO:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_trajectories", "_queue"]

@@ -84,6 +84,21 @@ def weighted_mean(parts: Sequence[tuple[float, Metrics]]) -> Metrics:
     return replace(first, **means)
 
 
+def smoothed_labels(n_bins: int, sigma: float, floor: float = 0.0) -> np.ndarray:
+    """
+    Distributions around labels, for bins of which neighbours are alike.
+
+    :param n_bins: Number of bins
+    :param sigma: Standard deviation of a Gaussian over the bins, in bins; 0: the label alone
+    :param floor: Probability that is spread evenly over all bins
+    :return: Probabilities of every bin for every label, float64 (n_bins, n_bins), each row adding up to 1
+    """
+    bins = np.arange(n_bins, dtype=np.float64)
+    distance = bins[:, None] - bins
+    kernel = np.exp(-0.5 * (distance / sigma) ** 2) if sigma > 0.0 else np.eye(n_bins)
+    return (1.0 - floor) * kernel / kernel.sum(axis=1, keepdims=True) + floor / n_bins
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # On-policy distillation
 

@@ -5,31 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
 from opd_gym.algorithms.base import RolloutAlgorithm
-from opd_gym.algorithms.buffers import ReplayedStates, StateReplay, micro_batches, random_shift
+from opd_gym.algorithms.buffers import ReplayedStates, StateReplay
+from opd_gym.algorithms.common import accumulate_gradients, augment, check_at_least_one, check_augmentation
 from opd_gym.algorithms.losses import (
     DIVERGENCES,
     DistillationMetrics,
     Divergence,
     exact_opd_loss,
     sampled_opd_loss,
-    weighted_mean,
 )
 from opd_gym.algorithms.teachers import Teacher, make_teacher
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import is_autoregressive
-
-SelfOPD = TypeVar("SelfOPD", bound="OPD")
 
 # What `state_replay=True` may take of the memory
 REPLAY_BYTES = 2**30
@@ -39,13 +35,13 @@ class OPD(RolloutAlgorithm):
     """
     On-Policy Distillation (OPD), after VLA-OPD: https://arxiv.org/abs/2603.26666
 
-    Each iteration the student acts for ``n_steps`` decisions in every worker, the frozen teacher gives its distribution
-    in the states that the student came to (its own mistakes included), and the student descends the divergence between
-    the two. The environment's reward is not used, and episodes need not be complete, so no worker waits for another.
+    Each iteration the student acts for ``n_steps`` decisions in every env, the frozen teacher gives its distribution in
+    the states the student visited (its own mistakes included), and the student descends the divergence between the two.
+    The environment's reward is not used, and episodes need not be complete, so no env waits for another.
 
     ``estimator="exact"`` (the default) sums the divergence over all bins, or takes the closed form for Gaussians. It is
     an expectation over states alone, so every state visited so far remains a valid target: they are kept with the
-    teacher's opinion (``state_replay``), and each iteration takes ``gradient_steps`` minibatches from all of them.
+    teacher's labels (``state_replay``), and each iteration takes ``gradient_steps`` minibatches from all of them.
 
     Tokens of an autoregressive student (OpenVLA) are compared one by one after its own tokens before them, as on-policy
     distillation of language models does (GKD, https://arxiv.org/abs/2306.13649): such a prefix is part of the state,
@@ -60,15 +56,15 @@ class OPD(RolloutAlgorithm):
         in the zoo, "expert" for the env's scripted expert, or a live policy; None: the teacher that the zoo has for
         this env
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
-    :param n_steps: Number of decisions of each worker per iteration
+    :param n_steps: Number of decisions of each env per iteration
     :param batch_size: Minibatch size
     :param micro_batch_size: Number of decisions that go through student or teacher at once; gradients are accumulated
         over the parts of a minibatch. None: the whole minibatch
     :param divergence: "reverse_kl" (the paper's), "forward_kl", "hard_ce" (cross-entropy on the teacher's mode) or
         "jsd"
     :param estimator: "exact" or "sampled" ("sampled" estimates the reverse KL only)
-    :param group_size: Number of consecutive episodes that start from the same state (where workers can be told): the
-        paper has 8, 1 comes to the most initial states
+    :param group_size: Number of consecutive episodes that start from the same state (where envs can be told): the paper
+        has 8, 1 visits the most initial states
     :param state_replay: Whether to keep all states visited so far, or how many at most; True: as many as fit in 1 GiB;
         None: with the exact estimator, and not with the sampled one
     :param gradient_steps: Minibatches per iteration, with state replay
@@ -122,10 +118,10 @@ class OPD(RolloutAlgorithm):
             raise ValueError(f"Expected divergence to be one of {DIVERGENCES}, got {divergence!r}.")
         if estimator not in ("exact", "sampled"):
             raise ValueError(f'Expected estimator to be "exact" or "sampled", got {estimator!r}.')
-        if augmentation not in (None, "random_shift", "random_shift_batch"):
-            raise ValueError(
-                f'Expected augmentation to be None, "random_shift" or "random_shift_batch", got {augmentation!r}.'
-            )
+        check_augmentation(augmentation)
+        check_at_least_one(
+            batch_size=batch_size, gradient_steps=gradient_steps, n_epochs=n_epochs, micro_batch_size=micro_batch_size
+        )
         if estimator == "sampled":
             if divergence != "reverse_kl":
                 raise ValueError(
@@ -141,10 +137,6 @@ class OPD(RolloutAlgorithm):
                 raise ValueError(
                     'estimator="sampled" scores the observations that were acted on: use augmentation=None.'
                 )
-        sizes = dict(batch_size=batch_size, gradient_steps=gradient_steps, n_epochs=n_epochs)
-        for name, value in {**sizes, "micro_batch_size": micro_batch_size}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"Expected {name} to be at least 1, got {value}.")
         self.teacher = teacher
         self.teacher_kwargs = teacher_kwargs or {}
         self.batch_size = batch_size
@@ -208,15 +200,15 @@ class OPD(RolloutAlgorithm):
 
     # ------------------------------------------------------------------------------------------------------ rollout
 
-    def _label_step(self, workers: np.ndarray) -> np.ndarray | None:
+    def _label_step(self, envs: np.ndarray) -> np.ndarray | None:
         assert self._teacher is not None and self.env is not None
         if not self._teacher.privileged:
             return None
-        # All workers simulate ahead at once: a vectorised env sends to all of them before it waits for the first
-        return self._teacher.label(self.env, workers)
+        # All envs simulate ahead at once: a vectorised env sends to all of them before it waits for the first
+        return self._teacher.label(self.env, envs)
 
     def _end_rollout(self) -> None:
-        """The teacher gives its opinion on every state of the rollout, in large batches."""
+        """The teacher labels every state of the rollout, in large batches."""
         assert self._teacher is not None
         buffer = self.rollout_buffer
         for samples in buffer.get(self.micro_batch_size or self.batch_size, rows=buffer.valid_rows()):
@@ -242,6 +234,8 @@ class OPD(RolloutAlgorithm):
         Update policy using the currently gathered rollout buffer (and the replayed states).
         """
         self.policy.set_training_mode(True)
+        # An update that was interrupted, or refused, has left its gradients
+        self.policy.optimizer.zero_grad()
         self._update_learning_rate(self.policy.optimizer)
         if self.estimator == "sampled":
             metrics, grad_norms = self._train_sampled()
@@ -257,17 +251,21 @@ class OPD(RolloutAlgorithm):
         """Descend the divergence of the two distributions, on replayed states or on those of this rollout."""
         metrics, grad_norms = [], []
         for observations, distributions, mask, actions in self._exact_batches():
-            observations = self._augment(observations)
-            parts = []
-            for rows, share in micro_batches(mask, self.micro_batch_size):
-                student = self._student(obs_rows(observations, rows), None if actions is None else actions[rows])
-                teacher = self.token_spec.from_flat(distributions[rows])
-                loss, part_metrics = exact_opd_loss(student, teacher, mask[rows], self.divergence)
-                (share * loss).backward()
-                parts.append((share, part_metrics))
+            metrics.append(self._descend(observations, distributions, mask, actions))
             grad_norms.append(self._gradient_step())
-            metrics.append(weighted_mean(parts))
         return metrics, grad_norms
+
+    def _descend(
+        self, observations: PyTorchObs, distributions: th.Tensor, mask: th.Tensor, actions: th.Tensor | None
+    ) -> DistillationMetrics:
+        """Gradients of the divergence on a minibatch of states."""
+        observations = augment(observations, self.observation_space, self.augmentation)
+
+        def loss_of(rows: slice) -> tuple[th.Tensor, DistillationMetrics]:
+            student = self._student(obs_rows(observations, rows), None if actions is None else actions[rows])
+            return exact_opd_loss(student, self.token_spec.from_flat(distributions[rows]), mask[rows], self.divergence)
+
+        return accumulate_gradients(mask, self.micro_batch_size, loss_of)
 
     def _exact_batches(self) -> Iterator[ReplayedStates]:
         if self.replay_buffer is not None:
@@ -296,31 +294,6 @@ class OPD(RolloutAlgorithm):
         # Minibatches add up to the loss of the rollout
         total_loss = sum(m.loss for m in metrics)
         return [replace(m, loss=total_loss) for m in metrics], [self._gradient_step()]
-
-    def _augment(self, observations: Any) -> Any:
-        if self.augmentation is None:
-            return observations
-        per_sample = self.augmentation == "random_shift"
-
-        def augment(array: th.Tensor, space: spaces.Space) -> th.Tensor:
-            if not (isinstance(space, spaces.Box) and is_image_space(space)):
-                return array
-            return random_shift(array, per_sample, is_image_space_channels_first(space))
-
-        if isinstance(self.observation_space, spaces.Dict):
-            return {key: augment(observations[key], space) for key, space in self.observation_space.spaces.items()}
-        return augment(observations, self.observation_space)
-
-    def learn(
-        self: SelfOPD,
-        total_timesteps: int | None = None,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str | None = "OPD",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfOPD:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     # ------------------------------------------------------------------------------------------------------ saving
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 from torch.nn import functional as F
 
 from opd_gym.algorithms.base import RolloutAlgorithm
-from opd_gym.algorithms.buffers import TeacherRolloutSamples, micro_batches
+from opd_gym.algorithms.buffers import TeacherRolloutSamples
+from opd_gym.algorithms.common import accumulate_gradients, check_at_least_one
 from opd_gym.algorithms.losses import PolicyGradientMetrics, clipped_surrogate, masked_mean
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import token_view
-
-SelfPPO = TypeVar("SelfPPO", bound="PPO")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class PPO(RolloutAlgorithm):
     :param policy: The policy model to use (MlpPolicy, VLAPolicy with ``value_head=True``, ...)
     :param env: The environment to learn from: an id, an env, or a vectorised env
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
-    :param n_steps: Number of decisions of each worker per update
+    :param n_steps: Number of decisions of each env per update
     :param batch_size: Minibatch size
     :param n_epochs: Number of epochs when optimizing the surrogate loss
     :param gamma: Discount factor
@@ -115,8 +114,7 @@ class PPO(RolloutAlgorithm):
             raise ValueError(f"Expected batch_size to be at least 2 with normalize_advantage, got {batch_size}.")
         if isinstance(clip_range_vf, (int, float)) and clip_range_vf <= 0:
             raise ValueError(f"Expected clip_range_vf to be positive, or None for no clipping, got {clip_range_vf}.")
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"Expected micro_batch_size to be at least 1, got {micro_batch_size}.")
+        check_at_least_one(batch_size=batch_size, micro_batch_size=micro_batch_size, n_epochs=n_epochs)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.n_epochs = n_epochs
@@ -156,6 +154,29 @@ class PPO(RolloutAlgorithm):
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
+
+    # ------------------------------------------------------------------------------------------------------ rollout
+
+    def _step_rewards(
+        self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], values: th.Tensor
+    ) -> np.ndarray:
+        """A truncated episode goes on in its value: https://github.com/DLR-RM/stable-baselines3/issues/633"""
+        for index in np.flatnonzero(dones):
+            info = infos[index]
+            if info.get("episode_lost"):
+                # The episode is cut where its last decision was taken, which then has no advantage
+                rewards[index] = values[index].item()
+            elif info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
+                terminal_obs = self.policy.obs_to_tensor(info["terminal_observation"])[0]
+                with th.no_grad():
+                    rewards[index] += self.gamma * self.policy.predict_values(terminal_obs)[0].item()
+        return rewards
+
+    def _last_values(self) -> th.Tensor:
+        with th.no_grad():
+            return self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------------------------------------------ training
 
     @property
     def _per_token(self) -> bool:
@@ -200,38 +221,37 @@ class PPO(RolloutAlgorithm):
         self.logger.record("train/clip_range", clip_range)
 
     def _accumulate_gradients(self, samples: TeacherRolloutSamples, clip_range: float) -> PPOMetrics:
-        """Gradients of the loss of a minibatch, a part of it at a time; what a mean is taken over weighs each part."""
+        """Gradients of the loss of a minibatch, a part of it at a time."""
         if self.normalize_advantage and len(samples.advantages) > 1:
             advantages = samples.advantages
             samples = samples._replace(advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8))
-        # Policy loss and entropy are means over tokens, or over decisions; the value loss is one over decisions
+        # Policy loss and entropy are means over tokens, or over decisions
         counts = samples.token_mask if self._per_token else th.ones_like(samples.advantages).unsqueeze(1)
-        parts = []
-        for rows, share in micro_batches(counts, self.micro_batch_size):
+
+        def loss_of(rows: slice) -> tuple[th.Tensor, PPOMetrics]:
             part = TeacherRolloutSamples(*(obs_rows(field, rows) for field in samples))
-            decisions = len(part.rows) / len(samples.rows)
             policy_loss, policy_metrics, entropy, values = self._evaluate(part, clip_range)
-            value_loss = self._value_loss(part, values)
-            loss = share * (policy_loss - self.ent_coef * entropy) + decisions * self.vf_coef * value_loss
-            loss.backward()
-            parts.append(
-                (
-                    loss.item(),
-                    share * policy_metrics.loss,
-                    -share * entropy.item(),
-                    decisions * value_loss.item(),
-                    share * policy_metrics.clip_fraction,
-                    share * policy_metrics.approx_kl,
-                )
+            # The value loss is a mean over decisions, and the part will be weighed by its tokens
+            rate = (len(part.rows) / len(samples.rows)) / (counts[rows].sum() / counts.sum())
+            value_loss = rate * self._value_loss(part, values)
+            loss = policy_loss - self.ent_coef * entropy + self.vf_coef * value_loss
+            return loss, PPOMetrics(
+                loss=loss.item(),
+                policy_gradient_loss=policy_metrics.loss,
+                entropy_loss=-entropy.item(),
+                value_loss=value_loss.item(),
+                clip_fraction=policy_metrics.clip_fraction,
+                approx_kl=policy_metrics.approx_kl,
             )
-        return PPOMetrics(*(sum(column) for column in zip(*parts, strict=True)))
+
+        return accumulate_gradients(counts, self.micro_batch_size, loss_of)
 
     def _evaluate(
         self, samples: TeacherRolloutSamples, clip_range: float
     ) -> tuple[th.Tensor, PolicyGradientMetrics, th.Tensor, th.Tensor]:
         """Policy loss with its metrics, entropy and values of decisions whose advantages are normalised."""
         dist, values = self._distribution(samples.observations, samples.actions)
-        view = token_view(dist) if self.temperature == 1.0 else token_view(dist).temper(self.temperature)
+        view = token_view(dist).temper(self.temperature)
         mask = samples.token_mask
         log_probs = view.log_prob(samples.actions.reshape(len(samples.rows), -1))
         old_log_probs = samples.old_token_log_probs
@@ -254,14 +274,3 @@ class PPO(RolloutAlgorithm):
             change = th.clamp(values - samples.old_values, -clip_range_vf, clip_range_vf)
             values = samples.old_values + change
         return F.mse_loss(samples.returns, values)
-
-    def learn(
-        self: SelfPPO,
-        total_timesteps: int | None = None,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str | None = "PPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfPPO:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -13,19 +13,24 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import utils
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 
-from opd_gym.algorithms.base import RolloutAlgorithm
-from opd_gym.algorithms.buffers import micro_batches, random_shift
-from opd_gym.algorithms.losses import masked_mean, weighted_mean
+from opd_gym.algorithms.common import (
+    PolicyAlgorithm,
+    accumulate_gradients,
+    augment,
+    check_at_least_one,
+    check_augmentation,
+)
+from opd_gym.algorithms.losses import masked_mean, smoothed_labels
 from opd_gym.demonstrations import Demonstrations, PathLike
 from opd_gym.observations import obs_rows
 from opd_gym.policies.body import checkpoint_settings
-from opd_gym.tokens import CategoricalTokens, TokenView, token_view
+from opd_gym.tokens import CategoricalTokens, TokenView
 
 SelfSFT = TypeVar("SelfSFT", bound="SFT")
 
@@ -82,9 +87,13 @@ class SFTLoss:
         if isinstance(view, CategoricalTokens):
             accuracy = masked_mean((mode == actions).float(), mask).item()
             if self.label_smoothing > 0.0:
-                targets = self._table(view.log_probs)[actions.long()]
-                # A bin that a token does not have carries no label, and 0 * -inf is NaN.
-                losses = -(targets * view.log_probs.clamp(min=-1e4)).sum(dim=-1)
+                targets, log_probs, padding = self._table(view.log_probs)[actions.long()], view.log_probs, view.padding
+                if padding is not None:
+                    # A bin that a token does not have carries no label, and 0 * -inf is NaN
+                    targets = targets.masked_fill(padding, 0.0)
+                    targets = targets / targets.sum(dim=-1, keepdim=True)
+                    log_probs = log_probs.masked_fill(padding, 0.0)
+                losses = -(targets * log_probs).sum(dim=-1)
         loss = masked_mean(losses, mask)
         with th.no_grad():
             metrics = SFTMetrics(
@@ -100,9 +109,8 @@ class SFTLoss:
         """Target distribution of every label, (V, V)."""
         n_bins = log_probs.shape[-1]
         if self._targets is None or len(self._targets) != n_bins or self._targets.device != log_probs.device:
-            bins = th.arange(n_bins, dtype=th.float32, device=log_probs.device)
-            distance = (bins[:, None] - bins) / self.label_smoothing
-            self._targets = th.softmax(-0.5 * distance**2, dim=-1)
+            table = smoothed_labels(n_bins, self.label_smoothing)
+            self._targets = th.as_tensor(table, dtype=th.float32, device=log_probs.device)
         return self._targets
 
 
@@ -123,7 +131,7 @@ class GradientStepProgressBar(BaseCallback):
         self.pbar.close()
 
 
-class SFT(RolloutAlgorithm):
+class SFT(PolicyAlgorithm):
     """
     Supervised fine-tuning on demonstrations: behaviour cloning by maximum likelihood.
 
@@ -133,7 +141,8 @@ class SFT(RolloutAlgorithm):
     forcing), also where ``label_smoothing`` spreads the label of that token over its neighbours.
 
     :param policy: The policy model to use (VLAPolicy, MlpPolicy, CnnPolicy, MultiInputPolicy, ...)
-    :param env: The environment that the policy is for: an id, an env, or a vectorised env; it is not stepped
+    :param env: The environment that the policy is for: an id (of which one env is made), an env, or a vectorised env;
+        it is not stepped
     :param demonstrations: LIBERO HDF5 file(s) or directories of them, or a Demonstrations object
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0), which
         then replaces ``lr_decay``
@@ -163,6 +172,8 @@ class SFT(RolloutAlgorithm):
     """
 
     default_total_timesteps: ClassVar[int] = 2_000
+    steps_env: ClassVar[bool] = False
+    progress_bar_class: ClassVar[type[BaseCallback]] = GradientStepProgressBar
 
     def __init__(
         self,
@@ -192,34 +203,26 @@ class SFT(RolloutAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        if augmentation not in (None, "random_shift", "random_shift_batch"):
-            raise ValueError(
-                f'Expected augmentation to be None, "random_shift" or "random_shift_batch", got {augmentation!r}.'
-            )
+        check_augmentation(augmentation)
         if lr_decay not in ("cosine", "constant"):
             raise ValueError(f'Expected lr_decay to be "cosine" or "constant", got {lr_decay!r}.')
-        if batch_size < 1 or warmup_steps < 0 or validation_freq < 1:
-            raise ValueError(
-                "Expected batch_size and validation_freq of at least 1 and warmup_steps of at least 0, got "
-                f"{batch_size}, {validation_freq} and {warmup_steps}."
-            )
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"Expected micro_batch_size to be at least 1, got {micro_batch_size}.")
+        check_at_least_one(batch_size=batch_size, micro_batch_size=micro_batch_size, validation_freq=validation_freq)
+        if warmup_steps < 0:
+            raise ValueError(f"Expected warmup_steps of at least 0, got {warmup_steps}.")
+        env, policy_kwargs = self._prepare(policy, env, policy_kwargs, verbose, seed)
         super().__init__(
             policy,
             env,
             learning_rate=learning_rate,
-            # Nothing is rolled out.
-            n_steps=1,
-            max_grad_norm=max_grad_norm,
+            policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
             verbose=verbose,
-            seed=seed,
             device=device,
-            _init_setup_model=False,
+            support_multi_env=True,
+            seed=seed,
         )
+        self.max_grad_norm = max_grad_norm
         self.lr_decay = lr_decay
         self.warmup_steps = warmup_steps
         self.batch_size = batch_size
@@ -264,10 +267,7 @@ class SFT(RolloutAlgorithm):
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
         )
         self.policy = policy.to(self.device)
-        # A saved algorithm must load where the checkpoint that its policy started from is gone
-        portable_kwargs = getattr(self.policy, "portable_kwargs", None)
-        if portable_kwargs is not None:
-            self.policy_kwargs = portable_kwargs()
+        self._policy_is_built()
         if demonstrations is not None:
             self.set_demonstrations(demonstrations)
 
@@ -382,18 +382,14 @@ class SFT(RolloutAlgorithm):
             rate *= 0.5 * (1.0 - math.cos(math.pi * self._current_progress_remaining))
         return rate * min(1.0, (self._n_updates + 1) / max(1, self.warmup_steps))
 
-    def _batch(self, rows: np.ndarray, augment: bool) -> tuple[PyTorchObs, th.Tensor, th.Tensor | None]:
+    def _batch(self, rows: np.ndarray) -> tuple[PyTorchObs, th.Tensor, th.Tensor | None]:
         data: Demonstrations = self.demonstrations
 
         def prepare(array: np.ndarray, space: spaces.Space) -> th.Tensor:
             x = obs_as_tensor(array[rows], self.device)
             assert isinstance(x, th.Tensor)
-            if not is_image_space(space):
-                return x
-            if self._needs_transpose(tuple(x.shape[1:]), space):
+            if is_image_space(space) and self._needs_transpose(tuple(x.shape[1:]), space):
                 x = x.movedim(-1, 1)
-            if augment and self.augmentation is not None:
-                x = random_shift(x, self.augmentation == "random_shift", is_image_space_channels_first(space))  # type: ignore[arg-type]
             return x
 
         obs: PyTorchObs
@@ -409,18 +405,19 @@ class SFT(RolloutAlgorithm):
     def train(self) -> None:
         """Take one gradient step on a random minibatch."""
         self.policy.set_training_mode(True)
+        # An update that was interrupted, or refused, has left its gradients
+        self.policy.optimizer.zero_grad()
         utils.update_learning_rate(self.policy.optimizer, self._learning_rate_now())
         self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
         rows = self._training_rows[th.randint(len(self._training_rows), (self.batch_size,)).numpy()]
-        obs, actions, mask = self._batch(rows, augment=True)
-        parts = []
+        observations, actions, mask = self._batch(rows)
+        observations = augment(observations, self.observation_space, self.augmentation)
         counts = th.ones(actions.shape, device=self.device) if mask is None else mask
-        for part, share in micro_batches(counts, self.micro_batch_size):
-            view = token_view(self._distribution(obs_rows(obs, part), actions[part])[0])
-            loss, part_metrics = self.loss(view, actions[part], counts[part])
-            (share * loss).backward()
-            parts.append((share, part_metrics))
-        metrics = weighted_mean(parts)
+
+        def loss_of(part: slice) -> tuple[th.Tensor, SFTMetrics]:
+            return self.loss(self._student(obs_rows(observations, part), actions[part]), actions[part], counts[part])
+
+        metrics = accumulate_gradients(counts, self.micro_batch_size, loss_of)
         grad_norm = self._gradient_step()
         # Means over the interval of logging: one minibatch alone says little
         for name, value in vars(metrics).items():
@@ -460,8 +457,8 @@ class SFT(RolloutAlgorithm):
         parts, weights = [], []
         with th.no_grad():
             for batch in np.array_split(rows, math.ceil(len(rows) / (self.micro_batch_size or self.batch_size))):
-                obs, actions, mask = self._batch(batch, augment=False)
-                parts.append(self.loss(token_view(self._distribution(obs, actions)[0]), actions, mask)[1])
+                obs, actions, mask = self._batch(batch)
+                parts.append(self.loss(self._student(obs, actions), actions, mask)[1])
                 weights.append(len(batch))
         names = list(SFTMetrics.__dataclass_fields__)
         return SFTMetrics(**{n: float(np.average([getattr(p, n) for p in parts], weights=weights)) for n in names})
@@ -487,12 +484,7 @@ class SFT(RolloutAlgorithm):
         self._num_timesteps_at_start = self.num_timesteps
         if not self._custom_logger:
             self._logger = utils.configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps)
-        callbacks = [self._init_callback(callback, progress_bar=False)]
-        if progress_bar:
-            hybrid = CallbackList([*callbacks, GradientStepProgressBar()])
-            hybrid.init_callback(self)
-            return total_timesteps, hybrid
-        return total_timesteps, callbacks[0]
+        return total_timesteps, self._init_callback(callback, progress_bar)
 
     def learn(
         self: SelfSFT,

@@ -1,29 +1,29 @@
-"""Teachers: from a specification (a string, mostly) to something that has an opinion on every token in every state."""
+"""Teachers: from a specification (a string, mostly) to something that labels every token in every state."""
 
 from __future__ import annotations
 
-import inspect
 import os
-import pathlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.algorithms.losses import hermite_nodes
+from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
 from opd_gym.checkpoints import find_teacher
+from opd_gym.envs.wrappers import ActionTokens, EpisodeControl
 from opd_gym.observations import map_obs
+from opd_gym.policies.loading import load_policy
 from opd_gym.tokens import (
     CategoricalTokens,
     GaussianTokens,
@@ -55,13 +55,13 @@ class Teacher(ABC):
         :return: The teacher's distribution, without gradient
         """
 
-    def label(self, env: VecEnv, workers: np.ndarray) -> np.ndarray:
+    def label(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:
         """
         Labels of a privileged teacher for the present states.
 
         :param env: The student's env
-        :param workers: Workers to ask
-        :return: (len(workers), T)
+        :param indices: Numbers of the envs to ask
+        :return: (len(indices), T)
         """
         raise NotImplementedError
 
@@ -121,7 +121,7 @@ class PolicyTeacher(Teacher):
         policy: Any = self.policy
         if hasattr(policy, "lstm_actor"):
             raise ValueError(
-                "The teacher is recurrent (RecurrentPPO): its opinion depends on the history, and states are labelled "
+                "The teacher is recurrent (RecurrentPPO): its labels depend on the history, and states are labelled "
                 "one by one. Use a teacher without memory."
             )
         if hasattr(policy, "get_distribution"):
@@ -183,7 +183,7 @@ class ExpertTeacher(Teacher):
     """
     A scripted expert that sees the simulator's state: ``expert_action()`` of the env.
 
-    Its opinion on a token is its label, whatever the student's tokens before it: an autoregressive student learns the
+    Its label of a token does not depend on the student's tokens before it: an autoregressive student learns the
     expert's value of every action dimension also after a token of its own that the expert would not have chosen.
 
     :param env: The student's env
@@ -196,20 +196,27 @@ class ExpertTeacher(Teacher):
     privileged = True
 
     def __init__(self, env: VecEnv, student: BasePolicy, std: float = 0.1, smoothing: float = 1.0, floor: float = 0.01):
-        # A wrapper passes expert_action() on whether or not there is an expert below; `has_expert` tells
         if not all(env.get_attr("has_expert") if env.has_attr("has_expert") else [env.has_attr("expert_action")]):
             raise ValueError(
                 'teacher="expert" needs an env with a scripted expert: a method expert_action() that returns the '
-                f"action to take in the present state. {_env_id(env) or 'This env'} has none."
+                "action to take in the present state, and below ActionChunk a method expert_chunk(chunk_size). "
+                f"{_env_id(env) or 'This env'} has none."
+            )
+        # Only our wrappers bring a label through others, which may change actions
+        ours = [env.env_is_wrapped(wrapper) for wrapper in (EpisodeControl, ActionTokens)]
+        if any(env.env_is_wrapped(gym.ActionWrapper)) and not all(map(any, zip(*ours, strict=True))):
+            raise ValueError(
+                'teacher="expert": a wrapper of the envs changes actions. Wrap each env in '
+                "opd_gym.envs.wrappers.EpisodeControl, outermost, which brings the expert's actions through it."
             )
         self.spec = token_spec(env.action_space, squashed=student.squash_output)
         # Bins of a tokenised number have neighbours; the values of any other discrete action are only names
         ordered = self.spec.n_bins > 0 and env.has_attr("n_bins")
         self._smooth = LabelSmoothing(self.spec, env.action_space, ordered, std, smoothing, floor)
 
-    def label(self, env: VecEnv, workers: np.ndarray) -> np.ndarray:
+    def label(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:
         try:
-            actions = env.env_method("expert_action", indices=[int(worker) for worker in workers])
+            actions = env.env_method("expert_action", indices=[int(index) for index in indices])
         except AttributeError as error:
             raise ValueError(
                 f'teacher="expert": the env has no scripted expert ({error}). Use another teacher.'
@@ -272,12 +279,8 @@ class LabelSmoothing:
     @staticmethod
     def _table(n_bins: int, width: int, sigma: float, floor: float) -> np.ndarray:
         """Log-probabilities of every bin for every label, (width, width), -inf where a token has fewer bins."""
-        bins = np.arange(n_bins)
-        distance = (bins[:, None] - bins[None, :]).astype(np.float64)
-        kernel = np.exp(-0.5 * (distance / sigma) ** 2) if sigma > 0.0 else (distance == 0).astype(np.float64)
-        probabilities = (1.0 - floor) * kernel / kernel.sum(axis=1, keepdims=True) + floor / n_bins
         table = np.full((width, width), -np.inf, dtype=np.float32)
-        table[:n_bins, :n_bins] = np.log(probabilities)
+        table[:n_bins, :n_bins] = np.log(smoothed_labels(n_bins, sigma, floor))
         return table
 
     def __call__(self, labels: th.Tensor) -> TokenView:
@@ -333,9 +336,10 @@ def make_teacher(
     """
     Build a teacher and check that it fits the student: action space, bins, statistics, observations.
 
-    :param spec: The directory of a VLA checkpoint; the zip of any model of Stable-Baselines3, sb3-contrib or this
-        library; the name of a checkpoint of the zoo; "expert" for the env's scripted expert; a live policy or model; a
-        :class:`Teacher`; None for the teacher that the zoo has for this env
+    :param spec: The directory of a VLA checkpoint or of a run; the zip of any model of Stable-Baselines3, sb3-contrib
+        or this library; the name of a checkpoint of the zoo; the id of a VLA on the Hugging Face hub; "expert" for the
+        env's scripted expert; a live policy or model; a :class:`Teacher`; None for the teacher that the zoo has for
+        this env
     :param env: The student's env
     :param student: The student's policy
     :param device: Device of a teacher that is read from files; None: the student's
@@ -361,114 +365,28 @@ def make_teacher(
             'Expected teacher to be a path, the name of a checkpoint of the zoo, "expert", a policy, a model or None, '
             f"got {type(spec).__name__}."
         )
-    path = locate_teacher(spec, env)
     # Building networks draws random numbers; the student's run must not depend on the kind of its teacher
     with preserved_rng():
-        policy = load_vla(path, env, dtype) if path.is_dir() else load_policy(path, dtype, trainable=False)
+        policy = _load_teacher(spec, env, dtype)
     return PolicyTeacher(policy.to(student.device if device is None else device), env, student, **kwargs)
 
 
-def locate_teacher(spec: str | os.PathLike[str] | None, env: VecEnv) -> pathlib.Path:
-    """
-    Where a teacher's weights are.
-
-    :param spec: Path, name in the zoo, or None for the zoo's teacher of this env
-    :param env: The student's env
-    :return: An existing file or directory
-    """
+def _load_teacher(spec: str | os.PathLike[str] | None, env: VecEnv, dtype: str | th.dtype | None) -> BasePolicy:
     if spec is None:
         env_id = _env_id(env)
-        found = find_teacher(env_id) if env_id else None
-        if found is None:
+        spec = find_teacher(env_id) if env_id else None
+        if spec is None:
             raise ValueError(
                 f"No teacher given, and the zoo has none for {env_id or 'this env'}. Pass teacher=: the directory of a "
                 'VLA checkpoint, the zip of a model of Stable-Baselines3 or sb3-contrib, "expert" where the env has a '
                 "scripted expert, or a policy."
             )
-        return pathlib.Path(found)
-    path = pathlib.Path(spec).expanduser()
-    for candidate in (path, path.with_name(f"{path.name}.zip")):
-        if candidate.exists():
-            return candidate
-    from opd_gym.policies.body import locate_checkpoint
-
-    found = locate_checkpoint(spec)
-    if found is None:
-        raise FileNotFoundError(
-            f"Teacher {os.fspath(spec)!r} not found: it is neither a directory nor a zip file nor the name of a "
-            'checkpoint of the zoo. Expected one of these, the id of a VLA on the Hugging Face hub, or "expert".'
-        )
-    return found
-
-
-def load_vla(directory: pathlib.Path, env: VecEnv, dtype: str | th.dtype | None = None) -> BasePolicy:
-    """
-    Load a VLA checkpoint, to teach.
-
-    :param directory: Directory of ``config.json`` and ``model.safetensors``
-    :param env: The student's env
-    :param dtype: Type in which it computes, and of its weights; None: float32
-    :return: The policy
-    """
-    from opd_gym.policies.body import read_checkpoint_config
-    from opd_gym.policies.vla import VLAPolicy
-
-    read_checkpoint_config(directory)
     try:
-        return VLAPolicy(
-            env.observation_space,
-            env.action_space,
-            _no_learning,
-            checkpoint=directory,
-            dtype=dtype or "float32",
-            trainable=False,
-        )
+        return load_policy(spec, env.observation_space, env.action_space, dtype, trainable=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'Teacher {os.fspath(spec)!r} not found: {error} Or "expert".') from error
     except ValueError as error:
-        raise ValueError(f"Teacher {directory} does not fit the student's env. {error}") from error
-
-
-def load_policy(path: pathlib.Path, dtype: str | th.dtype | None = None, trainable: bool = True) -> BasePolicy:
-    """
-    Load the policy of any algorithm from its zip file.
-
-    The zip names the class of the policy, so the class of the algorithm is not needed (nor its replay buffer).
-
-    :param path: Zip file that ``save()`` of an algorithm wrote
-    :param dtype: Type in which a VLA computes, and of its weights; None: as it was saved
-    :param trainable: False for a VLA without gradients and optimizer
-    :return: The policy
-    """
-    try:
-        data, params, _ = load_from_zip_file(path, device="cpu")
-    except ValueError as error:
-        raise ValueError(
-            f"Teacher {path} is not the zip of a Stable-Baselines3 model (as model.save() writes it): {error}"
-        ) from error
-    if data is None or "policy_class" not in data or "policy" not in params:
-        raise ValueError(
-            f"Teacher {path} holds no policy: expected the zip that a Stable-Baselines3 model's save() writes."
-        )
-    policy_class, kwargs = data["policy_class"], dict(data.get("policy_kwargs") or {})
-    accepted = inspect.signature(policy_class.__init__).parameters
-    if "lr_schedule" in accepted:
-        kwargs["lr_schedule"] = _no_learning
-    if "use_sde" in accepted and data.get("use_sde"):
-        kwargs["use_sde"] = True
-    kwargs.pop("device", None)
-    if "trainable" in accepted:
-        kwargs["trainable"] = trainable
-    if dtype is not None:
-        if "dtype" not in accepted:
-            raise ValueError(f"Only a VLA can be read in another dtype; {path} holds a {policy_class.__name__}.")
-        kwargs["dtype"] = dtype
-    policy = policy_class(data["observation_space"], data["action_space"], **kwargs)
-    policy.load_state_dict(params["policy"])
-    return policy
-
-
-def _no_learning(progress_remaining: float) -> float:
-    del progress_remaining
-    return 0.0
+        raise ValueError(f"Teacher {os.fspath(spec)!r}: {error}") from error
 
 
 @contextmanager

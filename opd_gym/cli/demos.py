@@ -8,6 +8,7 @@ from pathlib import Path
 import gymnasium as gym
 from tqdm import tqdm
 
+from opd_gym.cli.options import Demos
 from opd_gym.envs.registration import LIBERO_IDS, bare_id
 
 # The expert fails in a few states of a hundred; a task where it does not come through at all must not go on for ever.
@@ -96,3 +97,13 @@ def record_demonstrations(
         bar.close()
         env.close()
     return files
+
+
+def run(args: Demos) -> int:
+    """
+    :param args: what to record
+    :return: exit status
+    """
+    values = vars(args).copy()
+    record_demonstrations(values.pop("env"), values.pop("output"), **values)
+    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_gym.cli.options import Doctor
 from opd_gym.envs.libero import runtime
 from opd_gym.envs.robotwin import install
 from opd_gym.envs.robotwin import runtime as robotwin
@@ -371,17 +371,9 @@ def _self_check() -> Iterator[Check]:
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def run(args: Doctor) -> int:
     """
-    :param parser: parser of ``opd-gym doctor``
-    """
-    parser.add_argument("--no-self-check", dest="self_check", action="store_false", help="play no scene of LIBERO")
-    parser.add_argument("--json", action="store_true", help="the same as JSON, for a bug report")
-
-
-def run(args: argparse.Namespace) -> int:
-    """
-    :param args: see :func:`add_arguments`
+    :param args: what to check
     :return: 0 if everything that is needed works, else 1
     """
     found = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
+from opd_gym.cli.options import Quickstart, TrainArgs
 from opd_gym.envs.registration import LIBERO_IDS, bare_id
 from opd_gym.evaluation import EpisodeSpec, EvaluationResult, evaluate_success
 from opd_gym.files import write_atomic
@@ -21,23 +21,6 @@ OVERHEAD = 45.0
 # GB, measured: the learner, and a worker with ten tasks (half as much once their models are in the cache).
 LEARNER_MEMORY, WORKER_MEMORY = 1.5, 1.3
 MIN_TRAINING = 30.0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """
-    :param parser: parser of the command; gets the arguments of the quickstart
-    """
-    parser.add_argument("--env", default="LiberoObject-v0", help="LIBERO environment id (default: LiberoObject-v0)")
-    parser.add_argument("--minutes", type=float, default=13.5, help="time for everything (default: 13.5)")
-    parser.add_argument("--task-ids", type=int, nargs="+", help="tasks; default: what the hyperparameters name, or all")
-    parser.add_argument("--n-envs", type=int, help="parallel simulators; default: what the hyperparameters name")
-    parser.add_argument("--eval-episodes", type=int, default=20, help="held-out episodes, before and after each")
-    parser.add_argument("--student", help="checkpoint to start from; default: the zoo's")
-    parser.add_argument("--teacher", help="its teacher; default: the zoo's")
-    parser.add_argument("--hyperparams", nargs="+", default=[], metavar="KEY:VALUE", help="see opd-gym train")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("-f", "--folder", type=Path, default=Path("runs/quickstart"), help="where the results go")
 
 
 def available_memory() -> float | None:
@@ -113,25 +96,20 @@ def _film(before: EvaluationResult, after: EvaluationResult) -> int | None:
     return next(iter([*better, *solved, *common]), None)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Quickstart) -> int:
     """
     Evaluate the student, distil, evaluate again, and write curve, film and table.
 
-    :param args: see :func:`add_arguments`
+    :param args: what to run
     :return: exit status
     """
     began = time.monotonic()
-    from opd_gym.checkpoints import resolve_checkpoint
-    from opd_gym.cli.train import (
-        TrainArgs,
-        complete_hyperparams,
-        default_episodes,
-        settings_of,
-    )
+    from opd_gym.cli.train import complete_hyperparams, default_episodes
     from opd_gym.envs.make import build_env
+    from opd_gym.policies.body import checkpoint_settings
     from opd_gym.zoo.hyperparams import algorithm_class, split_hyperparams
 
-    overrides = list(args.hyperparams)
+    overrides = [*args.hyperparams, *args.param]
     train_args = TrainArgs(
         "opd", args.env, seed=args.seed, teacher=args.teacher, student=args.student, hyperparams=overrides
     )
@@ -150,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         wanted, n_envs = n_envs, fit_memory(n_envs, available_memory())
         if n_envs < wanted:
             print(f"Not enough memory for {wanted} parallel simulators: {n_envs}.", flush=True)
-    settings = settings_of(resolve_checkpoint(student))
+    settings = checkpoint_settings({"checkpoint": student})
     print(f"Student {Path(student).name}, teacher {teacher}, on {args.env} (LIBERO's own simulator)", flush=True)
     env = build_env(args.env, run_values, n_envs, args.seed, settings, **env_kwargs)
     try:
@@ -163,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         env.close()
 
 
-def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: argparse.Namespace, began: float) -> int:
+def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: Quickstart, began: float) -> int:
     from opd_gym.cli.runs import make_logger, plot_learning_curve
     from opd_gym.cli.video import side_by_side, write_video
 

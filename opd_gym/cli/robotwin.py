@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
@@ -14,6 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
+
+from opd_gym.cli.options import (
+    RobotwinAssets,
+    RobotwinCheck,
+    RobotwinDemos,
+    RobotwinInstall,
+    RobotwinRecord,
+    RobotwinSeeds,
+)
 
 if TYPE_CHECKING:
     from opd_gym.envs.robotwin.env import RoboTwinEnv
@@ -28,62 +36,11 @@ MAX_ATTEMPTS = 5
 MAX_FAILURES = 5
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def run_install(args: RobotwinInstall) -> int:
     """
-    :param parser: parser of ``opd-gym robotwin``
+    :param args: what to install
+    :return: exit status
     """
-    commands = parser.add_subparsers(dest="robotwin_command", required=True, metavar="COMMAND")
-
-    install = commands.add_parser("install", help="the runtime without its pins, and a software Vulkan driver")
-    install.add_argument("--force", action="store_true", help="anew, whatever is there already")
-    install.add_argument("--planner", action="store_true", help="also that of RoboTwin's expert, to record traces with")
-    install.set_defaults(run=_install)
-
-    assets = commands.add_parser("assets", help="RoboTwin's assets, or a stand-in robot")
-    kind = assets.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--download", action="store_true", help="the real ones, from the Hugging Face hub")
-    kind.add_argument("--stand-in", action="store_true", help="a robot of boxes, and some objects, without a download")
-    assets.add_argument("-o", "--output", type=Path, help="folder; default: where the environments look for it")
-    assets.set_defaults(run=_assets)
-
-    check = commands.add_parser("check", help="play the expert's traces with the stand-in robot, and film it")
-    check.add_argument("--env", help="environment id of one of the tasks; default: all that there are traces of")
-    check.add_argument("-o", "--output", type=Path, default=Path("runs/robotwin"), help="folder of the films")
-    check.set_defaults(run=_check)
-
-    record = commands.add_parser("record", help="traces of RoboTwin's own expert")
-    record.add_argument("--env", required=True, help="environment id, for instance RoboTwinHandoverBlock-v0")
-    record.add_argument("-n", "--episodes", type=int, default=1, help="successful episodes")
-    record.add_argument("--seed", type=int, default=0, help="first scene; the following ones count up")
-    record.add_argument("-o", "--output", type=Path, default=Path("runs/traces"), help="folder, one file a trace")
-    record.set_defaults(run=_record)
-
-    seeds = commands.add_parser("seeds", help="the evaluation scenes that RoboTwin's own expert solves")
-    seeds.add_argument("--env", required=True, help="environment id, for instance RoboTwinHandoverBlock-v0")
-    seeds.add_argument("-n", "--scenes", type=int, default=100, help="number of scenes")
-    seeds.add_argument("-o", "--output", type=Path, default=Path("runs/seeds.json"), help="file, for eval_seeds")
-    seeds.set_defaults(run=_seeds)
-
-    for expert in (record, seeds):
-        expert.add_argument("--python", help="interpreter that has the planner; default: that of `install --planner`")
-        expert.add_argument("--task-config", choices=("demo_clean", "demo_randomized"), default="demo_clean")
-        expert.add_argument("--n-envs", type=int, default=2, help="simulators at once; what comes out is the same")
-
-    demos = commands.add_parser("demos", help="demonstrations (HDF5) out of traces")
-    demos.add_argument("--traces", nargs="+", type=Path, required=True, help="files, or folders of them")
-    demos.add_argument("-n", "--replays", type=int, default=1, help="demonstrations of each trace")
-    demos.add_argument("--perturbation", type=float, default=0.0, help="probability that a chunk is pushed off its way")
-    demos.add_argument("--chunk-size", type=int, default=25, help="length of the labels")
-    demos.add_argument("--image-size", type=int, nargs="+", help="height and width; default: RoboTwin's own")
-    demos.add_argument("--cameras", nargs="+", default=["head"])
-    demos.add_argument("--shader", choices=("default", "rt"), default="default")
-    demos.add_argument("--seed", type=int, default=0)
-    demos.add_argument("--n-envs", type=int, default=2, help="simulators at once; the demonstrations are the same")
-    demos.add_argument("-o", "--output", type=Path, default=Path("runs/demos"), help="folder, one file a task")
-    demos.set_defaults(run=_demos)
-
-
-def _install(args: argparse.Namespace) -> int:
     from opd_gym.envs.robotwin import install, runtime
 
     install.install_packages(args.force)
@@ -99,7 +56,11 @@ def _install(args: argparse.Namespace) -> int:
     return 0
 
 
-def _assets(args: argparse.Namespace) -> int:
+def run_assets(args: RobotwinAssets) -> int:
+    """
+    :param args: what to get, and where to
+    :return: exit status
+    """
     from opd_gym.envs.robotwin import runtime
     from opd_gym.envs.robotwin.assets import download_assets
     from opd_gym.envs.robotwin.stand_in import write_stand_in
@@ -113,7 +74,11 @@ def _assets(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> int:
+def run_check(args: RobotwinCheck) -> int:
+    """
+    :param args: what to play
+    :return: exit status
+    """
     from opd_gym.cli.video import write_video
     from opd_gym.envs.robotwin import runtime
     from opd_gym.envs.robotwin.stand_in import write_stand_in
@@ -149,7 +114,11 @@ def _task_of(env_id: str) -> str:
     return ROBOTWIN_IDS[bare_id(env_id)]["task"]
 
 
-def _record(args: argparse.Namespace) -> int:
+def run_record(args: RobotwinRecord) -> int:
+    """
+    :param args: what to record
+    :return: exit status
+    """
     from opd_gym.envs.robotwin.env import RoboTwinEnv
     from opd_gym.envs.robotwin.tasks import SEED_STRIDE, TRAIN_SEEDS
     from opd_gym.envs.robotwin.traces import Trace
@@ -177,7 +146,11 @@ def _record(args: argparse.Namespace) -> int:
     return 0
 
 
-def _seeds(args: argparse.Namespace) -> int:
+def run_seeds(args: RobotwinSeeds) -> int:
+    """
+    :param args: what to try
+    :return: exit status
+    """
     from opd_gym.envs.robotwin.env import RoboTwinEnv
     from opd_gym.envs.robotwin.tasks import EVAL_SEEDS, SEED_STRIDE
     from opd_gym.files import write_atomic
@@ -317,7 +290,11 @@ def _in_order(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _demos(args: argparse.Namespace) -> int:
+def run_demos(args: RobotwinDemos) -> int:
+    """
+    :param args: what to replay
+    :return: exit status
+    """
     from opd_gym.envs.robotwin.traces import Trace, find_traces
 
     traces = [Trace.load(path) for path in find_traces(args.traces)]

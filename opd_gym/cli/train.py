@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ import gymnasium as gym
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.checkpoints import checkpoint_names, resolve_checkpoint, run_checkpoints, student_for, teacher_for
+from opd_gym.checkpoints import resolve_checkpoint, run_checkpoints, student_for, teacher_for
+from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
     STATES_FILE,
     RunCheckpoint,
@@ -43,60 +42,6 @@ from opd_gym.zoo.hyperparams import (
 )
 
 EVAL_EPISODES_PER_TASK = 10
-
-
-@dataclass
-class TrainArgs:
-    """
-    What a run is started with.
-
-    :param algo: "opd", "grpo", "ppo" or "sft"
-    :param env: environment id
-    :param n_timesteps: number of decisions; None for what the YAML file says
-    :param seed: seed of everything
-    :param hyperparams: overrides, ``key:value``
-    :param config: YAML file of hyperparameters; None for the zoo's
-    :param teacher: see ``OPD``; None for what the YAML file or else the zoo says
-    :param student: checkpoint to start from; None for the zoo's default, "none" for random weights
-    :param demonstrations: files or directories, for SFT
-    :param folder: where run directories go
-    :param eval_episodes: episodes of the final evaluation; 0 for none
-    :param device: "auto", "cpu", "cuda", ...
-    :param checkpoint_interval: least number of seconds between two checkpoints
-    :param progress: show a progress bar
-    :param verbose: 1 to print the table of every iteration
-    """
-
-    algo: str
-    env: str
-    n_timesteps: int | None = None
-    seed: int = 0
-    hyperparams: list[str] = field(default_factory=list)
-    config: str | None = None
-    teacher: str | None = None
-    student: str | None = None
-    demonstrations: list[str] = field(default_factory=list)
-    folder: str = "runs"
-    eval_episodes: int = 0
-    device: str = "auto"
-    checkpoint_interval: float = 60.0
-    progress: bool = True
-    verbose: int = 0
-
-
-def settings_of(path: Path) -> dict[str, Any]:
-    """
-    What an env must be like for a checkpoint.
-
-    :param path: directory of a VLA checkpoint, or zip of a model
-    :return: see :func:`opd_gym.policies.body.checkpoint_settings`; empty if it is no VLA
-    """
-    from opd_gym.policies.body import checkpoint_settings
-
-    if path.is_dir():
-        return checkpoint_settings({"checkpoint": path})
-    data, _, _ = load_from_zip_file(path, device="cpu")
-    return checkpoint_settings({"body_kwargs": ((data or {}).get("policy_kwargs") or {}).get("body_kwargs")})
 
 
 def default_episodes(
@@ -147,23 +92,6 @@ def default_threshold(env_id: str) -> float | None:
     if bare_id(env_id) in CHUNK_SIZES:
         return None
     return gym.spec(env_id).reward_threshold
-
-
-def load_predictor(path: Path, env: VecEnv) -> BasePolicy:
-    """
-    :param path: directory of a VLA checkpoint, or zip of a model of any algorithm
-    :param env: env that it is to act in
-    :return: the policy
-    """
-    if path.is_dir():
-        from stable_baselines3.common.utils import ConstantSchedule
-
-        from opd_gym.policies.vla import VLAPolicy
-
-        return VLAPolicy(env.observation_space, env.action_space, ConstantSchedule(0.0), checkpoint=path)
-    from opd_gym.algorithms.teachers import load_policy
-
-    return load_policy(path)
 
 
 class _Stop(BaseCallback):
@@ -281,9 +209,10 @@ def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
         if statistics is not None:
             policy_kwargs["body_kwargs"] = {"statistics": statistics, **(policy_kwargs.get("body_kwargs") or {})}
     if policy_kwargs.get("checkpoint") is not None:
-        # A name of the zoo stays a name: a configuration that somebody publishes should not hold their paths.
+        # A name of the zoo or of the hub stays a name: a published configuration should not hold the user's paths
         path = resolve_checkpoint(policy_kwargs["checkpoint"])
-        if policy_kwargs["checkpoint"] not in checkpoint_names():
+        named = Path(policy_kwargs["checkpoint"]).expanduser()
+        if named.exists() or named.with_name(f"{named.name}.zip").exists():
             policy_kwargs["checkpoint"] = str(path)
     if policy_kwargs:
         values["policy_kwargs"] = policy_kwargs
@@ -311,23 +240,16 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     policy = run.get("policy") or "MlpPolicy"
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
     saved = run_checkpoints(resume) if resume is not None else []
-    weights = None
-    if start is not None and not saved and resolve_checkpoint(start).is_file():
-        # A zip holds an SB3 policy, which is no argument of the policy's constructor.
-        kwargs["policy_kwargs"] = {key: value for key, value in kwargs["policy_kwargs"].items() if key != "checkpoint"}
-        data, weights, _ = load_from_zip_file(start, device="cpu")
-        kwargs["policy_kwargs"] = {**((data or {}).get("policy_kwargs") or {}), **kwargs["policy_kwargs"]}
     source = saved[-1] if saved else start
-    policy_kwargs = kwargs.get("policy_kwargs") or {}
-    settings = settings_of(resolve_checkpoint(source)) if source is not None else checkpoint_settings(policy_kwargs)
-    env = build_env(args.env, run, seed=args.seed, settings=settings)
+    settings = checkpoint_settings({"checkpoint": source} if source is not None else kwargs.get("policy_kwargs") or {})
+    # Simulators that are never stepped are not started: SFT reads the spaces off one env
+    slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, "n_workers": None}
+    env = build_env(args.env, {**run, **slots}, seed=args.seed, settings=settings)
     try:
         if saved:
             model = _load_to_resume(cls, saved[-1], env, args, kwargs)
         else:
             model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
-            if weights is not None:
-                model.policy.load_state_dict(weights["policy"])  # type: ignore[arg-type]
         run_dir = resume or new_run_dir(args.folder, args.algo, args.env)
         write_run_files(run_dir, asdict(args), values)
         print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
@@ -347,6 +269,9 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
             write_versions(run_dir / "policy", used)
         result = None
         if args.eval_episodes > 0:
+            if slots:
+                env.close()
+                env = build_env(args.env, run, seed=args.seed, settings=settings)
             result = evaluate_success(
                 model,
                 env,
@@ -386,3 +311,30 @@ def _learn(model: BaseAlgorithm, run_dir: Path, n_timesteps: int | None, args: T
             checkpoint.save()
     print(f"{model.num_timesteps} timesteps, {time.monotonic() - began:.0f} s", flush=True)
     return not stop.asked
+
+
+def run(args: Train) -> int:
+    """
+    Start a run, or go on with one.
+
+    :param args: what to run
+    :return: exit status
+    """
+    given = {item.name: getattr(args, item.name) for item in fields(TrainArgs)}
+    given["hyperparams"] = [*args.hyperparams, *args.param]
+    if args.resume is None:
+        if not args.env:
+            raise ValueError("Which environment? Pass --env, for instance --env LiberoObject-v0, or --resume DIR.")
+        return 0 if train(TrainArgs(**given)).finished else 130
+    stored = read_args(args.resume)
+    kept = ("algo", "env", "seed", "hyperparams", "config", "teacher", "student", "demonstrations")
+    changed = [name for name in kept if given[name] != getattr(TrainArgs(), name)]
+    if changed:
+        raise ValueError(
+            f"--resume goes on with the run's own {', '.join(changed)}. Leave out --{' --'.join(changed)}, or edit "
+            f"{args.resume / 'config.yml'}, which is read again."
+        )
+    if args.n_timesteps is not None:
+        stored.n_timesteps = args.n_timesteps
+    stored.device, stored.progress, stored.verbose = args.device, args.progress, args.verbose
+    return 0 if train(stored, resume=args.resume).finished else 130

@@ -36,7 +36,7 @@ def make_env_fn(
     wrapper: Callable[[gym.Env], gym.Env] | None = None,
 ) -> Callable[[], gym.Env]:
     """
-    A function that builds one worker's env: ``env -> wrapper -> ActionChunk -> ActionTokens -> Monitor ->
+    A function that builds one env: ``env -> wrapper -> ActionChunk -> ActionTokens -> Monitor ->
     EpisodeControl``. A RoboTwin env carries out chunks itself, as one path, and has no ``ActionChunk``.
 
     :param env_id: registered id
@@ -127,7 +127,7 @@ def make_vec(
     build = make_env_fn(env_id, env_kwargs, chunk_size, tokens, n_bins, statistics, wrapper)
     if n_workers is not None or (vec_env_cls is None and n_envs > 1 and bare_id(env_id) in CHUNK_SIZES):
         workers = partial(WorkerVecEnv, n_workers=n_workers, **_patience(env_id, env_kwargs))
-        # Who asks for a number of workers is told that there are none
+        # Off Linux, an explicit n_workers raises
         vec_env_cls = workers if n_workers is not None or sys.platform == "linux" else SubprocVecEnv
     cls = vec_env_cls or DummyVecEnv
     if cls is not DummyVecEnv:
@@ -187,7 +187,7 @@ def build_env(
     :param env_id: environment id
     :param run: the part of the configuration about the env, see ``opd_gym.zoo.hyperparams.split_hyperparams``
     :param n_envs: number of envs; None for what the configuration says
-    :param seed: seed of the workers
+    :param seed: seed of the envs, see :func:`make_vec`
     :param settings: what a checkpoint needs, see ``opd_gym.policies.body.checkpoint_settings``; it wins over the
         configuration where it comes to pictures
     :param env_kwargs: keyword arguments of the env that win over the configuration's
@@ -225,6 +225,7 @@ def prepare_env(
     policy_kwargs: dict[str, Any] | None = None,
     verbose: int = 0,
     seed: int | None = None,
+    n_envs: int | None = None,
 ) -> VecEnv | gym.Env:
     """
     Make an env from its id, and give a policy of tokens an env of tokens.
@@ -234,6 +235,7 @@ def prepare_env(
     :param policy_kwargs: Its keyword arguments; a ``checkpoint`` among them fixes chunk size, bins and statistics
     :param verbose: 1 to say what was wrapped
     :param seed: Seed for an env that is made here
+    :param n_envs: How many envs are made of an id; None: what its training defaults say
     :return: The env, ready for the policy
     """
     requires_tokens = getattr(policy_class, "requires_tokens", False)
@@ -243,7 +245,7 @@ def prepare_env(
 
         settings = checkpoint_settings(policy_kwargs or {})
     if isinstance(env, str):
-        env = _make_from_id(env, requires_tokens, settings, seed)
+        env = _make_from_id(env, requires_tokens, settings, seed, n_envs)
     for key in ENV_SETTINGS:
         settings.pop(key, None)
     if not requires_tokens or isinstance(env.action_space, spaces.MultiDiscrete):
@@ -267,12 +269,17 @@ def prepare_env(
     return env
 
 
-def _make_from_id(env_id: str, requires_tokens: bool, settings: dict[str, Any], seed: int | None) -> VecEnv:
+def _make_from_id(
+    env_id: str, requires_tokens: bool, settings: dict[str, Any], seed: int | None, n_envs: int | None
+) -> VecEnv:
     """An env from its id alone: a benchmark's as the algorithms of this library train on it."""
     if bare_id(env_id) not in CHUNK_SIZES:
         token_settings = {key: value for key, value in settings.items() if key not in ENV_SETTINGS}
-        return make_vec(env_id, seed=seed, tokens=requires_tokens or None, **token_settings)
-    return build_env(env_id, training_defaults(env_id), seed=seed, settings=settings)
+        return make_vec(env_id, n_envs or 1, seed=seed, tokens=requires_tokens or None, **token_settings)
+    run = training_defaults(env_id)
+    if n_envs is not None:
+        run = {**run, "n_envs": n_envs, "n_workers": None}
+    return build_env(env_id, run, seed=seed, settings=settings)
 
 
 def with_action_dim(

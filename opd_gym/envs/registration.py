@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium as gym
-
 from opd_gym.envs.libero.suites import CLASSIC_SUITES, N_TASKS, SUITES
 from opd_gym.envs.robotwin.tasks import TASKS, camel
 
@@ -34,7 +32,9 @@ CHUNK_SIZES = {env_id: 8 for env_id in LIBERO_IDS} | {env_id: 25 for env_id in R
 
 
 def register_envs() -> None:
-    """Register every environment id; called when ``opd_gym`` is imported."""
+    """Register every environment id; called when both ``opd_gym`` and Gymnasium are imported."""
+    import gymnasium as gym  # here: the table alone is read without it, and while it is being imported
+
     # The first that registers an id wins
     for entry_point, ids in ((_LIBERO_PLUS, LIBERO_PLUS_IDS), (_LIBERO, LIBERO_IDS), (_ROBOTWIN, ROBOTWIN_IDS)):
         for env_id, kwargs in ids.items():

@@ -10,22 +10,99 @@ from typing import Any, SupportsFloat
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.wrappers import ClipAction, OrderEnforcing, PassiveEnvChecker, RescaleAction, TimeLimit
+from stable_baselines3.common.monitor import Monitor
 
 from opd_gym.actions import Statistics, decode_tokens, encode_actions, normalisation_bounds
 
+# Wrappers that override `step` and neither end an episode nor keep what they have seen
+_TRANSPARENT = (OrderEnforcing, PassiveEnvChecker, Monitor)
 
-class ActionChunk(gym.Wrapper):
+
+def _layers(env: gym.Env, method: str) -> tuple[gym.Env | None, list[gym.Wrapper]]:
+    """
+    The outermost layer of an env that has a method, and the wrappers around it, from the inside out.
+    """
+    around: list[gym.Wrapper] = []
+    while not hasattr(env, method):
+        if not isinstance(env, gym.Wrapper):
+            return None, around
+        around.insert(0, env)
+        env = env.env
+    return env, around
+
+
+def outer_action(wrapper: gym.Wrapper, action: np.ndarray) -> np.ndarray:
+    """
+    The action to give to a wrapper so that the env below it executes a certain one.
+
+    :param wrapper: any wrapper; one that changes actions in a way of its own has a method ``reverse_action`` for this
+    :param action: action of the env below, or a chunk of them, (D,) or (K, D)
+    :return: action of the wrapper, of the same shape
+    :raises ValueError: the wrapper changes actions, and does not say how to undo that
+    """
+    if hasattr(wrapper, "reverse_action"):
+        flat = np.ndim(action) <= len(wrapper.env.action_space.shape or ())
+        return wrapper.reverse_action(action) if flat else np.stack([wrapper.reverse_action(one) for one in action])
+    if isinstance(wrapper, RescaleAction):
+        # An affine function of each dimension
+        zero = np.zeros(wrapper.action_space.shape or ())
+        offset = wrapper.func(zero)
+        return ((action - offset) / (wrapper.func(zero + 1.0) - offset)).astype(np.asarray(action).dtype)
+    changes = isinstance(wrapper, gym.ActionWrapper) or wrapper.action_space != wrapper.env.action_space
+    if changes and not isinstance(wrapper, ClipAction):
+        raise ValueError(
+            f"{type(wrapper).__name__} changes actions, so that an expert's action is not one of the wrapped env's. "
+            "Give it a method reverse_action(action) that returns the action for which it executes the given one."
+        )
+    return action
+
+
+class _ExpertThrough(gym.Wrapper):
+    """A wrapper that brings labels of a scripted expert to its own action space."""
+
+    _expert_method = "expert_action"
+
+    def _label(self, *args: Any) -> Any:
+        layer, around = _layers(self.env, self._expert_method)
+        if layer is None:
+            raise AttributeError(f"{self.env.unwrapped} has no method {self._expert_method}().")
+        label = getattr(layer, self._expert_method)(*args)
+        for wrapper in around:
+            label = outer_action(wrapper, label)
+        return label
+
+    @property
+    def has_expert(self) -> bool:
+        """
+        Whether there is a scripted expert below.
+
+        :raises ValueError: there is one, and a wrapper above it changes actions without a ``reverse_action``
+        """
+        layer, around = _layers(self.env, self._expert_method)
+        if layer is None or not getattr(layer, "has_expert", True):
+            return False
+        for wrapper in around:
+            outer_action(wrapper, np.zeros(wrapper.env.action_space.shape or ()))
+        return True
+
+
+class ActionChunk(_ExpertThrough):
     """
     One step of this env is one decision: a chunk of actions that are executed one after the other.
 
-    A finished episode ends inside the chunk; ``info["n_executed"]`` says how many actions ran. Rewards are summed. An
-    env
-    whose observations are costly may offer a boolean attribute ``observe``: it is False for all but the last action of
-    a chunk, because nobody looks at the observations between two decisions.
+    A finished episode ends inside the chunk; ``info["n_executed"]`` says how many actions ran. Rewards are summed.
+
+    Nobody looks at the observations between two decisions. An env whose observations are costly may say so: with
+    ``can_skip_observations = True`` its attribute ``observe`` is False for all but the last action of a chunk and of
+    an episode. It stays True at every step where a wrapper in between overrides ``step`` (``TimeLimit`` excepted): that
+    might look, or end the episode.
 
     :param env: env with a one-dimensional Box action space
     :param chunk_size: number of actions in a chunk
     """
+
+    _expert_method = "expert_chunk"
 
     def __init__(self, env: gym.Env, chunk_size: int = 8):
         super().__init__(env)
@@ -37,7 +114,14 @@ class ActionChunk(gym.Wrapper):
         self.chunk_size = chunk_size
         repeat = (chunk_size, 1)
         self.action_space = spaces.Box(np.tile(space.low, repeat), np.tile(space.high, repeat), dtype=space.dtype.type)  # type: ignore[arg-type,union-attr]
-        self._lazy = hasattr(env.unwrapped, "observe")
+        self._time_limits: list[TimeLimit] = []
+        self._lazy = bool(getattr(env.unwrapped, "can_skip_observations", False))
+        while isinstance(env, gym.Wrapper):
+            if isinstance(env, TimeLimit):
+                self._time_limits.append(env)
+            elif "step" in _overridden(type(env)) and not isinstance(env, _TRANSPARENT):
+                self._lazy = False
+            env = env.env
 
     def step(self, action: np.ndarray) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """
@@ -51,7 +135,7 @@ class ActionChunk(gym.Wrapper):
         try:
             for i, one in enumerate(actions):
                 if self._lazy:
-                    self.env.unwrapped.observe = i == self.chunk_size - 1  # type: ignore[attr-defined]
+                    self.env.unwrapped.observe = i == self.chunk_size - 1 or self._time_is_up()  # type: ignore[attr-defined]
                 obs, reward, terminated, truncated, info = self.env.step(one)
                 total += float(reward)
                 if terminated or truncated:
@@ -62,17 +146,27 @@ class ActionChunk(gym.Wrapper):
         info["n_executed"] = i + 1
         return obs, total, terminated, truncated, info
 
+    def _time_is_up(self) -> bool:
+        """Whether a time limit ends the episode with the next step."""
+        return any((limit._elapsed_steps or 0) + 1 >= limit._max_episode_steps for limit in self._time_limits)
+
     def expert_action(self) -> np.ndarray:
         """
         The scripted expert's next chunk from the present state.
 
         :return: float32 array of shape ``(chunk_size, D)``
-        :raises AttributeError: if the env has no scripted expert
+        :raises AttributeError: if the env has no scripted expert (a method ``expert_chunk(chunk_size)``)
         """
-        return self.env.unwrapped.expert_chunk(self.chunk_size)  # type: ignore[attr-defined]
+        return self._label(self.chunk_size)
 
 
-class ActionTokens(gym.ActionWrapper):
+def _overridden(cls: type) -> set[str]:
+    """Names that a class of wrappers defines itself, and not those of Gymnasium's bases."""
+    bases = (gym.Wrapper, gym.ObservationWrapper, gym.ActionWrapper, gym.RewardWrapper)
+    return {name for base in cls.__mro__ if issubclass(base, gym.Wrapper) and base not in bases for name in vars(base)}
+
+
+class ActionTokens(_ExpertThrough, gym.ActionWrapper):
     """
     Box actions as tokens: ``MultiDiscrete([n_bins] * size)``, OpenVLA's binning.
 
@@ -130,7 +224,9 @@ class ActionTokens(gym.ActionWrapper):
         :param action: integer array of shape ``(K * D,)``
         """
         obs, reward, terminated, truncated, info = self.env.step(self.action(action))
-        info["n_executed_tokens"] = info.get("n_executed", 1) * self.action_dim
+        # An env that takes chunks itself, and says nothing, has carried out the whole
+        n_actions = info.get("n_executed", int(np.prod(self._shape[:-1])))
+        info["n_executed_tokens"] = n_actions * self.action_dim
         return obs, reward, terminated, truncated, info
 
     def expert_action(self) -> np.ndarray:
@@ -139,16 +235,16 @@ class ActionTokens(gym.ActionWrapper):
 
         :return: int64 array of shape ``(K * D,)``
         """
-        return self.encode(self.env.get_wrapper_attr("expert_action")())
+        return self.encode(self._label())
 
 
-class EpisodeControl(gym.Wrapper):
+class EpisodeControl(_ExpertThrough):
     """
-    Lets the learner decide which episode a worker of a VecEnv plays next.
+    Lets the learner decide which episode an env of a VecEnv plays next.
 
     SB3's vectorised envs reset by themselves and drop seed and options there. The learner announces the next episode
-    with ``vec_env.env_method("set_next_reset", ..., indices=[i])`` before the present one ends; the worker then goes on
-    without waiting. A frozen worker costs nothing until it is thawed. Untouched, this wrapper does nothing.
+    with ``vec_env.env_method("set_next_reset", ..., indices=[i])`` before the present one ends; the env then goes on
+    without waiting. A frozen env costs nothing until it is thawed. Untouched, this wrapper does nothing.
 
     :param env: env to wrap, outermost (after ``Monitor``)
     """
@@ -219,8 +315,8 @@ class EpisodeControl(gym.Wrapper):
 
     def expert_action(self) -> Any:
         """
-        The wrapped env's expert label; while frozen the last action of the space's sample shape is not needed, zeros.
+        The wrapped env's expert label; zeros while frozen.
         """
         if self._frozen:
             return np.zeros(self.action_space.shape, dtype=self.action_space.dtype)
-        return self.env.get_wrapper_attr("expert_action")()
+        return self._label()

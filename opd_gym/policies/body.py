@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,15 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from stable_baselines3.common.save_util import load_from_zip_file
 from transformers import PretrainedConfig, PreTrainedModel
 
-from opd_gym.checkpoints import find_checkpoint
+from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
 from opd_gym.policies.adapters import (
     cast_parameters,
 )
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors", "*checkpoint.pt"]
 
 
 def is_image(space: spaces.Space) -> bool:
@@ -314,10 +310,18 @@ def read_checkpoint_config(checkpoint: str | os.PathLike[str]) -> tuple[str, VLA
     """
     Read what a checkpoint was made for, without its weights.
 
-    :param checkpoint: directory with ``config.json`` and ``model.safetensors``
+    :param checkpoint: directory with ``config.json`` and ``model.safetensors``, or the zip of an algorithm
     :return: name of the body and its configuration
+    :raises FileNotFoundError: there is no ``config.json``
+    :raises ValueError: it is not a VLA
     """
     path = Path(checkpoint)
+    if path.is_file():
+        data, _, _ = load_from_zip_file(path, device="cpu")
+        kwargs = (data or {}).get("policy_kwargs") or {}
+        if "body_kwargs" not in kwargs:
+            raise ValueError(f"{path} holds a policy that is not a VLA.")
+        return kwargs["body"], get_body_class(kwargs["body"]).config_class(**kwargs["body_kwargs"])
     config_path = path / CONFIG_FILE
     if not config_path.is_file():
         raise FileNotFoundError(
@@ -339,37 +343,6 @@ def read_checkpoint_config(checkpoint: str | os.PathLike[str]) -> tuple[str, VLA
     )
 
 
-def locate_checkpoint(checkpoint: str | os.PathLike[str]) -> Path | None:
-    """
-    :param checkpoint: directory of a VLA checkpoint, the name of one of the zoo, or the id of one on the Hugging Face
-        hub (``owner/name``), which is downloaded into the hub's cache
-    :return: the directory; None if there is none
-    :raises FileNotFoundError: it has the form of an id, and the hub does not give it
-    """
-    path = Path(checkpoint).expanduser()
-    found = path if path.exists() else find_checkpoint(os.fspath(checkpoint))
-    if found is None and isinstance(checkpoint, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", checkpoint):
-        return download_checkpoint(checkpoint)
-    return found
-
-
-def download_checkpoint(hub_id: str) -> Path:
-    """
-    :param hub_id: ``owner/name`` on the Hugging Face hub
-    :return: the directory in the hub's cache; what is there already is not downloaded again
-    :raises FileNotFoundError: it is not there, or the hub cannot be reached
-    """
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise FileNotFoundError(
-            f"{hub_id!r} is neither a directory nor a name of the zoo, and the Hugging Face hub does not give it "
-            f"({type(error).__name__}: {reason}). Without a network: run `hf download {hub_id}` on a machine that has "
-            "one, copy the directory that it prints, and pass its path as the checkpoint."
-        ) from error
-
-
 def token_space(action_space: spaces.Space) -> tuple[int, int]:
     if not isinstance(action_space, spaces.MultiDiscrete) or action_space.nvec.ndim != 1:
         raise ValueError(
@@ -389,16 +362,21 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """
     What an env must be like for a token policy, as far as that is known before there is an env.
 
-    :param policy_kwargs: Keyword arguments of the policy: its ``checkpoint``, or the configuration of its body
+    :param policy_kwargs: Keyword arguments of the policy: its ``checkpoint`` (see ``resolve_checkpoint``), or the
+        configuration of its body
     :return: ``chunk_size``, ``n_bins``, ``statistics`` (arguments of ``make_vec``), ``image_size``, ``cameras`` and
         ``visuals`` (of the env), those that are known
     """
     checkpoint = policy_kwargs.get("checkpoint")
     config = policy_kwargs.get("body_kwargs") or {}
     if checkpoint is not None:
-        directory = locate_checkpoint(checkpoint)
-        if directory is not None:
-            config = read_checkpoint_config(directory)[1].to_dict()
+        try:
+            path = resolve_checkpoint(checkpoint)
+            config = read_checkpoint_config(path)[1].to_dict() if path.is_dir() else _body_kwargs_of(path)
+        except FileNotFoundError:
+            # A saved algorithm has the arguments of its body, and goes without the checkpoint it once started from
+            if not config:
+                raise
     settings = {key: config[key] for key in ("n_bins", "statistics") if config.get(key) is not None}
     if "n_tokens" in config and "action_dim" in config:
         settings["chunk_size"] = config["n_tokens"] // config["action_dim"]
@@ -411,6 +389,12 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         # Trained on LIBERO's own pictures
         settings["visuals"] = "exact"
     return settings
+
+
+def _body_kwargs_of(path: Path) -> dict[str, Any]:
+    """Configuration of the body of a saved algorithm's policy; empty if it is no VLA."""
+    data, _, _ = load_from_zip_file(path, device="cpu")
+    return ((data or {}).get("policy_kwargs") or {}).get("body_kwargs") or {}
 
 
 def remove_stale_weights(directory: Path, written: Iterable[str]) -> None:

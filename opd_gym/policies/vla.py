@@ -18,6 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
 from opd_gym.policies.adapters import (
     DTYPES,
     TrainedState,
@@ -28,13 +29,11 @@ from opd_gym.policies.adapters import (
     merged,
 )
 from opd_gym.policies.body import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     VLAConfig,
     VLAOutput,
     channels_first,
     get_body_class,
-    locate_checkpoint,
     read_checkpoint_config,
     remove_stale_weights,
     token_space,
@@ -67,9 +66,10 @@ class VLAPolicy(ActorCriticPolicy):
     :param lr_schedule: learning rate schedule
     :param body: name of a registered body (see :func:`register_body`); a checkpoint names its own
     :param body_kwargs: configuration of a new body; a checkpoint brings its own
-    :param checkpoint: what to start from: a directory that :meth:`save_checkpoint` wrote, the name of a checkpoint of
-        the zoo, or a published OpenVLA checkpoint, its directory or its id on the Hugging Face hub (``owner/name``)
-    :param temperature: divides the logits, when sampling and in log-probabilities
+    :param checkpoint: what to start from: a directory that :meth:`save_checkpoint` wrote, a published OpenVLA
+        checkpoint, a name of the zoo or of the Hugging Face hub, see ``opd_gym.checkpoints.resolve_checkpoint``. In the
+        ``policy_kwargs`` of an algorithm also a zip or a run, which holds more than a policy
+    :param temperature: not taken: the algorithm has a temperature
     :param value_head: learn a value function on the body's summary; without it values are zero
     :param lora: True, or arguments of ``peft.LoraConfig`` such as ``dict(r=32)``: freeze the body and train low-rank
         adapters of its linear layers. The base is a checkpoint that stays where it is: ``save()`` stores the adapters
@@ -105,9 +105,11 @@ class VLAPolicy(ActorCriticPolicy):
         **sb3_kwargs: Any,
     ):
         token_space(action_space)
-        if not temperature > 0.0:
+        if temperature != 1.0:
+            # Models saved by version 0.1 pass a 1
             raise ValueError(
-                f"temperature must be positive, got {temperature}. For greedy actions: deterministic=True."
+                f"A policy has no temperature of its own any more, got {temperature}. Pass temperature= to the "
+                "algorithm; for greedy actions, deterministic=True to predict()."
             )
         if sb3_kwargs.pop("use_sde", False):
             raise ValueError("State-dependent exploration (use_sde) is for continuous actions; VLAPolicy has tokens.")
@@ -120,7 +122,7 @@ class VLAPolicy(ActorCriticPolicy):
         self._reference = checkpoint
         if checkpoint is not None:
             try:
-                directory = locate_checkpoint(checkpoint)
+                directory = resolve_checkpoint(checkpoint)
             except FileNotFoundError:
                 if body_kwargs is None:
                     raise
@@ -130,8 +132,13 @@ class VLAPolicy(ActorCriticPolicy):
                     f"The base checkpoint of these LoRA adapters is gone: {checkpoint}. Put it back there, or load "
                     'with custom_objects={"policy_kwargs": {...}} and its new place as "checkpoint".'
                 )
-            if directory is not None or body_kwargs is None:
-                self._checkpoint = directory or Path(checkpoint).expanduser()
+            if directory is not None and directory.is_file():
+                raise ValueError(
+                    f"{directory} holds a whole policy: pass it in the policy_kwargs of an algorithm, or use "
+                    "opd_gym.policies.loading.load_policy()."
+                )
+            if directory is not None:
+                self._checkpoint = directory
                 body, self._config = read_checkpoint_config(self._checkpoint)
             else:
                 # A saved algorithm brings its weights along and must load where the original checkpoint is gone.
@@ -145,7 +152,6 @@ class VLAPolicy(ActorCriticPolicy):
                 "LoRA adapts pretrained weights: pass checkpoint=... (or train all weights of a new body: lora=None)."
             )
         self._body_name = body
-        self._temperature = float(temperature)
         self._has_value_head = bool(value_head)
         if optimizer_class in (th.optim.Adam, th.optim.AdamW):
             # One pass over each parameter instead of ten: on a CPU a tenth of the training step.
@@ -229,17 +235,6 @@ class VLAPolicy(ActorCriticPolicy):
         return self._config.statistics
 
     @property
-    def temperature(self) -> float:
-        """Divides the logits when sampling and in log-probabilities; greedy actions do not depend on it."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        if not value > 0.0:
-            raise ValueError(f"temperature must be positive, got {value}.")
-        self._temperature = float(value)
-
-    @property
     def lora(self) -> dict[str, Any] | None:
         """Arguments of the LoRA adapters; None if there are none."""
         return self._lora
@@ -261,7 +256,6 @@ class VLAPolicy(ActorCriticPolicy):
             body=self._body_name,
             body_kwargs=self._body_kwargs(),
             checkpoint=None if self._lora is None else self._portable_reference(),
-            temperature=self._temperature,
             value_head=self._has_value_head,
             lora=self._lora,
             gradient_checkpointing=self._gradient_checkpointing,
@@ -363,7 +357,7 @@ class VLAPolicy(ActorCriticPolicy):
                 "The policy's logits are not finite (NaN or infinite): the training has diverged or the checkpoint is "
                 "broken. Lower learning_rate or max_grad_norm and go on from the last good checkpoint."
             )
-        return TokenDistribution(logits / self._temperature if self._temperature != 1.0 else logits)
+        return TokenDistribution(logits)
 
     def _values(self, output: VLAOutput) -> th.Tensor:
         if self.value_net is None:
@@ -400,7 +394,7 @@ class VLAPolicy(ActorCriticPolicy):
         Choose the tokens of a decision, in parallel or one after the other, in one pass over the observation.
 
         :param obs: observation
-        :param temperature: divides the logits once more when sampling
+        :param temperature: divides the logits when sampling
         :param deterministic: most likely token instead of a sample
         :return: tokens ``(B, n_tokens)``, the distribution of each (of an autoregressive body: after the tokens before
             it; without ``temperature``), values ``(B, 1)``

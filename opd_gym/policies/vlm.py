@@ -27,9 +27,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import is_torchvision_available
 
+from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.instructions import decode_instruction
 from opd_gym.policies.adapters import cast_parameters
-from opd_gym.policies.body import CONFIG_FILE, VLABody, VLAConfig, VLAOutput, locate_checkpoint
+from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput
 
 PROMPT = "What action should the robot take to {instruction}?"
 # Which of a processor's files says what class it is, from the newest layout to the oldest
@@ -115,12 +116,12 @@ def find_model(model: str) -> Path:
     :return: the directory
     :raises FileNotFoundError: there is none
     """
-    directory = locate_checkpoint(model)
-    if directory is None or not (directory / CONFIG_FILE).is_file():
-        raise FileNotFoundError(
-            f"The pretrained model {model!r} was not found: expected a directory with {CONFIG_FILE} or the id of a "
-            "model on the Hugging Face hub (owner/name)."
-        )
+    try:
+        directory = resolve_checkpoint(model)
+    except ValueError as error:
+        raise FileNotFoundError(f"The pretrained model {model!r} was not found. {error}") from error
+    if not directory.is_dir():
+        raise FileNotFoundError(f"The pretrained model {model!r} was not found: {directory} is a file.")
     return directory
 
 

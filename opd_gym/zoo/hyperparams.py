@@ -142,21 +142,27 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     """
     Hyperparameters from the command line.
 
-    :param items: ``key:value``; the value is YAML, and ``env_kwargs.image_size:64`` reaches into a mapping
+    :param items: ``key:value`` or ``key=value``; the value is YAML, and ``env_kwargs.image_size=64`` reaches into a
+        mapping
     :return: nested values
     """
     values: dict[str, Any] = {}
     for item in items:
-        key, colon, value = item.partition(":")
-        if not colon or not key:
-            raise ValueError(f"Expected key:value, for instance learning_rate:5e-4, got {item!r}.")
+        key, separator, value = re.match(r"([^:=]*)([:=]?)(.*)", item, re.DOTALL).groups()  # type: ignore[union-attr]
         *parents, last = key.strip().split(".")
+        if not separator or not last or not all(parents):
+            raise ValueError(
+                f"Expected key:value or key=value, for instance learning_rate:5e-4 or learning_rate=5e-4, got {item!r}."
+            )
         target = values
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ValueError(f"{item!r}: {parent!r} was given a value before; it cannot be a mapping as well.")
-        target[last] = parse_yaml(value)
+        try:
+            target[last] = parse_yaml(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{item!r}: expected YAML after {key!r}, got {value!r}: {error}") from None
     return values
 
 

@@ -64,6 +64,8 @@ class LiberoEnv(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    #: See :class:`opd_gym.envs.wrappers.ActionChunk`
+    can_skip_observations = True
     instruction_bytes = INSTRUCTION_BYTES
 
     def __init__(
@@ -119,7 +121,7 @@ class LiberoEnv(gym.Env):
         self._task_id: int | None = None
         self._steps = 0
         self._done = True
-        # Nobody looks at the pictures between two decisions: ActionChunk switches them off.
+        #: Whether a step draws pictures; ActionChunk switches it off between two decisions
         self.observe = True
         self._pictures: list[np.ndarray] = []
         picture = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)

@@ -86,6 +86,8 @@ class RoboTwinEnv(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    #: See :class:`opd_gym.envs.wrappers.ActionChunk`
+    can_skip_observations = True
     #: No scripted expert sees the state here; recorded traces are demonstrations, not labels
     has_expert = False
 
@@ -178,7 +180,7 @@ class RoboTwinEnv(gym.Env):
         self.held_out_textures = held_out_textures
         self.instructions = instructions
         self.settings = Settings(task, str(root), robots, task_config, shader, self.cameras, tuple(size))
-        # Nobody looks at the pictures between two decisions: ActionChunk switches them off.
+        #: Whether a step draws pictures; ActionChunk switches it off between two decisions
         self.observe = True
         self._in_process, self._python, self._timeout = in_process, python, timeout
         self._simulator: Simulator | RemoteSimulator | None = None

@@ -34,7 +34,7 @@ class Memory:
     """
 
     def __init__(self, fd: int, layout: Layout, num_envs: int):
-        fields = [(None, (num_envs,), np.dtype(np.uint8))]
+        fields: Layout = [(None, (num_envs,), np.dtype(np.uint8))]
         fields += [(key, (num_envs, 2, *shape), dtype) for key, shape, dtype in layout]
         sizes = [int(np.prod(shape)) * dtype.itemsize for _, shape, dtype in fields]
         # Each array begins at a multiple of a cache line

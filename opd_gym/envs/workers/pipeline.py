@@ -24,9 +24,9 @@ class Pipeline:
         #: Envs of each part
         self.parts = [np.arange(env.num_envs)]
         self._transpose = env if isinstance(env, VecTransposeImage) else None
-        inner = env.venv if isinstance(env, VecTransposeImage) else env
+        inner: Any = env.venv if isinstance(env, VecTransposeImage) else env
         # Only a WorkerVecEnv has halves. Of its class, because wrappers pass attributes of what they wrap on
-        self._workers: Any = inner if hasattr(type(inner), "halves") else None
+        self._workers = inner if hasattr(type(inner), "halves") else None
         if split and self._workers is not None:
             self.parts = self._workers.halves
 

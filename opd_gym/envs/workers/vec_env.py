@@ -208,8 +208,8 @@ class WorkerVecEnv(VecEnv):
             envs = tuple(range(number, len(env_fns), self.n_workers))
             # One by one: envs do not share what their functions refer to
             functions = [cloudpickle.dumps(env_fns[index]) for index in envs]
-            build = {"argv": sys.argv, "registered": registered, "indices": envs, "env_fns": functions}
-            self._workers.append(_Worker(number, envs, pickle.dumps(build)))
+            message = {"argv": sys.argv, "registered": registered, "indices": envs, "env_fns": functions}
+            self._workers.append(_Worker(number, envs, pickle.dumps(message)))
         self.reset_stats()
         try:
             builds = [_Request(worker.envs[0], "build") for worker in self._workers]

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from opd_gym.checkpoints import CONFIG_FILE
 from opd_gym.files import replacing, write_atomic
-from opd_gym.policies.body import CONFIG_FILE, WEIGHTS_FILE, remove_stale_weights
+from opd_gym.policies.body import WEIGHTS_FILE, remove_stale_weights
 from opd_gym.policies.openvla.configuration import OpenVLAConfig
 from opd_gym.policies.openvla.processing import PromptTokenizer
 from opd_gym.policies.openvla.published import (

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch as th
 
-from opd_gym.policies.body import CONFIG_FILE, locate_checkpoint
+from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
 
 MODEL_TYPE = "openvla"
 INDEX_FILE = "model.safetensors.index.json"
@@ -82,16 +82,13 @@ def data_set(norm_stats: Mapping[str, Any], unnorm_key: str | None) -> str:
 
 def locate(checkpoint: str | os.PathLike[str]) -> Path:
     """
-    :param checkpoint: see :func:`opd_gym.policies.body.locate_checkpoint`
+    :param checkpoint: see :func:`opd_gym.checkpoints.resolve_checkpoint`
     :return: the directory
     :raises FileNotFoundError: there is none
     """
-    directory = locate_checkpoint(checkpoint)
-    if directory is None or not directory.is_dir():
-        raise FileNotFoundError(
-            f"{os.fspath(checkpoint)!r} is neither a directory, nor a name of the zoo, nor the id of a model on the "
-            "Hugging Face hub (owner/name)."
-        )
+    directory = resolve_checkpoint(checkpoint)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not the directory of a checkpoint of OpenVLA.")
     return directory
 
 

@@ -1,0 +1,337 @@
+"""What every algorithm does with its policy: read its distributions, accumulate gradients, step, log, save and load."""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs
+
+from opd_gym.algorithms.buffers import micro_batches, random_shift
+from opd_gym.algorithms.losses import Metrics, weighted_mean
+from opd_gym.envs.make import prepare_env, with_action_dim
+from opd_gym.files import replacing
+from opd_gym.policies.loading import start_from
+from opd_gym.tokens import TokenSpec, TokenView, action_distribution, distribution_and_values, token_spec, token_view
+
+SelfPolicyAlgorithm = TypeVar("SelfPolicyAlgorithm", bound="PolicyAlgorithm")
+
+AUGMENTATIONS = (None, "random_shift", "random_shift_batch")
+
+
+def check_at_least_one(**sizes: int | None) -> None:
+    """
+    :param sizes: Numbers of things by the name of their argument; None is left out
+    :raises ValueError: One of them is below 1
+    """
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"Expected {name} to be at least 1, got {value}.")
+
+
+def check_augmentation(augmentation: str | None) -> None:
+    """
+    :param augmentation: See :func:`augment`
+    :raises ValueError: There is no such augmentation
+    """
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(f"Expected augmentation to be one of {AUGMENTATIONS}, got {augmentation!r}.")
+
+
+def augment(observations: PyTorchObs, space: spaces.Space, augmentation: str | None) -> PyTorchObs:
+    """
+    Augment the images of a minibatch; everything else stays as it is.
+
+    :param observations: Observations
+    :param space: Their space
+    :param augmentation: "random_shift" shifts each image by up to 1/16 of its size, "random_shift_batch" all images of
+        one camera alike (cheaper); None: nothing
+    :return: Observations
+    """
+    if augmentation is None:
+        return observations
+    if isinstance(space, spaces.Dict):
+        assert isinstance(observations, dict)
+        return {key: augment(observations[key], inner, augmentation) for key, inner in space.spaces.items()}  # type: ignore[misc]
+    if not (isinstance(space, spaces.Box) and is_image_space(space)):
+        return observations
+    assert isinstance(observations, th.Tensor)
+    return random_shift(observations, augmentation == "random_shift", is_image_space_channels_first(space))
+
+
+def accumulate_gradients(
+    mask: th.Tensor, micro_batch_size: int | None, loss_of: Callable[[slice], tuple[th.Tensor, Metrics]]
+) -> Metrics:
+    """
+    Add the gradient of a minibatch's loss, a mean over its tokens, to what the parameters hold; a part of the
+    minibatch at a time, for memory.
+
+    :param mask: 1 for tokens that count, (batch, T)
+    :param micro_batch_size: Number of rows of a part; None: all of them at once
+    :param loss_of: From the rows of a part to its loss, a mean over its tokens, and its metrics
+    :return: Metrics of the minibatch
+    """
+    parts = []
+    for rows, share in micro_batches(mask, micro_batch_size):
+        loss, metrics = loss_of(rows)
+        (share * loss).backward()
+        parts.append((share, metrics))
+    return weighted_mean(parts)
+
+
+class DecisionProgressBar(ProgressBarCallback):
+    """Progress bar that counts decisions: envs that stand still make none."""
+
+    def _on_step(self) -> bool:
+        done = self.model.num_timesteps - self.model._num_timesteps_at_start
+        self.pbar.update(done - self.pbar.n)
+        return True
+
+
+class PolicyAlgorithm(BaseAlgorithm):
+    """Base of all algorithms here, those without rollouts (SFT) included."""
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": ActorCriticPolicy,
+        "CnnPolicy": ActorCriticCnnPolicy,
+        "MultiInputPolicy": MultiInputActorCriticPolicy,
+    }
+    # Without a critic nothing is bootstrapped from, or computed for, an untrained value network
+    uses_critic: ClassVar[bool] = False
+    default_total_timesteps: ClassVar[int] = 20_000
+    # Whether an env that is made from its id gets all the slots that its training defaults ask for
+    steps_env: ClassVar[bool] = True
+
+    progress_bar_class: ClassVar[type[BaseCallback]] = DecisionProgressBar
+
+    policy: ActorCriticPolicy
+    _start_state: dict[str, Any] | None = None
+    max_grad_norm: float
+    _n_updates: int
+
+    # ------------------------------------------------------------------------------------------------------ set-up
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name == "VLAPolicy":
+            # Lazy: a VLA imports transformers
+            from opd_gym.policies.vla import VLAPolicy
+
+            return VLAPolicy
+        if policy_name not in self.policy_aliases:
+            known = ["VLAPolicy", *self.policy_aliases]
+            raise ValueError(f"Unknown policy {policy_name!r}: expected one of {known}, or a policy class.")
+        return super()._get_policy_from_name(policy_name)
+
+    def _prepare(
+        self,
+        policy: str | type[BasePolicy],
+        env: GymEnv | str | None,
+        policy_kwargs: dict[str, Any] | None,
+        verbose: int,
+        seed: int | None,
+    ) -> tuple[Any, dict[str, Any] | None]:
+        """
+        The env and the arguments of the policy, as they fit each other; with a checkpoint among them that is the zip of
+        a model, what that says.
+
+        :return: The env, and keyword arguments of the policy
+        """
+        policy_class: type[BasePolicy] = self._get_policy_from_name(policy) if isinstance(policy, str) else policy
+        policy_kwargs, self._start_state = start_from(policy_class, policy_kwargs)
+        if env is None:
+            return None, policy_kwargs
+        prepared = self._prepare_env(env, policy_class, policy_kwargs, verbose, seed)
+        return prepared, with_action_dim(prepared, policy_class, policy_kwargs)
+
+    @classmethod
+    def _prepare_env(
+        cls,
+        env: GymEnv | str,
+        policy_class: type[BasePolicy],
+        policy_kwargs: dict[str, Any] | None,
+        verbose: int,
+        seed: int | None,
+    ) -> Any:
+        """See :func:`prepare_env`."""
+        return prepare_env(env, policy_class, policy_kwargs, verbose, seed, None if cls.steps_env else 1)
+
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """
+        Set the environment to go on with.
+
+        :param env: The environment; an id or a raw env is wrapped as in the constructor
+        :param force_reset: Force a reset before training
+        """
+        prepared = self._prepare_env(env, self.policy_class, self.policy_kwargs, self.verbose, self.seed)
+        super().set_env(prepared, force_reset)
+
+    @property
+    def token_spec(self) -> TokenSpec:
+        """Token view of the policy's actions."""
+        return token_spec(self.action_space, squashed=self.policy.squash_output)
+
+    def _policy_is_built(self) -> None:
+        """Load the weights that it starts from, and keep arguments that build it where its checkpoint is gone."""
+        if self._start_state is not None:
+            self.policy.load_state_dict(self._start_state)
+            self._start_state = None
+        portable_kwargs = getattr(self.policy, "portable_kwargs", None)
+        if portable_kwargs is not None:
+            self.policy_kwargs = portable_kwargs()
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        hybrid = super()._init_callback(callback, progress_bar=False)
+        if progress_bar:
+            hybrid = CallbackList([hybrid, self.progress_bar_class()])
+            hybrid.init_callback(self)
+        return hybrid
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def _distribution(self, obs: PyTorchObs, actions: th.Tensor | None = None) -> tuple[Any, th.Tensor]:
+        """
+        The policy's distribution and, for algorithms with a critic, its values.
+
+        :param obs: Observations
+        :param actions: Actions, after whose tokens an autoregressive policy gives the distributions of the next
+        :return: distribution and values (zeros without a critic)
+        """
+        with self._nan_named():
+            if self.uses_critic:
+                return distribution_and_values(self.policy, obs, actions)
+            return action_distribution(self.policy, obs, actions), th.zeros(1, device=self.device)
+
+    def _student(self, obs: PyTorchObs, actions: th.Tensor | None, temperature: float = 1.0) -> TokenView:
+        """
+        The policy's distribution as tokens, with gradient.
+
+        :param obs: Observations
+        :param actions: Actions that were taken there; only an autoregressive policy needs them
+        :param temperature: Temperature to apply
+        :return: Token view
+        """
+        return token_view(self._distribution(obs, actions)[0]).temper(temperature)
+
+    @contextmanager
+    def _nan_named(self) -> Iterator[None]:
+        """Say what has gone wrong where the policy's outputs are NaN."""
+        try:
+            yield
+        except (ValueError, FloatingPointError) as error:
+            # How torch's and the VLA's distributions refuse NaN
+            finite = all(bool(th.isfinite(parameter).all()) for parameter in self.policy.parameters())
+            if finite and "nan" not in str(error).lower():
+                raise
+            raise self._not_finite("outputs of the policy") from error
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        rate = self.policy.optimizer.param_groups[0]["lr"]
+        return FloatingPointError(
+            f"{type(self).__name__}: the {what} are NaN or infinite after {self._n_updates} updates and "
+            f"{self.num_timesteps} timesteps. The training has diverged, or the observations hold NaN (VecCheckNan of "
+            "Stable-Baselines3 finds that). Go on from the last checkpoint with a lower learning_rate (now "
+            f"{rate:g}) or max_grad_norm (now {self.max_grad_norm:g})."
+        )
+
+    def _gradient_step(self) -> float:
+        """
+        Clip the accumulated gradients, take an optimiser step, and clear them.
+
+        :return: Norm of the gradients before clipping
+        """
+        grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        if not bool(th.isfinite(grad_norm)):
+            # Before the step: the weights are still good
+            raise self._not_finite("gradients")
+        self.policy.optimizer.step()
+        self.policy.optimizer.zero_grad()
+        self._n_updates += 1
+        return grad_norm.item()
+
+    def _record_metrics(self, metrics: list[Any]) -> None:
+        """
+        Log the means of the metrics of all minibatches as ``train/*``.
+
+        :param metrics: Dataclasses of metrics
+        """
+        for name in metrics[0].__dataclass_fields__ if metrics else ():
+            values = [getattr(m, name) for m in metrics]
+            if not np.isnan(values).all():
+                self.logger.record(f"train/{name}", float(np.mean(values)))
+
+    # ------------------------------------------------------------------------------------------------------ saving
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model in a zip file. A file of that name is replaced only once the new one is complete.
+
+        :param path: Path of the file (``.zip`` is added where there is no suffix), or a file object
+        :param exclude: Names of parameters that should be excluded in addition to the default ones
+        :param include: Names of parameters that might be excluded but should be included anyway
+        """
+        if not isinstance(path, (str, os.PathLike)):
+            super().save(path, exclude=exclude, include=include)
+            return
+        target = pathlib.Path(path)
+        if target.suffix == "":
+            target = target.with_name(f"{target.name}.zip")
+        with replacing(target) as temporary:
+            super().save(temporary, exclude=exclude, include=include)
+
+    @classmethod
+    def load(
+        cls: type[SelfPolicyAlgorithm],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | str | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfPolicyAlgorithm:
+        """
+        Load the model from a zip file.
+
+        :param path: Path of the file, or a file object
+        :param env: The environment to go on with (None if only predictions are needed); an id or a raw env is wrapped
+            as in the constructor
+        :param device: Device on which the code should run
+        :param custom_objects: Objects to replace upon loading
+        :param print_system_info: Whether to print system info of the saved model
+        :param force_reset: Force a reset before training
+        :param kwargs: Extra arguments to change the model when loading
+        :return: New model with loaded parameters
+        """
+        prepared: Any = env
+        if env is not None:
+            data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
+            if isinstance(path, io.BufferedIOBase):
+                path.seek(0)
+            assert data is not None, "No data found in the saved file"
+            prepared = cls._prepare_env(env, data["policy_class"], data["policy_kwargs"], data["verbose"], data["seed"])
+        return super().load(path, prepared, device, custom_objects, print_system_info, force_reset, **kwargs)

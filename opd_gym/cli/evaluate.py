@@ -1,0 +1,114 @@
+"""``opd-gym eval`` and ``opd-gym enjoy``: the success rate of a policy, and films of it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+from stable_baselines3.common.utils import get_device
+
+from opd_gym.checkpoints import resolve_checkpoint
+from opd_gym.cli.options import Enjoy, Eval
+from opd_gym.cli.train import default_episodes, default_threshold
+from opd_gym.cli.video import side_by_side, write_video
+from opd_gym.envs.make import build_env
+from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
+from opd_gym.evaluation import EvaluationResult, evaluate_success
+from opd_gym.policies.body import checkpoint_settings
+from opd_gym.policies.loading import load_policy
+from opd_gym.versions import differences, read_versions
+from opd_gym.zoo.hyperparams import merge, parse_overrides
+
+
+def run(args: Eval | Enjoy) -> int:
+    """
+    Play episodes and print how many succeed.
+
+    :param args: what to play
+    :return: exit status
+    """
+    film = isinstance(args, Enjoy)
+    device = get_device(args.device)
+    env_ids = [args.env] if isinstance(args, Enjoy) else args.env
+    before = args.before if isinstance(args, Enjoy) else None
+    names = [args.checkpoint] if before is None else [before, args.checkpoint]
+    paths = [resolve_checkpoint(name) for name in names]
+    settings = checkpoint_settings({"checkpoint": paths[-1]})
+    if checkpoint_settings({"checkpoint": paths[0]}) != settings:
+        raise ValueError(
+            f"Both policies of a film act in one env, but {names[0]} and {names[1]} differ in what they were trained "
+            "with (pictures, chunk or the statistics of their action tokens). Film them one by one."
+        )
+
+    plus = ("categories", "difficulty", "difficulty_file")
+    given = [name for name in plus if getattr(args, name)]
+    if given and not any(bare_id(env_id) in LIBERO_PLUS_IDS for env_id in env_ids):
+        raise ValueError(f"{', '.join(given)}: only LIBERO-Plus has these; its ids are {', '.join(LIBERO_PLUS_IDS)}.")
+
+    overrides = merge(parse_overrides(f"env_kwargs.{item}" for item in args.env_kwargs), parse_overrides(args.param))
+    changed = overrides.pop("env_kwargs", {})
+    if overrides or not isinstance(changed, dict):
+        raise ValueError(
+            f"-P {', -P '.join(args.param)}: a policy is played as it was trained; only env_kwargs can be changed, for "
+            "instance -P env_kwargs.visuals=exact."
+        )
+
+    def play(env_id: str) -> list[EvaluationResult]:
+        env_kwargs: dict[str, Any] = {}
+        if bare_id(env_id) in LIBERO_IDS:
+            env_kwargs["visuals"] = settings.get("visuals", "light")
+            if args.task_ids:
+                env_kwargs["task_ids"] = tuple(args.task_ids)
+        if bare_id(env_id) in LIBERO_PLUS_IDS:
+            env_kwargs.update({name: getattr(args, name) for name in plus})
+        if film:
+            env_kwargs["render_mode"] = "rgb_array"
+        env_kwargs.update(changed)
+        env = build_env(env_id, n_envs=args.n_envs, seed=args.seed, settings=settings, **env_kwargs)
+        try:
+            episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
+            if env.has_attr("left_out"):
+                left_out = env.get_attr("left_out", indices=0)[0]
+                if left_out:
+                    counts = ", ".join(f"{n} of {category}" for category, n in left_out.items())
+                    print(f"{env_id} leaves out tasks that cannot run here: {counts}.", file=sys.stderr)
+            threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(env_id)
+            return [
+                evaluate_success(
+                    load_policy(path, env.observation_space, env.action_space, trainable=False).to(device),
+                    env,
+                    episodes[: args.episodes] if film else episodes,
+                    deterministic=not args.stochastic,
+                    progress=args.progress,
+                    reward_threshold=threshold,
+                    record=sys.maxsize if film else 0,
+                )
+                for path in paths
+            ]
+        finally:
+            env.close()
+
+    if film:
+        results = play(env_ids[0])
+    else:
+        played = [(bare_id(env_id), play(env_id)[0]) for env_id in env_ids]
+        episodes = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.episodes]
+        results = [EvaluationResult(episodes, versions=played[-1][1].versions)]
+    for name, path, result in zip(names, paths, results, strict=True):
+        print(result.to_markdown())
+        changed = differences(read_versions(path), result.versions)
+        if changed:
+            print(f"Not what {name} was trained with: {', '.join(changed)}")
+    if isinstance(args, Enjoy):
+        films = [result.frames for result in results]
+        frames = [frame for index in sorted(films[-1]) for frame in films[-1][index]]
+        if len(films) == 2:
+            shared = sorted(films[0].keys() & films[1].keys())
+            pairs = (side_by_side(films[0][i], films[1][i], ("before", "after")) for i in shared)
+            frames = [frame for pair in pairs for frame in pair]
+        print(f"Film: {write_video(args.output, frames, args.fps)}")
+    elif args.output is not None:
+        results[0].save(args.output)
+        print(f"Every episode: {args.output}")
+    return 0

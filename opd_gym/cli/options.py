@@ -1,0 +1,442 @@
+"""
+What each command of ``opd-gym`` may be told: a class a command, whose fields and docstring are its options
+and their help.
+
+Nothing heavy is imported here, so that ``--help`` answers at once.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import UseAppendAction, UseCounterAction, arg, create_mutex_group
+
+# As in opd_gym.zoo.hyperparams, which takes too long to import
+Algorithm = Literal["opd", "grpo", "ppo", "sft"]
+Dtype = Literal["bfloat16", "float32"]
+
+
+def option(*aliases: str, metavar: str | None = None, name: str | None = None) -> Any:
+    """
+    :param aliases: other spellings
+    :param metavar: what stands for the value in the help; None for its type
+    :param name: the spelling, where it is not that of the field
+    :return: annotation of a field; what is not given, or is no choice, has no default in the help
+    """
+    unsaid = ("None", "''", "", "True", "False")
+    return arg(
+        name=name,
+        aliases=aliases,
+        metavar=metavar,
+        help_behavior_hint=lambda default: "" if default in unsaid else f"(default: {default})",
+    )
+
+
+Flag = Annotated[bool, option()]
+Text = Annotated[str | None, option(metavar="STR")]
+Number = Annotated[int | None, option(metavar="INT")]
+Words = Annotated[tuple[str, ...] | None, option(metavar="STR [STR ...]")]
+Numbers = Annotated[tuple[int, ...] | None, option(metavar="INT [INT ...]")]
+Overrides = Annotated[list[str], option(metavar="KEY:VALUE [KEY:VALUE ...]")]
+Assignments = Annotated[UseAppendAction[list[str]], option("-P", name="param", metavar="KEY=VALUE")]
+
+
+@dataclass
+class Options:
+    """What all commands have in common."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if getattr(self, item.name) == () and item.default != ():
+                raise ValueError(f"--{item.name.replace('_', '-')} needs at least one value.")
+
+
+@dataclass
+class TrainArgs(Options):
+    """
+    What a run is started with.
+
+    :param algo: the algorithm
+    :param env: environment id, for instance LiberoObject-v0
+    :param n_timesteps: number of decisions; default: what the YAML file says
+    :param seed: seed of everything
+    :param hyperparams: override the YAML file, for instance learning_rate:5e-4 env_kwargs.image_size:64
+    :param config: YAML file of hyperparameters instead of the zoo's
+    :param teacher: directory of a VLA checkpoint, zip of a model, directory of a run, name of the zoo, or "expert";
+        default: the zoo's teacher for this env
+    :param student: likewise, to start from; "none" for random weights; default: the zoo's student for this env
+    :param demonstrations: HDF5 files or folders of them, for sft
+    :param folder: where the directory of the run goes
+    :param eval_episodes: held-out episodes to play at the end
+    :param device: "auto", "cpu", "cuda", ...
+    :param checkpoint_interval: seconds between two checkpoints, at least
+    :param progress: show a progress bar; not with --no-progress
+    :param verbose: print the table of every iteration
+    """
+
+    algo: Algorithm = "opd"
+    env: Annotated[str, option()] = ""
+    n_timesteps: Annotated[int | None, option("-n", metavar="INT")] = None
+    seed: int = 0
+    hyperparams: Overrides = field(default_factory=list)
+    config: Annotated[str | None, option(metavar="FILE")] = None
+    teacher: Text = None
+    student: Annotated[str | None, option("--checkpoint", metavar="STR")] = None
+    demonstrations: Annotated[list[str], option(metavar="PATH [PATH ...]")] = field(default_factory=list)
+    folder: Annotated[str, option("-f", metavar="DIR")] = "runs"
+    eval_episodes: int = 0
+    device: str = "auto"
+    checkpoint_interval: Annotated[float, option(metavar="SECONDS")] = 60.0
+    progress: Flag = True
+    verbose: Annotated[UseCounterAction[int], arg(aliases=["-v"])] = 0
+
+
+@dataclass
+class Train(TrainArgs):
+    """
+    Train a policy, or go on with a run.
+
+    :param param: the same as --hyperparams, one at a time: -P learning_rate=5e-4 -P env_kwargs.image_size=64
+    :param resume: go on with this run from its last checkpoint
+    """
+
+    param: Assignments = field(default_factory=list)
+    resume: Annotated[Path | None, option(metavar="DIR")] = None
+
+
+@dataclass(kw_only=True)
+class Play(Options):
+    """
+    Episodes of a policy.
+
+    :param checkpoint: directory of a VLA checkpoint, zip of a model, directory of a run, or a name of the zoo
+    :param task_ids: tasks; default: all of the env
+    :param categories: LIBERO-Plus' perturbations, for instance camera language
+    :param difficulty: LIBERO-Plus' levels, 1 to 5; needs --difficulty-file
+    :param difficulty_file: LIBERO-Plus' task_classification.json
+    :param episodes: of each env, shared evenly by the tasks; fewer than LIBERO-Plus' tasks take a part of each category
+    :param init_states: official or drawn states
+    :param n_envs: parallel envs
+    :param stochastic: sample actions instead of taking the most likely
+    :param reward_threshold: for envs that say nothing about success
+    :param env_kwargs: for instance visuals:exact horizon:400
+    :param param: the same one at a time, spelt as in training: -P env_kwargs.visuals=exact
+    :param seed: seed of the envs
+    :param device: "auto", "cpu", "cuda", ...
+    :param progress: show a progress bar; not with --no-progress
+    """
+
+    checkpoint: Annotated[str, option("--student")]
+    task_ids: Numbers = None
+    categories: Words = None
+    difficulty: Numbers = None
+    difficulty_file: Annotated[str | None, option(metavar="FILE")] = None
+    episodes: int = 100
+    init_states: Literal["eval", "sampled"] = "eval"
+    n_envs: int = 2
+    stochastic: Flag = False
+    reward_threshold: Annotated[float | None, option(metavar="FLOAT")] = None
+    env_kwargs: Overrides = field(default_factory=list)
+    param: Assignments = field(default_factory=list)
+    seed: int = 0
+    device: str = "auto"
+    progress: Flag = True
+
+
+@dataclass(kw_only=True)
+class Eval(Play):
+    """
+    Success rate over held-out episodes.
+
+    :param env: environment ids, for instance LiberoObject-v0; several give one table, by perturbation
+    :param output: JSON file for the result of every episode
+    """
+
+    env: Annotated[tuple[str, ...], option(metavar="STR [STR ...]")]
+    output: Annotated[Path | None, option("-o", metavar="FILE")] = None
+
+
+@dataclass(kw_only=True)
+class Enjoy(Play):
+    """
+    Film a policy.
+
+    :param env: environment id, for instance LiberoObject-v0
+    :param episodes: number of episodes
+    :param output: .mp4 or .gif
+    :param fps: pictures per second
+    :param before: a second policy in the same episodes, on the left
+    """
+
+    env: str
+    episodes: int = 1
+    n_envs: int = 1
+    output: Annotated[Path, option("-o", metavar="FILE")] = Path("runs/video.mp4")
+    fps: float = 5.0
+    before: Annotated[str | None, option(metavar="CHECKPOINT")] = None
+
+
+@dataclass(kw_only=True)
+class Demos(Options):
+    """
+    Record demonstrations with the scripted expert (HDF5).
+
+    :param env: LIBERO environment id, for instance LiberoObject-v0
+    :param task_ids: tasks; default: all of the env
+    :param episodes_per_task: successful episodes of each
+    :param seed: seed of the first episode
+    :param image_size: side of the pictures
+    :param visuals: how they are drawn
+    :param chunk_size: length of the labels
+    :param stride: record every so many steps
+    :param perturbation: probability of a push at a step
+    :param output: folder, one file a task
+    """
+
+    env: str
+    task_ids: Numbers = None
+    episodes_per_task: Annotated[int, option("-n")] = 1
+    seed: int = 0
+    image_size: int = 128
+    visuals: Literal["exact", "light"] = "light"
+    chunk_size: int = 8
+    stride: int = 1
+    perturbation: float = 0.0
+    output: Annotated[Path, option("-o", metavar="DIR")] = Path("runs/demos")
+
+
+@dataclass
+class List(Options):
+    """
+    Environments and checkpoints: what there is to run.
+
+    :param all: every environment id, single tasks included
+    """
+
+    all: Flag = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    What is to be planned.
+
+    :param student: openvla-7b, openvla-oft-7b, openvla-oft-7b-two-arms, qwen2.5-vl-3b, smolvlm-256m; the directory of
+        a checkpoint; its config.json; a name of the zoo
+    :param teacher: likewise; "student" for the same model, "none" for none, or a scripted expert
+    :param lora_rank: rank of the student's adapters
+    :param dtype: of the student's frozen weights and computations
+    :param teacher_dtype: likewise of the teacher
+    :param teacher_elsewhere: the teacher has a device of its own
+    :param gradient_checkpointing: compute layers a second time in the backward pass; not with
+        --no-gradient-checkpointing
+    :param micro_batch_size: observations that go through the student at once, in training
+    :param batch_size: observations of a gradient step
+    :param gradient_steps: gradient steps of an iteration
+    :param n_envs: number of workers
+    :param n_steps: decisions of each worker in an iteration
+    :param iterations: number of iterations
+    """
+
+    student: str
+    teacher: str | None = "student"
+    lora_rank: int | None = 32
+    dtype: Dtype = "bfloat16"
+    teacher_dtype: Dtype = "bfloat16"
+    teacher_elsewhere: Flag = False
+    gradient_checkpointing: Flag = True
+    micro_batch_size: int = 4
+    batch_size: int = 128
+    gradient_steps: int = 40
+    n_envs: int = 8
+    n_steps: int = 32
+    iterations: int = 20
+
+    def __post_init__(self) -> None:
+        for name in (
+            "micro_batch_size",
+            "batch_size",
+            "gradient_steps",
+            "n_envs",
+            "n_steps",
+            "iterations",
+            "lora_rank",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Expected {name} to be at least 1, got {value}.")
+
+
+@dataclass(frozen=True)
+class Plan(Run):
+    """
+    Memory and time of a run of OPD: memory by what it is for, which GPUs have it, what to change, how long it takes.
+
+    :param full: train all weights instead of LoRA adapters
+    """
+
+    full: Flag = False
+
+
+@dataclass
+class Quickstart(Options):
+    """
+    OPD on real LIBERO in minutes: the student before and after.
+
+    :param env: LIBERO environment id
+    :param minutes: time for everything
+    :param task_ids: tasks; default: what the hyperparameters name, or all
+    :param n_envs: parallel simulators; default: what the hyperparameters name
+    :param eval_episodes: held-out episodes, before and after each
+    :param student: checkpoint to start from; default: the zoo's
+    :param teacher: its teacher; default: the zoo's
+    :param hyperparams: see opd-gym train
+    :param param: likewise, one at a time
+    :param seed: seed of everything
+    :param device: "auto", "cpu", "cuda", ...
+    :param folder: where the results go
+    """
+
+    env: str = "LiberoObject-v0"
+    minutes: float = 13.5
+    task_ids: Numbers = None
+    n_envs: Number = None
+    eval_episodes: int = 20
+    student: Text = None
+    teacher: Text = None
+    hyperparams: Overrides = field(default_factory=list)
+    param: Assignments = field(default_factory=list)
+    seed: int = 0
+    device: str = "auto"
+    folder: Annotated[Path, option("-f", metavar="DIR")] = Path("runs/quickstart")
+
+
+@dataclass
+class Doctor(Options):
+    """
+    What is installed, what is wrong, the command that mends it, and whether LIBERO is as published.
+
+    :param self_check: also play scenes of LIBERO; not with --no-self-check
+    :param json: the same as JSON, for a bug report
+    """
+
+    self_check: Flag = True
+    json: Flag = False
+
+
+@dataclass
+class RobotwinInstall(Options):
+    """
+    RoboTwin's runtime without its pins, and a software Vulkan driver.
+
+    :param force: anew, whatever is there already
+    :param planner: also that of RoboTwin's expert, to record traces with
+    """
+
+    force: Flag = False
+    planner: Flag = False
+
+
+_KIND = create_mutex_group(required=True)
+
+
+@dataclass
+class RobotwinAssets(Options):
+    """
+    RoboTwin's assets, or a stand-in robot.
+
+    :param download: the real ones, from the Hugging Face hub
+    :param stand_in: a robot of boxes, and some objects, without a download
+    :param output: folder; default: where the environments look for it
+    """
+
+    download: Annotated[bool, _KIND, option()] = False
+    stand_in: Annotated[bool, _KIND, option()] = False
+    output: Annotated[Path | None, option("-o", metavar="DIR")] = None
+
+
+@dataclass
+class RobotwinCheck(Options):
+    """
+    Play the expert's traces with the stand-in robot, and film it.
+
+    :param env: environment id of one of the tasks; default: all that there are traces of
+    :param output: folder of the films
+    """
+
+    env: Text = None
+    output: Annotated[Path, option("-o", metavar="DIR")] = Path("runs/robotwin")
+
+
+@dataclass(kw_only=True)
+class RobotwinExpert(Options):
+    """
+    RoboTwin's own expert.
+
+    :param env: environment id, for instance RoboTwinHandoverBlock-v0
+    :param python: interpreter that has the planner; default: that of `install --planner`
+    :param task_config: RoboTwin's name of the domain
+    :param n_envs: simulators at once; what comes out is the same
+    """
+
+    env: str
+    python: Text = None
+    task_config: Literal["demo_clean", "demo_randomized"] = "demo_clean"
+    n_envs: int = 2
+
+
+@dataclass(kw_only=True)
+class RobotwinRecord(RobotwinExpert):
+    """
+    Traces of RoboTwin's own expert.
+
+    :param episodes: successful episodes
+    :param seed: first scene; the following ones count up
+    :param output: folder, one file a trace
+    """
+
+    episodes: Annotated[int, option("-n")] = 1
+    seed: int = 0
+    output: Annotated[Path, option("-o", metavar="DIR")] = Path("runs/traces")
+
+
+@dataclass(kw_only=True)
+class RobotwinSeeds(RobotwinExpert):
+    """
+    The evaluation scenes that RoboTwin's own expert solves.
+
+    :param scenes: number of scenes
+    :param output: file, for eval_seeds
+    """
+
+    scenes: Annotated[int, option("-n")] = 100
+    output: Annotated[Path, option("-o", metavar="FILE")] = Path("runs/seeds.json")
+
+
+@dataclass(kw_only=True)
+class RobotwinDemos(Options):
+    """
+    Demonstrations (HDF5) out of traces.
+
+    :param traces: files, or folders of them
+    :param replays: demonstrations of each trace
+    :param perturbation: probability that a chunk is pushed off its way
+    :param chunk_size: length of the labels
+    :param image_size: height and width; default: RoboTwin's own
+    :param cameras: pictures to record
+    :param shader: how they are drawn
+    :param seed: seed of the pushes
+    :param n_envs: simulators at once; the demonstrations are the same
+    :param output: folder, one file a task
+    """
+
+    traces: Annotated[tuple[Path, ...], option(metavar="PATH [PATH ...]")]
+    replays: Annotated[int, option("-n")] = 1
+    perturbation: float = 0.0
+    chunk_size: int = 25
+    image_size: Numbers = None
+    cameras: Annotated[tuple[str, ...], option(metavar="STR [STR ...]")] = ("head",)
+    shader: Literal["default", "rt"] = "default"
+    seed: int = 0
+    n_envs: int = 2
+    output: Annotated[Path, option("-o", metavar="DIR")] = Path("runs/demos")

@@ -1,0 +1,134 @@
+"""From a checkpoint to a policy, and from a saved policy to the one that goes on from it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+
+from opd_gym.checkpoints import resolve_checkpoint
+
+
+def load_policy(
+    checkpoint: str | os.PathLike[str],
+    observation_space: spaces.Space,
+    action_space: spaces.Space,
+    dtype: str | th.dtype | None = None,
+    trainable: bool = True,
+) -> BasePolicy:
+    """
+    The policy of a checkpoint, on the CPU.
+
+    A zip names the class of its policy, so the class of the algorithm is not needed (nor its replay buffer). Reading a
+    zip runs what it holds, as Stable-Baselines3 does: read none from people you do not trust.
+
+    :param checkpoint: See :func:`opd_gym.checkpoints.resolve_checkpoint`
+    :param observation_space: What a VLA sees; a zip holds its policy's own spaces
+    :param action_space: What a VLA's tokens are for
+    :param dtype: Type in which a VLA computes, and of its weights; None: float32, or as it was saved
+    :param trainable: False for a VLA without gradients and optimizer
+    :return: The policy
+    :raises FileNotFoundError: There is no such checkpoint
+    :raises ValueError: It holds no policy, or a VLA that does not fit the spaces
+    """
+    path = resolve_checkpoint(checkpoint)
+    if path.is_dir():
+        from opd_gym.policies.body import read_checkpoint_config
+        from opd_gym.policies.vla import VLAPolicy
+
+        read_checkpoint_config(path)
+        try:
+            return VLAPolicy(
+                observation_space,
+                action_space,
+                _no_learning,
+                checkpoint=path,
+                dtype=dtype or "float32",
+                trainable=trainable,
+            )
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit the env. {error}") from error
+    data, state = _read_zip(path)
+    policy_class, kwargs = data["policy_class"], dict(data.get("policy_kwargs") or {})
+    accepted = inspect.signature(policy_class.__init__).parameters
+    if "lr_schedule" in accepted:
+        kwargs["lr_schedule"] = _no_learning
+    if "use_sde" in accepted and data.get("use_sde"):
+        kwargs["use_sde"] = True
+    kwargs.pop("device", None)
+    if "trainable" in accepted:
+        kwargs["trainable"] = trainable
+    if dtype is not None:
+        if "dtype" not in accepted:
+            raise ValueError(f"Only a VLA can be read in another dtype; {path} holds a {policy_class.__name__}.")
+        kwargs["dtype"] = dtype
+    policy = policy_class(data["observation_space"], data["action_space"], **kwargs)
+    policy.load_state_dict(state)
+    return policy
+
+
+def start_from(
+    policy_class: type[BasePolicy], policy_kwargs: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """
+    What a policy is built with whose ``checkpoint`` may be the zip of a model or a run: its own arguments, and the
+    weights that are loaded into it. The directory of a VLA checkpoint is the policy's own affair.
+
+    :param policy_class: Class of the policy
+    :param policy_kwargs: Its keyword arguments; those beside ``checkpoint`` win over what the zip says
+    :return: Keyword arguments, and the state of the policy to load, or None
+    :raises FileNotFoundError: There is no such checkpoint
+    :raises ValueError: It holds another class of policy
+    """
+    kwargs = dict(policy_kwargs or {})
+    checkpoint = kwargs.get("checkpoint")
+    is_vla = bool(getattr(policy_class, "requires_tokens", False))
+    if checkpoint is None:
+        return kwargs, None
+    try:
+        path = resolve_checkpoint(checkpoint)
+    except FileNotFoundError:
+        if is_vla and kwargs.get("body_kwargs"):
+            # The arguments of a saved VLA, which goes without the checkpoint it once started from
+            return kwargs, None
+        raise
+    if path.is_dir():
+        if not is_vla:
+            raise ValueError(
+                f"{checkpoint} is a VLA checkpoint, which {policy_class.__name__} cannot start from. Use VLAPolicy, or "
+                f"the zip of a model with a {policy_class.__name__}."
+            )
+        return kwargs, None
+    data, state = _read_zip(path)
+    if not issubclass(data["policy_class"], policy_class):
+        raise ValueError(
+            f"{path} holds a {data['policy_class'].__name__}, and the policy to train is a {policy_class.__name__}: "
+            "they have to be of the same class."
+        )
+    del kwargs["checkpoint"]
+    return {**(data.get("policy_kwargs") or {}), **kwargs}, state
+
+
+def _read_zip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attributes of a saved model, and the state of its policy."""
+    try:
+        data, params, _ = load_from_zip_file(path, device="cpu")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not the zip of a Stable-Baselines3 model (as model.save() writes it): {error}"
+        ) from error
+    if data is None or "policy_class" not in data or "policy" not in params:
+        raise ValueError(f"{path} holds no policy: expected the zip that a Stable-Baselines3 model's save() writes.")
+    return data, params["policy"]  # type: ignore[return-value]
+
+
+def _no_learning(progress_remaining: float) -> float:
+    del progress_remaining
+    return 0.0

@@ -1,0 +1,187 @@
+"""The command line: what each command takes, how quickly it answers, and what it says to what it does not take."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from opd_gym.cli import options
+from opd_gym.cli.main import COMMANDS, main, parse
+from opd_gym.zoo.hyperparams import ALGORITHMS, parse_overrides
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def told(command: str) -> dict[str, Any]:
+    """What a command line asks for, without what it leaves at its default."""
+    given = parse(shlex.split(command))
+    defaults = {item.name: item.default for item in fields(given)}
+    values = {name: value for name, value in vars(given).items() if value != defaults[name]}
+    return {name: value for name, value in values.items() if value != []}
+
+
+@pytest.mark.parametrize(
+    ("command", "values"),
+    [
+        ("train", {}),
+        ("train --algo sft --env E -n 3200 -f runs/x",
+         {"algo": "sft", "env": "E", "n_timesteps": 3200, "folder": "runs/x"}),
+        ("train --env=E -n64 --seed -1 -vv", {"env": "E", "n_timesteps": 64, "seed": -1, "verbose": 2}),
+        ("train --hyperparams a:1 b.c:[1,2] --env E", {"hyperparams": ["a:1", "b.c:[1,2]"], "env": "E"}),
+        ("train -P a=1 -P b.c=x:y", {"param": ["a=1", "b.c=x:y"]}),
+        ("train --checkpoint none --demonstrations a b --no-progress",
+         {"student": "none", "demonstrations": ["a", "b"], "progress": False}),
+        ("train --student c --teacher expert --resume d", {"student": "c", "teacher": "expert", "resume": Path("d")}),
+        ("train --checkpoint-interval 0.05 --config f.yml --eval-episodes 100",
+         {"checkpoint_interval": 0.05, "config": "f.yml", "eval_episodes": 100}),
+        ("eval --env A B --checkpoint c --episodes 500", {"env": ("A", "B"), "checkpoint": "c", "episodes": 500}),
+        ("eval --env A --student c --task-ids 0 3 -o r.json",
+         {"env": ("A",), "checkpoint": "c", "task_ids": (0, 3), "output": Path("r.json")}),
+        ("eval --env A --checkpoint c --categories camera language --difficulty 1 2 --difficulty-file f",
+         {"env": ("A",), "checkpoint": "c", "categories": ("camera", "language"), "difficulty": (1, 2),
+          "difficulty_file": "f"}),
+        ("eval --env A --checkpoint c --env-kwargs visuals:exact horizon:450",
+         {"env": ("A",), "checkpoint": "c", "env_kwargs": ["visuals:exact", "horizon:450"]}),
+        ("eval --env A --checkpoint c --init-states sampled --stochastic --reward-threshold 475 --n-envs 4",
+         {"env": ("A",), "checkpoint": "c", "init_states": "sampled", "stochastic": True, "reward_threshold": 475.0,
+          "n_envs": 4}),
+        ("video --env A --before b --checkpoint c --fps 10",
+         {"env": "A", "before": "b", "checkpoint": "c", "fps": 10.0}),
+        ("enjoy --env A --checkpoint c", {"env": "A", "checkpoint": "c"}),
+        ("demos --env A --task-ids 5 6 -n 40 --stride 2 --perturbation 0.03 -o d",
+         {"env": "A", "task_ids": (5, 6), "episodes_per_task": 40, "stride": 2, "perturbation": 0.03,
+          "output": Path("d")}),
+        ("list --all", {"all": True}),
+        ("plan --student s --full --no-gradient-checkpointing --dtype float32",
+         {"student": "s", "full": True, "gradient_checkpointing": False, "dtype": "float32"}),
+        ("quickstart --minutes 5 --task-ids 1 --n-envs 1", {"minutes": 5.0, "task_ids": (1,), "n_envs": 1}),
+        ("doctor --json --no-self-check", {"json": True, "self_check": False}),
+        ("robotwin install --planner --force", {"planner": True, "force": True}),
+        ("robotwin assets --stand-in -o d", {"stand_in": True, "output": Path("d")}),
+        ("robotwin check --env A", {"env": "A"}),
+        ("robotwin record --env A -n 680 -o t", {"env": "A", "episodes": 680, "output": Path("t")}),
+        ("robotwin seeds --env A -n 9 --task-config demo_randomized",
+         {"env": "A", "scenes": 9, "task_config": "demo_randomized"}),
+        ("robotwin demos --traces t u --perturbation 0.3 --image-size 64 --cameras head left_wrist",
+         {"traces": (Path("t"), Path("u")), "perturbation": 0.3, "image_size": (64,),
+          "cameras": ("head", "left_wrist")}),
+    ],
+)  # fmt: skip
+def test_what_is_told(command: str, values: dict[str, Any]) -> None:
+    assert told(command) == values
+
+
+def documented() -> list[str]:
+    """Every command of README, documentation and benchmarks, without its variables and comments."""
+    found = []
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.sh")]:
+        text = path.read_text().replace("\\\n", " ")
+        found += re.findall(r"^ *(opd-gym .*?)(?: +[#&]|;| *$)", text, re.MULTILINE)
+    return found
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands_are_understood(line: str) -> None:
+    for variable, value in {"$half": "0 1", "$SFT": "a:1", '"${@:3}"': "", '"${@:4}"': "", '"$3"': "opd"}.items():
+        line = line.replace(variable, value)
+    words = shlex.split(re.sub(r"\$(\w+|\{[^}]*\})", "7", line))[1:]
+    assert type(parse(words)) in dict(COMMANDS.values())
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="needs the source tree")
+def test_commands_are_documented() -> None:
+    assert len(documented()) > 25
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "train, eval, enjoy"),
+        ("trian", "trian"),
+        ("train --n-timestep 3", "--n-timesteps"),
+        ("train -n x", "'x'"),
+        ("train --algo sac", "opd.*grpo.*ppo.*sft"),
+        ("train --env", "--env"),
+        ("eval --env A", "--checkpoint"),
+        ("eval --env --checkpoint c", "--env needs at least one value"),
+        ("demos --env A --task-ids", "--task-ids needs at least one value"),
+        ("robotwin assets", "--download.*--stand-in"),
+        ("robotwin assets --download --stand-in", "not allowed together"),
+    ],
+)
+def test_what_is_not_understood(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(command))
+    assert stop.value.code == 2
+    assert re.search(message, re.sub(r"[\s│]+", " ", capsys.readouterr().err))
+
+
+def test_commands_can_be_carried_out() -> None:
+    # What is written twice, for the help to be quick
+    assert get_args(options.Algorithm) == ALGORITHMS
+    for cls, place in COMMANDS.values():
+        module, _, function = place.partition(":")
+        assert callable(getattr(import_module(module), function))
+        inherited = "".join(base.__doc__ or "" for base in cls.__mro__)
+        assert [item.name for item in fields(cls) if f":param {item.name}:" not in inherited] == []
+
+
+def test_overrides_have_two_spellings() -> None:
+    given = ["policy_kwargs.checkpoint=a:b=c", "learning_rate=5e-4", "cameras=[head, wrist]", "note:x=1", "gamma="]
+    assert parse_overrides(given) == {
+        "policy_kwargs": {"checkpoint": "a:b=c"},
+        "learning_rate": 5e-4,
+        "cameras": ["head", "wrist"],
+        "note": "x=1",
+        "gamma": None,
+    }
+    for bad in ("learning_rate", "=1", ":1", "a.=1", ".a=1"):
+        with pytest.raises(ValueError, match="Expected key:value or key=value"):
+            parse_overrides([bad])
+    for bad in ("a=[1", "a=!!python/name:os.system ''"):
+        with pytest.raises(ValueError, match="expected YAML after 'a'"):
+            parse_overrides([bad])
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["robotwin", "demos", "--help"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ["/somewhere/bin/opd-gym"]
+from opd_gym.cli.main import main
+try:
+    main({command!r})
+except SystemExit as stop:
+    assert stop.code == 0
+heavy = {{"torch", "stable_baselines3", "gymnasium", "numpy", "yaml", "transformers"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: opd-gym" in done.stdout
+
+
+@pytest.mark.parametrize("first", ["opd_gym", "gymnasium", "opd_gym.envs.wrappers", "opd_gym.envs.libero.env"])
+def test_ids_are_there_whatever_is_imported_first(first: str) -> None:
+    code = (
+        f"import importlib.util, {first}, opd_gym; importlib.util.find_spec('gymnasium'); import gymnasium; "
+        "assert 'LiberoObject-v0' in gymnasium.registry and 'RoboTwinTurnSwitch-v0' in gymnasium.registry"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--tyro-write-completion", shell, str(tmp_path / "script")])
+    assert not stop.value.code
+    text = (tmp_path / "script").read_text()
+    assert all(word in text for word in ("quickstart", "hyperparams", "stand-in", "grpo"))
