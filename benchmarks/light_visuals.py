@@ -17,9 +17,12 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from opd_gym.evaluation import EvaluationResult
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -261,42 +264,54 @@ def bootstrap(difference: np.ndarray, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def compare_success(args: argparse.Namespace) -> str:
+def play_both(args: argparse.Namespace) -> dict[str, EvaluationResult]:
     """
-    Evaluate a policy in both modes; write ``policy_<name>.json`` and ``policy_<name>.md``.
+    Evaluate a policy in both modes, on the same official initial states.
 
     :param args: see :func:`parse_args`
-    :return: markdown
+    :return: the results by mode
     """
     from opd_gym.checkpoints import resolve_checkpoint
     from opd_gym.cli.train import default_episodes
     from opd_gym.envs.make import build_env
-    from opd_gym.evaluation import EvaluationResult, evaluate_success
-    from opd_gym.files import write_atomic
+    from opd_gym.evaluation import evaluate_success
     from opd_gym.policies.body import checkpoint_settings
     from opd_gym.policies.loading import load_policy
-    from opd_gym.versions import write_results
 
     path = resolve_checkpoint(args.policy)
+    settings = checkpoint_settings({"checkpoint": path})
     results: dict[str, EvaluationResult] = {}
     for visuals in ("exact", "light"):
         env_kwargs: dict[str, Any] = {"visuals": visuals}
         if args.task_ids is not None:
             env_kwargs["task_ids"] = tuple(args.task_ids)
-        env = build_env(
-            args.env,
-            n_envs=args.processes,
-            seed=args.seed,
-            settings=checkpoint_settings({"checkpoint": path}),
-            **env_kwargs,
-        )
+        env = build_env(args.env, n_envs=args.processes, seed=args.seed, settings=settings, **env_kwargs)
         try:
+            policy = load_policy(path, env.observation_space, env.action_space)
             episodes = default_episodes(env, args.episodes, args.task_ids, "eval")
-            results[visuals] = evaluate_success(
-                load_policy(path, env.observation_space, env.action_space), env, episodes
-            )
+            results[visuals] = evaluate_success(policy, env, episodes)
         finally:
             env.close()
+    return results
+
+
+def compare_success(args: argparse.Namespace) -> str:
+    """
+    A policy in both modes, played or read from files; write ``policy_<name>.json`` and ``policy_<name>.md``.
+
+    :param args: see :func:`parse_args`
+    :return: markdown
+    """
+    from opd_gym.evaluation import EvaluationResult
+    from opd_gym.files import write_atomic
+    from opd_gym.versions import write_results
+
+    if args.evaluated is None:
+        results = play_both(args)
+    else:
+        results = {
+            mode: EvaluationResult.load(path) for mode, path in zip(("exact", "light"), args.evaluated, strict=True)
+        }
     exact, light = results["exact"], results["light"]
     only_exact, only_light, p_value = exact.paired(light)
     solved = np.array([(a.success, b.success) for a, b in zip(exact.episodes, light.episodes, strict=True)])
@@ -343,6 +358,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--policy", help="checkpoint to evaluate in both modes, instead of comparing pictures")
     parser.add_argument("--env", default="LiberoObject-v0", help="with --policy: environment id")
     parser.add_argument("--episodes", type=int, default=200, help="with --policy: episodes, shared evenly by the tasks")
+    parser.add_argument(
+        "--evaluated",
+        type=Path,
+        nargs=2,
+        metavar=("EXACT", "LIGHT"),
+        help="with --policy: what `opd-gym eval -o` wrote for the same episodes in both modes, instead of playing them",
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / Path(__file__).stem)

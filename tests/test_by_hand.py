@@ -128,7 +128,16 @@ def test_opd_is_the_step_that_torch_takes(estimator, temperature, micro_batch_si
 # Ratios of the two tokens of a decision, and its advantage: tokens and products within [0.8, 1.2] and outside
 DECISIONS = [
     (first, second, advantage)
-    for first, second in [(1.0, 1.0), (1.1, 0.9), (1.15, 1.15), (0.85, 0.85), (1.5, 0.7), (0.7, 1.05), (1.05, 1.5)]
+    for first, second in [
+        (1.0, 1.0),
+        (1.1, 0.9),
+        (1.25, 1.0),
+        (1.15, 1.15),
+        (0.85, 0.85),
+        (1.5, 0.7),
+        (0.7, 1.05),
+        (1.05, 1.5),
+    ]
     for advantage in (1.5, -0.5)
 ]
 

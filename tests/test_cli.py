@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -185,3 +186,20 @@ def test_completion(shell: str, tmp_path: Path) -> None:
     assert not stop.value.code
     text = (tmp_path / "script").read_text()
     assert all(word in text for word in ("quickstart", "hyperparams", "stand-in", "grpo"))
+
+
+def test_both_spellings_are_one_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    started = []
+
+    def train(args: options.TrainArgs, resume: Path | None = None) -> Any:
+        started.append(args)
+        return SimpleNamespace(finished=True)
+
+    monkeypatch.setattr("opd_gym.cli.train.train", train)
+    assert main(shlex.split("train --env E --hyperparams a:1 b:2 -P b=3 -P c.d=[4]")) == 0
+    assert type(started[0]) is options.TrainArgs
+    assert parse_overrides(started[0].hyperparams) == {"a": 1, "b": 3, "c": {"d": [4]}}
+    # A policy is played as it was trained
+    for bad in ("learning_rate=1", "env_kwargs=1"):
+        assert main(["eval", "--env", "E", "--checkpoint", "libero-object-student", "-P", bad]) == 2
+        assert "only env_kwargs can be changed" in capsys.readouterr().err

@@ -368,6 +368,8 @@ def test_train_keeps_everything_and_resumes(teacher: Path, tmp_path: Path, capsy
     assert (run / "command.txt").read_text().count("\n") == 2
     assert main(["train", "--resume", str(run), "-n", "128", "--no-progress"]) == 0
     assert "already" in capsys.readouterr().out
+    assert sorted(path.name for path in run.glob("progress*.csv")) == ["progress.1.csv", "progress.csv"]
+    assert (run / "progress.csv").stat().st_size > 0
 
     output = tmp_path / "result.json"
     command = ["eval", "--env", "CartPole-v1", "--checkpoint", str(run), "--episodes", "3", "--no-progress"]

@@ -253,7 +253,6 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
         run_dir = resume or new_run_dir(args.folder, args.algo, args.env)
         write_run_files(run_dir, asdict(args), values)
         print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
-        model.set_logger(make_logger(run_dir, args.verbose))
         finished = _learn(model, run_dir, run.get("n_timesteps"), args)
         plot_learning_curve(run_dir, title=f"{args.algo} on {args.env}")
         if not finished:
@@ -295,6 +294,7 @@ def _learn(model: BaseAlgorithm, run_dir: Path, n_timesteps: int | None, args: T
         if total <= 0:
             print(f"The run has its {n_timesteps} timesteps already. Ask for more with --n-timesteps.")
             return True
+    model.set_logger(make_logger(run_dir, args.verbose))
     began = time.monotonic()
     with stop.on_signals():
         try:
