@@ -5,12 +5,8 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import threading
-import time
 import warnings
 import zipfile
 from dataclasses import asdict
@@ -48,7 +44,7 @@ from opd_gym.envs.registration import CHUNK_SIZES, ROBOTWIN_IDS
 from opd_gym.envs.robotwin import MESHLESS_TASKS, STAND_IN_TASKS, TASKS, RoboTwinEnv, install, runtime, tasks
 from opd_gym.envs.robotwin import remote as remote_module
 from opd_gym.envs.robotwin.assets import download_assets, unpack
-from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost, receive, send
+from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost, dumps, loads
 from opd_gym.envs.robotwin.runtime import SimulatorError
 from opd_gym.envs.robotwin.stand_in import write_stand_in
 from opd_gym.envs.robotwin.topp import PLANNER_HINT
@@ -302,16 +298,12 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_loop():
 
 
 def test_messages_between_processes():
-    here, there = socket.socketpair()
     arrays = {"a": np.arange(6, dtype=np.uint8).reshape(2, 3), "b": np.float32([0.5, -1.0]), "none": np.zeros((0, 14))}
-    send(here, {"command": "step", "arguments": {"observe": True}}, arrays)
-    header, got = receive(there)
+    arrays["turned"] = np.arange(6).reshape(2, 3).T
+    header, got = loads(dumps({"command": "step", "arguments": {"observe": True}}, arrays))
     assert header == {"command": "step", "arguments": {"observe": True}}
-    assert all(np.array_equal(got[key], arrays[key]) and got[key].dtype == arrays[key].dtype for key in arrays)
-    here.close()
-    with pytest.raises(EOFError):
-        receive(there)
-    there.close()
+    for key, array in arrays.items():
+        assert np.array_equal(got[key], array) and got[key].dtype == array.dtype and got[key].flags.writeable
 
 
 def test_every_environment_has_packages_of_its_own(monkeypatch):
@@ -468,38 +460,51 @@ def test_the_driver_is_looked_for_in_the_release_and_its_backports(monkeypatch, 
         assert install._download_driver(tmp_path, lambda text: None).is_file() and tried[-1] == f"trixie{found}"
 
 
-class FakeSimulator(RemoteSimulator):
-    """The learner's side of a worker that is a thread, with answers that cost nothing."""
+class FakeProcess:
+    """A worker whose answers cost nothing."""
 
-    def __init__(self, dies_in=(), delay=0.0):
-        self.timeout = 10.0
-        self._last_words = tempfile.TemporaryFile()  # noqa: SIM115
-        self._connection, self.other = socket.socketpair()
-        self.process = subprocess.Popen(["sleep", "60"])
-        self.dies_in, self.delay, self.calls = dies_in, delay, []
-        threading.Thread(target=self.serve, daemon=True).start()
+    def __init__(self, dies_in=()):
+        self.dies_in, self.calls = dies_in, []
+        self.running, self.closed = True, False
 
-    def serve(self):
+    def put(self, message):
+        header, _ = loads(message)
+        self.calls.append((header["command"], header["arguments"]))
+
+    def get(self, timeout):
+        command, arguments = self.calls[-1]
+        if command in self.dies_in:
+            raise EOFError
+        value = {"command": command, "success": False, "instruction": "do it", **arguments}
+        if command == "picture":
+            return dumps({"value": value}, {"picture": np.full((240, 320, 3), 9, np.uint8)})
         observation = {"head": np.full((240, 320, 3), 7, np.uint8), "proprio": np.zeros(14, np.float32)}
-        while True:
-            try:
-                header, _ = receive(self.other)
-                command, arguments = header["command"], header["arguments"]
-                self.calls.append((command, arguments))
-                time.sleep(self.delay)
-                if command in self.dies_in:
-                    self.process.kill()
-                    self.other.close()
-                    return
-                value = {"command": command, "success": False, "instruction": "do it", **arguments}
-                picture = {"picture": np.full((240, 320, 3), 9, np.uint8)}
-                send(self.other, {"value": value}, picture if command == "picture" else observation)
-            except (EOFError, OSError):
-                return
+        return dumps({"value": value}, observation)
+
+    def end(self, patience=0.0):
+        self.running = False
+        return -signal.SIGKILL
+
+    def last_words(self):
+        return ""
+
+    def hang_up(self):
+        pass
 
     def close(self):
-        self.process.kill()
-        super().close()
+        self.closed = True
+
+
+class FakeSimulator(RemoteSimulator):
+    """The learner's side of such a worker."""
+
+    def __init__(self, **kwargs):
+        self.timeout = 10.0
+        self.process = FakeProcess(**kwargs)
+
+    @property
+    def calls(self):
+        return self.process.calls
 
 
 def fake(env, **kwargs):
@@ -508,16 +513,16 @@ def fake(env, **kwargs):
 
 
 def test_an_interrupted_call_leaves_no_answer_for_the_next_one(monkeypatch):
-    simulator = FakeSimulator(delay=0.1)
+    simulator = FakeSimulator()
 
-    def interrupted(connection):
+    def interrupted(timeout):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote_module, "receive", interrupted)
+        patch.setattr(simulator.process, "get", interrupted)
         with pytest.raises(KeyboardInterrupt):
             simulator.observe()
-    assert simulator.process.poll() is not None
+    assert not simulator.process.running
     with pytest.raises(WorkerLost, match="it was ended before 'picture'"):
         simulator.picture()
     simulator.close()

@@ -405,7 +405,7 @@ def test_utilisation(env):
     ],
 )
 def test_a_dead_worker_costs_its_episodes_and_no_more(action, exit_code, details):
-    env = probes(timeout=1.0 if action == HANG else 300.0)
+    env = probes(timeout=3.0 if action == HANG else 300.0)
     try:
         for i in range(4):
             env.announce(i, options={"episode": i}, tag=("first", i))
@@ -625,13 +625,15 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(env):
     """Here because of both its envs, each of which loses less than three episodes."""
     env.reset()
     env.step(go(env1=CRASH))
-    env.step(go(env3=CRASH))
+    env.send(np.array([CRASH]), [3])
+    env.recv([3])
+    env.send(np.array([CRASH]), [3])
     with pytest.raises(RuntimeError, match=r"(?s)worker 1 .*exit code -6, SIGABRT.*3 times in a row.*in step.*Dummy"):
-        env.step(go(env1=CRASH))
+        env.recv([3])
     with pytest.raises(RuntimeError, match="in a row"):
         env.reset()
     env.close()
-    assert [death.env for death in env.deaths] == [1, 3, 1]
+    assert [death.env for death in env.deaths] == [1, 3, 3]
 
 
 @pytest.mark.filterwarnings("ignore:WorkerVecEnv:RuntimeWarning")

@@ -16,6 +16,7 @@ import pytest
 
 import opd_gym
 from opd_gym.envs.libero import runtime, suites
+from opd_gym.envs.workers.vec_env import WorkerVecEnv
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult, eval_episodes, evaluate_success
 from opd_gym.versions import (
     VERSIONS_FILE,
@@ -410,3 +411,13 @@ def test_worker_processes_do_not_repeat_the_warning(untold: None, monkeypatch: p
         runtime.warn_of_mujoco()
     with context.Pool(1) as pool:
         assert pool.apply(_warnings_of_a_worker) == 0
+
+    class Told(gym.Env):
+        observation_space = action_space = gym.spaces.Discrete(2)
+
+        def count(self) -> int:
+            return _warnings_of_a_worker()
+
+    env = WorkerVecEnv([Told])
+    assert env.env_method("count") == [0]
+    env.close()

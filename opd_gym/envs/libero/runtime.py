@@ -249,7 +249,8 @@ def warn_of_mujoco() -> None:
     version = mujoco_version()
     changes = mujoco_changes(version)
     parent = multiprocessing.parent_process()
-    told = [str(os.getpid())] + ([str(parent.pid)] if parent is not None else [])
+    # multiprocessing may have put a server of its own between a process and its parent
+    told = [str(pid) for pid in (os.getpid(), os.getppid(), parent.pid if parent is not None else None)]
     if not changes or os.environ.get(_WARNED_VARIABLE) in told:
         return
     os.environ[_WARNED_VARIABLE] = str(os.getpid())

@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import builtins
 import json
-import signal
-import socket
 import struct
-import subprocess
 import sys
-import tempfile
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -23,12 +18,10 @@ import numpy as np
 
 from opd_gym.envs.robotwin.runtime import SimulatorError
 from opd_gym.envs.robotwin.simulator import Arrays, Settings
+from opd_gym.envs.workers.process import CLOSE_SECONDS, START_SECONDS, Process, WorkerTraceback, exit_text
 from opd_gym.version import PACKAGE_FILE
 
-# A new worker imports SAPIEN and compiles shaders first, whatever a step may take
-START_SECONDS = 300.0
 STEP_SECONDS = 120.0
-CLOSE_SECONDS = 5.0
 # As PYTHONPATH this package's folder would let the other Python import everything that is installed beside it
 LOAD_LIBRARY = """
 import importlib.util, sys
@@ -40,7 +33,7 @@ _START = (
     LOAD_LIBRARY
     + """
 from opd_gym.envs.robotwin.worker import main
-main(int(sys.argv[2]))
+main(*map(int, sys.argv[2:]))
 """
 )
 
@@ -49,44 +42,31 @@ class WorkerLost(SimulatorError):
     """A simulator's process died, or did not answer."""
 
 
-def send(connection: socket.socket, header: dict[str, Any], arrays: Arrays) -> None:
+def dumps(header: dict[str, Any], arrays: Arrays) -> bytes:
     """
-    :param connection: where to
     :param header: anything that can be written as JSON
     :param arrays: numeric arrays
+    :return: both as a message
     """
     layout = [(name, array.shape, array.dtype.str) for name, array in arrays.items()]
     text = json.dumps({**header, "arrays": layout}).encode("utf-8")
-    connection.sendall(struct.pack("<I", len(text)) + text)
-    for array in arrays.values():
-        connection.sendall(np.ascontiguousarray(array).tobytes())
+    return b"".join([struct.pack("<I", len(text)), text, *(array.tobytes() for array in arrays.values())])
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], Arrays]:
+def loads(message: bytes) -> tuple[dict[str, Any], Arrays]:
     """
-    :param connection: where from
-    :return: header and arrays
-    :raises EOFError: the other side is gone
-    :raises TimeoutError: it said nothing for as long as the connection's timeout
+    :param message: what :func:`dumps` returned
+    :return: header and arrays, which may be written to
     """
-    (length,) = struct.unpack("<I", _read(connection, 4))
-    header = json.loads(bytes(_read(connection, length)))
+    (length,) = struct.unpack_from("<I", message)
+    offset = 4 + length
+    header = json.loads(message[4:offset])
     arrays = {}
     for name, shape, dtype in header.pop("arrays"):
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        arrays[name] = np.frombuffer(_read(connection, size), dtype).reshape(shape)
+        count = int(np.prod(shape))
+        arrays[name] = np.frombuffer(message, dtype, count, offset).reshape(shape).copy()
+        offset += count * np.dtype(dtype).itemsize
     return header, arrays
-
-
-def _read(connection: socket.socket, size: int) -> bytearray:
-    data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:
-        n = connection.recv_into(view[done:])
-        if n == 0:
-            raise EOFError
-        done += n
-    return data
 
 
 class RemoteSimulator:
@@ -103,16 +83,8 @@ class RemoteSimulator:
 
     def __init__(self, settings: Settings, python: str | None = None, timeout: float = STEP_SECONDS):
         self.timeout = timeout
-        self._last_words = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
-        self._connection, remote = socket.socketpair()
-        with remote:
-            self.process = subprocess.Popen(
-                [python or sys.executable, "-W", "ignore", "-c", _START, str(PACKAGE_FILE), str(remote.fileno())],
-                pass_fds=[remote.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=self._last_words,
-                stderr=self._last_words,
-            )
+        command = [python or sys.executable, "-W", "ignore", "-c", _START, str(PACKAGE_FILE)]
+        self.process = Process(command, captures_output=True)
         try:
             self.call("start", timeout=max(timeout, START_SECONDS), settings=asdict(settings))
         except ImportError as error:
@@ -138,22 +110,21 @@ class RemoteSimulator:
         :raises WorkerLost: the worker is gone; build another one
         :raises Exception: what the method raised, with the worker's traceback as its cause
         """
-        if self._connection.fileno() < 0:
+        if self.process.closed:
             raise WorkerLost(f"RoboTwin's worker is gone: it was ended before {command!r}.")
         timeout = self.timeout if timeout is None else timeout
-        self._connection.settimeout(timeout)
+        self.process.put(dumps({"command": command, "arguments": arguments}, arrays or {}))
         try:
-            send(self._connection, {"command": command, "arguments": arguments}, arrays or {})
-            header, arrays = receive(self._connection)
+            header, arrays = loads(self.process.get(timeout))
         except TimeoutError:
+            self.process.kill()
             raise self._lost(f"no answer to {command!r} for {timeout:g} s: killed") from None
-        except (EOFError, ConnectionError):
+        except EOFError:
             raise self._lost(f"died in {command!r}") from None
         except BaseException:
             # Interrupted, by Ctrl-C for instance: the next call would take this one's answer for its own
-            self._connection.close()
-            self.process.kill()
-            self.process.wait()
+            self.process.end()
+            self.process.close()
             raise
         if "error" in header:
             raise _rebuild(**header["error"])
@@ -186,37 +157,21 @@ class RemoteSimulator:
 
     def _lost(self, reason: str) -> WorkerLost:
         # Long enough for a process that has just closed its end to be gone
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(CLOSE_SECONDS if "died" in reason else 0.0)
-        self.process.kill()
-        code = self.process.wait()
-        self._connection.close()
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
-        self._last_words.seek(0)
-        # Python ends its report of a crash with a list of all modules
-        words = self._last_words.read().decode(errors="replace").split("\nExtension modules: ")[0].strip()[-2000:]
-        return WorkerLost(f"RoboTwin's worker {reason} ({name})." + (f" Its last words:\n{words}" if words else ""))
+        code = self.process.end(CLOSE_SECONDS)
+        words = self.process.last_words()[-2000:]
+        self.process.close()
+        return WorkerLost(
+            f"RoboTwin's worker {reason} ({exit_text(code)})." + (f" Its last words:\n{words}" if words else "")
+        )
 
     def close(self) -> None:
         """End the worker; may be called twice."""
-        self._connection.close()
-        try:
-            self.process.wait(CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._last_words.close()
-
-    def __del__(self) -> None:
-        # An env that nobody closed: the worker ends by itself, but somebody has to ask for its exit status
-        if hasattr(self, "process") and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        self.process.hang_up()
+        self.process.end(CLOSE_SECONDS)
+        self.process.close()
 
 
 def _rebuild(kind: str, message: str, traceback: str) -> Exception:
-    from opd_gym.envs.workers.process import WorkerTraceback
-
     cls = SimulatorError if kind == SimulatorError.__name__ else getattr(builtins, kind, None)
     known = isinstance(cls, type) and issubclass(cls, Exception) and not issubclass(cls, UnicodeError)
     error = cls(message) if known else RuntimeError(f"{kind}: {message}")  # type: ignore[misc]

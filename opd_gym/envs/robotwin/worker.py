@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import queue
-import signal
-import socket
-import threading
-import time
 import traceback
 from typing import Any
 
-from opd_gym.envs.robotwin.remote import CLOSE_SECONDS, receive, send
-from opd_gym.envs.robotwin.simulator import Arrays, Settings, Simulator
+from opd_gym.envs.robotwin.remote import dumps, loads
+from opd_gym.envs.robotwin.simulator import Settings, Simulator
+from opd_gym.envs.workers.process import Learner
 
 
-def main(fd: int) -> None:
+def main(last_words: int, connection: int) -> None:
     """
-    :param fd: file descriptor of the socket to the learner
+    :param last_words: see :class:`~opd_gym.envs.workers.process.Learner`
+    :param connection: see there
     """
-    # Ctrl-C reaches the whole process group; the learner decides what comes of it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.enable()
-    connection = socket.socket(fileno=fd)
-    commands: queue.SimpleQueue[tuple[dict[str, Any], Arrays] | None] = queue.SimpleQueue()
-
-    def listen() -> None:
-        # In a thread: the learner's death is noticed in the middle of a step
-        try:
-            while True:
-                commands.put(receive(connection))
-        except (EOFError, OSError):
-            commands.put(None)
-            time.sleep(CLOSE_SECONDS)
-            os._exit(1)
-
-    threading.Thread(target=listen, daemon=True).start()
+    learner = Learner(last_words, connection)
     simulator: Simulator | None = None
-    while (message := commands.get()) is not None:
-        header, arrays = message
+    while (message := learner.get()) is not None:
+        header, arrays = loads(message)
         answer, out = {}, {}
         try:
             if header["command"] == "start":
@@ -51,7 +31,7 @@ def main(fd: int) -> None:
             text = "".join(traceback.format_exception(error))
             reply = {"error": {"kind": type(error).__name__, "message": str(error), "traceback": text}}
         try:
-            send(connection, reply, out)
+            learner.put(dumps(reply, out))
         except OSError:
             break
     if simulator is not None:

@@ -103,14 +103,14 @@ class _Host:
                 self.memory.at_work[index] = False
 
     def _build(
-        self, argv: list[str], registered: dict[str, bytes], indices: tuple[int, ...], env_fns: bytes
+        self, argv: list[str], registered: dict[str, bytes], indices: tuple[int, ...], env_fns: list[bytes]
     ) -> list[tuple[spaces.Space, spaces.Space]]:
         sys.argv[:] = argv
         for env_id, spec in registered.items():
             if env_id not in gym.registry:
                 gym.registry[env_id] = pickle.loads(spec)
-        for index, env_fn in zip(indices, pickle.loads(env_fns), strict=True):
-            self.envs[index] = env_fn()
+        for index, env_fn in zip(indices, env_fns, strict=True):
+            self.envs[index] = pickle.loads(env_fn)()
         return [(env.observation_space, env.action_space) for env in self.envs.values()]
 
     def _execute(self, command: str, index: int, payload: Any) -> Any:

@@ -226,15 +226,19 @@ class Process:
         # Python ends its report of a crash with a list of all modules
         return self._last_words.read().decode(errors="replace").split("\nExtension modules: ")[0].strip()
 
+    def hang_up(self) -> None:
+        """Close the connection, after which the process ends by itself; what is not yet sent is given up."""
+        self._outbox.close()
+        self._socket.close()
+
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._last_words.closed
 
     def close(self) -> None:
-        """Hang up, after which the process ends by itself; see :meth:`end`. May be called twice."""
-        self._outbox.close()
-        self._socket.close()
+        """Close all that belongs to the process, which has ended (:meth:`end`). May be called twice."""
+        self.hang_up()
         self._last_words.close()
 
 

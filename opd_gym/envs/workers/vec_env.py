@@ -206,7 +206,8 @@ class WorkerVecEnv(VecEnv):
         self._workers = []
         for number in range(self.n_workers):
             envs = tuple(range(number, len(env_fns), self.n_workers))
-            functions = cloudpickle.dumps([env_fns[index] for index in envs])
+            # One by one: envs do not share what their functions refer to
+            functions = [cloudpickle.dumps(env_fns[index]) for index in envs]
             message = {"argv": sys.argv, "registered": registered, "indices": envs, "env_fns": functions}
             self._workers.append(_Worker(number, envs, pickle.dumps(message)))
         self.reset_stats()
