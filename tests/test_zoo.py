@@ -234,8 +234,9 @@ def test_checkpoint_path(zoo: Path, tmp_path: Path) -> None:
     model.write_bytes(b"")
     assert registry.resolve_checkpoint(tmp_path / "model") == registry.resolve_checkpoint(model) == model
     assert registry.resolve_checkpoint("expert-all") == registry.resolve_checkpoint(zoo / "checkpoints" / "expert-all")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither a VLA checkpoint"):
-        registry.resolve_checkpoint(tmp_path)
+        registry.resolve_checkpoint(tmp_path / "empty")
 
 
 def test_registry_errors(tmp_path: Path) -> None:

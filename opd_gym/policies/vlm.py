@@ -118,7 +118,7 @@ def find_model(model: str) -> Path:
     """
     try:
         directory = resolve_checkpoint(model)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(f"The pretrained model {model!r} was not found. {error}") from error
     if not directory.is_dir():
         raise FileNotFoundError(f"The pretrained model {model!r} was not found: {directory} is a file.")
