@@ -421,19 +421,3 @@ def env_actions(policy: ActorCriticPolicy, actions: np.ndarray) -> np.ndarray:
     if not isinstance(space, spaces.Box):
         return actions
     return policy.unscale_action(actions) if policy.squash_output else np.clip(actions, space.low, space.high)
-
-
-def policy_token_log_probs(
-    policy: ActorCriticPolicy, obs: PyTorchObs, actions: th.Tensor
-) -> tuple[th.Tensor, th.Tensor, Distribution]:
-    """
-    Per-token log-probabilities of actions under any actor-critic policy.
-
-    :param policy: Actor-critic policy
-    :param obs: Observations
-    :param actions: Actions in the action space of the policy, one row per observation; what an autoregressive policy
-        says of a token is what it says after the tokens before it
-    :return: values (batch, 1), token log-probabilities (batch, T), and the distribution
-    """
-    dist, values = distribution_and_values(policy, obs, actions)
-    return values, token_view(dist).log_prob(actions.reshape(len(actions), -1)), dist

@@ -21,7 +21,7 @@ from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput, register_body
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel
 from opd_gym.policies.openvla.processing import PromptTokenizer
 from opd_gym.policies.vla import VLAPolicy
-from opd_gym.tokens import CategoricalTokens, action_distribution, policy_token_log_probs
+from opd_gym.tokens import CategoricalTokens, action_distribution, distribution_and_values, token_view
 
 N_BINS = 8
 PLAIN = dict(seed=0, device="cpu")
@@ -229,7 +229,8 @@ def test_log_probs_of_a_rollout_are_those_of_a_teacher_forced_pass(student, opti
     other[:, 0] = (other[:, 0] + 3) % N_BINS
     change = (model._student(samples.observations, other, 0.7).log_probs - view_of(model, samples)).abs().amax((0, 2))
     assert change[0] == 0 and change[1] > 0.1 and change[2] > 0.1
-    values, log_probs, _ = policy_token_log_probs(policy, samples.observations, samples.actions)
+    dist, values = distribution_and_values(policy, samples.observations, samples.actions)
+    log_probs = token_view(dist).log_prob(samples.actions)
     th.testing.assert_close(values.flatten(), samples.old_values, atol=1e-5, rtol=0)
     assert (log_probs - samples.old_token_log_probs).abs().max() > 0.05, "the temperature makes a difference"
     # A body that is being trained decodes as one that is not
@@ -452,7 +453,7 @@ def test_sft_is_teacher_forced(student, label_smoothing):
         policy_kwargs={"checkpoint": student}, **PLAIN,
     )  # fmt: skip
     frozen = copy.deepcopy(model.policy)
-    metrics = model.policy_loss_on(data)
+    metrics = model.validate(data)
     labels = th.as_tensor(data.tokens(N_BINS, STATISTICS))
     obs = transposed({key: th.as_tensor(value) for key, value in data.observations.items()})
     with th.no_grad():

@@ -97,7 +97,7 @@ def test_smoothing_learns_tokens_of_different_bins():
     model = SFT(
         "MlpPolicy", demonstrations=data, learning_rate=1e-2, batch_size=64, label_smoothing=0.5, seed=0, device="cpu"
     ).learn(150)
-    metrics = model.policy_loss_on(data)
+    metrics = model.validate(data)
     # A label keeps 0.88 of itself with one neighbour and 0.79 with two: its entropy, 0.44 in the mean, stays
     assert metrics.accuracy > 0.9 and 0.3 < metrics.loss < 0.8
 
@@ -114,9 +114,9 @@ def test_vla_learns_from_a_file_without_an_env(hdf5_file):
         warmup_steps=5, seed=0, **VLA,
     )  # fmt: skip
     assert model.action_space == spaces.MultiDiscrete([256] * 14)
-    before = model.policy_loss_on(model.demonstrations)
+    before = model.validate(model.demonstrations)
     model.learn(80)
-    after = model.policy_loss_on(model.demonstrations)
+    after = model.validate(model.demonstrations)
     assert after.loss < before.loss - 1.0 and after.error < 0.5 * before.error
 
 
@@ -174,7 +174,7 @@ def test_behaviour_cloning_of_any_policy(kind):
     data = plain_demonstrations(kind=kind)
     model = SFT("MlpPolicy", demonstrations=data, learning_rate=1e-2, batch_size=64, seed=0, device="cpu")
     model.learn(150)
-    metrics = model.policy_loss_on(data)
+    metrics = model.validate(data)
     assert metrics.accuracy > 0.95 if kind == "discrete" else metrics.error < 0.1
 
 

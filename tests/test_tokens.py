@@ -17,7 +17,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from opd_gym.tokens import (
     CategoricalTokens,
     TokenDistribution,
-    policy_token_log_probs,
+    distribution_and_values,
     token_spec,
     token_view,
 )
@@ -111,12 +111,13 @@ def test_token_spec_refuses_other_spaces():
 @pytest.mark.parametrize(
     "action_space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2), spaces.Box(-1, 1, (2,))]
 )
-def test_policy_token_log_probs(action_space):
+def test_log_probs_of_the_tokens_add_up_to_the_policys(action_space):
     th.manual_seed(0)
     policy = ActorCriticPolicy(spaces.Box(-1, 1, (4,)), action_space, lambda _: 1e-3)
     obs = th.randn(6, 4)
     actions, values, log_prob = policy(obs)
-    got_values, token_log_probs, _ = policy_token_log_probs(policy, obs, actions)
+    dist, got_values = distribution_and_values(policy, obs)
+    token_log_probs = token_view(dist).log_prob(actions.reshape(6, -1))
     assert token_log_probs.shape == (6, token_spec(action_space).n_tokens)
     assert th.allclose(got_values, values)
     assert th.allclose(token_log_probs.sum(1), log_prob, atol=1e-5)

@@ -426,21 +426,19 @@ class SFT(PolicyAlgorithm):
         self.logger.record_mean("train/grad_norm", grad_norm)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def validate(self, max_batches: int = 20) -> SFTMetrics:
+    def validate(self, demonstrations: Demonstrations | None = None, max_batches: int = 20) -> SFTMetrics:
         """
-        :param max_batches: Upper bound on the number of minibatches
-        :return: Metrics on the episodes that were set aside, without augmentation
-        """
-        if len(self._validation_rows) == 0:
-            raise ValueError("No episodes were set aside: pass validation_fraction to SFT.")
-        return self._evaluate(self._validation_rows, max_batches)
+        Metrics of the policy, without augmentation.
 
-    def policy_loss_on(self, demonstrations: Demonstrations, max_batches: int = 20) -> SFTMetrics:
-        """
-        :param demonstrations: Any demonstrations
+        :param demonstrations: What to validate on; None: the episodes that were set aside
         :param max_batches: Upper bound on the number of minibatches
-        :return: Metrics of the policy on them, without augmentation
+        :return: Metrics
+        :raises ValueError: No episodes were set aside, or these demonstrations do not fit the policy
         """
+        if demonstrations is None:
+            if len(self._validation_rows) == 0:
+                raise ValueError("No episodes were set aside: pass validation_fraction to SFT.")
+            return self._evaluate(self._validation_rows, max_batches)
         self._check_observations(demonstrations)
         kept = self.demonstrations, self._actions, self._mask
         self.demonstrations, self._actions = demonstrations, self._encode(demonstrations)

@@ -41,8 +41,6 @@ from opd_gym.zoo.hyperparams import (
     split_hyperparams,
 )
 
-EVAL_EPISODES_PER_TASK = 10
-
 
 def default_episodes(
     env: VecEnv,
