@@ -97,9 +97,9 @@ def run(args: Eval | Enjoy) -> int:
         results = [EvaluationResult(episodes, versions=played[-1][1].versions)]
     for name, path, result in zip(names, paths, results, strict=True):
         print(result.to_markdown())
-        changed = differences(read_versions(path), result.versions)
-        if changed:
-            print(f"Not what {name} was trained with: {', '.join(changed)}")
+        others = differences(read_versions(path), result.versions)
+        if others:
+            print(f"Not what {name} was trained with: {', '.join(others)}")
     if isinstance(args, Enjoy):
         films = [result.frames for result in results]
         frames = [frame for index in sorted(films[-1]) for frame in films[-1][index]]

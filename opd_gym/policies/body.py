@@ -317,8 +317,7 @@ def read_checkpoint_config(checkpoint: str | os.PathLike[str]) -> tuple[str, VLA
     """
     path = Path(checkpoint)
     if path.is_file():
-        data, _, _ = load_from_zip_file(path, device="cpu")
-        kwargs = (data or {}).get("policy_kwargs") or {}
+        kwargs = _saved_policy_kwargs(path)
         if "body_kwargs" not in kwargs:
             raise ValueError(f"{path} holds a policy that is not a VLA.")
         return kwargs["body"], get_body_class(kwargs["body"]).config_class(**kwargs["body_kwargs"])
@@ -372,7 +371,11 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if checkpoint is not None:
         try:
             path = resolve_checkpoint(checkpoint)
-            config = read_checkpoint_config(path)[1].to_dict() if path.is_dir() else _body_kwargs_of(path)
+            config = (
+                read_checkpoint_config(path)[1].to_dict()
+                if path.is_dir()
+                else _saved_policy_kwargs(path).get("body_kwargs") or {}
+            )
         except FileNotFoundError:
             # A saved algorithm has the arguments of its body, and goes without the checkpoint it once started from
             if not config:
@@ -391,10 +394,10 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _body_kwargs_of(path: Path) -> dict[str, Any]:
-    """Configuration of the body of a saved algorithm's policy; empty if it is no VLA."""
+def _saved_policy_kwargs(path: Path) -> dict[str, Any]:
+    """Arguments of the policy in the zip of an algorithm; of a VLA ``body`` and ``body_kwargs`` are among them."""
     data, _, _ = load_from_zip_file(path, device="cpu")
-    return ((data or {}).get("policy_kwargs") or {}).get("body_kwargs") or {}
+    return (data or {}).get("policy_kwargs") or {}
 
 
 def remove_stale_weights(directory: Path, written: Iterable[str]) -> None:
