@@ -4,6 +4,7 @@
 """
 
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -53,6 +54,10 @@ def golden(name):
 def upright(picture):
     """From stock LIBERO's picture, whose first row is the lowest, to what this library's envs show."""
     return th.as_tensor(picture[::-1].copy()).permute(2, 0, 1)[None]
+
+
+def checksum(picture):
+    return zlib.crc32(picture[0].permute(1, 2, 0).numpy().tobytes())
 
 
 def instructions(n=2):
@@ -237,6 +242,14 @@ def test_images_bit_by_bit(pictures):
         pixels = pixel_values([pictures["agentview"]], OpenVLAConfig(input_profile=profile))
         assert pixels.shape == (1, 1, 6, 224, 224)
         np.testing.assert_allclose(pixels[0, 0, :, ::8, ::8].numpy(), expected[key], **TOLERANCE)
+
+
+@pytest.mark.parametrize(("height", "width"), tiny.PICTURE_SIZES)
+def test_jpeg_and_lanczos_bit_by_bit(height, width):
+    """Noise of any size comes out of JPEG and TensorFlow's Lanczos resize with the reference's bytes."""
+    expected = json.loads((tiny.HERE / "tensorflow.json").read_text())[f"{height}x{width}"]
+    picture = th.as_tensor(tiny.noise(height, width)).permute(2, 0, 1)[None]
+    assert checksum(resize_lanczos(jpeg_round_trip(picture), 224)) == expected[0]
 
 
 def test_images_of_any_size(pictures):

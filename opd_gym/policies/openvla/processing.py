@@ -89,6 +89,11 @@ class PromptTokenizer:
 # Pictures
 
 
+def _sinf(x: np.ndarray) -> np.ndarray:
+    """The C library's sine of float32, which is TensorFlow's; NumPy has its own, with another last bit, for reals."""
+    return np.sin(x.astype(np.complex64)).real
+
+
 @functools.lru_cache(maxsize=32)
 def _lanczos_taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
     """
@@ -104,10 +109,10 @@ def _lanczos_taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
     indices = first + np.arange(int(np.ceil(6 * stretch)) + 1)[:, None]
     x = np.abs(indices.astype(np.float32) + np.float32(0.5) - centers) * (one / stretch)
     near = x <= 1e-3
-    pi_x = np.pi * np.where(near, 1.0, x.astype(np.float64))
-    kernel = 3.0 * np.sin(pi_x) * np.sin(pi_x / 3.0) / (pi_x * pi_x)
+    pi, radius, y = np.float32(np.pi), np.float32(3.0), np.where(near, one, x)
+    kernel = radius * _sinf(pi * y) * _sinf(pi * y / radius) / (pi * pi * y * y)
     inside = (x <= 3.0) & (indices >= 0) & (indices < n_in)
-    weights = np.where(inside, np.where(near, 1.0, kernel), 0.0).astype(np.float32)
+    weights = np.where(inside, np.where(near, one, kernel), np.float32(0.0))
     total = np.zeros(n_out, dtype=np.float32)
     for tap in weights:
         total = total + tap

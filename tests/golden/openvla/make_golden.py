@@ -25,8 +25,9 @@ import subprocess
 import sys
 import tempfile
 import types
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 
@@ -35,7 +36,7 @@ sys.path.insert(0, str(HERE))
 
 import tiny  # noqa: E402
 
-CASES = ("images", "actions", "prompts", "simplevla", "simplevla_wrist", "simplevla_arms", "rlinf", "openvla")
+CASES = ("images", "tensorflow", "actions", "prompts", "simplevla", "simplevla_wrist", "simplevla_arms", "rlinf", "openvla")
 
 
 def observation() -> None:
@@ -248,6 +249,28 @@ def images(references: Path) -> None:
         pixels=processor(agentview, return_tensors="pt")["pixel_values"][0][:, ::8, ::8].numpy(),
         bicubic_pixels=bicubic[:, ::8, ::8].numpy(),
     )
+
+
+def tensorflow(references: Path) -> None:
+    """Checksums of pictures of many sizes after openvla-oft's resize, and as its model sees them."""
+    import tensorflow as tf
+    from PIL import Image
+
+    oft = functions(
+        references / "openvla-oft" / "experiments" / "robot" / "openvla_utils.py",
+        ["resize_image_for_policy", "crop_and_resize", "center_crop_image", "check_image_format",
+         "prepare_images_for_vla"],
+        tf=tf, np=np, Image=Image, OPENVLA_IMAGE_SIZE=224, Tuple=tuple, Union=Union, List=list, Any=Any,
+    )  # fmt: skip
+    crops = types.SimpleNamespace(center_crop=True)
+    sums = {}
+    for height, width in tiny.PICTURE_SIZES:
+        picture = tiny.noise(height, width)
+        seen = np.asarray(oft.prepare_images_for_vla([picture], crops)[0])
+        sums[f"{height}x{width}"] = [
+            zlib.crc32(part.tobytes()) for part in (oft.resize_image_for_policy(picture, 224), seen)
+        ]
+    (HERE / "tensorflow.json").write_text(json.dumps(sums, indent=0) + "\n")
 
 
 def actions(references: Path) -> None:
