@@ -53,7 +53,7 @@ TOKENIZER_CONFIG = {
 
 def complete_checkpoint(checkpoint: str | os.PathLike[str], **fields: Any) -> OpenVLAConfig:
     """
-    Write into a checkpoint's ``config.json`` what its authors left unsaid, so that it is known from then on.
+    Write what a checkpoint's ``config.json`` leaves out into it.
 
     :param checkpoint: its directory, or its id on the hub (then the copy in the hub's cache is completed)
     :param fields: arguments of :class:`OpenVLAConfig`, for instance ``input_profile="rlinf"``,
@@ -85,9 +85,9 @@ class Part:
     One published tensor and where it is in :class:`OpenVLAModel`.
 
     :param names: parameters that it is split into along the first dimension
-    :param split: the tensor to the parameters' values
-    :param join: the parameters' values, and those of ``reads``, to the tensor
-    :param reads: further parameters that are needed to write it
+    :param split: from the tensor to the parameters' values
+    :param join: back, from the parameters' values and those of ``reads``
+    :param reads: further parameters that the tensor depends on
     """
 
     names: tuple[str, ...]
@@ -245,7 +245,7 @@ def load_model(
             _assign(model, ours, value.to(device=device, dtype=dtype or value.dtype, copy=True).contiguous())
     for name in sorted(missing):
         (ours, *_), unused = layout[name].names, ".unused."
-        if unused in ours:  # nobody misses what nobody uses
+        if unused in ours:  # no output depends on them
             missing.remove(name)
             _assign(model, ours, th.zeros_like(model.get_buffer(ours), device=device, dtype=dtype or th.float32))
     if missing or unknown:

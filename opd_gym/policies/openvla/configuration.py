@@ -1,4 +1,4 @@
-"""Configuration of OpenVLA: what the published ``config.json`` says, and what its users had to know besides."""
+"""Configuration of OpenVLA: the published ``config.json``, and what else is needed to run the model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from opd_gym.policies.openvla.published import (
     read_values,
 )
 
-# What the published config.json of every checkpoint with this architecture says; written so that other software reads
-# what is saved here.
+# The same in every published checkpoint. Written so that other software can read what is saved here.
 PUBLISHED_FIELDS = {
     "arch_specifier": "no-align+fused-gelu-mlp",
     "hf_llm_id": "meta-llama/Llama-2-7b-hf",
@@ -37,7 +36,7 @@ PUBLISHED_FIELDS = {
     "vision_backbone_id": "dinosiglip-vit-so-224px",
 }
 
-# The processors of the published checkpoints went through bfloat16, so these are not ImageNet's to the last digit.
+# ImageNet's, rounded to bfloat16, as in the published preprocessor_config.json
 PIXEL_MEANS = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
 PIXEL_STDS = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
 
@@ -45,7 +44,7 @@ PIXEL_STDS = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
 def _sub_config(config_class: type[PretrainedConfig], given: Any, **published: Any) -> Any:
     if isinstance(given, PretrainedConfig):
         return given
-    # Written by transformers; LlamaConfig and its like would take them for fields of their own
+    # Notes of transformers and not arguments
     values = {k: v for k, v in (given or {}).items() if k not in ("model_type", "torch_dtype", "transformers_version")}
     return config_class(**{**published, **values})
 
@@ -72,7 +71,7 @@ class OpenVLAConfig(VLAConfig):
         :attr:`statistics` are those of the same tokens in the units of the envs here
     :param proprio_inputs: inputs of the proprioception projector; 0 if there is none. 8 inputs are position,
         axis-angle and fingers, which are made from LIBERO's 9 numbers (position, quaternion, fingers)
-    :param pad_to_multiple_of: rows at the end of the vocabulary that are no tokens
+    :param pad_to_multiple_of: number of rows at the end of the embeddings that belong to no token
     :param pad_token_id: token that fills up shorter prompts
     :param pixel_means: means of the three channels for either vision transformer
     :param pixel_stds: standard deviations, likewise
@@ -226,7 +225,7 @@ class OpenVLAConfig(VLAConfig):
     @classmethod
     def from_checkpoint(cls, directory: Path, values: Mapping[str, Any], **fields: Any) -> OpenVLAConfig:
         """
-        See :meth:`VLAConfig.from_checkpoint`. What a published ``config.json`` leaves open is found out.
+        See :meth:`VLAConfig.from_checkpoint`. What a published ``config.json`` leaves out is inferred.
 
         :param directory: the checkpoint
         :param values: its ``config.json``

@@ -1,5 +1,5 @@
 """
-What is left of a picture that was stored as JPEG, bit by bit as TensorFlow stores and reads it.
+What storing a picture as JPEG leaves of it, bit by bit as TensorFlow writes and reads it.
 
 OpenVLA's training pictures were JPEGs (quality 95, colours at half the resolution), so its evaluation code encodes and
 decodes every picture. Entropy coding loses nothing and is left out. What remains is integer arithmetic, defined to the

@@ -21,8 +21,8 @@ from opd_gym.policies.openvla.processing import PromptTokenizer, model_proprio, 
 
 class Unused(nn.Module):
     """
-    Weights that belong to a published checkpoint and that no output depends on: the last block of either vision
-    transformer and what follows it. They are kept for the checkpoint to be complete when it is saved again.
+    Weights of a published checkpoint that no output depends on: the last block of either vision transformer and what
+    follows it. They are kept so that a checkpoint saved here is complete.
 
     :param shapes: shapes by published name
     """
@@ -77,7 +77,7 @@ def _unused_shapes(config: OpenVLAConfig) -> dict[str, tuple[int, ...]]:
 
 
 class VisionBackbone(nn.Module):
-    """DINOv2 and SigLIP side by side. Each patch gets the features of both, as they leave the last block but one."""
+    """DINOv2 and SigLIP side by side. A patch has the features of both, from their last block but one."""
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__()
@@ -262,7 +262,7 @@ class OpenVLAModel(VLABody):
         Outputs of the language model's last layer, ``(B, N, hidden_size)``.
 
         :param sequence: all tokens so far
-        :param cache: keys and values of all but the last ``last`` tokens; gets those of the rest; None to compute all
+        :param cache: keys and values of the tokens before the last ``last``, whose own are added; None for no cache
         :param last: so many tokens are new; None for all
         """
         start = 0 if last is None or cache is None else sequence.embeddings.shape[1] - last
@@ -319,7 +319,8 @@ class OpenVLAModel(VLABody):
     ) -> tuple[th.Tensor, VLAOutput]:
         """See :meth:`VLABody.decode`."""
         sequence = self.prefix(images, instruction, proprio)
-        # With gradient checkpointing, layers in training mode drop the cache without an error. Rollouts are not in it
+        # With gradient checkpointing, layers in training mode drop the cache without an error; rollouts are in
+        # evaluation mode
         cache = None if self.training else DynamicCache(config=self.config.text_config)
         hidden = self._hidden(sequence, cache)[:, -1:]
         summary = hidden[:, 0].float()

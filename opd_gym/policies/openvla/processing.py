@@ -1,4 +1,4 @@
-"""From what an env shows to what OpenVLA was trained on: pictures, prompt, proprioception."""
+"""Turns observations of an env into the inputs OpenVLA was trained on: pictures, prompt, proprioception."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _sinf(x: np.ndarray) -> np.ndarray:
 @functools.lru_cache(maxsize=32)
 def _lanczos_taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    What TensorFlow's ``resize(method="lanczos3", antialias=True)`` sums up along one dimension.
+    Weights of TensorFlow's ``resize(method="lanczos3", antialias=True)`` along one dimension.
 
     :return: int64 indices and float32 weights, ``(n_taps, n_out)``
     """

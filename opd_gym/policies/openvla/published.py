@@ -1,4 +1,4 @@
-"""What a published checkpoint of OpenVLA says, and what its directory and name give away besides; nothing is built."""
+"""Reads the configuration of a published OpenVLA checkpoint, and infers what it leaves out from its files and name."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ HEAD_PATTERNS = ("action_head--*checkpoint.pt", "noisy_action_projector--*checkp
 @dataclass(frozen=True)
 class InputProfile:
     """
-    How the code that trained a checkpoint feeds it. A checkpoint works with the inputs that it was trained on.
+    What the inputs of a checkpoint look like. They must be made the way they were made for its training.
 
     :param parallel: all tokens of a decision come from one pass with bidirectional attention (OpenVLA-OFT); otherwise
         one after the other with causal attention (OpenVLA)
-    :param stop_token: parallel decoding only: whether the end of the sequence is in sight of all others
+    :param stop_token: parallel decoding only: whether the tokens attend to an end-of-sequence token behind them
     :param tensorflow_images: LIBERO's pictures go through JPEG, a Lanczos resize and a centre crop of 0.9 of the area,
         as in OpenVLA's data loader; otherwise through one bicubic resize
     """
@@ -117,9 +117,9 @@ def detect_profile(directory: Path, implementation: str | None = None) -> str:
     Find out which code trained a published checkpoint, from the name under which it was published.
 
     :param directory: the checkpoint
-    :param implementation: which of its two implementations RLinf wrote into the configuration
+    :param implementation: ``implement_version`` of the configuration: which of its two implementations RLinf used
     :return: the name of its :class:`InputProfile`
-    :raises ValueError: it does not show
+    :raises ValueError: the name does not tell
     """
     path = directory.absolute()
     in_cache = path.parent.name == "snapshots"  # of the hub: models--owner--name/snapshots/<revision>
@@ -142,10 +142,11 @@ def detect_profile(directory: Path, implementation: str | None = None) -> str:
 
 
 def _translate(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Other software's configuration in our terms; some of its fields have our names and mean something else."""
+    """Other software's configuration in our terms. Some of its fields have our names for other things."""
     ours = dict(values)
-    # The projector's inputs, not the env's numbers; the vision transformers' pictures, not the env's; of no use
+    # There the size of the projector's input, here of the observation
     n_proprio = ours.pop("proprio_dim", 0)
+    # There the size of what the vision transformers see, here of the observation; the others follow from the parts
     for name in ("image_size", "hidden_size", "vocab_size"):
         ours.pop(name, None)
     if "use_proprio" in ours:
@@ -155,13 +156,13 @@ def _translate(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def complete_values(directory: Path, values: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
     """
-    Fill in what a published ``config.json`` leaves open: inputs, action space, statistics.
+    Fill in what a published ``config.json`` leaves out: inputs, action space, statistics.
 
     :param directory: the checkpoint
     :param values: its ``config.json``; what it says stands
     :param fields: what is known besides
     :return: the arguments of :class:`OpenVLAConfig`
-    :raises ValueError: continuous actions, no statistics, or something cannot be found out
+    :raises ValueError: continuous actions, no statistics, or something that the files do not tell
     """
     heads = [path.name for pattern in HEAD_PATTERNS for path in directory.glob(pattern)]
     if heads:

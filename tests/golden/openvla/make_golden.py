@@ -36,7 +36,17 @@ sys.path.insert(0, str(HERE))
 
 import tiny  # noqa: E402
 
-CASES = ("images", "tensorflow", "actions", "prompts", "simplevla", "simplevla_wrist", "simplevla_arms", "rlinf", "openvla")
+CASES = (
+    "images",
+    "tensorflow",
+    "actions",
+    "prompts",
+    "simplevla",
+    "simplevla_wrist",
+    "simplevla_arms",
+    "rlinf",
+    "openvla",
+)
 
 
 def observation() -> None:

@@ -25,7 +25,7 @@ LIBERO_KEY, ARMS_KEY = "libero_object_no_noops", "place_empty_cup_1k"
 
 
 # Of pictures: smaller and larger than the model's, its own, and some that no block of JPEG divides
-PICTURE_SIZES = [(64, 420), (100, 75), (180, 180), (224, 224), (225, 223), (240, 320), (256, 256), (256, 557), (300, 149)]
+PICTURE_SIZES = [(64, 420), (100, 75), (180, 180), (224, 224), (225, 223), (240, 320), (256, 256), (300, 149)]
 
 
 def noise(height: int, width: int) -> np.ndarray:
