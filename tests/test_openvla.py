@@ -140,6 +140,25 @@ def test_rlinf_profile(hub, both):
 
 
 @th.no_grad()
+def test_rlinf_rounds_frequencies_in_half_precision(hub, both, tmp_path):
+    """RLinf casts buffers too, so its models in bfloat16 know rounded positions; the checkpoint remembers it."""
+    path = tiny.write_checkpoint(hub / "rounded" / RL)
+    model = OpenVLAModel.from_pretrained(path, dtype=th.bfloat16)
+    frequencies = model.language_model.model.rotary_emb.inv_freq
+    assert frequencies.dtype == th.float32 and th.equal(frequencies, frequencies.bfloat16().float())
+    expected = golden("rlinf_bfloat16")["logits"][..., ::-1]
+    logits = model(both, instructions()).logits[:, ::7].numpy()
+    assert np.abs(logits - expected).mean() < 1e-3  # 4e-3 with exact frequencies
+    assert th.equal(OpenVLAModel(model.config).language_model.model.rotary_emb.inv_freq, frequencies)
+    model.float().save_pretrained(tmp_path / "single")
+    single = OpenVLAModel.from_pretrained(tmp_path / "single")
+    assert th.equal(single.language_model.model.rotary_emb.inv_freq, frequencies)
+    for other in (OpenVLAModel.from_pretrained(path), OpenVLAModel(OpenVLAConfig(**{**model.config.to_dict(),
+                  "input_profile": "openvla-oft"}))):  # fmt: skip
+        assert not th.equal(other.language_model.model.rotary_emb.inv_freq, frequencies)
+
+
+@th.no_grad()
 def test_two_cameras_and_proprioception(hub, pictures):
     """The wrist's picture and LIBERO's state: position, quaternion and fingers become the projector's 8 inputs."""
     path = tiny.write_checkpoint(hub / "wrist" / SFT, proprio_inputs=8, image_keys=["agentview", "wrist"])
@@ -250,6 +269,20 @@ def test_jpeg_and_lanczos_bit_by_bit(height, width):
     expected = json.loads((tiny.HERE / "tensorflow.json").read_text())[f"{height}x{width}"]
     picture = th.as_tensor(tiny.noise(height, width)).permute(2, 0, 1)[None]
     assert checksum(resize_lanczos(jpeg_round_trip(picture), 224)) == expected[0]
+    # openvla-oft resizes what has another size, of LIBERO or not, and crops everything
+    for libero_images in (False, True):
+        config = OpenVLAConfig(input_profile="openvla-oft", libero_images=libero_images)
+        pixels = pixel_values([picture.flip(-1) if libero_images else picture], config)[:, 0, 3:]
+        assert checksum(((pixels * 0.5 + 0.5) * 255).round().to(th.uint8)) == expected[1]
+
+
+def test_rlinf_crops_no_picture(pictures):
+    """Off LIBERO it resizes as on LIBERO, and mirrors nothing."""
+    wide = pictures["agentview"][..., :180, :]
+    for profile in ("rlinf", "rlinf-openvla"):
+        config = OpenVLAConfig(input_profile=profile, libero_images=False)
+        seen = ((pixel_values([wide], config)[:, 0, 3:] * 0.5 + 0.5) * 255).round().to(th.uint8)
+        assert th.equal(seen, resize_bicubic(wide, 224))
 
 
 def test_images_of_any_size(pictures):
@@ -421,13 +454,13 @@ def test_hub_cache(sft, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--RLinf--some-teacher"
+    repository = tmp_path / "models--RLinf--RLinf-OpenVLAOFT-some-teacher"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123abc")
     snapshot = repository / "snapshots" / "0123abc"
     snapshot.parent.mkdir()
     snapshot.symlink_to(sft)
-    assert resolve_checkpoint("RLinf/some-teacher") == snapshot
+    assert resolve_checkpoint("RLinf/RLinf-OpenVLAOFT-some-teacher") == snapshot
     assert read_checkpoint_config(snapshot)[1].input_profile == "rlinf"
     with pytest.raises(FileNotFoundError, match="hf download nobody/nothing"):
         resolve_checkpoint("nobody/nothing")
@@ -468,6 +501,12 @@ def test_fields_of_other_software_are_understood(tmp_path):
         ("models--RLinf--RLinf-OpenVLAOFT-LIBERO-130/snapshots/1a2b", "rlinf"),
         ("RLinf-OpenVLAOFT-RoboTwin-SFT-place_empty_cup", "simplevla-rl"),
         ("models--openvla--openvla-7b-finetuned-libero-10/snapshots/1a2b", "openvla"),
+        ("models--RLinf--RLinf-OpenVLA-PPO-ManiSkill3-25ood/snapshots/1a2b", "rlinf-openvla"),
+        ("RLinf-OpenVLA-GRPO-ManiSkill3-25ood", "rlinf-openvla"),
+        ("models--RLinf--RLinf-OpenVLAOFT-GRPO-ManiSkill3-25ood/snapshots/1a2b", "rlinf"),
+        ("models--RLinf--Openvla-oft-SFT-libero10-trajall/snapshots/1a2b", "simplevla-rl"),
+        ("models--RLinf--RLinf-Pi0-MetaWorld-SFT/snapshots/1a2b", None),
+        ("rlinf-distilled", None),
         ("rlinf/my-model", None),
         ("openvla-7b+libero_object_no_noops+b8+lr-0.0005", None),
     ],
@@ -489,7 +528,7 @@ def broken(tmp_path, name=SFT, **changes):
 
 def test_profile_that_does_not_show_is_asked_for(tmp_path):
     path = broken(tmp_path, "my-fine-tuned-model")
-    with pytest.raises(ValueError, match=r"input_profile.*'openvla', 'rlinf', 'simplevla-rl'"):
+    with pytest.raises(ValueError, match=r"input_profile.*'openvla', 'openvla-oft', 'rlinf'"):
         read_checkpoint_config(path)
     with pytest.raises(ValueError, match="must be one of"):
         complete_checkpoint(path, input_profile="vla-rl")
@@ -727,5 +766,5 @@ def test_opd_on_libero(libero, hub, sft, tmp_path):
 
 
 def test_profiles_are_complete():
-    assert set(INPUT_PROFILES) == {"openvla", "simplevla-rl", "rlinf"}
-    assert [name for name, profile in INPUT_PROFILES.items() if not profile.parallel] == ["openvla"]
+    assert set(INPUT_PROFILES) == {"openvla", "openvla-oft", "simplevla-rl", "rlinf", "rlinf-openvla"}
+    assert [name for name, profile in INPUT_PROFILES.items() if not profile.parallel] == ["openvla", "rlinf-openvla"]

@@ -231,6 +231,7 @@ def load_model(
         layout |= {name: Part((name,)) for name in model.proprio_projector.state_dict(prefix="proprio_projector.")}
     missing = set(layout)
     unknown = []
+    dtypes = {dtype}
     for name, tensor in _published_tensors(directory, model.proprio_projector is not None):
         # Older versions of transformers saved what can be computed; RLinf saves the critic
         if name.endswith("rotary_emb.inv_freq") or name.startswith("value_head."):
@@ -240,6 +241,7 @@ def load_model(
             continue
         missing.discard(name)
         part = layout[name]
+        dtypes.add(tensor.dtype)
         for ours, value in zip(part.names, part.split(tensor), strict=True):
             # A copy, or the memory of the file would be the model's
             _assign(model, ours, value.to(device=device, dtype=dtype or value.dtype, copy=True).contiguous())
@@ -253,6 +255,7 @@ def load_model(
             f"The weights of {directory} are not in OpenVLA's published layout: {len(missing)} missing "
             f"({', '.join(sorted(missing)[:3])}), {len(unknown)} unknown ({', '.join(sorted(unknown)[:3])})."
         )
+    config.rounded_frequencies |= config.profile.rounded_frequencies and th.bfloat16 in dtypes
     model.reset_computed_buffers(device)
     model.tokenizer = PromptTokenizer(tokenizer.read_text(encoding="utf-8"))
     return model.eval()

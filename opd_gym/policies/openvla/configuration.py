@@ -60,9 +60,9 @@ class OpenVLAConfig(VLAConfig):
     :param norm_stats: statistics of the data sets, ``{name: {"action": {"q01": ..., "q99": ..., "mask": ...},
         "proprio": ...}}``
     :param unnorm_key: name of the data set whose statistics turn tokens into actions; None if there is one only
-    :param input_profile: "openvla", "simplevla-rl" or "rlinf", see :class:`InputProfile`
+    :param input_profile: name of an :class:`InputProfile`
     :param libero_images: the training pictures are those of LIBERO's data sets: raw pictures of MuJoCo turned by 180
-        degrees, which makes them upright and mirrored. Other pictures are cropped and otherwise left as they are
+        degrees, which makes them upright and mirrored. Other pictures are not mirrored
     :param normalization: "bounds_q99" if actions and proprioception were normalised with q01 and q99, "bounds" with min
         and max
     :param gripper: "open_is_one" if the last action dimension is 1 for an open gripper and 0 for a closed one (LIBERO),
@@ -73,6 +73,8 @@ class OpenVLAConfig(VLAConfig):
         axis-angle and fingers, which are made from LIBERO's 9 numbers (position, quaternion, fingers)
     :param pad_to_multiple_of: number of rows at the end of the embeddings that belong to no token
     :param pad_token_id: token that fills up shorter prompts
+    :param rounded_frequencies: the weights were used in bfloat16, in which some profiles round the frequencies of the
+        rotary positions (:attr:`InputProfile.rounded_frequencies`). Loading a checkpoint finds it out
     :param pixel_means: means of the three channels for either vision transformer
     :param pixel_stds: standard deviations, likewise
     :raises ValueError: unknown profile, normalisation, data set or vision backbone; statistics that do not fit
@@ -100,6 +102,7 @@ class OpenVLAConfig(VLAConfig):
         proprio_inputs: int = 0,
         pad_to_multiple_of: int = 64,
         pad_token_id: int = 32000,
+        rounded_frequencies: bool = False,
         pixel_means: Any = PIXEL_MEANS,
         pixel_stds: Any = PIXEL_STDS,
         image_keys: list[str] | tuple[str, ...] = ("agentview",),
@@ -138,6 +141,7 @@ class OpenVLAConfig(VLAConfig):
         self.joint_positions = joint_positions
         self.proprio_inputs = proprio_inputs
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.rounded_frequencies = rounded_frequencies
         self.pixel_means = [list(row) for row in pixel_means]
         self.pixel_stds = [list(row) for row in pixel_stds]
         kwargs.setdefault("n_bins", kwargs.pop("n_action_bins", 256))

@@ -184,6 +184,7 @@ class OpenVLAModel(VLABody):
         self.language_model = LlamaForCausalLM(config.text_config)
         self.tokenizer: PromptTokenizer | None = None
         self.post_init()
+        self._round_frequencies()
 
     def _init_weights(self, module: nn.Module) -> None:
         # The parts that are models of transformers have initialised themselves.
@@ -200,7 +201,13 @@ class OpenVLAModel(VLABody):
         """
         decoder, embeddings = self.language_model.model, self.vision_backbone.siglip.embeddings
         decoder.rotary_emb = type(decoder.rotary_emb)(self.config.text_config).to(device)
+        self._round_frequencies()
         embeddings.position_ids = th.arange(embeddings.num_positions, device=device)[None]  # type: ignore[assignment]
+
+    def _round_frequencies(self) -> None:
+        if self.config.rounded_frequencies and self.config.profile.rounded_frequencies:
+            for frequencies in self.language_model.model.rotary_emb.buffers():
+                frequencies.copy_(frequencies.bfloat16())
 
     # ------------------------------------------------------------------------------------------------- the sequence
 

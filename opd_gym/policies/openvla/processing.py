@@ -195,13 +195,13 @@ def pixel_values(images: Sequence[th.Tensor], config: OpenVLAConfig) -> th.Tenso
     size, profile = config.vision_size, config.profile
     seen = []
     for image in images:
-        if not config.libero_images:
-            image = center_crop(image, size)
-        elif profile.tensorflow_images:
-            image = center_crop(resize_lanczos(jpeg_round_trip(image.flip(-1)), size), size)
-        else:
-            image = resize_bicubic(image.flip(-1), size)
-        seen.append(image)
+        if config.libero_images:
+            image = image.flip(-1)
+        if profile.resize == "bicubic":
+            image = resize_bicubic(image, size)
+        elif config.libero_images if profile.resize == "jpeg_libero" else image.shape[-2:] != (size, size):
+            image = resize_lanczos(jpeg_round_trip(image), size)
+        seen.append(center_crop(image, size) if profile.crop else image)
     pixels = th.stack(seen, dim=1).float() / 255.0
     parts = []
     for means, stds in zip(config.pixel_means, config.pixel_stds, strict=True):

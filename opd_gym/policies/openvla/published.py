@@ -34,25 +34,43 @@ class InputProfile:
     :param parallel: all tokens of a decision come from one pass with bidirectional attention (OpenVLA-OFT); otherwise
         one after the other with causal attention (OpenVLA)
     :param stop_token: parallel decoding only: whether the tokens attend to an end-of-sequence token behind them
-    :param tensorflow_images: LIBERO's pictures go through JPEG, a Lanczos resize and a centre crop of 0.9 of the area,
-        as in OpenVLA's data loader; otherwise through one bicubic resize
+    :param resize: "jpeg": through JPEG and a Lanczos resize, as in OpenVLA's data loader, unless a picture has the size
+        that the model sees; "jpeg_libero": LIBERO's pictures likewise, whatever their size, and no others; "bicubic":
+        one bicubic resize
+    :param crop: cut out the middle, 0.9 of the area, after that
+    :param rounded_frequencies: whether a model in bfloat16 has the frequencies of its rotary positions rounded to
+        bfloat16 as well
     """
 
     parallel: bool
     stop_token: bool
-    tensorflow_images: bool
+    resize: str
+    crop: bool
+    rounded_frequencies: bool
 
 
 INPUT_PROFILES = {
-    "openvla": InputProfile(parallel=False, stop_token=False, tensorflow_images=True),
-    "simplevla-rl": InputProfile(parallel=True, stop_token=True, tensorflow_images=True),
-    "rlinf": InputProfile(parallel=True, stop_token=False, tensorflow_images=False),
+    "openvla": InputProfile(False, False, "jpeg_libero", crop=True, rounded_frequencies=False),
+    "openvla-oft": InputProfile(True, True, "jpeg", crop=True, rounded_frequencies=False),
+    "simplevla-rl": InputProfile(True, True, "jpeg_libero", crop=True, rounded_frequencies=False),
+    "rlinf": InputProfile(True, False, "bicubic", crop=False, rounded_frequencies=True),
+    "rlinf-openvla": InputProfile(False, False, "bicubic", crop=False, rounded_frequencies=True),
+}
+
+
+# In lower case; the hub's cache has -- between owner and name
+PUBLISHED_NAMES = {
+    r"(rlinf--)?rlinf-openvlaoft-.*robotwin.*": "simplevla-rl",
+    r"(rlinf--)?rlinf-openvlaoft-.*": "rlinf",
+    r"(rlinf--)?rlinf-openvla-.*": "rlinf-openvla",
+    r"haozhan72--.*|.*openvla-oft-sft-.*": "simplevla-rl",
+    r"(openvla--)?openvla-7b(-finetuned-libero-\w+)?": "openvla",
 }
 
 
 def get_profile(name: str) -> InputProfile:
     """
-    :param name: "openvla", "simplevla-rl" or "rlinf"
+    :param name: "openvla", "openvla-oft", "simplevla-rl", "rlinf" or, for autoregressive models, "rlinf-openvla"
     :return: the profile
     :raises ValueError: unknown name
     """
@@ -125,19 +143,17 @@ def detect_profile(directory: Path, implementation: str | None = None) -> str:
     in_cache = path.parent.name == "snapshots"  # of the hub: models--owner--name/snapshots/<revision>
     name = (path.parent.parent if in_cache else path).name.lower().removeprefix("models--")
     # RLinf took over SimpleVLA-RL's inputs for two arms, and for whatever was trained by openvla-oft itself
-    if implementation == "official" or (name.startswith("rlinf") and "robotwin" in name):
+    if implementation == "official":
         return "simplevla-rl"
-    if implementation == "rlinf" or name.startswith("rlinf"):
+    if implementation == "rlinf":
         return "rlinf"
-    if name.startswith("haozhan72--") or "openvla-oft-sft-" in name:
-        return "simplevla-rl"
-    if re.fullmatch(r"(openvla--)?openvla-7b(-finetuned-libero-\w+)?", name):
-        return "openvla"
+    for pattern, profile in PUBLISHED_NAMES.items():
+        if re.fullmatch(pattern, name):
+            return profile
     raise ValueError(
         f"{directory} does not say what inputs it was trained on, and on others it scores far lower. Say it once: "
         "opd_gym.policies.openvla.complete_checkpoint(checkpoint, input_profile=...) writes it to its config.json. One "
-        f"of {sorted(INPUT_PROFILES)}, the code that it was fine-tuned with (a discrete checkpoint of openvla-oft: "
-        '"simplevla-rl").'
+        f"of {sorted(INPUT_PROFILES)}, after the code that it was trained with."
     )
 
 

@@ -45,6 +45,7 @@ CASES = (
     "simplevla_wrist",
     "simplevla_arms",
     "rlinf",
+    "rlinf_bfloat16",
     "openvla",
 )
 
@@ -404,6 +405,18 @@ def simplevla_arms(references: Path) -> None:
 def rlinf(references: Path) -> None:
     import torch as th
 
+    _rlinf(references, "rlinf", th.float32)
+
+
+def rlinf_bfloat16(references: Path) -> None:
+    import torch as th
+
+    _rlinf(references, "rlinf_bfloat16", th.bfloat16)
+
+
+def _rlinf(references: Path, name: str, dtype: Any) -> None:
+    import torch as th
+
     modeling, processing = reference_packages(references, "rlinf")
     config = make_config(
         modeling.OpenVLAOFTConfig, tiny.LIBERO_KEY, unnorm_key="libero_object", attn_implementation="sdpa"
@@ -412,6 +425,7 @@ def rlinf(references: Path) -> None:
         config, action_dim=7, num_action_chunks=8, add_value_head=False, max_prompt_length=128
     )
     load_weights(model)
+    model.to(dtype)  # as RLinf's get_model does: buffers are cast too
     image_processor = processing.PrismaticImageProcessor(**PREPROCESSOR)
     tokenizer = make_tokenizer(padding_side="left")
     processor = processing.MultiInputPrismaticProcessor(image_processor=image_processor, tokenizer=tokenizer)
@@ -428,8 +442,8 @@ def rlinf(references: Path) -> None:
         inputs = {key: value for key, value in result["forward_inputs"].items()}
         logits = model.default_forward(forward_inputs=inputs).logits[:, -57:-1]
     save(
-        "rlinf",
-        logits=logits[:, ::7, -320:-64],
+        name,
+        logits=logits[:, ::7, -320:-64].float(),
         response=inputs["action_tokens"].reshape(2, -1),
         actions=actions,
         prompt_length=inputs["input_ids"].shape[1],
