@@ -404,6 +404,34 @@ def test_projector_file_and_half_precision(hub, tmp_path):
     assert {p.dtype for p in single.parameters()} == {th.float32}
 
 
+def test_export_has_what_openvla_oft_asks_for(tmp_path):
+    """Its loader replaces the statistics by those of a file, and transformers 4.40 knows no ``rope_parameters``."""
+    rope = {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    text_config = {**tiny.published_config(tiny.LIBERO_KEY)["text_config"], **rope}
+    path = tiny.write_checkpoint(tmp_path / SFT, text_config=text_config)
+    (path / "tokenizer.model").write_bytes(b"\0sentencepiece\0")
+    model = OpenVLAModel.from_pretrained(path)
+    fresh = OpenVLAModel(OpenVLAConfig(**model.config.to_dict()))
+    fresh.load_state_dict(model.state_dict())  # as from a zip, which knows no folder
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "dataset_statistics.json").write_text(json.dumps({"kuka": {}}))  # of what was here before
+    fresh.save_pretrained(saved)
+
+    def read(name):
+        return json.loads((saved / name).read_text())
+
+    assert read("dataset_statistics.json") == {tiny.LIBERO_KEY: tiny.statistics(tiny.LIBERO_KEY)}
+    assert (saved / "tokenizer.model").read_bytes() == b"\0sentencepiece\0"
+    assert read("special_tokens_map.json")["pad_token"] == "<PAD>" and read("added_tokens.json") == {"<PAD>": 32000}
+    ids = {key: read("generation_config.json")[f"{key}_token_id"] for key in ("bos", "eos", "pad")}
+    assert ids == {"bos": 1, "eos": 2, "pad": 32000}
+    exported = read("config.json")["text_config"]
+    assert {key: exported[key] for key in rope} == rope
+    again = OpenVLAModel.from_pretrained(saved).language_model.model.rotary_emb.inv_freq
+    assert th.equal(again, model.language_model.model.rotary_emb.inv_freq)
+
+
 def test_gamma_is_the_other_name_of_the_layer_scales(sft, tmp_path):
     path = tiny.write_checkpoint(tmp_path / SFT)
     for shard in path.glob("*.safetensors"):
@@ -558,6 +586,76 @@ def test_statistics_are_chosen_and_missing_ones_named(tmp_path):
     (path / "dataset_statistics.json").unlink()
     with pytest.raises(ValueError, match="no statistics"):
         read_checkpoint_config(path)
+
+
+def test_film_is_refused(tmp_path):
+    path = tiny.write_checkpoint(tmp_path / SFT)
+    (path / "vision_backbone--150000_checkpoint.pt").touch()
+    with pytest.raises(ValueError, match="FiLM: vision_backbone--150000_checkpoint.pt"):
+        OpenVLAModel.from_pretrained(path)
+    with pytest.raises(ValueError, match="FiLM: use_film"):
+        read_checkpoint_config(broken(tmp_path / "said", use_film=True))
+
+
+@pytest.mark.parametrize("inside", ["", "lora_adapter"])
+def test_adapters_are_to_be_merged(tmp_path, inside):
+    """Their folder alone, and what openvla-oft leaves of a run without merging: with or without a config.json."""
+    (tmp_path / inside).mkdir(exist_ok=True)
+    (tmp_path / inside / "adapter_config.json").write_text("{}")
+    for load in (OpenVLAModel.from_pretrained, resolve_checkpoint):
+        with pytest.raises(ValueError, match="LoRA adapters.*merge_and_unload"):
+            load(tmp_path)
+    whole = tiny.write_checkpoint(tmp_path / "whole" / SFT)
+    (whole / "config.json").rename(tmp_path / "config.json")
+    for load in (OpenVLAModel.from_pretrained, read_checkpoint_config):
+        with pytest.raises(ValueError, match="no weights of its own.*merge_and_unload"):
+            load(tmp_path)
+
+
+def test_projector_that_does_not_fit_the_statistics(tmp_path):
+    """Known from the configuration, before a weight is read and long before the first forward pass."""
+    path = tiny.write_checkpoint(tmp_path / SFT, proprio_inputs=14)
+    with pytest.raises(ValueError, match="14 inputs.*'libero_object_no_noops' are for 8"):
+        read_checkpoint_config(path)
+    without = {tiny.LIBERO_KEY: {"action": tiny.statistics(tiny.LIBERO_KEY)["action"]}}
+    with pytest.raises(ValueError, match="no 'proprio'"):
+        OpenVLAConfig(norm_stats=without, proprio_inputs=8, proprio_dim=9)
+
+
+def test_long_instructions_are_not_cut():
+    text = "pick up the milk " * 10
+    with pytest.raises(ValueError, match=f"{len(text)} bytes, the observation has room for 128"):
+        encode_instruction(text)
+    tokenizer = PromptTokenizer(tiny.tokenizer_json())
+    ids, _ = tokenizer(encode_instruction(text, 200)[None], pad_token_id=32000)
+    assert ids[0].tolist() == tokenizer.prompt_ids(text)
+    # An env with longer instructions is welcome: they become a prompt
+    config = OpenVLAConfig()
+    observations, tokens = spaces_of(config)
+    observations["instruction"] = spaces.Box(0, 255, (200,), np.uint8)
+    config.check_spaces(observations, tokens)
+
+
+def test_constant_dimensions_become_the_middle_token():
+    """As openvla's data loader has it: constant is what has equal extremes, whatever the quantiles."""
+    statistics = {key: [value] * 3 for key, value in (("q01", -0.5), ("q99", 0.5), ("min", -1.0), ("max", 1.0))}
+    statistics["mask"] = [True, True, False]
+    for key in ("q01", "q99", "min", "max"):
+        statistics[key][0] = 0.25
+    assert encode_actions(np.full((1, 3), 0.25), statistics)[0, 0] == 127
+    bounds = {key: statistics[key] for key in ("q01", "q99", "mask")}
+    assert encode_actions(np.full((1, 3), 0.25), bounds)[0].tolist() == [127, 191, 159]
+    assert abs(decode_tokens(np.full((1, 3), 127), bounds)[0, 0] - 0.25) < 1e-6
+    # Rarely anything else than the constant, so the quantiles are equal and the extremes are not
+    statistics["max"][0] = 1.0
+    assert encode_actions(np.array([[0.25, 0, 0], [1.0, 0, 0]]), statistics)[:, 0].tolist() == [0, 255]
+    stats = tiny.statistics(tiny.LIBERO_KEY)
+    stats["action"] |= {key: [0.25, *stats["action"][key][1:]] for key in ("q01", "q99")}
+    config = OpenVLAConfig(norm_stats={"libero": stats})
+    assert encode_actions(np.full((1, 7), 0.25), config.statistics)[0, 0] == 0
+    stats["action"] |= {key: [0.25, *stats["action"][key][1:]] for key in ("min", "max")}
+    config = OpenVLAConfig(norm_stats={"libero": stats})
+    assert encode_actions(np.full((1, 7), 0.25), config.statistics)[0, 0] == 127 and "min" not in config.statistics
 
 
 def test_wrong_layouts_are_refused(tmp_path):

@@ -24,6 +24,8 @@ from opd_gym.policies.openvla.published import (
     INDEX_FILE,
     PREPROCESSOR_FILE,
     PROPRIO_FILE,
+    SENTENCEPIECE_FILE,
+    STATISTICS_FILE,
     TOKENIZER_FILE,
     load_proprio,
     locate,
@@ -34,20 +36,18 @@ from opd_gym.policies.openvla.published import (
 if TYPE_CHECKING:
     from opd_gym.policies.openvla.modeling import OpenVLAModel
 
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<PAD>", "unk_token": "<unk>"}
 # As in the published checkpoints; all else is in tokenizer.json
 TOKENIZER_CONFIG = {
+    **SPECIAL_TOKENS,
     "add_bos_token": True,
     "add_eos_token": False,
-    "bos_token": "<s>",
     "clean_up_tokenization_spaces": False,
-    "eos_token": "</s>",
     "legacy": False,
     "model_max_length": 2048,
-    "pad_token": "<PAD>",
     "padding_side": "right",
     "processor_class": "PrismaticProcessor",
     "tokenizer_class": "LlamaTokenizer",
-    "unk_token": "<unk>",
 }
 
 
@@ -257,7 +257,10 @@ def load_model(
         )
     config.rounded_frequencies |= config.profile.rounded_frequencies and th.bfloat16 in dtypes
     model.reset_computed_buffers(device)
-    model.tokenizer = PromptTokenizer(tokenizer.read_text(encoding="utf-8"))
+    sentencepiece = directory / SENTENCEPIECE_FILE
+    model.tokenizer = PromptTokenizer(
+        tokenizer.read_text(encoding="utf-8"), sentencepiece.read_bytes() if sentencepiece.is_file() else b""
+    )
     return model.eval()
 
 
@@ -308,6 +311,17 @@ def save_model(model: OpenVLAModel, directory: str | os.PathLike[str], max_shard
     if model.tokenizer is not None:
         write_atomic(directory / TOKENIZER_FILE, model.tokenizer.to_str())
         _write_json(directory / "tokenizer_config.json", TOKENIZER_CONFIG)
+        _write_json(directory / "special_tokens_map.json", SPECIAL_TOKENS)
+        _write_json(directory / "added_tokens.json", {SPECIAL_TOKENS["pad_token"]: config.pad_token_id})
+        if model.tokenizer.sentencepiece:
+            with replacing(directory / SENTENCEPIECE_FILE) as temporary:
+                temporary.write_bytes(model.tokenizer.sentencepiece)
+    if config.norm_stats:
+        # Where openvla-oft looks for them; a file of an earlier checkpoint would win over config.json
+        _write_json(directory / STATISTICS_FILE, config.norm_stats)
+    tokens = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id")}
+    generation = {"_from_model_config": True, **tokens, "pad_token_id": config.pad_token_id}
+    _write_json(directory / "generation_config.json", generation)
     input_size = [3, config.vision_size, config.vision_size]
     preprocessor = {
         "image_processor_type": "PrismaticImageProcessor",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from transformers import Dinov2WithRegistersConfig, LlamaConfig, PretrainedConfig, SiglipVisionConfig
 
 from opd_gym.actions import statistics_of_positions
@@ -163,6 +164,14 @@ class OpenVLAConfig(VLAConfig):
                 f"The proprioception projector has {proprio_inputs} inputs, the observation {proprio_dim} numbers. "
                 "Set proprio_dim to the env's: as many as the projector's, or LIBERO's 9 for a projector of 8."
             )
+        if proprio_inputs and self.norm_stats:
+            n_statistics = np.size(self.data_statistics("proprio")["q01"])
+            if n_statistics != proprio_inputs:
+                raise ValueError(
+                    f"The proprioception projector has {proprio_inputs} inputs, the proprioception statistics of "
+                    f"{data_set(self.norm_stats, unnorm_key)!r} are for {n_statistics}. Choose the data set that the "
+                    "checkpoint was trained on (unnorm_key), or put its statistics into dataset_statistics.json."
+                )
         if statistics is not None and np.size(statistics["q01"]) != self.action_dim:
             raise ValueError(
                 f"The statistics are for {np.size(statistics['q01'])} action dimensions, action_dim is "
@@ -198,7 +207,8 @@ class OpenVLAConfig(VLAConfig):
     def data_statistics(self, kind: str) -> dict[str, Any]:
         """
         :param kind: "action" or "proprio"
-        :return: ``q01``, ``q99`` (or min and max, under these names) and ``mask``, of :attr:`unnorm_key`'s data set
+        :return: ``q01``, ``q99`` (or min and max, under these names) and ``mask``, of :attr:`unnorm_key`'s data set;
+            ``min`` and ``max`` as well where constant dimensions do not follow from these
         :raises ValueError: no or several data sets and no :attr:`unnorm_key`; unknown data set; statistics missing
         """
         key = data_set(self.norm_stats, self.unnorm_key)
@@ -207,7 +217,13 @@ class OpenVLAConfig(VLAConfig):
         if not values or low not in values or high not in values:
             raise ValueError(f"The statistics of {key!r} have no {kind!r} with {low!r} and {high!r}.")
         mask = values.get("mask", np.ones(np.shape(values[low]), dtype=bool))
-        return {"q01": values[low], "q99": values[high], "mask": mask}
+        statistics = {"q01": values[low], "q99": values[high], "mask": mask}
+        if "min" in values and "max" in values:
+            constant = np.equal(values["min"], values["max"])
+            if (constant != np.equal(values[low], values[high]) & mask).any():
+                # Which dimensions are constant does not follow from the bounds
+                statistics |= {"min": values["min"], "max": values["max"]}
+        return statistics
 
     def _action_statistics(self) -> dict[str, Any]:
         statistics = self.data_statistics("action")
@@ -215,9 +231,24 @@ class OpenVLAConfig(VLAConfig):
             statistics = statistics_of_positions(statistics)
         return statistics if self.gripper is None else {**statistics, "gripper": self.gripper}
 
+    def check_spaces(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+        """
+        See :meth:`VLAConfig.check_spaces`. Instructions may be of any length: they become a prompt.
+        """
+        found = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {}
+        if "instruction" in found:
+            self.instruction_length = int(np.prod(found["instruction"].shape or (1,)))
+        super().check_spaces(observation_space, action_space)
+
     def to_dict(self) -> dict[str, Any]:
         """Our fields, and the published ones where other software expects them."""
         values = super().to_dict()
+        # As transformers 4 has it; newer ones read both
+        rope = dict(values["text_config"].get("rope_parameters") or {})
+        if "rope_theta" in rope:
+            kind, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta")
+            scaling = None if kind == "default" else {**rope, "type": kind}
+            values["text_config"] |= {"rope_theta": theta, "rope_scaling": scaling}
         values["n_action_bins"] = self.n_bins
         values["image_sizes"] = [self.vision_size, self.vision_size]
         return values

@@ -345,15 +345,15 @@ class OpenVLAModel(VLABody):
 
     def get_extra_state(self) -> th.Tensor:
         """The tokenizer, so that it is saved with the weights."""
-        text = "" if self.tokenizer is None else self.tokenizer.to_str()
-        return th.as_tensor(np.frombuffer(text.encode("utf-8"), dtype=np.uint8).copy())
+        state = b"" if self.tokenizer is None else self.tokenizer.to_bytes()
+        return th.as_tensor(np.frombuffer(state, dtype=np.uint8).copy())
 
     def set_extra_state(self, state: th.Tensor) -> None:
         """
         :param state: what :meth:`get_extra_state` gave
         """
-        text = bytes(state.cpu().numpy()).decode("utf-8")
-        self.tokenizer = PromptTokenizer(text) if text else None
+        found = bytes(state.cpu().numpy())
+        self.tokenizer = PromptTokenizer.from_bytes(found) if found else None
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
@@ -33,10 +33,12 @@ class PromptTokenizer:
     Instructions to the ids of OpenVLA's prompt. Prompts are remembered: a benchmark has few instructions.
 
     :param text: contents of ``tokenizer.json``
+    :param sentencepiece: contents of ``tokenizer.model``, the same tokenizer for other software; empty if there is none
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, sentencepiece: bytes = b""):
         self._text = text
+        self.sentencepiece = sentencepiece
         self._tokenizer = Tokenizer.from_str(text)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -46,11 +48,21 @@ class PromptTokenizer:
         """Contents of ``tokenizer.json``."""
         return self._text
 
-    def __getstate__(self) -> str:
-        return self._text
+    def to_bytes(self) -> bytes:
+        """Both files, the first of which has no zero in it."""
+        return self._text.encode("utf-8") + (b"\0" + self.sentencepiece if self.sentencepiece else b"")
 
-    def __setstate__(self, text: str) -> None:
-        self.__init__(text)  # type: ignore[misc]
+    @classmethod
+    def from_bytes(cls, state: bytes) -> PromptTokenizer:
+        """
+        :param state: what :meth:`to_bytes` gave
+        :return: the tokenizer
+        """
+        text, _, sentencepiece = state.partition(b"\0")
+        return cls(text.decode("utf-8"), sentencepiece)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PromptTokenizer, (self._text, self.sentencepiece)
 
     def prompt_ids(self, instruction: str) -> list[int]:
         """

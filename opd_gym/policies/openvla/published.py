@@ -12,17 +12,19 @@ from typing import Any
 
 import torch as th
 
-from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
+from opd_gym.checkpoints import CONFIG_FILE, adapter_advice, resolve_checkpoint
 
 MODEL_TYPE = "openvla"
 INDEX_FILE = "model.safetensors.index.json"
 STATISTICS_FILE = "dataset_statistics.json"
 TOKENIZER_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROPRIO_FILE = "proprio_projector--latest_checkpoint.pt"
 PROPRIO_PATTERN = "proprio_projector--*checkpoint.pt"
 LIBERO_CAMERAS = ("agentview", "wrist")
 TWO_ARM_CAMERAS = ("head", "left_wrist", "right_wrist")
+FILM_PATTERN = "vision_backbone--*checkpoint.pt"
 HEAD_PATTERNS = ("action_head--*checkpoint.pt", "noisy_action_projector--*checkpoint.pt")
 
 
@@ -178,7 +180,7 @@ def complete_values(directory: Path, values: Mapping[str, Any], **fields: Any) -
     :param values: its ``config.json``; what it says stands
     :param fields: what is known besides
     :return: the arguments of :class:`OpenVLAConfig`
-    :raises ValueError: continuous actions, no statistics, or something that the files do not tell
+    :raises ValueError: continuous actions, FiLM, unmerged adapters, no statistics, or the files do not tell enough
     """
     heads = [path.name for pattern in HEAD_PATTERNS for path in directory.glob(pattern)]
     if heads:
@@ -186,6 +188,16 @@ def complete_values(directory: Path, values: Mapping[str, Any], **fields: Any) -
             f"{directory} predicts continuous actions ({', '.join(sorted(heads))}). Distillation needs action tokens: "
             "use a checkpoint of the discrete variant."
         )
+    film = sorted(path.name for path in directory.glob(FILM_PATTERN))
+    if film or values.get("use_film"):
+        raise ValueError(
+            f"{directory} has a vision backbone that sees the instruction (FiLM: {', '.join(film) or 'use_film'}). "
+            "That is not supported, and without it the model would not see what it was trained on. Use a checkpoint "
+            "that was trained without FiLM."
+        )
+    advice = adapter_advice(directory)
+    if advice and not any(directory.glob("model*.safetensors")):
+        raise ValueError(f"{directory} has no weights of its own.{advice}")
     values = {**(values if _is_complete(values) else _translate(values)), **fields}
     norm_stats = dict(values.get("norm_stats") or {})
     path = directory / STATISTICS_FILE
