@@ -22,18 +22,18 @@ from opd_gym.observations import join_obs, obs_rows
 
 class Demonstrations:
     """
-    Observations with the actions that were shown for them, one row per time step (or decision).
+    Observations with the demonstrated actions, one row per time step (or decision).
 
-    For chunked policies ``actions`` is ``(N, K, D)``: the next K actions, the episode's last action repeated beyond
-    its end, where ``mask`` is False. For other policies ``actions`` is whatever the env takes, ``(N, ...)``, and
-    ``mask`` is None. ``demonstrations[indices]`` gives some of the rows.
+    For chunked policies ``actions`` is ``(N, K, D)``: the next K actions. Beyond the end of the episode its last action
+    is repeated, and ``mask`` is False. For other policies ``actions`` is whatever the env takes, ``(N, ...)``, and
+    ``mask`` is None. ``demonstrations[indices]`` returns these rows.
 
     :param observations: arrays ``(N, ...)`` by key, or one array
     :param actions: labels
     :param mask: ``(N, K)``, False where a label is padding
     :param episodes: ``(N,)`` number of the episode of each row; by default each row is its own
-    :param observation_space: by default read off the arrays
-    :param action_space: by default read off the arrays; pass it for actions that are not chunks
+    :param observation_space: by default inferred from the arrays
+    :param action_space: by default inferred from the arrays; pass it for actions that are not chunks
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Demonstrations:
         """
         :param episodes: episodes; every one needs an instruction
         :param chunk_size: number of actions K of a label
-        :param image_size: height and width; by default as they are
+        :param image_size: height and width of the pictures; by default as stored
         :param instruction_length: number of bytes of the instruction
-        :param stride: keep every so many time steps (episodes with ``action_chunks`` are kept whole)
+        :param stride: keep one of every ``stride`` time steps (episodes with ``action_chunks`` are kept whole)
         :param action_offset: the label of the observation at t starts with the action at t + offset. LIBERO's official
-            files hold the observation AFTER each action: there 1 is exact, 0 is what others train with
+            files hold the observation AFTER each action: there 1 is exact, and 0 is common practice
         """
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         observations: dict[str, list[np.ndarray]] = {}
@@ -110,7 +110,7 @@ class Demonstrations:
             raise ValueError("There are no demonstrations.")
         joined = {}
         for key in list(observations):
-            # One key after the other, so that not all pictures are in memory twice.
+            # Key by key, so that only one camera's pictures are in memory twice.
             joined[key] = np.concatenate(observations.pop(key))
         return cls(joined, np.concatenate(actions), np.concatenate(masks), np.concatenate(numbers))
 
@@ -155,7 +155,7 @@ class Demonstrations:
 
     def action_space(self, n_bins: int | None = None) -> spaces.Space:
         """
-        :param n_bins: for token policies: chunks as ``MultiDiscrete([n_bins] * K * D)``
+        :param n_bins: number of bins of a token policy, whose chunks are ``MultiDiscrete([n_bins] * K * D)``
         :return: space of one action
         """
         if n_bins is not None and self.is_chunked:
@@ -201,7 +201,7 @@ class Demonstrations:
         )
 
     def __add__(self, other: Demonstrations) -> Demonstrations:
-        """All rows of both, as DAgger aggregates them."""
+        """All rows of both, as DAgger aggregates data."""
         if isinstance(self.observations, dict) != isinstance(other.observations, dict) or (
             isinstance(self.observations, dict) and set(self.observations) != set(other.observations)
         ):
@@ -216,10 +216,10 @@ class Demonstrations:
 
     def split_rows(self, fraction: float, seed: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """
-        Split by episodes: rows of one episode look alike, so a split by rows would validate on what was learned.
+        Split by episodes. Rows of one episode look alike, so a split by rows would validate on what was learned.
 
-        :param fraction: part of the episodes for validation, at least one episode
-        :param seed: of the draw
+        :param fraction: share of the episodes for validation, at least one episode
+        :param seed: seed of the random split
         :return: row numbers of the training and of the validation part
         """
         numbers = np.unique(self.episodes)
@@ -232,7 +232,7 @@ class Demonstrations:
 
     def split(self, fraction: float, seed: int | None = None) -> tuple[Demonstrations, Demonstrations]:
         """
-        As :meth:`split_rows`.
+        As :meth:`split_rows`, but returns demonstrations.
 
         :return: training and validation part
         """

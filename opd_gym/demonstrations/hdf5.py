@@ -79,14 +79,14 @@ class Episode:
     :param observations: arrays ``(T, ...)``: upright uint8 pictures (H, W, 3) by camera, and ``proprio`` (LIBERO's:
         end-effector position 3, quaternion xyzw 4, gripper 2; another robot's has another size)
     :param actions: ``(T, D)``, the action taken in each observation (the first one of the chunk at decisions)
-    :param action_chunks: ``(T, K, D)``, a label of K actions for each observation, where it is not simply the actions
-        that follow (an expert's labels of a policy's own states)
-    :param instruction: what was to be done; None if it is the file's
+    :param action_chunks: ``(T, K, D)``, K actions as the label of each observation. Only for labels that are not the
+        actions that follow, such as an expert's labels of states a policy visited
+    :param instruction: the task in words; None for the file's
     :param states: ``(T, S)`` flattened simulator states
     :param joint_states: ``(T, 7)``
     :param rewards: ``(T,)``; by default 1 at the end of the episode if it was a success
     :param success: whether the task was solved
-    :param attrs: further attributes of the episode, numbers or text
+    :param attrs: other attributes of the episode, numbers or text
     """
 
     observations: Mapping[str, np.ndarray]
@@ -128,19 +128,19 @@ def write_demonstrations(
     compression: str | None = "gzip",
 ) -> None:
     """
-    Write episodes of one task in LIBERO's HDF5 format; an interrupted write leaves an old file untouched.
+    Write episodes of one task in LIBERO's HDF5 format. An interrupted write leaves an old file untouched.
 
-    Pictures are stored as LIBERO stores them (upside down, ``macros_image_convention = "opengl"``), so that other
-    readers of LIBERO data read this file too.
+    Pictures are stored upside down as in LIBERO's own files (``macros_image_convention = "opengl"``), so other readers
+    of LIBERO data can read this file too.
 
-    :param path: the file, by LIBERO's convention ``<task name>_demo.hdf5``
-    :param episodes: the demonstrations; each is written before the next one is asked for, so that they may be more than
-        the memory holds
+    :param path: the file, ``<task name>_demo.hdf5`` by LIBERO's convention
+    :param episodes: the demonstrations; each is written before the next one is requested, so a generator may yield more
+        than fits in memory
     :param instruction: the task's instruction; None for the first episode's
-    :param env_args: description of the env, stored as JSON, or what gives it once all episodes are written
+    :param env_args: description of the env, stored as JSON; or a function that returns it, called after the last one
     :param problem_info: LIBERO's description of the problem, stored as JSON with the instruction
-    :param bddl_file_name: the task's definition
-    :param compression: of the pictures; None reads faster
+    :param bddl_file_name: file of the task's definition
+    :param compression: how pictures are compressed; uncompressed ones (None) are read faster
     """
     with replacing(Path(path).expanduser()) as temporary, h5py.File(temporary, "w") as file:
         data = file.create_group("data")
@@ -168,7 +168,7 @@ def _write_episode(group: h5py.Group, episode: Episode, compression: str | None)
             proprio = np.asarray(value, dtype=np.float64)
             if proprio.ndim != 2:
                 raise ValueError(f"proprio must have shape ({n}, P), got {proprio.shape}.")
-            if proprio.shape[1] != 9:  # another robot's: LIBERO's files have no place for it
+            if proprio.shape[1] != 9:  # another robot's, for which LIBERO's format has no dataset
                 obs["proprio"] = np.asarray(value, dtype=np.float32)
                 continue
             orientation = quat_to_axis_angle(proprio[:, 3:7])
@@ -212,7 +212,7 @@ def _instruction_of(file: h5py.File) -> str:
     if info is None:
         raise ValueError(f"{file.filename} has no attribute data.problem_info: it is not a LIBERO demonstration file.")
     text = json.loads(info)["language_instruction"]
-    # LIBERO's own files hold either one text or a list of its pieces, sometimes in quotation marks.
+    # LIBERO's own files hold one text or a list of its pieces, some in quotation marks.
     return (text if isinstance(text, str) else "".join(text)).strip().strip('"')
 
 
@@ -238,8 +238,8 @@ def read_demonstrations(
     Read the episodes of one LIBERO HDF5 file, official ones or those of :func:`write_demonstrations`.
 
     :param path: the file
-    :param n_demos: only the first so many
-    :param cameras: only these pictures; by default all there are
+    :param n_demos: number of episodes to read; by default all
+    :param cameras: cameras to read; by default all
     :return: episodes with upright pictures in their stored size
     """
     path = Path(path).expanduser()
@@ -303,12 +303,12 @@ def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
 
 def read_statistics(paths: PathLike | Sequence[PathLike]) -> dict[str, list[Any]] | None:
     """
-    Statistics with which action tokens cover demonstrations, where those who made them have stored any.
+    Statistics stored with demonstrations: with them, action tokens cover the demonstrated actions.
 
     :param paths: HDF5 files or directories of them
-    :return: statistics for ``ActionTokens`` whose range is that of all files together; None if no file has any
-    :raises ValueError: the files normalise different dimensions, some have statistics and others none, or one is no
-        file of demonstrations
+    :return: statistics for ``ActionTokens`` that cover all files; None if no file has any
+    :raises ValueError: the files normalise different dimensions, only some have statistics, or one is not a file of
+        demonstrations
     """
     found: list[dict[str, Any]] = []
     without: list[str] = []
@@ -325,8 +325,8 @@ def read_statistics(paths: PathLike | Sequence[PathLike]) -> dict[str, list[Any]
         return None
     if without:
         raise ValueError(
-            f"Some demonstrations have the statistics with which tokens cover them, and these have none: "
-            f"{', '.join(without)}. Train on one kind of files."
+            f"Some files of demonstrations have statistics for action tokens, and these have none: "
+            f"{', '.join(without)}. Train on files of one kind."
         )
     masks = [statistics.get("mask") for statistics in found]
     if any(mask != masks[0] for mask in masks):
