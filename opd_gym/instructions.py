@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 
 INSTRUCTION_BYTES = 128
@@ -9,12 +11,19 @@ INSTRUCTION_BYTES = 128
 
 def encode_instruction(instruction: str, length: int = INSTRUCTION_BYTES) -> np.ndarray:
     """
-    :param instruction: any text; what does not fit is cut off between two characters
+    :param instruction: any text; what does not fit is cut off between two characters, with a warning
     :param length: number of bytes
     :return: uint8 array of ``length`` UTF-8 bytes, zero padded
     """
     # Decoding what was cut with "ignore" drops a character that was cut in half.
-    text = instruction.encode("utf-8")[:length].decode("utf-8", errors="ignore").encode("utf-8")
+    whole = instruction.encode("utf-8")
+    text = whole[:length].decode("utf-8", errors="ignore").encode("utf-8")
+    if len(text) < len(whole):
+        warnings.warn(
+            f"An instruction has {len(whole)} bytes, {length} fit: {whole[len(text) :].decode()!r} is cut off. "
+            "Make room with instruction_bytes (LIBERO-Plus) or instruction_length (demonstrations).",
+            stacklevel=2,
+        )
     encoded = np.zeros(length, dtype=np.uint8)
     encoded[: len(text)] = np.frombuffer(text, dtype=np.uint8)
     return encoded
