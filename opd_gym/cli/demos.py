@@ -46,8 +46,14 @@ def record_demonstrations(
     """
     if bare_id(env_id) not in LIBERO_IDS:
         raise ValueError(f"Demonstrations are recorded on LIBERO environments, got {env_id!r}. See `opd-gym list`.")
-    if episodes_per_task < 1:
-        raise ValueError(f"episodes_per_task must be at least 1, got {episodes_per_task}.")
+    counts = {"episodes_per_task": episodes_per_task, "chunk_size": chunk_size, "stride": stride}
+    for name, count in {**counts, "image_size": image_size}.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+    if not 0.0 <= perturbation <= 1.0:
+        raise ValueError(f"perturbation must be a probability from 0 to 1, got {perturbation}.")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}.")
     from opd_gym.demonstrations import Episode, write_demonstrations
     from opd_gym.envs.libero.env import LiberoEnv
     from opd_gym.envs.libero.experts.record import record_episode
