@@ -10,6 +10,9 @@ import pytest
 from gymnasium import spaces
 
 from opd_gym.actions import decode_tokens
+from opd_gym.cli.demos import record_demonstrations
+from opd_gym.cli.options import TrainArgs
+from opd_gym.cli.train import complete_hyperparams
 from opd_gym.demonstrations import (
     Demonstrations,
     Episode,
@@ -308,6 +311,35 @@ def test_damaged_statistics(tmp_path, statistics):
         read_statistics(tmp_path / "x.hdf5")
 
 
+def test_bad_files_are_left_out_on_the_command_line(tmp_path):
+    statistics = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    write_demonstrations(tmp_path / "a.hdf5", [episode()], "do it", env_args={"statistics": statistics})
+    (tmp_path / "b.hdf5").write_bytes(b"")
+    args = TrainArgs("sft", "LiberoObject-v0", demonstrations=[str(tmp_path)])
+    with pytest.raises(ValueError, match="b.hdf5"):
+        complete_hyperparams(args)
+    args.hyperparams = ["demonstration_kwargs.skip:true"]
+    values = complete_hyperparams(args)
+    assert values["demonstration_kwargs"] == {"skip": True}
+    assert values["policy_kwargs"]["body_kwargs"]["statistics"] == statistics
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"chunk_size": 0},
+        {"stride": 0},
+        {"image_size": -1},
+        {"perturbation": 1.5},
+        {"perturbation": np.nan},
+        {"seed": -1},
+    ],
+)
+def test_recording_with_options_that_make_no_sense(tmp_path, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
+        record_demonstrations("LiberoObject-v0", tmp_path, **option)
+
+
 def test_numbers_that_are_not_finite_are_no_labels():
     for array in (np.array([[0.0], [np.nan]]), np.array([[np.inf], [0.0]])):
         with pytest.raises(ValueError, match="actions has"):
@@ -466,7 +498,8 @@ def test_axis_angle_keeps_the_sign_of_the_quaternion():
 
 def test_instruction_is_cut_between_characters():
     text = "ä" * 10
-    assert decode_instruction(encode_instruction(text, 7)) == "äää"
+    with pytest.warns(UserWarning, match="20 bytes, 7 fit: 'äääääää'"):
+        assert decode_instruction(encode_instruction(text, 7)) == "äää"
     assert decode_instruction(encode_instruction(text, 20)) == text
     assert encode_instruction("").sum() == 0
 
