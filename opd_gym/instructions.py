@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+
 import numpy as np
 
 INSTRUCTION_BYTES = 128
