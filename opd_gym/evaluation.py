@@ -430,7 +430,11 @@ class _Evaluation:
     def run(self) -> EvaluationResult:
         # Again only if an episode was lost when the other envs stood still already
         while self.queue.pending:
+            if self.frames:
+                self.env.env_method("draw_end")
             self._play()
+        if self.frames:
+            self.env.env_method("draw_end", False)
         records = [self.records[index] for index in range(len(self.specs))]
         return EvaluationResult(records, self.frames, versions(self.env))
 
@@ -492,7 +496,7 @@ class _Evaluation:
         self.records[index] = _record(
             self.specs[index], info, self.steps[slot], self.returns[slot], self.reward_threshold
         )
-        if index in self.frames:
+        if index in self.frames and "final_frame" in info:  # a worker that was started again does not draw it
             self.frames[index].append(np.asarray(info["final_frame"], dtype=np.uint8))
         self.bar.update(1)
         n_success = sum(record.success for record in self.records.values())

@@ -21,10 +21,10 @@ LAYERS = (
     ("opd_gym.demonstrations",),
     ("opd_gym.envs",),
     ("opd_gym.versions",),
+    ("opd_gym.zoo",),
     ("opd_gym.algorithms",),
     ("opd_gym.evaluation",),
     ("opd_gym.hub",),
-    ("opd_gym.zoo",),
     ("opd_gym.cli",),
     ("opd_gym",),
 )

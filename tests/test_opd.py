@@ -129,13 +129,13 @@ def test_save_load_predict_resume(tmp_path):
     with pytest.raises(ValueError, match="no env"):
         loaded.learn(64)
 
-    loaded.set_env(gym.make("CartPole-v1"))
+    loaded.set_env("CartPole-v1")
     loaded.learn(64, reset_num_timesteps=False)
 
     resumed = OPD.load(tmp_path / "model", env="CartPole-v1")
     resumed.load_replay_buffer(tmp_path / "states.npz")
     resumed.learn(64, reset_num_timesteps=False)
-    assert resumed.num_timesteps == 128 and resumed.replay_buffer.size == 128
+    assert resumed.num_timesteps == resumed.replay_buffer.size == 2 * model.num_timesteps
 
     file = io.BytesIO()
     model.save(file)
@@ -383,3 +383,23 @@ def test_a_new_body_learns_the_action_dimension_from_the_env():
     body = {key: value for key, value in TINY_BODY.items() if key != "action_dim"}
     model = OPD("VLAPolicy", Robot(), teacher="expert", policy_kwargs={"body_kwargs": body}, n_steps=4)
     assert (model.policy.config.action_dim, model.policy.config.chunk_size) == (2, 8)
+
+
+def test_updates_follow_from_the_decisions_alone():
+    for n_envs, n_steps in ((1, 32), (4, 16)):
+        model = OPD("MlpPolicy", vec(n_envs), teacher="expert", n_steps=n_steps, device="cpu").learn(64)
+        assert model._n_updates == 64 // 4
+    with pytest.raises(ValueError, match='a number or "auto"'):
+        OPD("MlpPolicy", vec(1), teacher="expert", gradient_steps="many")
+
+
+def test_a_falling_rate_is_never_zero():
+    rates = []
+
+    class Note(OPD):
+        def train(self):
+            super().train()
+            rates.append(self.policy.optimizer.param_groups[0]["lr"])
+
+    Note("MlpPolicy", vec(1), teacher="expert", learning_rate=lambda left: left, n_steps=8, device="cpu").learn(32)
+    assert rates == [1.0, 0.75, 0.5, 0.25]

@@ -23,6 +23,7 @@ from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 import opd_gym
+from opd_gym import PPO, make_vec
 from opd_gym import checkpoints as registry
 from opd_gym.checkpoints import run_checkpoints
 from opd_gym.cli import quickstart
@@ -666,3 +667,18 @@ def test_resume_says_what_it_does_not_take(teacher: Path, tmp_path: Path, capsys
     run = tmp_path / "opd" / "CartPole-v1_1"
     assert main(["train", "--resume", str(run), "--hyperparams", "learning_rate:1e-5"]) == 2
     assert "--hyperparams" in capsys.readouterr().err
+
+
+def test_python_trains_an_id_of_the_zoo_as_the_command_line_does(capsys):
+    model = PPO("MlpPolicy", "CartPole-v1", gamma=0.9, policy_kwargs={"net_arch": [8]}, verbose=1, device="cpu")
+    run, tuned = config.split_hyperparams("ppo", load_hyperparams("ppo", "CartPole-v1"))
+    assert (model.n_envs, model.default_total_timesteps) == (run["n_envs"], run["n_timesteps"])
+    assert (model.n_steps, model.n_epochs) == (tuned["n_steps"], tuned["n_epochs"])
+    assert model.lr_schedule(0.5) == tuned["learning_rate"](0.5) != 3e-4
+    assert model.gamma == 0.9
+    out = capsys.readouterr().out
+    assert "From the zoo, for CartPole-v1: n_envs=8" in out and "Passed instead: gamma" in out
+    # Neither an id that only `default` is for, nor another policy, nor an env that is there already
+    plain = PPO("MlpPolicy", "Acrobot-v1", device="cpu")
+    own = PPO("MlpPolicy", make_vec("CartPole-v1"), device="cpu")
+    assert plain.n_envs == own.n_envs == 1 and plain.gamma == own.gamma == 0.99

@@ -106,7 +106,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         self.temperature = temperature
         self.group_size = group_size
         self.num_env_steps = 0
-        self._n_iterations = 0
+        self._n_iterations, self._timesteps_before = 0, 0
         self._n_finished = 0
         self._n_lost = 0
         self._lost_episodes: set[int] = set()
@@ -188,6 +188,10 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             self._episodes.all_begun()
         return result
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # SB3's is that after the rollout: a linear schedule is at 0 in the last iteration, which may be the only one
+        super()._update_current_progress_remaining(self._timesteps_before, total_timesteps)
+
     # ------------------------------------------------------------------------------------------------------ rollouts
 
     def _begin_rollout(self) -> None:
@@ -237,6 +241,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         assert isinstance(rollout_buffer, TeacherRolloutBuffer)
         self.policy.set_training_mode(False)
         self._n_iterations += 1
+        self._timesteps_before = self.num_timesteps
         rollout_buffer.reset()
         self._lost_episodes.clear()
         self._begin_rollout()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import io
 import os
 import pathlib
@@ -30,8 +32,10 @@ from opd_gym.envs.make import prepare_env, with_action_dim
 from opd_gym.files import replacing
 from opd_gym.policies.loading import start_from
 from opd_gym.tokens import TokenSpec, TokenView, action_distribution, distribution_and_values, token_spec, token_view
+from opd_gym.zoo.hyperparams import ALGORITHMS, split_hyperparams, tuned_hyperparams
 
 SelfPolicyAlgorithm = TypeVar("SelfPolicyAlgorithm", bound="PolicyAlgorithm")
+_Init = TypeVar("_Init", bound=Callable[..., None])
 
 AUGMENTATIONS = (None, "random_shift", "random_shift_batch")
 
@@ -105,6 +109,35 @@ class DecisionProgressBar(ProgressBarCallback):
         return True
 
 
+def zoo_hyperparams(init: _Init) -> _Init:
+    """
+    Decorator of an algorithm's ``__init__``: where it gets the id of an env that the zoo has hyperparameters for, what
+    is not passed is the zoo's, as on the command line. Another policy than the zoo's is another matter.
+    """
+    names = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def with_zoo(self: PolicyAlgorithm, *args: Any, **kwargs: Any) -> None:
+        passed = {**dict(zip(names, args, strict=False)), **kwargs}
+        env_id, policy = passed.get("env"), passed.get("policy")
+        if not isinstance(env_id, str) or policy is None or len(args) > len(names):
+            return init(self, *args, **kwargs)
+        entry = self._zoo_entry(env_id, self._get_policy_from_name(policy) if isinstance(policy, str) else policy)
+        if entry is None:
+            return init(self, *args, **kwargs)
+        run, tuned = split_hyperparams(self._zoo_name(), entry, type(self))
+        if passed.get("verbose", 0) >= 1:
+            from_zoo = [f"{name}={value}" for name, value in entry.items() if name != "policy" and name not in passed]
+            print(f"From the zoo, for {env_id}: {', '.join(from_zoo)}")
+            print(f"Passed instead: {', '.join(name for name in tuned if name in passed) or 'nothing'}")
+        if tuned.get("policy_kwargs") and passed.get("policy_kwargs"):
+            passed["policy_kwargs"] = {**tuned["policy_kwargs"], **passed["policy_kwargs"]}
+        self.default_total_timesteps = run.get("n_timesteps", type(self).default_total_timesteps)
+        return init(self, **{**tuned, **passed})
+
+    return with_zoo  # type: ignore[return-value]
+
+
 class PolicyAlgorithm(BaseAlgorithm):
     """Base of all algorithms here, those without rollouts (SFT) included."""
 
@@ -115,7 +148,7 @@ class PolicyAlgorithm(BaseAlgorithm):
     }
     # Without a critic nothing is bootstrapped from, or computed for, an untrained value network
     uses_critic: ClassVar[bool] = False
-    default_total_timesteps: ClassVar[int] = 20_000
+    default_total_timesteps: int = 20_000
     # Whether an env that is made from its id gets all the slots that its training defaults ask for
     steps_env: ClassVar[bool] = True
 
@@ -170,7 +203,21 @@ class PolicyAlgorithm(BaseAlgorithm):
         seed: int | None,
     ) -> Any:
         """See :func:`prepare_env`."""
-        return prepare_env(env, policy_class, policy_kwargs, verbose, seed, None if cls.steps_env else 1)
+        entry = cls._zoo_entry(env, policy_class) if isinstance(env, str) else None
+        return prepare_env(env, policy_class, policy_kwargs, verbose, seed, None if cls.steps_env else 1, entry)
+
+    @classmethod
+    def _zoo_name(cls) -> str:
+        """Name of the algorithm in the zoo, for subclasses that others write as well."""
+        return next(name for name in (base.__name__.lower() for base in cls.__mro__) if name in ALGORITHMS)
+
+    @classmethod
+    def _zoo_entry(cls, env_id: str, policy_class: type[BasePolicy]) -> dict[str, Any] | None:
+        """The zoo's hyperparameters for an env id and the policy that they are for."""
+        entry = tuned_hyperparams(cls._zoo_name(), env_id)
+        name = "MlpPolicy" if entry is None else entry.get("policy", "MlpPolicy")
+        fits = policy_class.__name__ == name or cls.policy_aliases.get(name) is policy_class
+        return entry if fits else None
 
     def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
         """

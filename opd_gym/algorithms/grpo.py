@@ -11,7 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from opd_gym.algorithms.base import MAX_SEED, RolloutAlgorithm
-from opd_gym.algorithms.common import check_at_least_one
+from opd_gym.algorithms.common import check_at_least_one, zoo_hyperparams
 from opd_gym.algorithms.losses import (
     PolicyGradientMetrics,
     clipped_surrogate,
@@ -64,6 +64,7 @@ class GRPO(RolloutAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
+    @zoo_hyperparams
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],

@@ -15,7 +15,13 @@ from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
 from opd_gym.algorithms.base import RolloutAlgorithm
 from opd_gym.algorithms.buffers import ReplayedStates, StateReplay
-from opd_gym.algorithms.common import accumulate_gradients, augment, check_at_least_one, check_augmentation
+from opd_gym.algorithms.common import (
+    accumulate_gradients,
+    augment,
+    check_at_least_one,
+    check_augmentation,
+    zoo_hyperparams,
+)
 from opd_gym.algorithms.losses import (
     DIVERGENCES,
     DistillationMetrics,
@@ -29,6 +35,8 @@ from opd_gym.tokens import is_autoregressive
 
 # What `state_replay=True` may take of the memory
 REPLAY_BYTES = 2**30
+# What `gradient_steps="auto"` means: minibatches for each decision collected, whatever n_envs and n_steps are
+UPDATES_PER_DECISION = 0.25
 
 
 class OPD(RolloutAlgorithm):
@@ -67,7 +75,8 @@ class OPD(RolloutAlgorithm):
         has 8, 1 visits the most initial states
     :param state_replay: Whether to keep all states visited so far, or how many at most; True: as many as fit in 1 GiB;
         None: with the exact estimator, and not with the sampled one
-    :param gradient_steps: Minibatches per iteration, with state replay
+    :param gradient_steps: Minibatches per iteration, with state replay; "auto": one for every four decisions of the
+        rollout, so that the number of updates depends on the decisions alone
     :param n_epochs: Passes over the rollout per iteration, with the exact estimator and no state replay
     :param temperature: Temperature of the student's actions while it collects. The sampled estimator compares student
         and teacher at this temperature (the actions must be the policy's own), the exact one at temperature 1
@@ -86,6 +95,7 @@ class OPD(RolloutAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
+    @zoo_hyperparams
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
@@ -99,7 +109,7 @@ class OPD(RolloutAlgorithm):
         estimator: Literal["exact", "sampled"] = "exact",
         group_size: int = 8,
         state_replay: bool | int | None = None,
-        gradient_steps: int = 40,
+        gradient_steps: int | Literal["auto"] = "auto",
         n_epochs: int = 2,
         temperature: float = 1.0,
         max_grad_norm: float = 1.0,
@@ -119,9 +129,11 @@ class OPD(RolloutAlgorithm):
         if estimator not in ("exact", "sampled"):
             raise ValueError(f'Expected estimator to be "exact" or "sampled", got {estimator!r}.')
         check_augmentation(augmentation)
-        check_at_least_one(
-            batch_size=batch_size, gradient_steps=gradient_steps, n_epochs=n_epochs, micro_batch_size=micro_batch_size
-        )
+        check_at_least_one(batch_size=batch_size, n_epochs=n_epochs, micro_batch_size=micro_batch_size)
+        if gradient_steps != "auto":
+            if isinstance(gradient_steps, str):
+                raise ValueError(f'Expected gradient_steps to be a number or "auto", got {gradient_steps!r}.')
+            check_at_least_one(gradient_steps=gradient_steps)
         if estimator == "sampled":
             if divergence != "reverse_kl":
                 raise ValueError(
@@ -269,7 +281,11 @@ class OPD(RolloutAlgorithm):
 
     def _exact_batches(self) -> Iterator[ReplayedStates]:
         if self.replay_buffer is not None:
-            for _ in range(self.gradient_steps):
+            if self.gradient_steps == "auto":
+                steps = max(round(UPDATES_PER_DECISION * len(self.rollout_buffer.valid_rows())), 1)
+            else:
+                steps = self.gradient_steps
+            for _ in range(steps):
                 yield self.replay_buffer.sample(self.batch_size)
         else:
             for _ in range(self.n_epochs):

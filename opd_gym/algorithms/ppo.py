@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from opd_gym.algorithms.base import RolloutAlgorithm
 from opd_gym.algorithms.buffers import TeacherRolloutSamples
-from opd_gym.algorithms.common import accumulate_gradients, check_at_least_one
+from opd_gym.algorithms.common import accumulate_gradients, check_at_least_one, zoo_hyperparams
 from opd_gym.algorithms.losses import PolicyGradientMetrics, clipped_surrogate, masked_mean
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import token_view
@@ -78,6 +78,7 @@ class PPO(RolloutAlgorithm):
 
     uses_critic: ClassVar[bool] = True
 
+    @zoo_hyperparams
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],

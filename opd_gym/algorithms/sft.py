@@ -25,6 +25,7 @@ from opd_gym.algorithms.common import (
     augment,
     check_at_least_one,
     check_augmentation,
+    zoo_hyperparams,
 )
 from opd_gym.algorithms.losses import masked_mean, smoothed_labels
 from opd_gym.demonstrations import Demonstrations, PathLike
@@ -171,10 +172,11 @@ class SFT(PolicyAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
-    default_total_timesteps: ClassVar[int] = 2_000
+    default_total_timesteps = 2_000
     steps_env: ClassVar[bool] = False
     progress_bar_class: ClassVar[type[BaseCallback]] = GradientStepProgressBar
 
+    @zoo_hyperparams
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],

@@ -226,6 +226,7 @@ def prepare_env(
     verbose: int = 0,
     seed: int | None = None,
     n_envs: int | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> VecEnv | gym.Env:
     """
     Make an env from its id, and give a policy of tokens an env of tokens.
@@ -235,7 +236,8 @@ def prepare_env(
     :param policy_kwargs: Its keyword arguments; a ``checkpoint`` among them fixes chunk size, bins and statistics
     :param verbose: 1 to say what was wrapped
     :param seed: Seed for an env that is made here
-    :param n_envs: How many envs are made of an id; None: what its training defaults say
+    :param n_envs: How many envs are made of an id; None: what ``run`` says
+    :param run: How an id is trained on, see :func:`build_env`; None: its training defaults
     :return: The env, ready for the policy
     """
     requires_tokens = getattr(policy_class, "requires_tokens", False)
@@ -245,7 +247,7 @@ def prepare_env(
 
         settings = checkpoint_settings(policy_kwargs or {})
     if isinstance(env, str):
-        env = _make_from_id(env, requires_tokens, settings, seed, n_envs)
+        env = _make_from_id(env, requires_tokens, settings, seed, n_envs, run)
     for key in ENV_SETTINGS:
         settings.pop(key, None)
     if not requires_tokens or isinstance(env.action_space, spaces.MultiDiscrete):
@@ -270,13 +272,17 @@ def prepare_env(
 
 
 def _make_from_id(
-    env_id: str, requires_tokens: bool, settings: dict[str, Any], seed: int | None, n_envs: int | None
+    env_id: str,
+    requires_tokens: bool,
+    settings: dict[str, Any],
+    seed: int | None,
+    n_envs: int | None,
+    run: Mapping[str, Any] | None,
 ) -> VecEnv:
-    """An env from its id alone: a benchmark's as the algorithms of this library train on it."""
-    if bare_id(env_id) not in CHUNK_SIZES:
-        token_settings = {key: value for key, value in settings.items() if key not in ENV_SETTINGS}
-        return make_vec(env_id, n_envs or 1, seed=seed, tokens=requires_tokens or None, **token_settings)
-    run = training_defaults(env_id)
+    """An env from its id alone, as the algorithms of this library train on it."""
+    run = training_defaults(env_id) if run is None else run
+    if bare_id(env_id) not in CHUNK_SIZES and requires_tokens:
+        run = {"tokens": True, **run}
     if n_envs is not None:
         run = {**run, "n_envs": n_envs, "n_workers": None}
     return build_env(env_id, run, seed=seed, settings=settings)

@@ -254,6 +254,7 @@ class EpisodeControl(_ExpertThrough):
         self._next: tuple[int | None, dict[str, Any] | None, Any] | None = None
         self._freeze_next = False
         self._frozen = False
+        self._draws_end = False
         self._tag: Any = None
         self._obs: Any = None
 
@@ -275,6 +276,14 @@ class EpisodeControl(_ExpertThrough):
         """
         self._next = (seed, options, tag)
         self._freeze_next = frozen
+
+    def draw_end(self, wanted: bool = True) -> None:
+        """
+        For films: a VecEnv resets at once, so that nobody can draw the end of an episode afterwards.
+
+        :param wanted: whether ``info["final_frame"]`` of a last step has what ``render()`` gives then
+        """
+        self._draws_end = wanted
 
     def thaw(self) -> tuple[Any, dict[str, Any]]:
         """
@@ -311,8 +320,7 @@ class EpisodeControl(_ExpertThrough):
             return self._obs, 0.0, False, False, {"frozen": True, "episode_tag": None}
         self._obs, reward, terminated, truncated, info = self.env.step(action)
         info["episode_tag"] = self._tag
-        if (terminated or truncated) and self.render_mode == "rgb_array":
-            # For films: a VecEnv resets at once, so that nobody could draw the end of an episode afterwards.
+        if self._draws_end and (terminated or truncated):
             info["final_frame"] = self.env.render()
         return self._obs, reward, terminated, truncated, info
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from opd_gym.envs.registration import ROBOTWIN_IDS, training_defaults
+from opd_gym.envs.registration import ROBOTWIN_IDS, bare_id, training_defaults
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -128,7 +128,7 @@ def load_hyperparams(algo: str, env_id: str, path: Path | str | None = None) -> 
     if not path.is_file():
         raise FileNotFoundError(f"No hyperparameters of {algo!r}: expected them in {path}.")
     entries = read_hyperparams(path)
-    bare = env_id.split(":")[-1]
+    bare = bare_id(env_id)
     for key in (bare, suite_id(bare), "default"):
         if key in entries:
             values = entries[key]
@@ -136,6 +136,18 @@ def load_hyperparams(algo: str, env_id: str, path: Path | str | None = None) -> 
                 raise ValueError(f"{path}, {key!r}: expected a mapping of hyperparameters, got {values!r}.")
             return merge(training_defaults(env_id), values)
     raise ValueError(f"{path} has neither an entry {bare!r} nor a `default`. It has: {', '.join(map(str, entries))}.")
+
+
+def tuned_hyperparams(algo: str, env_id: str) -> dict[str, Any] | None:
+    """
+    :param algo: "opd", "grpo", "ppo" or "sft"
+    :param env_id: environment id, with or without ``opd_gym:``
+    :return: what :func:`load_hyperparams` gives where the zoo has an entry for the id or its suite; None where only
+        ``default`` is left
+    """
+    bare = bare_id(env_id)
+    entries = read_hyperparams(HYPERPARAMS / f"{algo}.yml")
+    return load_hyperparams(algo, env_id) if bare in entries or suite_id(bare) in entries else None
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
