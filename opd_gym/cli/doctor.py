@@ -193,7 +193,7 @@ print(GL.glGetString(GL.GL_RENDERER).decode(), flush=True)
     lines, failure = _ask(code, GL_SECONDS)
     how = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}"
     if failure is not None or not lines:
-        mend = f"sudo apt-get install {runtime.GL_PACKAGES}   (with an NVIDIA GPU also libnvidia-gl)"
+        mend = runtime.gl_mend(failure or "")
         return Check("OpenGL", WRONG, f"MuJoCo cannot render ({how}): {failure or 'no renderer'}", mend)
     found = f"{lines[-1]} ({how})"
     if "llvmpipe" in found and robotwin.nvidia_driver():

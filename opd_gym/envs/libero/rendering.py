@@ -19,7 +19,7 @@ import mujoco
 import numpy as np
 
 from opd_gym.envs.libero.models import Visuals, read_mesh
-from opd_gym.envs.libero.runtime import gl_context_class, gl_error
+from opd_gym.envs.libero.runtime import gl_context_class, gl_error, gl_is_inherited, require_own_gl
 
 _HIDDEN_GROUP = 5  # a geom group that is not drawn
 _CULL_MARGIN = 0.01  # m; simplified meshes may leave their bounding boxes a little
@@ -29,6 +29,7 @@ _context: Any = None
 
 def _gl_context() -> Any:
     global _context
+    require_own_gl()
     if _context is None:
         try:
             _context = gl_context_class()(64, 64)
@@ -45,7 +46,7 @@ def gl_renderer() -> str | None:
     """
     :return: what draws here, in OpenGL's words; None where nothing has been drawn in this process
     """
-    if _context is None:
+    if _context is None or gl_is_inherited():
         return None
     from OpenGL import GL
 
@@ -56,6 +57,11 @@ def gl_renderer() -> str | None:
 
 def _close_all() -> None:
     global _context
+    if gl_is_inherited():
+        # Never freed, for even that would hang
+        for inherited in (_context, *(objects.mjr for objects in _Objects.live)):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+        return
     for objects in list(_Objects.live):
         objects.free()
     if _context is not None:
@@ -342,8 +348,8 @@ class Renderer:
         return pictures
 
     def close(self) -> None:
-        """Free the GL resources; may be called twice."""
-        if self._objects.mjr is not None:
+        """Free the GL resources; may be called twice. What a forked process has inherited stays its parent's."""
+        if self._objects.mjr is not None and not gl_is_inherited():
             self._make_current()
             self._objects.free()
 

@@ -41,6 +41,14 @@ _MUJOCO_CHANGES = (
 _WARNED_VARIABLE = "OPD_GYM_WARNED_OF_MUJOCO"
 # What rendering takes on Debian and Ubuntu: MuJoCo EGL, and OpenCV, which robosuite imports, GL and GLib
 GL_PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"
+_DEVICE_VARIABLE = "MUJOCO_EGL_DEVICE_ID"
+# Where a process keeps the GL context or display that it has opened; user code may draw without this library
+_GL_STATE = (
+    ("opd_gym.envs.libero.rendering", "_context"),
+    ("mujoco.egl", "EGL_DISPLAY"),
+    ("robosuite.renderers.context.egl_context", "EGL_DISPLAY"),
+)
+_gl_is_inherited = False
 
 
 class MujocoVersionWarning(UserWarning):
@@ -49,14 +57,20 @@ class MujocoVersionWarning(UserWarning):
 
 @contextlib.contextmanager
 def _quiet_import() -> Iterator[None]:
-    """robosuite opens a log file in /tmp and warns of a missing private macro file while it is imported."""
+    """
+    What robosuite does while it is imported: it opens a log file in /tmp, warns of a missing private macro file, and
+    takes EGL's device numbers for CUDA's, although the two count differently.
+    """
     real = logging.FileHandler
     logging.FileHandler = lambda *args, **kwargs: logging.NullHandler()  # type: ignore[misc,assignment]
+    device = os.environ.pop(_DEVICE_VARIABLE, None)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.FileHandler = real  # type: ignore[misc]
+        if device is not None:
+            os.environ[_DEVICE_VARIABLE] = device
 
 
 def libero_root() -> Path | None:
@@ -273,16 +287,70 @@ def gl_context_class() -> Any:
         from mujoco.egl import GLContext
     else:
         from mujoco.gl_context import GLContext
+    # The destructor asks for it, also where the constructor has failed
+    GLContext._context = getattr(GLContext, "_context", None)
     return GLContext
+
+
+def gl_is_inherited() -> bool:
+    """
+    :return: whether this process was forked from one that had opened GL. It then has GL's locks and state without its
+        threads, and the next call may wait for ever
+    """
+    return _gl_is_inherited
+
+
+def _look_after_fork() -> None:
+    global _gl_is_inherited
+    opened = (getattr(sys.modules.get(module), name, None) is not None for module, name in _GL_STATE)
+    _gl_is_inherited = _gl_is_inherited or any(opened)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_look_after_fork)
+
+
+def require_own_gl() -> None:
+    """
+    :raises RuntimeError: see :func:`gl_is_inherited`
+    """
+    if _gl_is_inherited:
+        raise RuntimeError(
+            "This process was started by fork, from one that had already drawn. OpenGL does not survive a fork, and "
+            "would hang here. Start it with 'spawn': opd_gym.make_vec() needs nothing more, gymnasium.make_vec(..., "
+            "'async') needs vector_kwargs={'context': 'spawn'}, SubprocVecEnv start_method='spawn', and "
+            "multiprocessing.get_context('spawn')."
+        )
+
+
+def gl_mend(said: str) -> str:
+    """
+    :param said: what the GL library or MuJoCo said when it could not render
+    :return: what to do about it: the variable that is wrong, or else what to install
+    """
+    device = os.environ.get(_DEVICE_VARIABLE)
+    of_the_device = (_DEVICE_VARIABLE, "invalid literal for int", "Cannot initialize a EGL device")
+    # MuJoCo counts "between 0 and -1" where no driver offers a device
+    if device is not None and any(text in said for text in of_the_device) and "0 and -1" not in said:
+        return (
+            f"{_DEVICE_VARIABLE} is {device!r}. EGL numbers its devices itself, from 0, and CUDA_VISIBLE_DEVICES does "
+            f"not change that. Correct it, or run `unset {_DEVICE_VARIABLE}` for the first device that works."
+        )
+    if "Cannot use" in said and "PYOPENGL_PLATFORM" in said:
+        return "PYOPENGL_PLATFORM contradicts MUJOCO_GL. Run `unset PYOPENGL_PLATFORM`."
+    if os.environ.get("MUJOCO_GL", "").lower().strip() not in ("", "egl", "osmesa"):
+        return "Without a display run `export MUJOCO_GL=egl`."
+    return (
+        f"On Debian or Ubuntu install the software renderer with `apt-get install {GL_PACKAGES}`; with an NVIDIA GPU "
+        "install its driver's EGL library (libnvidia-gl). MUJOCO_GL=osmesa works too, with "
+        "`apt-get install libosmesa6`."
+    )
 
 
 def gl_error(error: BaseException) -> RuntimeError:
     """
     :param error: what the GL library said
-    :return: an error that says what to install
+    :return: an error that says what to do, see :func:`gl_mend`
     """
-    return RuntimeError(
-        f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: {error}. On Debian or Ubuntu "
-        f"install the software renderer with `apt-get install {GL_PACKAGES}`; with an NVIDIA GPU install its driver's "
-        "EGL library (libnvidia-gl). MUJOCO_GL=osmesa works too, with `apt-get install libosmesa6`."
-    )
+    how = os.environ.get("MUJOCO_GL", "")
+    return RuntimeError(f"MuJoCo cannot render with MUJOCO_GL={how!r}: {str(error).rstrip('.')}. {gl_mend(str(error))}")
