@@ -288,7 +288,7 @@ class VLABody(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> VLABody:
+    ) -> Any:
         """
         Load a checkpoint whose weights are all there; transformers would make up those that are missing.
 
@@ -302,8 +302,10 @@ class VLABody(PreTrainedModel):
         stored = read_weight_shapes(directory)
         if isinstance(kwargs.get("config"), VLAConfig):
             _check_size(cls, kwargs["config"], directory, stored)
+        body: Any
+        info: dict[str, Any]
         try:
-            body, info = super().from_pretrained(directory, *args, output_loading_info=True, **kwargs)
+            body, info = super().from_pretrained(directory, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         except RuntimeError as error:
             raise ValueError(f"The weights in {directory} do not fit {CONFIG_FILE}: {error}") from error
         # Extra state is what a body stores by other means
