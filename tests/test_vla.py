@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from safetensors.torch import load_file, save_file
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import DummyVecEnv
 from vlas import SMALL, observation_space, sample, tensors
@@ -342,10 +343,71 @@ def test_broken_checkpoints_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
     with pytest.raises(ValueError, match="unheard_of"):
         make(checkpoint=tmp_path, body_kwargs=None)
+    (tmp_path / "config.json").unlink()
     make().save_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="incomplete"):
         make(checkpoint=tmp_path, body_kwargs=None)
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "integer", "shape", "nan", "cut"])
+def test_damaged_weights_are_refused(tmp_path, fault):
+    make().save_checkpoint(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    name = "bins.weight"
+    if fault == "missing":
+        del weights[name]
+    elif fault == "unexpected":
+        name = "unheard_of"
+        weights[name] = th.zeros(3)
+    elif fault == "integer":
+        weights[name] = weights[name].int()
+    elif fault == "shape":
+        weights[name] = weights[name].T.contiguous()
+    elif fault == "nan":
+        weights[name][0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    if fault == "cut":
+        name = "damaged"
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=name) as error:
+        make(checkpoint=tmp_path, body_kwargs=None)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_damaged_configurations_are_refused(tmp_path):
+    make().save_checkpoint(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    rng = np.random.default_rng(0)
+    fields = ["image_keys", "image_size", "n_bins", "n_tokens", "action_dim", "hidden_size", "num_hidden_layers"]
+    fields += ["stem_channels", "grid_size", "vocab_size", "instruction_length", "proprio_dim", "num_attention_heads"]
+    wrong = [None, "word", 10**9, 10**400, -1, float("nan"), 1.5, [], {}, [None], True]
+    for field in rng.permutation(fields):
+        for i in rng.choice(len(wrong), 4, replace=False):
+            path.write_text(json.dumps({**values, str(field): wrong[i]}))
+            with pytest.raises(ValueError):
+                make(checkpoint=tmp_path, body_kwargs=None)
+    for text in (b"", b"[1]", b"\xff\xfe", b"[" * 100_000):
+        path.write_bytes(text)
+        with pytest.raises(ValueError):
+            make(checkpoint=tmp_path, body_kwargs=None)
+
+
+def test_saving_leaves_the_files_of_others(tmp_path):
+    own = ["config.json", "model.safetensors"]
+    foreign = ["llama.safetensors", "optimizer_checkpoint.pt", "flux.safetensors.index.json"]
+    for name in foreign:
+        (tmp_path / name).write_text("mine")
+    for _ in range(2):
+        make().save_checkpoint(tmp_path)
+        assert all((tmp_path / name).read_text() == "mine" for name in foreign)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(own + foreign)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="empty directory"):
+        make().save_checkpoint(tmp_path)
+    assert "llama" in (tmp_path / "config.json").read_text()
 
 
 def test_unknown_body_and_argument_are_refused():

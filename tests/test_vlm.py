@@ -1,5 +1,7 @@
 """Any image-text-to-text model of transformers as a body: tiny random SmolVLM (Idefics3) and Qwen2.5-VL."""
 
+import json
+
 import numpy as np
 import pytest
 import torch as th
@@ -14,7 +16,7 @@ from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.instructions import encode_instruction
 from opd_gym.policies.body import read_checkpoint_config
 from opd_gym.policies.vla import VLAPolicy
-from opd_gym.policies.vlm import VLMConfig, VLMModel
+from opd_gym.policies.vlm import VLMConfig, VLMModel, unpack_processor
 
 SPACE = observation_space(32)
 
@@ -200,3 +202,10 @@ def test_lora_without_its_model(tmp_path):
     base.rename(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="pretrained model .*base"):
         VLAPolicy.load(tmp_path / "policy.pt", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/b", "..", "", "a" * 200])
+def test_a_packed_processor_writes_only_plain_names(name):
+    packed = th.frombuffer(bytearray(json.dumps({name: ""}).encode()), dtype=th.uint8)
+    with pytest.raises(ValueError, match="not plain file names"):
+        unpack_processor(packed, None)

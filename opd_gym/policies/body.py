@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from safetensors import SafetensorError, safe_open
 from stable_baselines3.common.save_util import load_from_zip_file
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -22,6 +25,10 @@ from opd_gym.policies.adapters import (
 )
 
 WEIGHTS_FILE = "model.safetensors"
+# The weights that `save_pretrained` of any body writes
+_OWN_WEIGHTS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|proprio_projector--\w+_checkpoint\.pt"
+)
 
 
 def is_image(space: spaces.Space) -> bool:
@@ -38,6 +45,17 @@ def picture_size(space: spaces.Space) -> tuple[int, int]:
     shape = space.shape
     assert shape is not None
     return (shape[1], shape[2]) if channels_first(space) else (shape[0], shape[1])
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """
+    :param name: of a field of a configuration
+    :param value: its value
+    :param least: smallest value that makes sense
+    :raises ValueError: it is not an integer of at least that
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < 2**31:
+        raise ValueError(f"{name} must be an integer of at least {least} (and below 2**31), got {value!r:.80}.")
 
 
 class VLAConfig(PretrainedConfig):
@@ -72,6 +90,18 @@ class VLAConfig(PretrainedConfig):
         statistics: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
+        if not isinstance(image_keys, (list, tuple)) or not all(isinstance(key, str) for key in image_keys):
+            raise ValueError(f"image_keys must be a list of names, got {image_keys!r}.")
+        if not isinstance(image_size, (list, tuple)) or len(image_size) != 2:
+            raise ValueError(f"image_size must be a height and a width, got {image_size!r}.")
+        for name, value in (("height", image_size[0]), ("width", image_size[1])):
+            check_count(f"image_size ({name})", value)
+        check_count("instruction_length", instruction_length)
+        check_count("proprio_dim", proprio_dim, least=0)
+        for name, value in (("n_bins", n_bins), ("n_tokens", n_tokens), ("action_dim", action_dim)):
+            check_count(name, value)
+        if statistics is not None and not isinstance(statistics, Mapping):
+            raise ValueError(f"statistics must be a mapping of arrays or None, got {statistics!r}.")
         self.image_keys = list(image_keys)
         self.image_size = list(image_size)
         self.instruction_length = instruction_length
@@ -255,6 +285,44 @@ class VLABody(PreTrainedModel):
         """
         raise NotImplementedError
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        """
+        Load a checkpoint whose weights are all there; transformers would make up those that are missing.
+
+        :param pretrained_model_name_or_path: its directory
+        :param args: see ``PreTrainedModel.from_pretrained``
+        :param kwargs: likewise
+        :return: the body
+        :raises ValueError: a tensor is missing, unexpected, of another shape, not of floating point or not finite
+        """
+        directory = Path(pretrained_model_name_or_path)
+        stored = read_weight_shapes(directory)
+        if isinstance(kwargs.get("config"), VLAConfig):
+            _check_size(cls, kwargs["config"], directory, stored)
+        body: Any
+        info: dict[str, Any]
+        try:
+            body, info = super().from_pretrained(directory, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            raise ValueError(f"The weights in {directory} do not fit {CONFIG_FILE}: {error}") from error
+        # Extra state is what a body stores by other means
+        problems = {
+            kind: sorted(name for name in map(str, info[f"{kind}_keys"]) if not name.endswith("_extra_state"))
+            for kind in ("missing", "unexpected", "mismatched")
+        }
+        found = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
+        if found:
+            raise ValueError(
+                f"The weights in {directory} are not those that its {CONFIG_FILE} describes: {'; '.join(found)}."
+            )
+        broken = [name for name, value in body.named_parameters() if not bool(th.isfinite(value).all())]
+        if broken:
+            raise ValueError(f"The weights in {directory} are not finite (NaN or infinite): {', '.join(broken[:3])}.")
+        return body
+
     def decode(
         self,
         images: dict[str, th.Tensor],
@@ -330,16 +398,69 @@ def read_checkpoint_config(checkpoint: str | os.PathLike[str]) -> tuple[str, VLA
     try:
         values = json.loads(config_path.read_text(encoding="utf-8"))
         model_type = values["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{config_path} is not a configuration of a VLA checkpoint: {error!r}.") from error
     for name in _BODIES:
         body_class = get_body_class(name)
         if body_class.config_class.model_type == model_type:
-            return name, body_class.config_class.from_checkpoint(path, values)
+            try:
+                return name, body_class.config_class.from_checkpoint(path, values)
+            except FileNotFoundError:  # names the file itself
+                raise
+            except Exception as error:  # what transformers raises for a wrong type differs by field
+                raise ValueError(f"{config_path} is not a configuration of a VLA checkpoint: {error}") from error
     raise ValueError(
         f"{config_path} is of model type {model_type!r}; known bodies: "
         f"{ {name: get_body_class(name).config_class.model_type for name in _BODIES} }."
     )
+
+
+def read_weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """
+    Read from the headers of a checkpoint's safetensors files which weights there are, without reading them.
+
+    :param directory: the checkpoint
+    :return: shape of each tensor
+    :raises ValueError: a file is damaged, or has tensors that are not of floating point
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(path for path in directory.glob("*.safetensors") if _OWN_WEIGHTS.fullmatch(path.name)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_slice(name)
+                    if not tensor.get_dtype().startswith(("F", "BF")):
+                        raise ValueError(f"{path}: {name} is of type {tensor.get_dtype()}, expected floating point.")
+                    shapes[name] = tuple(tensor.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a file of weights (safetensors), or is damaged: {error}") from error
+    return shapes
+
+
+def _check_size(
+    body_class: type[VLABody], config: VLAConfig, directory: Path, stored: Mapping[str, tuple[int, ...]]
+) -> None:
+    # Before memory is taken: a configuration can ask for any amount
+    where = directory / CONFIG_FILE
+    layers = getattr(config, "num_hidden_layers", 0)
+    if layers > len(stored):
+        raise ValueError(f"{where}: num_hidden_layers is {layers}, but the weights are only {len(stored)} tensors.")
+    try:
+        with th.device("meta"):
+            body = body_class(config)
+    except (RuntimeError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"{where} describes a model that cannot be built: {error}") from error
+    wanted = {name: tuple(value.shape) for name, value in body.named_parameters()}
+    for name, shape in wanted.items():
+        if stored.get(name, shape) != shape:
+            raise ValueError(f"{directory}: {name} has the shape {stored[name]}, {CONFIG_FILE} asks for {shape}.")
+    n_wanted, n_stored = (sum(math.prod(shape) for shape in shapes.values()) for shapes in (wanted, stored))
+    if n_wanted > n_stored:
+        missing = sorted(set(wanted) - set(stored))
+        raise ValueError(
+            f"{directory}: {CONFIG_FILE} asks for {n_wanted:,} weights and there are {n_stored:,}. Missing are "
+            f"{', '.join(missing[:3])}."
+        )
 
 
 def token_space(action_space: spaces.Space) -> tuple[int, int]:
@@ -402,12 +523,30 @@ def _saved_policy_kwargs(path: Path) -> dict[str, Any]:
 
 def remove_stale_weights(directory: Path, written: Iterable[str]) -> None:
     """
-    Remove weights that would be read besides those that replace them.
+    Remove weights of an earlier checkpoint that would be read besides those that replace them; other files stay.
 
     :param directory: a checkpoint
     :param written: names of its new files
     """
-    for pattern in ("*.safetensors", "*.safetensors.index.json", "*_checkpoint.pt"):
-        for path in directory.glob(pattern):
-            if path.name not in written:
-                path.unlink()
+    for path in directory.iterdir():
+        if _OWN_WEIGHTS.fullmatch(path.name) and path.name not in written:
+            path.unlink()
+
+
+def check_own_checkpoint(directory: Path) -> None:
+    """
+    Refuse to write a checkpoint over another model.
+
+    :param directory: where a checkpoint is to be written
+    :raises ValueError: it has weights or a configuration that are not of a VLA
+    """
+    held = sorted(p.name for p in directory.iterdir() if p.name == CONFIG_FILE or _OWN_WEIGHTS.fullmatch(p.name))
+    if not held:
+        return
+    try:
+        read_checkpoint_config(directory)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{directory} holds {', '.join(held[:3])} of something else than a VLA checkpoint, which would be "
+            f"replaced. Choose an empty directory. ({error})"
+        ) from error

@@ -9,7 +9,7 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput
+from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput, check_count
 
 # Two polynomial hashes of a word's bytes, modulo a prime small enough for int64 arithmetic without overflow.
 _HASH_PRIME = 2**31 - 1
@@ -48,6 +48,22 @@ class TinyVLAConfig(VLAConfig):
         token_rank: int = 64,
         **kwargs: Any,
     ):
+        if not isinstance(stem_channels, (list, tuple)) or not stem_channels:
+            raise ValueError(f"stem_channels must be a list of at least one integer, got {stem_channels!r}.")
+        for channels in stem_channels:
+            check_count("stem_channels", channels)
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("num_hidden_layers", num_hidden_layers),
+            ("num_attention_heads", num_attention_heads),
+            ("intermediate_size", intermediate_size),
+            ("grid_size", grid_size),
+            ("summary_size", summary_size),
+            ("vocab_size", vocab_size),
+            ("word_size", word_size),
+            ("token_rank", token_rank),
+        ):
+            check_count(name, value)
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads

@@ -33,6 +33,7 @@ from opd_gym.policies.body import (
     VLAConfig,
     VLAOutput,
     channels_first,
+    check_own_checkpoint,
     get_body_class,
     read_checkpoint_config,
     remove_stale_weights,
@@ -293,12 +294,13 @@ class VLAPolicy(ActorCriticPolicy):
         self, directory: str | os.PathLike[str], dtype: th.dtype | None = None, merge: bool = True
     ) -> None:
         """
-        Write ``config.json`` and ``model.safetensors``; an interrupted write leaves the old files untouched.
+        Write ``config.json`` and ``model.safetensors``. Files that are not of a checkpoint stay as they are.
 
         :param directory: created if needed; ``VLAPolicy(..., checkpoint=directory)`` reads it
         :param dtype: type in which the weights are stored, for instance ``torch.float16``; None for their own
         :param merge: add LoRA adapters to the weights that they adapt
-        :raises ValueError: there are adapters, and they are not to be merged: a plain checkpoint has no place for them
+        :raises ValueError: there are adapters, and they are not to be merged: a plain checkpoint has no place for them;
+            the directory holds another model
         """
         if self._lora is not None and not merge:
             raise ValueError(
@@ -307,6 +309,7 @@ class VLAPolicy(ActorCriticPolicy):
             )
         directory = Path(directory).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
+        check_own_checkpoint(directory)
         # Beside the target, because os.replace must not cross file systems.
         temporary = directory / f".tmp-{os.getpid()}"
         try:

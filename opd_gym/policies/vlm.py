@@ -6,6 +6,7 @@ import base64
 import copy
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ PROMPT = "What action should the robot take to {instruction}?"
 # Which of a processor's files says what class it is, from the newest layout to the oldest
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _MAX_CACHED_PROMPTS = 4096
+_FILE_NAME = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 
 
 class VLMConfig(VLAConfig):
@@ -195,10 +197,22 @@ def unpack_processor(packed: th.Tensor, config: PretrainedConfig) -> ProcessorMi
     :param packed: what :func:`pack_processor` gave
     :param config: the model's configuration
     :return: the processor
+    :raises ValueError: it is not what :func:`pack_processor` gives
     """
+    try:
+        files = {
+            name: base64.b64decode(content, validate=True)
+            for name, content in json.loads(packed.cpu().numpy().tobytes()).items()
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"The packed processor is damaged: expected a JSON object of files, got {error!r}.") from error
+    # They come from a checkpoint, which may be anybody's: a path in a name would write outside the folder
+    wrong = [name for name in files if not _FILE_NAME.fullmatch(name)]
+    if wrong:
+        raise ValueError(f"The packed processor is damaged or malicious: {wrong[:3]} are not plain file names.")
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in json.loads(packed.cpu().numpy().tobytes()).items():
-            (Path(folder) / name).write_bytes(base64.b64decode(content))
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
         return load_processor(folder, config)
 
 
