@@ -287,6 +287,26 @@ class TokenSpec:
         return GaussianTokens(mean, log_std, self.squashed)
 
 
+def check_starts(name: str, space: spaces.Space) -> None:
+    """
+    Refuse a space that does not count from 0: as in Stable-Baselines3, tokens and one-hot encodings do.
+
+    :param name: What the space is of, for the message
+    :param space: Any space; those inside a Dict or Tuple are checked as well
+    :raises ValueError: A Discrete or MultiDiscrete space in it has another start
+    """
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        inner = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
+        for key, part in inner:
+            check_starts(f"{name}[{key!r}]", part)
+    elif isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) and np.any(space.start != 0):
+        raise ValueError(
+            f"Expected the {name} to count from 0, got {space}. Wrap each env so that it does: in "
+            "gymnasium.wrappers.TransformAction, which adds the start to an action, or TransformObservation, which "
+            "subtracts it from an observation. Give the wrapper the space without start."
+        )
+
+
 def token_spec(action_space: spaces.Space, squashed: bool = False) -> TokenSpec:
     """
     Token view of an action space.
@@ -294,7 +314,9 @@ def token_spec(action_space: spaces.Space, squashed: bool = False) -> TokenSpec:
     :param action_space: Discrete, MultiDiscrete, MultiBinary or Box
     :param squashed: Whether a Box policy squashes its actions
     :return: Its specification
+    :raises ValueError: Another space, or one that does not count from 0
     """
+    check_starts("action space", action_space)
     if isinstance(action_space, spaces.Discrete):
         return TokenSpec(1, int(action_space.n))
     if isinstance(action_space, spaces.MultiDiscrete):

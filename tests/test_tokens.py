@@ -1,5 +1,6 @@
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -12,8 +13,12 @@ from stable_baselines3.common.distributions import (
     SquashedDiagGaussianDistribution,
     StateDependentNoiseDistribution,
 )
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.vec_env import DummyVecEnv
 
+import opd_gym
+from opd_gym import GRPO, OPD, PPO, SFT
+from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.tokens import (
     CategoricalTokens,
     TokenDistribution,
@@ -103,7 +108,53 @@ def test_temper():
     assert th.allclose(gaussian.temper(4.0).log_std, gaussian.log_std + math.log(2.0))
 
 
+class Spaces(gym.Env):
+    """Any two spaces; is never stepped."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+
+BOX = spaces.Box(-1.0, 1.0, (1,))
+
+
+@pytest.mark.parametrize(
+    ("observation_space", "action_space", "named"),
+    [
+        (BOX, spaces.Discrete(3, start=-1), "action space"),
+        (BOX, spaces.MultiDiscrete([2, 3], start=[0, 1]), "action space"),
+        (spaces.Discrete(3, start=1), spaces.Discrete(3), "observation space"),
+        (spaces.Dict(x=BOX, n=spaces.Discrete(3, start=1)), spaces.Discrete(3), r"observation space\['n'\]"),
+    ],
+)
+def test_a_space_that_does_not_count_from_0_is_refused_everywhere(observation_space, action_space, named):
+    def make():
+        return Spaces(observation_space, action_space)
+
+    policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
+    message = f"env's {named} to count from 0.*TransformAction"
+    for algorithm in (OPD, GRPO, PPO, SFT):
+        for env in (make(), DummyVecEnv([make])):
+            with pytest.raises(ValueError, match=message):
+                algorithm(policy, env)
+    gym.register("Spaces-v0", make)
+    try:
+        with pytest.raises(ValueError, match=message):
+            opd_gym.make_vec("Spaces-v0")
+    finally:
+        del gym.registry["Spaces-v0"]
+    teacher = MultiInputActorCriticPolicy if isinstance(observation_space, spaces.Dict) else ActorCriticPolicy
+    with pytest.raises(ValueError, match=f"teacher's {named} to count from 0"):
+        make_teacher(
+            teacher(observation_space, action_space, lambda _: 0.0),
+            DummyVecEnv([lambda: Spaces(BOX, spaces.Discrete(3))]),
+            ActorCriticPolicy(BOX, spaces.Discrete(3), lambda _: 0.0),
+        )
+
+
 def test_token_spec_refuses_other_spaces():
+    with pytest.raises(ValueError, match="count from 0"):
+        token_spec(spaces.Discrete(3, start=1))
     with pytest.raises(ValueError, match="Expected a Discrete"):
         token_spec(spaces.Text(3))
 

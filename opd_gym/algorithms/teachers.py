@@ -30,6 +30,7 @@ from opd_gym.tokens import (
     TokenSpec,
     TokenView,
     action_distribution,
+    check_starts,
     token_spec,
     token_view,
 )
@@ -102,6 +103,8 @@ class PolicyTeacher(Teacher):
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
         if not temperature > 0.0:
             raise ValueError(f"Expected a positive temperature of the teacher, got {temperature}.")
+        check_starts("teacher's observation space", policy.observation_space)
+        check_starts("teacher's action space", policy.action_space)
         check_action_spaces(policy.action_space, env.action_space)
         check_statistics(policy, env, student)
         self._adapt = observation_adapter(policy.observation_space, env.observation_space)

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from opd_gym.actions import Statistics
 from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, ROBOTWIN_IDS, bare_id, register_envs, training_defaults
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
+from opd_gym.tokens import check_starts
 
 if TYPE_CHECKING:
     from stable_baselines3.common.policies import BasePolicy
@@ -114,7 +115,8 @@ def make_vec(
     :param n_workers: processes that host the envs, see :class:`WorkerVecEnv`; None for one a core, at most one an env
     :return: the vectorised env
     :raises NotImplementedError: ``n_workers`` on another system than Linux
-    :raises ValueError: ``n_envs`` or ``n_workers`` below 1, or ``n_workers`` for another class of env
+    :raises ValueError: ``n_envs`` or ``n_workers`` below 1, ``n_workers`` for another class of env, or a space that
+        does not count from 0
     """
     from opd_gym.envs.workers.vec_env import WorkerVecEnv
 
@@ -135,8 +137,18 @@ def make_vec(
         # arrive as a broken connection. Simulators are lazy, so this costs little.
         build().close()
     env = cls([build] * n_envs)
+    try:
+        _check_spaces(env)
+    except ValueError:
+        env.close()
+        raise
     env.seed(seed)
     return env
+
+
+def _check_spaces(env: GymEnv) -> None:
+    check_starts("env's observation space", env.observation_space)
+    check_starts("env's action space", env.action_space)
 
 
 def _import_wrapper(path: str) -> Callable[..., gym.Env]:
@@ -239,6 +251,7 @@ def prepare_env(
     :param n_envs: How many envs are made of an id; None: what ``run`` says
     :param run: How an id is trained on, see :func:`build_env`; None: its training defaults
     :return: The env, ready for the policy
+    :raises ValueError: The policy cannot act in this env, or a space does not count from 0
     """
     requires_tokens = getattr(policy_class, "requires_tokens", False)
     settings: dict[str, Any] = {}
@@ -248,6 +261,7 @@ def prepare_env(
         settings = checkpoint_settings(policy_kwargs or {})
     if isinstance(env, str):
         env = _make_from_id(env, requires_tokens, settings, seed, n_envs, run)
+    _check_spaces(env)
     for key in ENV_SETTINGS:
         settings.pop(key, None)
     if not requires_tokens or isinstance(env.action_space, spaces.MultiDiscrete):
