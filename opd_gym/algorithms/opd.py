@@ -37,15 +37,15 @@ class OPD(RolloutAlgorithm):
 
     Each iteration the student acts for ``n_steps`` decisions in every env, the frozen teacher gives its distribution in
     the states the student visited (its own mistakes included), and the student descends the divergence between the two.
-    The environment's reward is not used, and episodes need not be complete, so no env waits for another.
+    The environment's reward is not used. Episodes need not be complete, so no env waits for another.
 
     ``estimator="exact"`` (the default) sums the divergence over all bins, or takes the closed form for Gaussians. It is
     an expectation over states alone, so every state visited so far remains a valid target: they are kept with the
     teacher's labels (``state_replay``), and each iteration takes ``gradient_steps`` minibatches from all of them.
 
     Tokens of an autoregressive student (OpenVLA) are compared one by one after its own tokens before them, as on-policy
-    distillation of language models does (GKD, https://arxiv.org/abs/2306.13649): such a prefix is part of the state,
-    and of its probability there is no gradient. So replayed states come with the tokens that the student chose there.
+    distillation of language models does (GKD, https://arxiv.org/abs/2306.13649). Such a prefix is part of the state: its
+    probability gets no gradient, and replayed states keep the tokens that the student chose there.
 
     ``estimator="sampled"`` is Eq. 6 and 7 of the paper to the letter: REINFORCE with the token's own log-ratio as
     advantage, one update per rollout, no replay.

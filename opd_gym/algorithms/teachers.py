@@ -74,8 +74,8 @@ class PolicyTeacher(Teacher):
     - Q-networks (DQN, QR-DQN) give ``softmax(Q / temperature)``.
     - Deterministic policies (TD3, DDPG, ARS) give their action, smoothed as a privileged teacher's label is.
 
-    An autoregressive policy gives its distribution of each token after the student's own tokens before it: what it
-    would choose there, whether or not it would have come there. The student may be autoregressive or not.
+    An autoregressive policy gives its distribution of each token after the student's own tokens before it, also where
+    it would not have chosen those tokens itself. The student may be autoregressive or not.
 
     A student that does not squash its Gaussian gets a squashed teacher as the Gaussian of the same mean and variance.
 
@@ -174,8 +174,8 @@ class PolicyTeacher(Teacher):
 
 def _nan_teacher() -> FloatingPointError:
     return FloatingPointError(
-        "The teacher's outputs are NaN: check its weights, and that it is given observations like those that it was "
-        "trained on (stable_baselines3's VecCheckNan finds NaN in observations)."
+        "The teacher's outputs are NaN. Check its weights, and that its observations look like those it was trained on "
+        "(stable_baselines3's VecCheckNan finds NaN in observations)."
     )
 
 
@@ -183,8 +183,8 @@ class ExpertTeacher(Teacher):
     """
     A scripted expert that sees the simulator's state: ``expert_action()`` of the env.
 
-    Its label of a token does not depend on the student's tokens before it: an autoregressive student learns the
-    expert's value of every action dimension also after a token of its own that the expert would not have chosen.
+    Its label of a token does not depend on the student's tokens before it. An autoregressive student learns the expert's
+    value of each action dimension even after a token that the expert would not have chosen.
 
     :param env: The student's env
     :param student: The student's policy
@@ -407,7 +407,7 @@ def preserved_rng() -> Iterator[None]:
 
 def check_action_spaces(teacher: spaces.Space, student: spaces.Space) -> None:
     """
-    Refuse a teacher whose tokens mean something else than the student's.
+    Refuse a teacher whose tokens do not mean what the student's mean.
 
     :param teacher: Teacher's action space
     :param student: Student's action space
@@ -476,7 +476,7 @@ def _summary(nvec: np.ndarray) -> str:
 
 def observation_adapter(teacher: spaces.Space, env: spaces.Space) -> Callable[[Any], Any]:
     """
-    How the teacher is shown the student's observations: the part of them that it knows, images in its own layout.
+    How to turn the student's observations into the teacher's: only the keys that it knows, images in its own layout.
 
     :param teacher: Teacher's observation space
     :param env: Observation space of the student's env
