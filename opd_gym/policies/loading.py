@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
+import io
+import json
 import os
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,9 @@ from stable_baselines3.common.save_util import load_from_zip_file
 
 from opd_gym.checkpoints import resolve_checkpoint
 
+# Attributes of a saved model that its policy is built from
+BUILT_FROM = ("policy_class", "policy_kwargs", "observation_space", "action_space", "use_sde")
+
 
 def load_policy(
     checkpoint: str | os.PathLike[str],
@@ -22,6 +30,7 @@ def load_policy(
     action_space: spaces.Space,
     dtype: str | th.dtype | None = None,
     trainable: bool = True,
+    custom_objects: Mapping[str, Any] | None = None,
 ) -> BasePolicy:
     """
     The policy of a checkpoint, on the CPU.
@@ -34,6 +43,7 @@ def load_policy(
     :param action_space: What a VLA's tokens are for
     :param dtype: Type in which a VLA computes, and of its weights; None: float32, or as it was saved
     :param trainable: False for a VLA without gradients and optimizer
+    :param custom_objects: Attributes of a saved model to use instead of those in the zip, as in ``load()``
     :return: The policy
     :raises FileNotFoundError: There is no such checkpoint
     :raises ValueError: It holds no policy, or a VLA that does not fit the spaces
@@ -55,7 +65,7 @@ def load_policy(
             )
         except ValueError as error:
             raise ValueError(f"{path} does not fit the env. {error}") from error
-    data, state = _read_zip(path)
+    data, state = _read_zip(path, custom_objects)
     policy_class, kwargs = data["policy_class"], dict(data.get("policy_kwargs") or {})
     accepted = inspect.signature(policy_class.__init__).parameters
     if "lr_schedule" in accepted:
@@ -116,10 +126,40 @@ def start_from(
     return {**(data.get("policy_kwargs") or {}), **kwargs}, state
 
 
-def _read_zip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Attributes of a saved model, and the state of its policy."""
+class _Unpickler(pickle.Unpickler):
+    """Reads spaces of the old ``gym`` as Gymnasium's, which takes their states."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(f"gymnasium{module[3:]}" if module.split(".")[0] == "gym" else module, name)
+
+
+def _unpickle(path: Path, key: str, serialized: str) -> Any:
     try:
-        data, params, _ = load_from_zip_file(path, device="cpu")
+        return _Unpickler(io.BytesIO(base64.b64decode(serialized))).load()
+    except Exception as error:  # a pickle of other versions fails in any way
+        raise ValueError(
+            f"{path}: its {key} cannot be read ({type(error).__name__}: {error}); it was saved with other versions of "
+            f"Python, gym or Stable-Baselines3. Pass it yourself: custom_objects={{{key!r}: ...}} (for a teacher, in "
+            "teacher_kwargs)."
+        ) from error
+
+
+def _read_zip(path: Path, custom_objects: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attributes of a saved model that its policy is built from, and the state of its policy."""
+    given = dict(custom_objects or {})
+    try:
+        with zipfile.ZipFile(path) as archive:
+            saved = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(
+            f"{path} is not the zip of a Stable-Baselines3 model (as model.save() writes it): {error}"
+        ) from error
+    for key, value in saved.items():
+        if key not in given and isinstance(value, dict) and ":serialized:" in value:
+            # Schedules and last observations are pickles too, of no use to a policy
+            given[key] = _unpickle(path, key, value[":serialized:"]) if key in BUILT_FROM else None
+    try:
+        data, params, _ = load_from_zip_file(path, device="cpu", custom_objects=given)
     except ValueError as error:
         raise ValueError(
             f"{path} is not the zip of a Stable-Baselines3 model (as model.save() writes it): {error}"
