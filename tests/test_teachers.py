@@ -6,7 +6,7 @@ import stable_baselines3
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecTransposeImage
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 from toys import TINY_BODY, Match, Robot, cartpole_teacher, vec
 
 from opd_gym.algorithms.opd import OPD
@@ -301,3 +301,41 @@ def test_a_teacher_that_gives_nan_is_named():
         teacher.policy.action_net.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="teacher's outputs are NaN"):
         OPD("MlpPolicy", "CartPole-v1", teacher=teacher).learn(32)
+
+
+def test_a_normalised_env_is_refused_unless_the_teacher_knows_its_statistics():
+    env = VecNormalize(vec(1, env="CartPole-v1"))
+    with pytest.raises(ValueError, match="same_normalisation"):
+        OPD("MlpPolicy", env, teacher=cartpole_teacher())
+    OPD("MlpPolicy", env, teacher=cartpole_teacher(), teacher_kwargs={"same_normalisation": True})
+    env.norm_obs = False
+    OPD("MlpPolicy", env, teacher=cartpole_teacher())
+
+
+def test_a_maskable_teacher_in_an_env_with_masks_is_refused():
+    class Doors(Match):
+        def action_masks(self):
+            return np.ones(4, bool)
+
+    teacher = sb3_contrib.MaskablePPO("MlpPolicy", Doors(), device="cpu")
+    with pytest.raises(ValueError, match="action masks"):
+        OPD("MlpPolicy", Doors(), teacher=teacher)
+
+
+class Unreadable:
+    def __reduce__(self):
+        return len, (5,)
+
+
+def test_what_cannot_be_unpickled_is_named_and_can_be_given(tmp_path):
+    model = cartpole_teacher()
+    space = model.observation_space
+    model.lr_schedule = Unreadable()  # of no use to a policy
+    model.save(tmp_path / "schedule")
+    OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path / "schedule.zip")
+    model.observation_space = Unreadable()
+    model.save(tmp_path / "space")
+    kwargs = dict(teacher=tmp_path / "space.zip")
+    with pytest.raises(ValueError, match="space.zip: its observation_space cannot be read.*custom_objects"):
+        OPD("MlpPolicy", "CartPole-v1", **kwargs)
+    OPD("MlpPolicy", "CartPole-v1", **kwargs, teacher_kwargs={"custom_objects": {"observation_space": space}})

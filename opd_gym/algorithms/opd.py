@@ -44,8 +44,8 @@ class OPD(RolloutAlgorithm):
     teacher's labels (``state_replay``), and each iteration takes ``gradient_steps`` minibatches from all of them.
 
     Tokens of an autoregressive student (OpenVLA) are compared one by one after its own tokens before them, as on-policy
-    distillation of language models does (GKD, https://arxiv.org/abs/2306.13649). Such a prefix is part of the state: its
-    probability gets no gradient, and replayed states keep the tokens that the student chose there.
+    distillation of language models does (GKD, https://arxiv.org/abs/2306.13649). Such a prefix is part of the state:
+    its probability gets no gradient, and replayed states keep the tokens that the student chose there.
 
     ``estimator="sampled"`` is Eq. 6 and 7 of the paper to the letter: REINFORCE with the token's own log-ratio as
     advantage, one update per rollout, no replay.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import PyTorchObs
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
 from opd_gym.checkpoints import find_teacher
@@ -86,6 +87,7 @@ class PolicyTeacher(Teacher):
     :param std: Standard deviation given to deterministic continuous actions, as a fraction of half the action's range
     :param smoothing: See :class:`LabelSmoothing`
     :param floor: See :class:`LabelSmoothing`
+    :param same_normalisation: Whether the teacher was trained behind the ``VecNormalize`` of the student's env
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class PolicyTeacher(Teacher):
         std: float = 0.1,
         smoothing: float = 1.0,
         floor: float = 0.01,
+        same_normalisation: bool = False,
     ):
         if policy is student:
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
@@ -104,6 +107,19 @@ class PolicyTeacher(Teacher):
             raise ValueError(f"Expected a positive temperature of the teacher, got {temperature}.")
         check_action_spaces(policy.action_space, env.action_space)
         check_statistics(policy, env, student)
+        vec_normalize = unwrap_vec_normalize(env)
+        if vec_normalize is not None and vec_normalize.norm_obs and not same_normalisation:
+            raise ValueError(
+                "The student's env is a VecNormalize, so the teacher would see numbers normalised by the student's "
+                "statistics. If the teacher was trained behind these very statistics (VecNormalize.load(...) with "
+                'training=False), say so: teacher_kwargs={"same_normalisation": True}. Otherwise use the env without '
+                "norm_obs."
+            )
+        if env.has_attr("action_masks") and "action_masks" in inspect.signature(policy.forward).parameters:
+            raise ValueError(
+                "The teacher was trained with action masks (MaskablePPO) and the env has action_masks(): its "
+                "distribution there depends on the mask, and states are labelled without. Use a teacher without masks."
+            )
         self._adapt = observation_adapter(policy.observation_space, env.observation_space)
         self.policy = policy
         self.temperature = temperature
@@ -183,8 +199,8 @@ class ExpertTeacher(Teacher):
     """
     A scripted expert that sees the simulator's state: ``expert_action()`` of the env.
 
-    Its label of a token does not depend on the student's tokens before it. An autoregressive student learns the expert's
-    value of each action dimension even after a token that the expert would not have chosen.
+    Its label of a token does not depend on the student's tokens before it. An autoregressive student learns the
+    expert's value of each action dimension even after a token that the expert would not have chosen.
 
     :param env: The student's env
     :param student: The student's policy
@@ -331,6 +347,7 @@ def make_teacher(
     student: BasePolicy,
     device: th.device | str | None = None,
     dtype: str | th.dtype | None = None,
+    custom_objects: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Teacher:
     """
@@ -345,11 +362,17 @@ def make_teacher(
     :param device: Device of a teacher that is read from files; None: the student's
     :param dtype: "bfloat16" or "float32": type in which a VLA that is read from files computes, and of its weights;
         None: float32
+    :param custom_objects: Attributes of a saved model to use instead of those in the zip, as in
+        Stable-Baselines3's ``load()``
     :param kwargs: Arguments of :class:`PolicyTeacher` or :class:`ExpertTeacher`
     :return: The teacher
     """
     if not (spec is None or isinstance(spec, (str, os.PathLike))) or spec == "expert":
-        given = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
+        given = {
+            key: value
+            for key, value in (("device", device), ("dtype", dtype), ("custom_objects", custom_objects))
+            if value is not None
+        }
         if given:
             raise ValueError(f"teacher_kwargs {given} are for a teacher that is read from files, got {spec!r}.")
     if isinstance(spec, Teacher):
@@ -367,11 +390,16 @@ def make_teacher(
         )
     # Building networks draws random numbers; the student's run must not depend on the kind of its teacher
     with preserved_rng():
-        policy = _load_teacher(spec, env, dtype)
+        policy = _load_teacher(spec, env, dtype, custom_objects)
     return PolicyTeacher(policy.to(student.device if device is None else device), env, student, **kwargs)
 
 
-def _load_teacher(spec: str | os.PathLike[str] | None, env: VecEnv, dtype: str | th.dtype | None) -> BasePolicy:
+def _load_teacher(
+    spec: str | os.PathLike[str] | None,
+    env: VecEnv,
+    dtype: str | th.dtype | None,
+    custom_objects: dict[str, Any] | None,
+) -> BasePolicy:
     if spec is None:
         env_id = _env_id(env)
         spec = find_teacher(env_id) if env_id else None
@@ -382,7 +410,9 @@ def _load_teacher(spec: str | os.PathLike[str] | None, env: VecEnv, dtype: str |
                 "scripted expert, or a policy."
             )
     try:
-        return load_policy(spec, env.observation_space, env.action_space, dtype, trainable=False)
+        return load_policy(
+            spec, env.observation_space, env.action_space, dtype, trainable=False, custom_objects=custom_objects
+        )
     except FileNotFoundError as error:
         raise FileNotFoundError(f'Teacher {os.fspath(spec)!r} not found: {error} Or "expert".') from error
     except ValueError as error:
