@@ -64,7 +64,9 @@ def encode_actions(actions: np.ndarray, statistics: Statistics | None = None, n_
         given
     :param statistics: ``{"q01": (D,), "q99": (D,), "mask": (D,)}`` of the data set the policy was trained on, where
         dimensions with a false mask were not normalised; ``"gripper": "open_is_one"`` says that its last dimension is
-        1 for an open gripper and 0 for a closed one, where the env's is negative and positive (OpenVLA on LIBERO)
+        1 for an open gripper and 0 for a closed one, where the env's is negative and positive (OpenVLA on LIBERO). A
+        dimension that is constant in the data (equal ``min`` and ``max`` where given, else equal bounds) becomes the
+        middle bin, as in openvla's data loader
     :param n_bins: number of tokens of one action dimension
     :return: int64 array of the same shape, tokens in ``[0, n_bins - 1]``
     """
@@ -74,6 +76,10 @@ def encode_actions(actions: np.ndarray, statistics: Statistics | None = None, n_
         if statistics.get("gripper"):
             x = np.concatenate([x[..., :-1], x[..., -1:] <= 0.0], axis=-1)
         x = np.where(mask, 2.0 * (x - low) / (high - low + 1e-8) - 1.0, x)
+        constant = mask & (low == high)
+        if "min" in statistics and "max" in statistics:
+            constant = np.asarray(statistics["min"]) == np.asarray(statistics["max"])
+        x = np.where(constant, 0.0, x)
     edges = np.linspace(-1.0, 1.0, n_bins)
     return np.clip(np.digitize(np.clip(x, -1.0, 1.0), edges) - 1, 0, n_bins - 1).astype(np.int64)
 

@@ -134,6 +134,23 @@ def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
     )
 
 
+def adapter_advice(directory: Path) -> str:
+    """
+    :param directory: what may be the folder of LoRA adapters that were not merged into their base, as peft and
+        openvla-oft write it
+    :return: what to do about them; empty if there are none
+    """
+    for folder in (directory, directory / "lora_adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return (
+                f" {folder} holds LoRA adapters, which are no checkpoint without their base. Merge them: load the "
+                "base with the code that it was fine-tuned with, then peft.PeftModel.from_pretrained(base, "
+                f'"{folder}").merge_and_unload().save_pretrained(...) (vla-scripts/merge_lora_weights_and_save.py of '
+                "openvla-oft), with the other files of the fine-tuned folder beside the weights."
+            )
+    return ""
+
+
 def _in_directory(path: Path) -> Path:
     if (path / CONFIG_FILE).is_file():
         return path
@@ -142,6 +159,7 @@ def _in_directory(path: Path) -> Path:
             return candidate
     raise ValueError(
         f"{path} is neither a VLA checkpoint (it has no {CONFIG_FILE}) nor a run (it has no checkpoints/*.zip)."
+        + adapter_advice(path)
     )
 
 

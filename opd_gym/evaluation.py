@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch as th
 from stable_baselines3.common.vec_env import VecEnv
-from torch.nn import functional as F
 
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
@@ -495,7 +493,7 @@ class _Evaluation:
             self.specs[index], info, self.steps[slot], self.returns[slot], self.reward_threshold
         )
         if index in self.frames:
-            _append_last(self.frames[index], info.get("terminal_observation"))
+            self.frames[index].append(np.asarray(info["final_frame"], dtype=np.uint8))
         self.bar.update(1)
         n_success = sum(record.success for record in self.records.values())
         self.bar.set_postfix_str(f"success {n_success}/{len(self.records)}")
@@ -544,16 +542,3 @@ def _record(
 
 def _render(env: VecEnv, slot: int) -> np.ndarray:
     return np.asarray(env.env_method("render", indices=[slot])[0], dtype=np.uint8)
-
-
-def _append_last(frames: list[np.ndarray], terminal: Any) -> None:
-    # By now the env shows the next episode: the last picture is the one in the observation, enlarged to fit.
-    if not frames or not isinstance(terminal, dict):
-        return
-    for picture in terminal.values():
-        picture = np.asarray(picture)
-        if picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[-1] == 3:
-            small = th.as_tensor(picture).permute(2, 0, 1)[None].float()
-            large = F.interpolate(small, size=frames[-1].shape[:2], mode="bicubic", align_corners=False)
-            frames.append(large[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-            return

@@ -9,12 +9,17 @@ INSTRUCTION_BYTES = 128
 
 def encode_instruction(instruction: str, length: int = INSTRUCTION_BYTES) -> np.ndarray:
     """
-    :param instruction: any text; what does not fit is cut off between two characters
+    :param instruction: any text of at most ``length`` bytes
     :param length: number of bytes
     :return: uint8 array of ``length`` UTF-8 bytes, zero padded
+    :raises ValueError: the text is longer: a policy would be told half of what to do
     """
-    # Decoding what was cut with "ignore" drops a character that was cut in half.
-    text = instruction.encode("utf-8")[:length].decode("utf-8", errors="ignore").encode("utf-8")
+    text = instruction.encode("utf-8")
+    if len(text) > length:
+        raise ValueError(
+            f"The instruction {instruction!r} has {len(text)} bytes, the observation has room for {length}. Shorten "
+            "it, or make the room larger (instruction_bytes of LiberoPlusEnv, instruction_length of demonstrations)."
+        )
     encoded = np.zeros(length, dtype=np.uint8)
     encoded[: len(text)] = np.frombuffer(text, dtype=np.uint8)
     return encoded

@@ -102,16 +102,16 @@ class CategoricalTokens:
     """
     T categorical tokens, padded to a common number of bins V.
 
-    :param log_probs: Normalised log-probabilities (batch, T, V); bins that a token does not have are ``-inf``
+    :param log_probs: Normalised log-probabilities (batch, T, V); ``-inf`` for bins that a token does not have, or that
+        are ruled out in that state
     """
 
     log_probs: th.Tensor
 
     @property
     def padding(self) -> th.Tensor | None:
-        """Bins that a token does not have, (T, V); None if all tokens have all bins."""
-        # The same in every row, so one row is looked at: a pass over (batch, T, V) is what a loss costs
-        padding = th.isneginf(self.log_probs[:1]).any(dim=0)
+        """Bins ruled out in each state, (batch, T, V), padding included; None if there are none."""
+        padding = th.isneginf(self.log_probs)
         return padding if bool(padding.any()) else None
 
     def log_prob(self, tokens: th.Tensor) -> th.Tensor:

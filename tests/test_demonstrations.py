@@ -10,7 +10,16 @@ import pytest
 from gymnasium import spaces
 
 from opd_gym.actions import decode_tokens
-from opd_gym.demonstrations import Demonstrations, Episode, read_demonstrations, write_demonstrations
+from opd_gym.cli.demos import record_demonstrations
+from opd_gym.cli.options import TrainArgs
+from opd_gym.cli.train import complete_hyperparams
+from opd_gym.demonstrations import (
+    Demonstrations,
+    Episode,
+    read_demonstrations,
+    read_statistics,
+    write_demonstrations,
+)
 from opd_gym.demonstrations.hdf5 import axis_angle_to_quat, quat_to_axis_angle, resize_images
 from opd_gym.instructions import decode_instruction, encode_instruction
 
@@ -95,6 +104,276 @@ def test_official_proprioception_with_and_without_robot_states(tmp_path):
     with h5py.File(tmp_path / "a.hdf5") as file:
         robot = file["data/demo_0/robot_states"][0]
     np.testing.assert_allclose(a.observations["proprio"][0], [*robot[2:5], *robot[5:9], *robot[:2]], rtol=1e-6)
+
+
+def changed(path, change):
+    """An official file after a change to it."""
+    with h5py.File(official_file(path, image_size=8), "a") as file:
+        change(file)
+    return path
+
+
+def replaced(key, make):
+    """A change: the data set gets other data, made of what it held."""
+
+    def change(file):
+        data = make(file[key][()])
+        del file[key]
+        file[key] = data
+
+    return change
+
+
+@pytest.mark.parametrize("convention", ["opengl", "opencv"])
+def test_attributes_stored_as_bytes(tmp_path, convention):
+    def change(file):
+        file["data"].attrs.update({key: np.bytes_(value) for key, value in file["data"].attrs.items()})
+        file["data"].attrs["macros_image_convention"] = np.array([convention.encode()])
+        file["data/demo_0"].attrs["note"] = np.bytes_("text")
+        file["data"].attrs["env_args"] = np.bytes_(json.dumps({"statistics": {"q01": [-1.0], "q99": [1.0]}}))
+        if convention == "opencv":
+            replaced("data/demo_0/obs/eye_in_hand_rgb", lambda x: x[:, ::-1])(file)
+
+    path = changed(tmp_path / "x.hdf5", change)
+    first = next(read_demonstrations(path))
+    assert first.instruction == INSTRUCTION and first.attrs == {"note": "text"}
+    assert first.observations["wrist"][0, 0, 0, 0] == 255 and first.observations["wrist"][0, -1, 0, 0] == 0
+    assert read_statistics(path) == {"q01": [-1.0], "q99": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [
+        ("open_the_drawer_demo", "open the drawer"),
+        ("KITCHEN_SCENE4_open_the_drawer_demo", "open the drawer"),
+        ("LIVING_ROOM_SCENE10_put_2_mugs_on_it_demo", "put 2 mugs on it"),
+        ("image_v15", None),
+    ],
+)
+def test_instruction_without_attributes(tmp_path, name, instruction):
+    def change(file):
+        for key in list(file["data"].attrs):
+            del file["data"].attrs[key]
+
+    path = changed(tmp_path / f"{name}.hdf5", change)
+    if instruction is None:
+        with pytest.raises(ValueError, match="image_v15.*pass the instruction"):
+            next(read_demonstrations(path))
+    else:
+        assert next(read_demonstrations(path)).instruction == instruction
+    assert next(read_demonstrations(path, instruction="")).instruction == ""
+    with h5py.File(path, "a") as file:
+        file["data/demo_0"].attrs["language_instruction"] = np.bytes_("close it")
+    first = next(read_demonstrations(path))
+    assert first.instruction == "close it" and first.observations["agentview"][0, 0, 0, 0] == 255
+
+
+def test_robomimic_file(tmp_path):
+    pose = np.random.default_rng(0).normal(size=(4, 9))
+    pictures = np.zeros((4, 8, 8, 3), np.uint8)
+    pictures[:, :4] = 255
+    with h5py.File(tmp_path / "image_v15.hdf5", "w") as file:
+        file["data/demo_3/actions"] = np.zeros((4, 7))
+        file["data/demo_3/rewards"] = np.array([0.0, 0.0, 0.0, 1.0])
+        obs = file.create_group("data/demo_3/obs")
+        obs["robot0_eef_pos"], obs["robot0_eef_quat"], obs["robot0_gripper_qpos"] = (
+            pose[:, :3],
+            pose[:, 3:7],
+            pose[:, 7:],
+        )
+        obs["agentview_image"] = obs["robot0_eye_in_hand_image"] = pictures
+        obs["agentview_depth"] = np.zeros((4, 8, 8, 1))
+        file["data"].attrs["env_args"] = json.dumps({"env_name": "Lift"})
+    (only,) = read_demonstrations(tmp_path / "image_v15.hdf5", instruction="lift the cube")
+    assert set(only.observations) == {"agentview", "wrist", "proprio"} and only.success
+    np.testing.assert_array_equal(only.observations["wrist"], pictures)
+    np.testing.assert_allclose(only.observations["proprio"], pose, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda x: np.moveaxis(x, 3, 1), lambda x: x / 255.0, lambda x: np.moveaxis(x, 3, 1).astype(np.float16) / 255],
+)
+def test_pictures_in_other_layouts(tmp_path, make):
+    key = "data/demo_0/obs/agentview_rgb"
+    picture = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    path = changed(tmp_path / "x.hdf5", replaced(key, lambda _: make(picture)))
+    read = next(read_demonstrations(path)).observations["agentview"]
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read, picture[:, ::-1])
+
+
+def nan_at(x, index, value=np.nan):
+    x = x.astype(np.float64)
+    x[index] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("key", "make", "match"),
+    [
+        ("actions", lambda x: nan_at(x, (1, 2)), r"actions has nan at \(1, 2\)"),
+        ("actions", lambda x: nan_at(x, (1, 2), 1e300), r"actions has inf at \(1, 2\)"),
+        ("actions", lambda x: x[:0], "actions has shape"),
+        ("actions", lambda x: x[:, 0], "actions has shape"),
+        ("actions", lambda x: np.bytes_("x"), "actions is .* expected numbers"),
+        ("robot_states", lambda x: nan_at(x, (0, 3), -np.inf), "robot_states has -inf"),
+        ("rewards", lambda x: x[:-1], "rewards has shape"),
+        ("obs", lambda x: None, "must have a group `obs`"),
+        ("obs/agentview_rgb", lambda x: x[:-1], r"obs/agentview_rgb has shape .* expected 5 rows"),
+        ("obs/agentview_rgb", lambda x: x[..., :1], "agentview_rgb has shape"),
+        ("obs/agentview_rgb", lambda x: x.reshape(5, -1), "agentview_rgb has shape"),
+        ("obs/agentview_rgb", lambda x: x.astype(np.float32), "agentview_rgb has float32 from 0.0 to 255.0"),
+        ("obs/agentview_rgb", lambda x: x.astype(np.int64), "agentview_rgb has int64"),
+        ("obs/agentview_rgb", lambda x: np.full(5, b"\x89PNG"), "agentview_rgb is .* must be decoded"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, key, make, match):
+    def change(file):
+        if key == "obs":
+            del file["data/demo_0/obs"]
+        else:
+            replaced(f"data/demo_0/{key}", make)(file)
+
+    with pytest.raises(ValueError, match=f"x.hdf5: /data/demo_0.*{match}"):
+        list(read_demonstrations(changed(tmp_path / "x.hdf5", change)))
+
+
+def test_incomplete_files(tmp_path):
+    path = official_file(tmp_path / "x.hdf5", image_size=8)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), len(whole) // 9):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="x.hdf5: "):
+            list(read_demonstrations(path))
+    for chunks in (None, (1, 7)):
+
+        def change(file, chunks=chunks):
+            del file["data/demo_1/actions"]
+            actions = file["data/demo_1"].create_dataset("actions", (3, 7), np.float64, chunks=chunks)
+            if chunks:
+                actions[0] = 1.0
+
+        with pytest.raises(ValueError, match="/data/demo_1/actions is incomplete"):
+            list(read_demonstrations(changed(tmp_path / "x.hdf5", change)))
+
+
+@pytest.mark.parametrize("kind", ["link", "soft link", "external", "virtual", "whole demo"])
+def test_data_of_other_files_is_not_read(tmp_path, kind):
+    official_file(tmp_path / "secret.hdf5", image_size=8)
+
+    def change(file):
+        demo = file["data/demo_0"]
+        del demo["actions"]
+        if kind == "link":
+            demo["actions"] = h5py.ExternalLink("secret.hdf5", "/data/demo_0/actions")
+        elif kind == "soft link":
+            file["out"] = h5py.ExternalLink("secret.hdf5", "/data/demo_0")
+            demo["actions"] = h5py.SoftLink("/out/actions")
+        elif kind == "external":
+            demo.create_dataset("actions", (5, 7), np.uint8, external=[(str(tmp_path / "secret.hdf5"), 0, 35)])
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout((5, 7), np.float64)
+            layout[...] = h5py.VirtualSource(str(tmp_path / "secret.hdf5"), "data/demo_0/actions", (5, 7))
+            demo.create_virtual_dataset("actions", layout)
+        else:
+            del file["data/demo_0"]
+            file["data/demo_0"] = h5py.ExternalLink("secret.hdf5", "/data/demo_0")
+
+    with pytest.raises(ValueError, match="x.hdf5: /data/demo_0.* data elsewhere"):
+        list(read_demonstrations(changed(tmp_path / "x.hdf5", change)))
+
+
+def test_one_bad_file_in_a_folder(tmp_path):
+    for name in "abc":
+        official_file(tmp_path / f"{name}_demo.hdf5", lengths=(2, 1), image_size=8)
+    (tmp_path / "b_demo.hdf5").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    statistics = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    write_demonstrations(tmp_path / "d_demo.hdf5", [episode()], "do it", env_args={"statistics": statistics})
+    for read in (Demonstrations.from_hdf5, read_statistics):
+        with pytest.raises(ValueError, match="b_demo.hdf5"):
+            read(tmp_path)
+    with pytest.warns(UserWarning, match=r"(?s)Skipped 2 of 4 .*b_demo.hdf5: .*d_demo.hdf5 has shape \(16, 16, 3\)"):
+        data = Demonstrations.from_hdf5(tmp_path, skip=True)
+    assert len(data) == 6
+    np.testing.assert_array_equal(data.episodes, [0, 0, 1, 2, 2, 3])
+    assert read_statistics([tmp_path / "b_demo.hdf5", tmp_path / "d_demo.hdf5"], skip=True) == statistics
+    with pytest.raises(ValueError, match="None of the 1 files"):
+        Demonstrations.from_hdf5(tmp_path / "b_demo.hdf5", skip=True)
+
+
+@pytest.mark.parametrize(
+    "statistics", [3, {"q01": [0.0]}, {"q01": [0.0], "q99": [np.nan]}, {"q01": [1.0], "q99": [0.0]}]
+)
+def test_damaged_statistics(tmp_path, statistics):
+    write_demonstrations(tmp_path / "x.hdf5", [episode()], "do it", env_args={"statistics": statistics})
+    with pytest.raises(ValueError, match="x.hdf5: statistics in env_args"):
+        read_statistics(tmp_path / "x.hdf5")
+
+
+def test_bad_files_are_left_out_on_the_command_line(tmp_path):
+    statistics = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    write_demonstrations(tmp_path / "a.hdf5", [episode()], "do it", env_args={"statistics": statistics})
+    (tmp_path / "b.hdf5").write_bytes(b"")
+    args = TrainArgs("sft", "LiberoObject-v0", demonstrations=[str(tmp_path)])
+    with pytest.raises(ValueError, match="b.hdf5"):
+        complete_hyperparams(args)
+    args.hyperparams = ["demonstration_kwargs.skip:true"]
+    values = complete_hyperparams(args)
+    assert values["demonstration_kwargs"] == {"skip": True}
+    assert values["policy_kwargs"]["body_kwargs"]["statistics"] == statistics
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"chunk_size": 0},
+        {"stride": 0},
+        {"image_size": -1},
+        {"perturbation": 1.5},
+        {"perturbation": np.nan},
+        {"seed": -1},
+    ],
+)
+def test_recording_with_options_that_make_no_sense(tmp_path, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
+        record_demonstrations("LiberoObject-v0", tmp_path, **option)
+
+
+def test_numbers_that_are_not_finite_are_no_labels():
+    for array in (np.array([[0.0], [np.nan]]), np.array([[np.inf], [0.0]])):
+        with pytest.raises(ValueError, match="actions has"):
+            Demonstrations(np.zeros((2, 3)), array)
+        with pytest.raises(ValueError, match="observations has"):
+            Demonstrations(array, np.zeros(2))
+        with pytest.raises(ValueError, match="actions has"):
+            Episode({}, array)
+        with pytest.raises(ValueError, match="proprio.* has"):
+            Episode({"proprio": array}, np.zeros((2, 7)))
+
+
+def test_statistics_of_other_data():
+    actions = np.linspace(-1.0, 1.0, 100)[:, None, None] * np.array([1.0, 0.5])
+    data = Demonstrations(np.zeros((100, 3)), actions)
+    data.tokens()  # all inside of [-1, 1]
+    data.tokens(statistics={"q01": [-0.98, -0.49], "q99": [0.98, 0.49]})  # 2 % outside, as percentiles leave it
+    with pytest.warns(UserWarning, match=r"10% .* dimension 1 lie outside of \[-0.45, 0.45\]"):
+        data.tokens(statistics={"q01": [-1.0, -0.45], "q99": [1.0, 0.45]})
+    with pytest.raises(ValueError, match=r"98% .* dimension 0 lie outside of \[-0.02, 0.02\].* from -1 to 1"):
+        data.tokens(statistics={"q01": [-0.02, -0.5], "q99": [0.02, 0.5]})
+    # A dimension that is not normalised, and a gripper of which only the side counts
+    data.tokens(statistics={"q01": [-0.02, -0.5], "q99": [0.02, 0.5], "mask": [False, True]})
+    data.tokens(statistics={"q01": [-1.0, 0.0], "q99": [1.0, 1.0], "mask": [True, False], "gripper": "open_is_one"})
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"chunk_size": 0}, {"stride": 0}, {"stride": -1}, {"action_offset": -1}, {"image_size": 0}, {"n_demos": -1}],
+)
+def test_options_that_make_no_sense(tmp_path, kwargs):
+    path = official_file(tmp_path / "x.hdf5", image_size=8)
+    with pytest.raises(ValueError, match=f"{next(iter(kwargs))} must be at least"):
+        Demonstrations.from_hdf5(path, **kwargs)
 
 
 def test_action_offset_corrects_observations_after_the_action(tmp_path):
@@ -217,9 +496,10 @@ def test_axis_angle_keeps_the_sign_of_the_quaternion():
     np.testing.assert_allclose(axis_angle_to_quat(quat_to_axis_angle(quat)), quat, atol=1e-12)
 
 
-def test_instruction_is_cut_between_characters():
+def test_instruction_bytes():
     text = "ä" * 10
-    assert decode_instruction(encode_instruction(text, 7)) == "äää"
+    with pytest.raises(ValueError, match="room for 7"):
+        encode_instruction(text, 7)
     assert decode_instruction(encode_instruction(text, 20)) == text
     assert encode_instruction("").sum() == 0
 

@@ -162,8 +162,8 @@ def test_recording() -> None:
     env.render_mode = "rgb_array"
     result = evaluate_success(Always(), env, eval_episodes([0], 3), progress=False, record=[0, 2])
     assert sorted(result.frames) == [0, 2]
-    assert [len(result.frames[i]) for i in (0, 2)] == [3, 5]
-    assert [int(frame[0, 0, 0]) for frame in result.frames[0]] == [3, 2, 1]
+    assert [len(result.frames[i]) for i in (0, 2)] == [4, 6]
+    assert [int(frame[0, 0, 0]) for frame in result.frames[0]] == [3, 2, 1, 0]  # the last one shows how it ended
     with pytest.raises(ValueError, match="rgb_array"):
         evaluate_success(Always(), make(1), eval_episodes([0], 1), progress=False, record=1)
 

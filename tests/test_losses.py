@@ -248,3 +248,27 @@ def test_group_advantages():
     advantages = group_advantages(outcomes, groups)
     assert advantages[:4] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4)
     assert advantages[4:] == pytest.approx([0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_each_state_may_rule_out_other_bins(flipped):
+    x = th.tensor([[[0.5, 0.5, 0.0]], [[0.0, 0.5, 0.5]]], dtype=th.float64)
+    y = th.tensor([[[0.2, 0.8, 0.0]], [[0.4, 0.3, 0.3]]], dtype=th.float64)
+    x, y = (x.flip(0), y.flip(0)) if flipped else (x, y)
+    logits = x.log().requires_grad_()
+    student, teacher = CategoricalTokens(th.log_softmax(logits, dim=-1)), CategoricalTokens(y.log())
+    m = (x + y) / 2
+    expected = {
+        "reverse_kl": th.special.xlogy(x, x / y.clamp(min=1e-9)).sum(-1),
+        "jsd": 0.5 * (th.special.xlogy(x, x / m.clamp(min=1e-9)) + th.special.xlogy(y, y / m.clamp(min=1e-9))).sum(-1),
+    }
+    for divergence, value in expected.items():
+        got = token_divergence(student, teacher, divergence)
+        assert th.allclose(got, value)
+        assert th.isfinite(th.autograd.grad(got.sum(), logits, retain_graph=True)[0]).all()
+    assert th.allclose(student.entropy(), th.full((2, 1), math.log(2.0), dtype=th.float64))
+    forward = token_divergence(student, teacher, "forward_kl").flatten()
+    assert forward.isposinf().tolist() == ([True, False] if flipped else [False, True])
+    for divergence in ("forward_kl", "hard_ce"):
+        with pytest.raises(ValueError, match="the student rules out"):
+            exact_opd_loss(student, teacher, th.ones(2, 1), divergence)

@@ -4,6 +4,7 @@
 """
 
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -53,6 +54,10 @@ def golden(name):
 def upright(picture):
     """From stock LIBERO's picture, whose first row is the lowest, to what this library's envs show."""
     return th.as_tensor(picture[::-1].copy()).permute(2, 0, 1)[None]
+
+
+def checksum(picture):
+    return zlib.crc32(picture[0].permute(1, 2, 0).numpy().tobytes())
 
 
 def instructions(n=2):
@@ -132,6 +137,25 @@ def test_rlinf_profile(hub, both):
     assert golden("rlinf")["prompt_length"] == 128 > model.prefix(both, instructions()).mask.shape[1] - 256
     actions = decode_tokens(logits.argmax(-1).numpy().reshape(2, 8, 7), raw(model.config.statistics))
     np.testing.assert_allclose(actions, golden("rlinf")["actions"], atol=1e-6)
+
+
+@th.no_grad()
+def test_rlinf_rounds_frequencies_in_half_precision(hub, both, tmp_path):
+    """RLinf casts buffers too, so its models in bfloat16 know rounded positions; the checkpoint remembers it."""
+    path = tiny.write_checkpoint(hub / "rounded" / RL)
+    model = OpenVLAModel.from_pretrained(path, dtype=th.bfloat16)
+    frequencies = model.language_model.model.rotary_emb.inv_freq
+    assert frequencies.dtype == th.float32 and th.equal(frequencies, frequencies.bfloat16().float())
+    expected = golden("rlinf_bfloat16")["logits"][..., ::-1]
+    logits = model(both, instructions()).logits[:, ::7].numpy()
+    assert np.abs(logits - expected).mean() < 1e-3  # 4e-3 with exact frequencies
+    assert th.equal(OpenVLAModel(model.config).language_model.model.rotary_emb.inv_freq, frequencies)
+    model.float().save_pretrained(tmp_path / "single")
+    single = OpenVLAModel.from_pretrained(tmp_path / "single")
+    assert th.equal(single.language_model.model.rotary_emb.inv_freq, frequencies)
+    for other in (OpenVLAModel.from_pretrained(path), OpenVLAModel(OpenVLAConfig(**{**model.config.to_dict(),
+                  "input_profile": "openvla-oft"}))):  # fmt: skip
+        assert not th.equal(other.language_model.model.rotary_emb.inv_freq, frequencies)
 
 
 @th.no_grad()
@@ -237,6 +261,28 @@ def test_images_bit_by_bit(pictures):
         pixels = pixel_values([pictures["agentview"]], OpenVLAConfig(input_profile=profile))
         assert pixels.shape == (1, 1, 6, 224, 224)
         np.testing.assert_allclose(pixels[0, 0, :, ::8, ::8].numpy(), expected[key], **TOLERANCE)
+
+
+@pytest.mark.parametrize(("height", "width"), tiny.PICTURE_SIZES)
+def test_jpeg_and_lanczos_bit_by_bit(height, width):
+    """Noise of any size comes out of JPEG and TensorFlow's Lanczos resize with the reference's bytes."""
+    expected = json.loads((tiny.HERE / "tensorflow.json").read_text())[f"{height}x{width}"]
+    picture = th.as_tensor(tiny.noise(height, width)).permute(2, 0, 1)[None]
+    assert checksum(resize_lanczos(jpeg_round_trip(picture), 224)) == expected[0]
+    # openvla-oft resizes what has another size, of LIBERO or not, and crops everything
+    for libero_images in (False, True):
+        config = OpenVLAConfig(input_profile="openvla-oft", libero_images=libero_images)
+        pixels = pixel_values([picture.flip(-1) if libero_images else picture], config)[:, 0, 3:]
+        assert checksum(((pixels * 0.5 + 0.5) * 255).round().to(th.uint8)) == expected[1]
+
+
+def test_rlinf_crops_no_picture(pictures):
+    """Off LIBERO it resizes as on LIBERO, and mirrors nothing."""
+    wide = pictures["agentview"][..., :180, :]
+    for profile in ("rlinf", "rlinf-openvla"):
+        config = OpenVLAConfig(input_profile=profile, libero_images=False)
+        seen = ((pixel_values([wide], config)[:, 0, 3:] * 0.5 + 0.5) * 255).round().to(th.uint8)
+        assert th.equal(seen, resize_bicubic(wide, 224))
 
 
 def test_images_of_any_size(pictures):
@@ -358,6 +404,34 @@ def test_projector_file_and_half_precision(hub, tmp_path):
     assert {p.dtype for p in single.parameters()} == {th.float32}
 
 
+def test_export_has_what_openvla_oft_asks_for(tmp_path):
+    """Its loader replaces the statistics by those of a file, and transformers 4.40 knows no ``rope_parameters``."""
+    rope = {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    text_config = {**tiny.published_config(tiny.LIBERO_KEY)["text_config"], **rope}
+    path = tiny.write_checkpoint(tmp_path / SFT, text_config=text_config)
+    (path / "tokenizer.model").write_bytes(b"\0sentencepiece\0")
+    model = OpenVLAModel.from_pretrained(path)
+    fresh = OpenVLAModel(OpenVLAConfig(**model.config.to_dict()))
+    fresh.load_state_dict(model.state_dict())  # as from a zip, which knows no folder
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "dataset_statistics.json").write_text(json.dumps({"kuka": {}}))  # of what was here before
+    fresh.save_pretrained(saved)
+
+    def read(name):
+        return json.loads((saved / name).read_text())
+
+    assert read("dataset_statistics.json") == {tiny.LIBERO_KEY: tiny.statistics(tiny.LIBERO_KEY)}
+    assert (saved / "tokenizer.model").read_bytes() == b"\0sentencepiece\0"
+    assert read("special_tokens_map.json")["pad_token"] == "<PAD>" and read("added_tokens.json") == {"<PAD>": 32000}
+    ids = {key: read("generation_config.json")[f"{key}_token_id"] for key in ("bos", "eos", "pad")}
+    assert ids == {"bos": 1, "eos": 2, "pad": 32000}
+    exported = read("config.json")["text_config"]
+    assert {key: exported[key] for key in rope} == rope
+    again = OpenVLAModel.from_pretrained(saved).language_model.model.rotary_emb.inv_freq
+    assert th.equal(again, model.language_model.model.rotary_emb.inv_freq)
+
+
 def test_gamma_is_the_other_name_of_the_layer_scales(sft, tmp_path):
     path = tiny.write_checkpoint(tmp_path / SFT)
     for shard in path.glob("*.safetensors"):
@@ -408,13 +482,13 @@ def test_hub_cache(sft, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--RLinf--some-teacher"
+    repository = tmp_path / "models--RLinf--RLinf-OpenVLAOFT-some-teacher"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123abc")
     snapshot = repository / "snapshots" / "0123abc"
     snapshot.parent.mkdir()
     snapshot.symlink_to(sft)
-    assert resolve_checkpoint("RLinf/some-teacher") == snapshot
+    assert resolve_checkpoint("RLinf/RLinf-OpenVLAOFT-some-teacher") == snapshot
     assert read_checkpoint_config(snapshot)[1].input_profile == "rlinf"
     with pytest.raises(FileNotFoundError, match="hf download nobody/nothing"):
         resolve_checkpoint("nobody/nothing")
@@ -455,6 +529,12 @@ def test_fields_of_other_software_are_understood(tmp_path):
         ("models--RLinf--RLinf-OpenVLAOFT-LIBERO-130/snapshots/1a2b", "rlinf"),
         ("RLinf-OpenVLAOFT-RoboTwin-SFT-place_empty_cup", "simplevla-rl"),
         ("models--openvla--openvla-7b-finetuned-libero-10/snapshots/1a2b", "openvla"),
+        ("models--RLinf--RLinf-OpenVLA-PPO-ManiSkill3-25ood/snapshots/1a2b", "rlinf-openvla"),
+        ("RLinf-OpenVLA-GRPO-ManiSkill3-25ood", "rlinf-openvla"),
+        ("models--RLinf--RLinf-OpenVLAOFT-GRPO-ManiSkill3-25ood/snapshots/1a2b", "rlinf"),
+        ("models--RLinf--Openvla-oft-SFT-libero10-trajall/snapshots/1a2b", "simplevla-rl"),
+        ("models--RLinf--RLinf-Pi0-MetaWorld-SFT/snapshots/1a2b", None),
+        ("rlinf-distilled", None),
         ("rlinf/my-model", None),
         ("openvla-7b+libero_object_no_noops+b8+lr-0.0005", None),
     ],
@@ -476,7 +556,7 @@ def broken(tmp_path, name=SFT, **changes):
 
 def test_profile_that_does_not_show_is_asked_for(tmp_path):
     path = broken(tmp_path, "my-fine-tuned-model")
-    with pytest.raises(ValueError, match=r"input_profile.*'openvla', 'rlinf', 'simplevla-rl'"):
+    with pytest.raises(ValueError, match=r"input_profile.*'openvla', 'openvla-oft', 'rlinf'"):
         read_checkpoint_config(path)
     with pytest.raises(ValueError, match="must be one of"):
         complete_checkpoint(path, input_profile="vla-rl")
@@ -506,6 +586,76 @@ def test_statistics_are_chosen_and_missing_ones_named(tmp_path):
     (path / "dataset_statistics.json").unlink()
     with pytest.raises(ValueError, match="no statistics"):
         read_checkpoint_config(path)
+
+
+def test_film_is_refused(tmp_path):
+    path = tiny.write_checkpoint(tmp_path / SFT)
+    (path / "vision_backbone--150000_checkpoint.pt").touch()
+    with pytest.raises(ValueError, match="FiLM: vision_backbone--150000_checkpoint.pt"):
+        OpenVLAModel.from_pretrained(path)
+    with pytest.raises(ValueError, match="FiLM: use_film"):
+        read_checkpoint_config(broken(tmp_path / "said", use_film=True))
+
+
+@pytest.mark.parametrize("inside", ["", "lora_adapter"])
+def test_adapters_are_to_be_merged(tmp_path, inside):
+    """Their folder alone, and what openvla-oft leaves of a run without merging: with or without a config.json."""
+    (tmp_path / inside).mkdir(exist_ok=True)
+    (tmp_path / inside / "adapter_config.json").write_text("{}")
+    for load in (OpenVLAModel.from_pretrained, resolve_checkpoint):
+        with pytest.raises(ValueError, match="LoRA adapters.*merge_and_unload"):
+            load(tmp_path)
+    whole = tiny.write_checkpoint(tmp_path / "whole" / SFT)
+    (whole / "config.json").rename(tmp_path / "config.json")
+    for load in (OpenVLAModel.from_pretrained, read_checkpoint_config):
+        with pytest.raises(ValueError, match="no weights of its own.*merge_and_unload"):
+            load(tmp_path)
+
+
+def test_projector_that_does_not_fit_the_statistics(tmp_path):
+    """Known from the configuration, before a weight is read and long before the first forward pass."""
+    path = tiny.write_checkpoint(tmp_path / SFT, proprio_inputs=14)
+    with pytest.raises(ValueError, match="14 inputs.*'libero_object_no_noops' are for 8"):
+        read_checkpoint_config(path)
+    without = {tiny.LIBERO_KEY: {"action": tiny.statistics(tiny.LIBERO_KEY)["action"]}}
+    with pytest.raises(ValueError, match="no 'proprio'"):
+        OpenVLAConfig(norm_stats=without, proprio_inputs=8, proprio_dim=9)
+
+
+def test_long_instructions_are_not_cut():
+    text = "pick up the milk " * 10
+    with pytest.raises(ValueError, match=f"{len(text)} bytes, the observation has room for 128"):
+        encode_instruction(text)
+    tokenizer = PromptTokenizer(tiny.tokenizer_json())
+    ids, _ = tokenizer(encode_instruction(text, 200)[None], pad_token_id=32000)
+    assert ids[0].tolist() == tokenizer.prompt_ids(text)
+    # An env with longer instructions is welcome: they become a prompt
+    config = OpenVLAConfig()
+    observations, tokens = spaces_of(config)
+    observations["instruction"] = spaces.Box(0, 255, (200,), np.uint8)
+    config.check_spaces(observations, tokens)
+
+
+def test_constant_dimensions_become_the_middle_token():
+    """As openvla's data loader has it: constant is what has equal extremes, whatever the quantiles."""
+    statistics = {key: [value] * 3 for key, value in (("q01", -0.5), ("q99", 0.5), ("min", -1.0), ("max", 1.0))}
+    statistics["mask"] = [True, True, False]
+    for key in ("q01", "q99", "min", "max"):
+        statistics[key][0] = 0.25
+    assert encode_actions(np.full((1, 3), 0.25), statistics)[0, 0] == 127
+    bounds = {key: statistics[key] for key in ("q01", "q99", "mask")}
+    assert encode_actions(np.full((1, 3), 0.25), bounds)[0].tolist() == [127, 191, 159]
+    assert abs(decode_tokens(np.full((1, 3), 127), bounds)[0, 0] - 0.25) < 1e-6
+    # Rarely anything else than the constant, so the quantiles are equal and the extremes are not
+    statistics["max"][0] = 1.0
+    assert encode_actions(np.array([[0.25, 0, 0], [1.0, 0, 0]]), statistics)[:, 0].tolist() == [0, 255]
+    stats = tiny.statistics(tiny.LIBERO_KEY)
+    stats["action"] |= {key: [0.25, *stats["action"][key][1:]] for key in ("q01", "q99")}
+    config = OpenVLAConfig(norm_stats={"libero": stats})
+    assert encode_actions(np.full((1, 7), 0.25), config.statistics)[0, 0] == 0
+    stats["action"] |= {key: [0.25, *stats["action"][key][1:]] for key in ("min", "max")}
+    config = OpenVLAConfig(norm_stats={"libero": stats})
+    assert encode_actions(np.full((1, 7), 0.25), config.statistics)[0, 0] == 127 and "min" not in config.statistics
 
 
 def test_wrong_layouts_are_refused(tmp_path):
@@ -714,5 +864,5 @@ def test_opd_on_libero(libero, hub, sft, tmp_path):
 
 
 def test_profiles_are_complete():
-    assert set(INPUT_PROFILES) == {"openvla", "simplevla-rl", "rlinf"}
-    assert [name for name, profile in INPUT_PROFILES.items() if not profile.parallel] == ["openvla"]
+    assert set(INPUT_PROFILES) == {"openvla", "openvla-oft", "simplevla-rl", "rlinf", "rlinf-openvla"}
+    assert [name for name, profile in INPUT_PROFILES.items() if not profile.parallel] == ["openvla", "rlinf-openvla"]

@@ -146,8 +146,14 @@ def exact_opd_loss(
     :param mask: Tokens that count, (batch, T)
     :param divergence: See :func:`token_divergence`
     :return: Mean divergence per token, and metrics
+    :raises ValueError: The student rules out what the teacher does, where the divergence is infinite
     """
     loss = masked_mean(token_divergence(student, teacher, divergence), mask)
+    if bool(th.isposinf(loss)) and isinstance(student, CategoricalTokens) and student.padding is not None:
+        raise ValueError(
+            f"{divergence} is infinite: the student rules out (log-probability -inf) an action that the teacher takes "
+            'in that state. Use divergence="reverse_kl" or "jsd", or give student and teacher the same masks.'
+        )
     with th.no_grad():
         detached, teacher = student.detach(), teacher.detach()
         mode = detached.mode()
@@ -206,12 +212,15 @@ def _categorical_divergence(
         return -log_p.gather(-1, log_q.argmax(dim=-1, keepdim=True)).squeeze(-1)
     p = log_p.exp()
     log_q = log_q.clamp(min=MIN_LOG_PROB)
-    q = log_q.exp() if divergence != "reverse_kl" else None
-    padding = student.padding
-    if padding is not None:
-        # Padding has probability 0 under both; its -inf must not meet that 0, neither here nor in the backward pass
-        log_p, log_q = log_p.masked_fill(padding, 0.0), log_q.masked_fill(padding, 0.0)
-        q = None if q is None else q.masked_fill(padding, 0.0)
+    # Not of the clamped values: a bin that the teacher rules out has probability 0
+    q = teacher.log_probs.exp() if divergence != "reverse_kl" else None
+    ruled_out = student.padding
+    if ruled_out is not None:
+        # A term of probability 0 is 0; its -inf must not meet that 0, neither here nor in the backward pass. Only
+        # KL(teacher, student) is infinite where the teacher has mass and the student has none.
+        if divergence == "forward_kl" and q is not None:
+            ruled_out = ruled_out & (q == 0.0)
+        log_p = log_p.masked_fill(ruled_out, MIN_LOG_PROB)
     if q is None:
         return _sum_over_bins(p, log_p - log_q)
     if divergence == "forward_kl":

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from opd_gym.cli.options import Demos
 from opd_gym.envs.registration import LIBERO_IDS, bare_id
 
-# The expert fails in a few states of a hundred; a task where it does not come through at all must not go on for ever.
+# The expert fails in a few of a hundred initial states. A task that it never solves must not run for ever.
 MAX_ATTEMPTS_PER_EPISODE = 5
 
 
@@ -33,21 +33,27 @@ def record_demonstrations(
 
     :param env_id: LIBERO environment id
     :param folder: where the files go, ``<task>_demo.hdf5``
-    :param episodes_per_task: successful episodes of each task
-    :param task_ids: tasks; None for all that the env draws from
-    :param seed: seed of the first episode; the following ones count up
-    :param chunk_size: length of the labels
-    :param stride: record every so many steps
+    :param episodes_per_task: number of successful episodes of each task
+    :param task_ids: tasks; None for all tasks of the env
+    :param seed: seed of the first episode, counted up for the next ones
+    :param chunk_size: number of actions of a label
+    :param stride: record one of every ``stride`` steps
     :param perturbation: probability of a push at a step, see :func:`opd_gym.envs.libero.experts.record.record_episode`
-    :param image_size: side of the pictures
+    :param image_size: height and width of the pictures
     :param visuals: see ``LiberoEnv``
     :param progress: show a progress bar
     :return: the files
     """
     if bare_id(env_id) not in LIBERO_IDS:
         raise ValueError(f"Demonstrations are recorded on LIBERO environments, got {env_id!r}. See `opd-gym list`.")
-    if episodes_per_task < 1:
-        raise ValueError(f"episodes_per_task must be at least 1, got {episodes_per_task}.")
+    counts = {"episodes_per_task": episodes_per_task, "chunk_size": chunk_size, "stride": stride}
+    for name, count in {**counts, "image_size": image_size}.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+    if not 0.0 <= perturbation <= 1.0:
+        raise ValueError(f"perturbation must be a probability from 0 to 1, got {perturbation}.")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}.")
     from opd_gym.demonstrations import Episode, write_demonstrations
     from opd_gym.envs.libero.env import LiberoEnv
     from opd_gym.envs.libero.experts.record import record_episode
@@ -64,8 +70,8 @@ def record_demonstrations(
             while len(episodes) < episodes_per_task:
                 if attempt >= MAX_ATTEMPTS_PER_EPISODE * episodes_per_task:
                     raise ValueError(
-                        f"The scripted expert solved {len(episodes)} of {attempt} episodes of task {task_id}: "
-                        "too few to go on. Leave the task out with --task-ids."
+                        f"The scripted expert solved only {len(episodes)} of {attempt} episodes of task {task_id}. "
+                        "Leave this task out with --task-ids."
                     )
                 recorded = record_episode(
                     env, seed + 1000 * task_id + attempt, task_id, chunk_size, stride, perturbation

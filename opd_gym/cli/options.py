@@ -65,7 +65,8 @@ class TrainArgs(Options):
     :param teacher: directory of a VLA checkpoint, zip of a model, directory of a run, name of the zoo, or "expert";
         default: the zoo's teacher for this env
     :param student: likewise, to start from; "none" for random weights; default: the zoo's student for this env
-    :param demonstrations: HDF5 files or folders of them, for sft
+    :param demonstrations: HDF5 files or folders of them, for sft; -P demonstration_kwargs.skip=true leaves out damaged
+        files and names them
     :param folder: where the directory of the run goes
     :param eval_episodes: held-out episodes to play at the end
     :param device: "auto", "cpu", "cuda", ...

@@ -203,7 +203,8 @@ def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
             policy_kwargs["checkpoint"] = student
     if values.get("demonstrations") and values.get("policy") == "VLAPolicy" and "checkpoint" not in policy_kwargs:
         # A new policy's tokens cover what is demonstrated, where the demonstrations say what that is
-        statistics = read_statistics(values["demonstrations"])
+        skip = bool((values.get("demonstration_kwargs") or {}).get("skip"))
+        statistics = read_statistics(values["demonstrations"], skip)
         if statistics is not None:
             policy_kwargs["body_kwargs"] = {"statistics": statistics, **(policy_kwargs.get("body_kwargs") or {})}
     if policy_kwargs.get("checkpoint") is not None:

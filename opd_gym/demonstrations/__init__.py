@@ -1,4 +1,4 @@
-"""Demonstrations: files in LIBERO's HDF5 format, and what a policy learns from."""
+"""Demonstrations: files in LIBERO's HDF5 format, and the arrays a policy learns from."""
 
 from opd_gym.demonstrations.dataset import Demonstrations
 from opd_gym.demonstrations.hdf5 import (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
-from opd_gym.actions import encode_actions
+from opd_gym.actions import encode_actions, normalisation_bounds
 from opd_gym.demonstrations.hdf5 import (
     Episode,
     PathLike,
@@ -16,24 +17,29 @@ from opd_gym.demonstrations.hdf5 import (
     read_demonstrations,
     resize_images,
 )
+from opd_gym.demonstrations.untrusted import check_finite
 from opd_gym.instructions import encode_instruction
 from opd_gym.observations import join_obs, obs_rows
+
+# Share of a dimension's actions outside the range of its tokens
+WARN_OUTSIDE, REFUSE_OUTSIDE = 0.05, 0.5
 
 
 class Demonstrations:
     """
-    Observations with the actions that were shown for them, one row per time step (or decision).
+    Observations with the demonstrated actions, one row per time step (or decision).
 
-    For chunked policies ``actions`` is ``(N, K, D)``: the next K actions, the episode's last action repeated beyond
-    its end, where ``mask`` is False. For other policies ``actions`` is whatever the env takes, ``(N, ...)``, and
-    ``mask`` is None. ``demonstrations[indices]`` gives some of the rows.
+    For chunked policies ``actions`` is ``(N, K, D)``: the next K actions. Beyond the end of the episode its last action
+    is repeated, and ``mask`` is False. For other policies ``actions`` is whatever the env takes, ``(N, ...)``, and
+    ``mask`` is None. ``demonstrations[indices]`` returns these rows.
 
     :param observations: arrays ``(N, ...)`` by key, or one array
     :param actions: labels
     :param mask: ``(N, K)``, False where a label is padding
     :param episodes: ``(N,)`` number of the episode of each row; by default each row is its own
-    :param observation_space: by default read off the arrays
-    :param action_space: by default read off the arrays; pass it for actions that are not chunks
+    :param observation_space: by default inferred from the arrays
+    :param action_space: by default inferred from the arrays; pass it for actions that are not chunks
+    :raises ValueError: no rows, arrays of different lengths, or numbers that are NaN or infinite
     """
 
     def __init__(
@@ -51,9 +57,10 @@ class Demonstrations:
         n = len(self.actions)
         self.episodes = np.arange(n) if episodes is None else np.asarray(episodes)
         arrays = self.observations if isinstance(self.observations, dict) else {"observations": self.observations}
-        for name, array in [*arrays.items(), ("episodes", self.episodes)]:
+        for name, array in [*arrays.items(), ("episodes", self.episodes), ("actions", self.actions)]:
             if len(array) != n:
                 raise ValueError(f"{name} has {len(array)} rows, there are {n} actions.")
+            check_finite(name, np.asarray(array))
         if n == 0:
             raise ValueError("There are no demonstrations.")
         if mask is not None and mask.shape != self.actions.shape[:2]:
@@ -74,45 +81,38 @@ class Demonstrations:
         """
         :param episodes: episodes; every one needs an instruction
         :param chunk_size: number of actions K of a label
-        :param image_size: height and width; by default as they are
+        :param image_size: height and width of the pictures; by default as stored
         :param instruction_length: number of bytes of the instruction
-        :param stride: keep every so many time steps (episodes with ``action_chunks`` are kept whole)
+        :param stride: keep one of every ``stride`` time steps (episodes with ``action_chunks`` are kept whole)
         :param action_offset: the label of the observation at t starts with the action at t + offset. LIBERO's official
-            files hold the observation AFTER each action: there 1 is exact, 0 is what others train with
+            files hold the observation AFTER each action: there 1 is exact, and 0 is common practice
+        :raises ValueError: no episodes, or episodes of different shapes
         """
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        observations: dict[str, list[np.ndarray]] = {}
-        actions, masks, numbers = [], [], []
+        counts = {"chunk_size": chunk_size, "stride": stride, "instruction_length": instruction_length}
+        counts["image_size"] = min(size or (1,))
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}.")
+        if action_offset < 0:
+            raise ValueError(f"action_offset must be at least 0, got {action_offset}.")
+        parts: list[Demonstrations] = []
         for number, episode in enumerate(episodes):
             if episode.instruction is None:
                 raise ValueError(f"Episode {number} has no instruction.")
             chunks, mask = _chunk_labels(episode, chunk_size, action_offset)
             keep = slice(None, None, 1 if episode.action_chunks is not None else stride)
-            actions.append(chunks[keep])
-            masks.append(mask[keep])
-            n = len(actions[-1])
-            numbers.append(np.full(n, number))
             rows = {key: np.asarray(value)[keep] for key, value in episode.observations.items()}
             for key, value in rows.items():
                 if value.dtype == np.uint8 and value.ndim == 4 and size is not None:
                     rows[key] = resize_images(value, size)
+            n = len(chunks[keep])
             rows["instruction"] = np.tile(encode_instruction(episode.instruction, instruction_length), (n, 1))
-            if observations and set(rows) != set(observations):
-                raise ValueError(f"Episode {number} has observations {sorted(rows)}, expected {sorted(observations)}.")
-            for key, value in rows.items():
-                if key in observations and value.shape[1:] != observations[key][0].shape[1:]:
-                    raise ValueError(
-                        f"`{key}` of episode {number} has shape {value.shape[1:]}, expected "
-                        f"{observations[key][0].shape[1:]}. Pass image_size to bring pictures to one size."
-                    )
-                observations.setdefault(key, []).append(value)
-        if not actions:
-            raise ValueError("There are no demonstrations.")
-        joined = {}
-        for key in list(observations):
-            # One key after the other, so that not all pictures are in memory twice.
-            joined[key] = np.concatenate(observations.pop(key))
-        return cls(joined, np.concatenate(actions), np.concatenate(masks), np.concatenate(numbers))
+            part = cls(rows, chunks[keep], mask[keep], np.zeros(n, dtype=np.int64))
+            if parts:
+                parts[0]._check_alike(part, f"episode {number}")
+            parts.append(part)
+        return cls._join(parts)
 
     @classmethod
     def from_hdf5(
@@ -120,16 +120,72 @@ class Demonstrations:
         paths: PathLike | Sequence[PathLike],
         n_demos: int | None = None,
         cameras: Sequence[str] | None = None,
+        instruction: str | None = None,
+        skip: bool = False,
         **kwargs: Any,
     ) -> Demonstrations:
         """
-        :param paths: LIBERO HDF5 files, or directories of them; one file per task
+        :param paths: HDF5 files of LIBERO or robomimic, or directories of them; one file per task
         :param n_demos: number of demonstrations of each file; by default all
         :param cameras: cameras to read; by default all
+        :param instruction: the task in words; by default what each file or its name says
+        :param skip: leave out files that cannot be used, with a warning that names each one and says why
         :param kwargs: see :meth:`from_episodes`
+        :raises ValueError: a file cannot be used; names it
         """
+        parts: list[Demonstrations] = []
+        skipped: list[str] = []
         files = find_files(paths)
-        return cls.from_episodes((e for file in files for e in read_demonstrations(file, n_demos, cameras)), **kwargs)
+        for file in files:
+            try:
+                part = cls.from_episodes(read_demonstrations(file, n_demos, cameras, instruction), **kwargs)
+                if parts:
+                    parts[0]._check_alike(part, str(file))
+                parts.append(part)
+            except (FileNotFoundError, ValueError) as error:
+                reason = str(error) if str(file) in str(error) else f"{file}: {error}"
+                if not skip:
+                    raise error if isinstance(error, FileNotFoundError) else ValueError(reason) from error
+                skipped.append(reason)
+        if skipped:
+            reasons = "".join(f"\n  {reason}" for reason in skipped)
+            if not parts:
+                raise ValueError(f"None of the {len(files)} files of demonstrations can be used:{reasons}")
+            warnings.warn(f"Skipped {len(skipped)} of {len(files)} files of demonstrations:{reasons}", stacklevel=2)
+        return cls._join(parts)
+
+    @classmethod
+    def _join(cls, parts: Sequence[Demonstrations]) -> Demonstrations:
+        """All rows of several parts. The parts lose their observations, so that less is in memory twice."""
+        if not parts:
+            raise ValueError("There are no demonstrations.")
+        if len(parts) == 1:
+            return parts[0]
+        arrays: list[dict[str, np.ndarray]] = [part.observations for part in parts]  # type: ignore[misc]
+        observations = {key: np.concatenate([array.pop(key) for array in arrays]) for key in list(arrays[0])}
+        first = np.cumsum([0, *(part.n_episodes for part in parts[:-1])])
+        return cls(
+            observations,
+            np.concatenate([part.actions for part in parts]),
+            np.concatenate([part.mask for part in parts]),  # type: ignore[misc]
+            np.concatenate([part.episodes + number for part, number in zip(parts, first, strict=True)]),
+        )
+
+    def _check_alike(self, other: Demonstrations, name: str) -> None:
+        expected, got = self._shapes(), other._shapes()
+        if got.keys() != expected.keys():
+            raise ValueError(f"{name} has {sorted(got)}, expected {sorted(expected)}.")
+        for key, shape in got.items():
+            if shape != expected[key]:
+                raise ValueError(
+                    f"{key} of {name} has shape {shape}, expected {expected[key]}. Pass image_size to bring pictures "
+                    "to one size."
+                )
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        obs = self.observations
+        arrays = {f"observations[{key!r}]": obs[key] for key in obs} if isinstance(obs, dict) else {"observations": obs}
+        return {key: array.shape[1:] for key, array in [*arrays.items(), ("actions", self.actions)]}
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -155,7 +211,7 @@ class Demonstrations:
 
     def action_space(self, n_bins: int | None = None) -> spaces.Space:
         """
-        :param n_bins: for token policies: chunks as ``MultiDiscrete([n_bins] * K * D)``
+        :param n_bins: number of bins of a token policy, whose chunks are ``MultiDiscrete([n_bins] * K * D)``
         :return: space of one action
         """
         if n_bins is not None and self.is_chunked:
@@ -176,8 +232,33 @@ class Demonstrations:
         :param n_bins: number of bins of one action dimension
         :param statistics: see :func:`opd_gym.actions.encode_actions`
         :return: int64 ``(N, K * D)``
+        :raises ValueError: most actions of a dimension lie outside the statistics' range; a warning from 5 % on
         """
+        self._check_range(statistics)
         return encode_actions(self.actions, statistics, n_bins).reshape(len(self), -1)
+
+    def _check_range(self, statistics: Mapping[str, Any] | None) -> None:
+        """1st and 99th percentiles leave 2 % outside; with other data's statistics far more becomes the last token."""
+        n_dims = self.actions.shape[-1]
+        given = statistics or {"q01": -np.ones(n_dims), "q99": np.ones(n_dims)}
+        low, high, mask = normalisation_bounds(given, n_dims)
+        low, high = np.where(mask, low, -1.0), np.where(mask, high, 1.0)
+        slack = (high - low) / 255 + 1e-6
+        rows = self.actions.reshape(-1, n_dims)
+        outside = ((rows < low - slack) | (rows > high + slack)).mean(axis=0)
+        if given.get("gripper"):
+            outside[-1] = 0.0  # only its sign counts
+        worst = int(outside.argmax())
+        if outside[worst] <= WARN_OUTSIDE:
+            return
+        text = (
+            f"{outside[worst]:.0%} of the demonstrated actions in dimension {worst} lie outside of [{low[worst]:.3g}, "
+            f"{high[worst]:.3g}], the range of the tokens: they reach from {rows[:, worst].min():.3g} to "
+            f"{rows[:, worst].max():.3g}. Use the statistics of these demonstrations."
+        )
+        if outside[worst] > REFUSE_OUTSIDE:
+            raise ValueError(text)
+        warnings.warn(text, stacklevel=3)
 
     def token_mask(self) -> np.ndarray | None:
         """
@@ -201,13 +282,8 @@ class Demonstrations:
         )
 
     def __add__(self, other: Demonstrations) -> Demonstrations:
-        """All rows of both, as DAgger aggregates them."""
-        if isinstance(self.observations, dict) != isinstance(other.observations, dict) or (
-            isinstance(self.observations, dict) and set(self.observations) != set(other.observations)
-        ):
-            raise ValueError("Only demonstrations with the same observation keys can be added.")
-        if self.actions.shape[1:] != other.actions.shape[1:]:
-            raise ValueError(f"Labels have shapes {self.actions.shape[1:]} and {other.actions.shape[1:]}.")
+        """All rows of both, as DAgger aggregates data."""
+        self._check_alike(other, "the other part")
         observations = join_obs([self.observations, other.observations])
         mask = None if self.mask is None or other.mask is None else np.concatenate([self.mask, other.mask])
         episodes = np.concatenate([self.episodes, other.episodes + self.episodes.max() + 1])
@@ -216,10 +292,10 @@ class Demonstrations:
 
     def split_rows(self, fraction: float, seed: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """
-        Split by episodes: rows of one episode look alike, so a split by rows would validate on what was learned.
+        Split by episodes. Rows of one episode look alike, so a split by rows would validate on what was learned.
 
-        :param fraction: part of the episodes for validation, at least one episode
-        :param seed: of the draw
+        :param fraction: share of the episodes for validation, at least one episode
+        :param seed: seed of the random split
         :return: row numbers of the training and of the validation part
         """
         numbers = np.unique(self.episodes)
@@ -232,7 +308,7 @@ class Demonstrations:
 
     def split(self, fraction: float, seed: int | None = None) -> tuple[Demonstrations, Demonstrations]:
         """
-        As :meth:`split_rows`.
+        As :meth:`split_rows`, but returns demonstrations.
 
         :return: training and validation part
         """

@@ -1,4 +1,4 @@
-"""Demonstrations on disk, in the HDF5 format of LIBERO."""
+"""Demonstrations on disk: LIBERO's HDF5 format is read and written, robomimic's is read."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import numpy as np
 import torch as th
 from torch.nn import functional as F
 
+from opd_gym.actions import normalisation_bounds
+from opd_gym.demonstrations.untrusted import array, attribute, check_finite, json_attribute, member, opened, reading
 from opd_gym.files import replacing
 
 # Names of LIBERO's files for the cameras of our observations.
@@ -79,14 +81,15 @@ class Episode:
     :param observations: arrays ``(T, ...)``: upright uint8 pictures (H, W, 3) by camera, and ``proprio`` (LIBERO's:
         end-effector position 3, quaternion xyzw 4, gripper 2; another robot's has another size)
     :param actions: ``(T, D)``, the action taken in each observation (the first one of the chunk at decisions)
-    :param action_chunks: ``(T, K, D)``, a label of K actions for each observation, where it is not simply the actions
-        that follow (an expert's labels of a policy's own states)
-    :param instruction: what was to be done; None if it is the file's
+    :param action_chunks: ``(T, K, D)``, K actions as the label of each observation. Only for labels that are not the
+        actions that follow, such as an expert's labels of states a policy visited
+    :param instruction: the task in words; None for the file's
     :param states: ``(T, S)`` flattened simulator states
     :param joint_states: ``(T, 7)``
     :param rewards: ``(T,)``; by default 1 at the end of the episode if it was a success
     :param success: whether the task was solved
-    :param attrs: further attributes of the episode, numbers or text
+    :param attrs: other attributes of the episode, numbers or text
+    :raises ValueError: shapes or lengths do not match, or a number is NaN or infinite
     """
 
     observations: Mapping[str, np.ndarray]
@@ -100,22 +103,26 @@ class Episode:
     attrs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.actions = np.asarray(self.actions, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused below
+            self.actions = np.asarray(self.actions, dtype=np.float32)
+            if self.action_chunks is not None:
+                self.action_chunks = np.asarray(self.action_chunks, dtype=np.float32)
         if self.actions.ndim != 2 or len(self.actions) == 0:
             raise ValueError(f"actions of an episode must have shape (T, D) with T > 0, got {self.actions.shape}.")
         arrays = {f"observations[{key!r}]": value for key, value in self.observations.items()}
-        for name in ("action_chunks", "states", "joint_states", "rewards"):
+        for name in ("actions", "action_chunks", "states", "joint_states", "rewards"):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
         for name, value in arrays.items():
             if len(value) != len(self.actions):
                 raise ValueError(f"{name} has {len(value)} rows, the episode has {len(self.actions)} actions.")
-        if self.action_chunks is not None:
-            self.action_chunks = np.asarray(self.action_chunks, dtype=np.float32)
-            if self.action_chunks.ndim != 3 or self.action_chunks.shape[2] != self.actions.shape[1]:
-                raise ValueError(
-                    f"action_chunks must have shape (T, K, {self.actions.shape[1]}), got {self.action_chunks.shape}."
-                )
+            check_finite(name, np.asarray(value))
+        if self.action_chunks is not None and (
+            self.action_chunks.ndim != 3 or self.action_chunks.shape[2] != self.actions.shape[1]
+        ):
+            raise ValueError(
+                f"action_chunks must have shape (T, K, {self.actions.shape[1]}), got {self.action_chunks.shape}."
+            )
 
 
 def write_demonstrations(
@@ -128,19 +135,19 @@ def write_demonstrations(
     compression: str | None = "gzip",
 ) -> None:
     """
-    Write episodes of one task in LIBERO's HDF5 format; an interrupted write leaves an old file untouched.
+    Write episodes of one task in LIBERO's HDF5 format. An interrupted write leaves an old file untouched.
 
-    Pictures are stored as LIBERO stores them (upside down, ``macros_image_convention = "opengl"``), so that other
-    readers of LIBERO data read this file too.
+    Pictures are stored upside down as in LIBERO's own files (``macros_image_convention = "opengl"``), so other readers
+    of LIBERO data can read this file too.
 
-    :param path: the file, by LIBERO's convention ``<task name>_demo.hdf5``
-    :param episodes: the demonstrations; each is written before the next one is asked for, so that they may be more than
-        the memory holds
+    :param path: the file, ``<task name>_demo.hdf5`` by LIBERO's convention
+    :param episodes: the demonstrations; each is written before the next one is requested, so a generator may yield more
+        than fits in memory
     :param instruction: the task's instruction; None for the first episode's
-    :param env_args: description of the env, stored as JSON, or what gives it once all episodes are written
+    :param env_args: description of the env, stored as JSON; or a function that returns it, called after the last one
     :param problem_info: LIBERO's description of the problem, stored as JSON with the instruction
-    :param bddl_file_name: the task's definition
-    :param compression: of the pictures; None reads faster
+    :param bddl_file_name: file of the task's definition
+    :param compression: how pictures are compressed; uncompressed ones (None) are read faster
     """
     with replacing(Path(path).expanduser()) as temporary, h5py.File(temporary, "w") as file:
         data = file.create_group("data")
@@ -168,7 +175,7 @@ def _write_episode(group: h5py.Group, episode: Episode, compression: str | None)
             proprio = np.asarray(value, dtype=np.float64)
             if proprio.ndim != 2:
                 raise ValueError(f"proprio must have shape ({n}, P), got {proprio.shape}.")
-            if proprio.shape[1] != 9:  # another robot's: LIBERO's files have no place for it
+            if proprio.shape[1] != 9:  # another robot's, for which LIBERO's format has no dataset
                 obs["proprio"] = np.asarray(value, dtype=np.float32)
                 continue
             orientation = quat_to_axis_angle(proprio[:, 3:7])
@@ -203,82 +210,144 @@ def _write_episode(group: h5py.Group, episode: Episode, compression: str | None)
     group.attrs["success"] = bool(episode.success)
     if episode.instruction is not None:
         group.attrs["language_instruction"] = episode.instruction
-    for key, attribute in episode.attrs.items():
-        group.attrs[key] = attribute
+    group.attrs.update(episode.attrs)
 
 
-def _instruction_of(file: h5py.File) -> str:
-    info = file["data"].attrs.get("problem_info")
-    if info is None:
-        raise ValueError(f"{file.filename} has no attribute data.problem_info: it is not a LIBERO demonstration file.")
-    text = json.loads(info)["language_instruction"]
-    # LIBERO's own files hold either one text or a list of its pieces, sometimes in quotation marks.
-    return (text if isinstance(text, str) else "".join(text)).strip().strip('"')
+def _instruction_of(data: h5py.Group, demo: h5py.Group) -> str:
+    text = json_attribute(data, "problem_info").get("language_instruction")
+    # LIBERO's own files hold one text or a list of its pieces, some in quotation marks.
+    pieces: list[Any] = text if isinstance(text, list) else [] if text is None else [text]
+    if not all(isinstance(piece, str) for piece in pieces):
+        raise ValueError(f"The language_instruction in problem_info of {data.name} is {text!r}, expected text.")
+    # Filtered files may have no attributes, but they keep LIBERO's names: [SCENE_]task_demo.
+    name = re.fullmatch(r"(?:[A-Z_]+_SCENE\d+_)?(.+)_demo", Path(data.file.filename).stem)
+    candidates = (
+        attribute(demo, "language_instruction"),
+        "".join(pieces).strip().strip('"') if pieces else None,
+        name[1].replace("_", " ") if name else None,
+    )
+    known = [candidate for candidate in candidates if candidate is not None]
+    if not known:
+        raise ValueError(
+            "No attribute holds the instruction. Name the file <instruction>_demo.hdf5, as LIBERO does, or pass the "
+            "instruction."
+        )
+    return next(filter(None, known), "")
 
 
-def _proprio_of(group: h5py.Group) -> np.ndarray:
-    if "proprio" in group["obs"]:
-        return group["obs"]["proprio"][()]
-    if "robot_states" in group:
-        robot = group["robot_states"][()]
-        if robot.shape[1] == 9:
-            return np.concatenate([robot[:, 2:], robot[:, :2]], axis=1).astype(np.float32)
-    obs = group["obs"]
-    position = obs["ee_pos"][()] if "ee_pos" in obs else obs["ee_states"][:, :3]
-    orientation = obs["ee_ori"][()] if "ee_ori" in obs else obs["ee_states"][:, 3:]
-    if orientation.shape[1] == 3:
-        orientation = axis_angle_to_quat(orientation)
-    return np.concatenate([position, orientation, obs["gripper_states"][()]], axis=1).astype(np.float32)
+def _pictures_of(data: h5py.Group, obs: h5py.Group, key: str, n: int) -> np.ndarray:
+    name = f"{obs.name}/{key}"
+    images = array(obs, key, rows=n, ndim=4)
+    assert images is not None
+    if images.shape[1] == 3 != images.shape[3]:
+        images = np.moveaxis(images, 1, 3)
+    if images.shape[3] != 3:
+        raise ValueError(f"{name} has shape {images.shape}, expected pictures ({n}, H, W, 3).")
+    low, high = images.min(), images.max()
+    if images.dtype.kind == "f" and low >= 0.0 and high <= 1.0:
+        images = np.round(images * 255.0).astype(np.uint8)
+    if images.dtype != np.uint8:
+        raise ValueError(f"{name} has {images.dtype} from {low} to {high}, expected uint8, or floats from 0 to 1.")
+    # LIBERO stores pictures upside down unless it says otherwise, robomimic (`_image`) upright.
+    convention = attribute(data, "macros_image_convention") or ("opengl" if key.endswith("_rgb") else "opencv")
+    if convention not in ("opengl", "opencv"):
+        raise ValueError(f'macros_image_convention of {data.name} is {convention!r}, expected "opengl" or "opencv".')
+    return np.ascontiguousarray(images[:, ::-1] if convention == "opengl" else images)
+
+
+def _proprio_of(demo: h5py.Group, obs: h5py.Group, n: int) -> np.ndarray:
+    proprio = array(obs, "proprio", rows=n, ndim=2)
+    if proprio is not None:
+        return proprio
+    robot = array(demo, "robot_states", rows=n, ndim=2)
+    if robot is not None and robot.shape[1] == 9:
+        return np.concatenate([robot[:, 2:], robot[:, :2]], axis=1).astype(np.float32)
+    names = (
+        ("ee_pos", "ee_ori", "gripper_states"),
+        ("ee_states", "gripper_states"),
+        ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"),
+    )
+    for keys in names:
+        parts = [part for key in keys if (part := array(obs, key, rows=n, ndim=2)) is not None]
+        if len(parts) < len(keys):
+            continue
+        pose, gripper = np.concatenate(parts[:-1], axis=1), parts[-1]
+        if pose.shape[1] == 6:
+            pose = np.concatenate([pose[:, :3], axis_angle_to_quat(pose[:, 3:])], axis=1)
+        if pose.shape[1] != 7:
+            raise ValueError(f"{keys[:-1]} in {obs.name} have {pose.shape[1]} columns, expected 6 or 7.")
+        return np.concatenate([pose, gripper], axis=1).astype(np.float32)
+    raise ValueError(f"{obs.name} has none of the proprioception {names}; it has {sorted(obs)}.")
+
+
+def _read_episode(data: h5py.Group, name: str, cameras: Sequence[str] | None, instruction: str | None) -> Episode:
+    demo = member(data, name)
+    obs = member(demo, "obs") if isinstance(demo, h5py.Group) else None
+    actions = array(demo, "actions", ndim=2) if isinstance(demo, h5py.Group) else None
+    if demo is None or not isinstance(obs, h5py.Group) or actions is None:
+        raise ValueError(f"{data.name}/{name} must have a group `obs` and `actions`.")
+    n = len(actions)
+    # Sorted, so that LIBERO's name wins where both are there.
+    with reading(obs.name):
+        matches = [match for key in sorted(obs) if (match := re.fullmatch("(.+)_(image|rgb)", key))]
+    hands = {"eye_in_hand": "wrist", "robot0_eye_in_hand": "wrist"}
+    found = {hands.get(match[1], match[1]): match[0] for match in matches}
+    missing = [camera for camera in cameras or () if camera not in found]
+    if missing:
+        raise ValueError(f"{obs.name} has no pictures of {missing}; it has {sorted(found)}.")
+    optional = {
+        "action_chunks": array(demo, "action_chunks", rows=n, ndim=3),
+        "states": array(demo, "states", rows=n),
+        "joint_states": array(obs, "joint_states", rows=n),
+        "rewards": (rewards := array(demo, "rewards", rows=n, ndim=1)),
+    }
+    success = attribute(demo, "success", int)
+    if instruction is None:
+        instruction = _instruction_of(data, demo)
+    with reading(f"Attributes of {demo.name}"):
+        attrs = {key: value for key, value in demo.attrs.items() if key not in ("model_file", "init_state")}
+    observations = {
+        camera: _pictures_of(data, obs, found[camera], n) for camera in (sorted(found) if cameras is None else cameras)
+    }
+    observations["proprio"] = _proprio_of(demo, obs, n)
+    try:
+        return Episode(
+            observations,
+            actions,
+            instruction=instruction,
+            success=bool((rewards is None or rewards[-1] > 0) if success is None else success),
+            attrs={key: value.decode() if isinstance(value, bytes) else value for key, value in attrs.items()},
+            **optional,
+        )
+    except ValueError as error:
+        raise ValueError(f"{demo.name}: {error}") from error
 
 
 def read_demonstrations(
-    path: PathLike, n_demos: int | None = None, cameras: Sequence[str] | None = None
+    path: PathLike,
+    n_demos: int | None = None,
+    cameras: Sequence[str] | None = None,
+    instruction: str | None = None,
 ) -> Iterator[Episode]:
     """
-    Read the episodes of one LIBERO HDF5 file, official ones or those of :func:`write_demonstrations`.
+    Read the episodes of one HDF5 file: an official one of LIBERO, a filtered one without attributes, one of robomimic,
+    or one of :func:`write_demonstrations`.
 
     :param path: the file
-    :param n_demos: only the first so many
-    :param cameras: only these pictures; by default all there are
+    :param n_demos: number of episodes to read; by default all
+    :param cameras: cameras to read; by default all
+    :param instruction: the task in words; by default from the file's attributes, or else from its name
     :return: episodes with upright pictures in their stored size
+    :raises ValueError: the file is damaged, incomplete or of another format; names the file and what is wrong in it
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"Demonstration file {path} does not exist.")
-    with h5py.File(path, "r") as file:
-        if "data" not in file:
-            raise ValueError(f"{path} has no group `data`: it is not a LIBERO demonstration file.")
-        instruction = _instruction_of(file)
-        flipped = str(file["data"].attrs.get("macros_image_convention", "opengl")) == "opengl"
-        names = sorted(
-            (name for name in file["data"] if re.fullmatch(r"demo_\d+", name)), key=lambda name: int(name[5:])
-        )
+    if n_demos is not None and n_demos < 1:
+        raise ValueError(f"n_demos must be at least 1, got {n_demos}.")
+    with opened(Path(path).expanduser()) as data:
+        names = sorted((name for name in data if re.fullmatch(r"demo_\d+", name)), key=lambda name: int(name[5:]))
         if not names or (n_demos is not None and len(names) < n_demos):
-            raise ValueError(f"{path} holds {len(names)} demonstrations, expected {n_demos or 'at least one'}.")
+            raise ValueError(f"it holds {len(names)} demonstrations, expected {n_demos or 'at least one'}.")
         for name in names[:n_demos]:
-            group = file["data"][name]
-            keys = {dataset: key for key, dataset in CAMERA_DATASETS.items()}
-            found = {keys.get(d, d[: -len("_rgb")]): d for d in group["obs"] if d.endswith("_rgb")}
-            missing = [camera for camera in cameras or () if camera not in found]
-            if missing:
-                raise ValueError(f"{path} has no pictures of {missing}; it has {sorted(found)}.")
-            observations: dict[str, np.ndarray] = {}
-            for key in cameras if cameras is not None else sorted(found):
-                images = group["obs"][found[key]][()]
-                observations[key] = np.ascontiguousarray(images[:, ::-1]) if flipped else images
-            observations["proprio"] = _proprio_of(group)
-            rewards = group["rewards"][()] if "rewards" in group else None
-            yield Episode(
-                observations,
-                group["actions"][()],
-                action_chunks=group["action_chunks"][()] if "action_chunks" in group else None,
-                instruction=str(group.attrs.get("language_instruction", instruction)),
-                states=group["states"][()] if "states" in group else None,
-                joint_states=group["obs"]["joint_states"][()] if "joint_states" in group["obs"] else None,
-                rewards=rewards,
-                success=bool(group.attrs.get("success", rewards is None or rewards[-1] > 0)),
-                attrs={k: v for k, v in group.attrs.items() if k not in ("model_file", "init_state")},
-            )
+            yield _read_episode(data, name, cameras, instruction)
 
 
 def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
@@ -290,7 +359,8 @@ def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
     for item in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = Path(item).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in (".hdf5", ".h5") and not p.name.startswith("."))
+            named = (p for p in path.rglob("*") if p.suffix in (".hdf5", ".h5") and not p.name.startswith("."))
+            inside = sorted(p for p in named if not p.is_dir())
             if not inside:
                 raise FileNotFoundError(f"No .hdf5 files in {path}.")
             files += inside
@@ -301,22 +371,27 @@ def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
     return files
 
 
-def read_statistics(paths: PathLike | Sequence[PathLike]) -> dict[str, list[Any]] | None:
+def read_statistics(paths: PathLike | Sequence[PathLike], skip: bool = False) -> dict[str, Any] | None:
     """
-    Statistics with which action tokens cover demonstrations, where those who made them have stored any.
+    Statistics stored with demonstrations: with them, action tokens cover the demonstrated actions.
 
     :param paths: HDF5 files or directories of them
-    :return: statistics for ``ActionTokens`` whose range is that of all files together; None if no file has any
-    :raises ValueError: the files normalise different dimensions, some have statistics and others none, or one is no
-        file of demonstrations
+    :param skip: leave out files that cannot be read
+    :return: statistics for ``ActionTokens`` that cover all files; None if no file has any
+    :raises ValueError: the files normalise different dimensions, only some have statistics, or one cannot be read
     """
     found: list[dict[str, Any]] = []
     without: list[str] = []
     for path in find_files(paths):
-        with h5py.File(path, "r") as file:
-            if "data" not in file:
-                raise ValueError(f"{path} has no group `data`: it is not a LIBERO demonstration file.")
-            statistics = json.loads(file["data"].attrs.get("env_args", "{}")).get("statistics")
+        try:
+            with opened(path) as data:
+                statistics = json_attribute(data, "env_args").get("statistics")
+                if statistics is not None:
+                    _check_statistics(statistics)
+        except (OSError, ValueError):
+            if not skip:
+                raise
+            continue
         if statistics is None:
             without.append(str(path))
         else:
@@ -325,14 +400,22 @@ def read_statistics(paths: PathLike | Sequence[PathLike]) -> dict[str, list[Any]
         return None
     if without:
         raise ValueError(
-            f"Some demonstrations have the statistics with which tokens cover them, and these have none: "
-            f"{', '.join(without)}. Train on one kind of files."
+            f"Some files of demonstrations have statistics for action tokens, and these have none: "
+            f"{', '.join(without)}. Train on files of one kind."
         )
-    masks = [statistics.get("mask") for statistics in found]
-    if any(mask != masks[0] for mask in masks):
-        raise ValueError(f"The statistics of {paths} normalise different dimensions: {masks}.")
-    merged = {
+    kinds: list[dict[str, Any]] = [{key: s[key] for key in ("mask", "gripper") if key in s} for s in found]
+    if any(kind != kinds[0] for kind in kinds) or len({len(s["q01"]) for s in found}) > 1:
+        raise ValueError(f"The statistics of {paths} normalise different dimensions: {kinds}.")
+    return {
         "q01": np.min([statistics["q01"] for statistics in found], axis=0).tolist(),
         "q99": np.max([statistics["q99"] for statistics in found], axis=0).tolist(),
+        **kinds[0],
     }
-    return merged if masks[0] is None else {**merged, "mask": masks[0]}
+
+
+def _check_statistics(statistics: Any) -> None:
+    if not isinstance(statistics, dict) or not {"q01", "q99"} <= set(statistics):
+        raise ValueError(f"statistics in env_args must have q01 and q99, got {statistics!r}.")
+    low, high, _ = normalisation_bounds(statistics, np.size(statistics["q01"]))
+    if not (np.isfinite(low) & np.isfinite(high) & (low <= high)).all():
+        raise ValueError(f"statistics in env_args must be finite, with q01 <= q99, got {statistics}.")

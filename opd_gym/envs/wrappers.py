@@ -311,6 +311,9 @@ class EpisodeControl(_ExpertThrough):
             return self._obs, 0.0, False, False, {"frozen": True, "episode_tag": None}
         self._obs, reward, terminated, truncated, info = self.env.step(action)
         info["episode_tag"] = self._tag
+        if (terminated or truncated) and self.render_mode == "rgb_array":
+            # For films: a VecEnv resets at once, so that nobody could draw the end of an episode afterwards.
+            info["final_frame"] = self.env.render()
         return self._obs, reward, terminated, truncated, info
 
     def expert_action(self) -> Any:

@@ -24,6 +24,8 @@ from opd_gym.policies.openvla.published import (
     INDEX_FILE,
     PREPROCESSOR_FILE,
     PROPRIO_FILE,
+    SENTENCEPIECE_FILE,
+    STATISTICS_FILE,
     TOKENIZER_FILE,
     load_proprio,
     locate,
@@ -34,26 +36,24 @@ from opd_gym.policies.openvla.published import (
 if TYPE_CHECKING:
     from opd_gym.policies.openvla.modeling import OpenVLAModel
 
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<PAD>", "unk_token": "<unk>"}
 # As in the published checkpoints; all else is in tokenizer.json
 TOKENIZER_CONFIG = {
+    **SPECIAL_TOKENS,
     "add_bos_token": True,
     "add_eos_token": False,
-    "bos_token": "<s>",
     "clean_up_tokenization_spaces": False,
-    "eos_token": "</s>",
     "legacy": False,
     "model_max_length": 2048,
-    "pad_token": "<PAD>",
     "padding_side": "right",
     "processor_class": "PrismaticProcessor",
     "tokenizer_class": "LlamaTokenizer",
-    "unk_token": "<unk>",
 }
 
 
 def complete_checkpoint(checkpoint: str | os.PathLike[str], **fields: Any) -> OpenVLAConfig:
     """
-    Write into a checkpoint's ``config.json`` what its authors left unsaid, so that it is known from then on.
+    Write what a checkpoint's ``config.json`` leaves out into it.
 
     :param checkpoint: its directory, or its id on the hub (then the copy in the hub's cache is completed)
     :param fields: arguments of :class:`OpenVLAConfig`, for instance ``input_profile="rlinf"``,
@@ -85,9 +85,9 @@ class Part:
     One published tensor and where it is in :class:`OpenVLAModel`.
 
     :param names: parameters that it is split into along the first dimension
-    :param split: the tensor to the parameters' values
-    :param join: the parameters' values, and those of ``reads``, to the tensor
-    :param reads: further parameters that are needed to write it
+    :param split: from the tensor to the parameters' values
+    :param join: back, from the parameters' values and those of ``reads``
+    :param reads: further parameters that the tensor depends on
     """
 
     names: tuple[str, ...]
@@ -231,6 +231,7 @@ def load_model(
         layout |= {name: Part((name,)) for name in model.proprio_projector.state_dict(prefix="proprio_projector.")}
     missing = set(layout)
     unknown = []
+    dtypes = {dtype}
     for name, tensor in _published_tensors(directory, model.proprio_projector is not None):
         # Older versions of transformers saved what can be computed; RLinf saves the critic
         if name.endswith("rotary_emb.inv_freq") or name.startswith("value_head."):
@@ -240,12 +241,13 @@ def load_model(
             continue
         missing.discard(name)
         part = layout[name]
+        dtypes.add(tensor.dtype)
         for ours, value in zip(part.names, part.split(tensor), strict=True):
             # A copy, or the memory of the file would be the model's
             _assign(model, ours, value.to(device=device, dtype=dtype or value.dtype, copy=True).contiguous())
     for name in sorted(missing):
         (ours, *_), unused = layout[name].names, ".unused."
-        if unused in ours:  # nobody misses what nobody uses
+        if unused in ours:  # no output depends on them
             missing.remove(name)
             _assign(model, ours, th.zeros_like(model.get_buffer(ours), device=device, dtype=dtype or th.float32))
     if missing or unknown:
@@ -253,8 +255,12 @@ def load_model(
             f"The weights of {directory} are not in OpenVLA's published layout: {len(missing)} missing "
             f"({', '.join(sorted(missing)[:3])}), {len(unknown)} unknown ({', '.join(sorted(unknown)[:3])})."
         )
+    config.rounded_frequencies |= config.profile.rounded_frequencies and th.bfloat16 in dtypes
     model.reset_computed_buffers(device)
-    model.tokenizer = PromptTokenizer(tokenizer.read_text(encoding="utf-8"))
+    sentencepiece = directory / SENTENCEPIECE_FILE
+    model.tokenizer = PromptTokenizer(
+        tokenizer.read_text(encoding="utf-8"), sentencepiece.read_bytes() if sentencepiece.is_file() else b""
+    )
     return model.eval()
 
 
@@ -305,6 +311,17 @@ def save_model(model: OpenVLAModel, directory: str | os.PathLike[str], max_shard
     if model.tokenizer is not None:
         write_atomic(directory / TOKENIZER_FILE, model.tokenizer.to_str())
         _write_json(directory / "tokenizer_config.json", TOKENIZER_CONFIG)
+        _write_json(directory / "special_tokens_map.json", SPECIAL_TOKENS)
+        _write_json(directory / "added_tokens.json", {SPECIAL_TOKENS["pad_token"]: config.pad_token_id})
+        if model.tokenizer.sentencepiece:
+            with replacing(directory / SENTENCEPIECE_FILE) as temporary:
+                temporary.write_bytes(model.tokenizer.sentencepiece)
+    if config.norm_stats:
+        # Where openvla-oft looks for them; a file of an earlier checkpoint would win over config.json
+        _write_json(directory / STATISTICS_FILE, config.norm_stats)
+    tokens = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id")}
+    generation = {"_from_model_config": True, **tokens, "pad_token_id": config.pad_token_id}
+    _write_json(directory / "generation_config.json", generation)
     input_size = [3, config.vision_size, config.vision_size]
     preprocessor = {
         "image_processor_type": "PrismaticImageProcessor",

@@ -1,4 +1,4 @@
-"""Configuration of OpenVLA: what the published ``config.json`` says, and what its users had to know besides."""
+"""Configuration of OpenVLA: the published ``config.json``, and what else is needed to run the model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from transformers import Dinov2WithRegistersConfig, LlamaConfig, PretrainedConfig, SiglipVisionConfig
 
 from opd_gym.actions import statistics_of_positions
@@ -22,8 +23,7 @@ from opd_gym.policies.openvla.published import (
     read_values,
 )
 
-# What the published config.json of every checkpoint with this architecture says; written so that other software reads
-# what is saved here.
+# The same in every published checkpoint. Written so that other software can read what is saved here.
 PUBLISHED_FIELDS = {
     "arch_specifier": "no-align+fused-gelu-mlp",
     "hf_llm_id": "meta-llama/Llama-2-7b-hf",
@@ -37,7 +37,7 @@ PUBLISHED_FIELDS = {
     "vision_backbone_id": "dinosiglip-vit-so-224px",
 }
 
-# The processors of the published checkpoints went through bfloat16, so these are not ImageNet's to the last digit.
+# ImageNet's, rounded to bfloat16, as in the published preprocessor_config.json
 PIXEL_MEANS = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
 PIXEL_STDS = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
 
@@ -45,7 +45,7 @@ PIXEL_STDS = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
 def _sub_config(config_class: type[PretrainedConfig], given: Any, **published: Any) -> Any:
     if isinstance(given, PretrainedConfig):
         return given
-    # Written by transformers; LlamaConfig and its like would take them for fields of their own
+    # Notes of transformers and not arguments
     values = {k: v for k, v in (given or {}).items() if k not in ("model_type", "torch_dtype", "transformers_version")}
     return config_class(**{**published, **values})
 
@@ -61,9 +61,9 @@ class OpenVLAConfig(VLAConfig):
     :param norm_stats: statistics of the data sets, ``{name: {"action": {"q01": ..., "q99": ..., "mask": ...},
         "proprio": ...}}``
     :param unnorm_key: name of the data set whose statistics turn tokens into actions; None if there is one only
-    :param input_profile: "openvla", "simplevla-rl" or "rlinf", see :class:`InputProfile`
+    :param input_profile: name of an :class:`InputProfile`
     :param libero_images: the training pictures are those of LIBERO's data sets: raw pictures of MuJoCo turned by 180
-        degrees, which makes them upright and mirrored. Other pictures are cropped and otherwise left as they are
+        degrees, which makes them upright and mirrored. Other pictures are not mirrored
     :param normalization: "bounds_q99" if actions and proprioception were normalised with q01 and q99, "bounds" with min
         and max
     :param gripper: "open_is_one" if the last action dimension is 1 for an open gripper and 0 for a closed one (LIBERO),
@@ -72,8 +72,10 @@ class OpenVLAConfig(VLAConfig):
         :attr:`statistics` are those of the same tokens in the units of the envs here
     :param proprio_inputs: inputs of the proprioception projector; 0 if there is none. 8 inputs are position,
         axis-angle and fingers, which are made from LIBERO's 9 numbers (position, quaternion, fingers)
-    :param pad_to_multiple_of: rows at the end of the vocabulary that are no tokens
+    :param pad_to_multiple_of: number of rows at the end of the embeddings that belong to no token
     :param pad_token_id: token that fills up shorter prompts
+    :param rounded_frequencies: the weights were used in bfloat16, in which some profiles round the frequencies of the
+        rotary positions (:attr:`InputProfile.rounded_frequencies`). Loading a checkpoint finds it out
     :param pixel_means: means of the three channels for either vision transformer
     :param pixel_stds: standard deviations, likewise
     :raises ValueError: unknown profile, normalisation, data set or vision backbone; statistics that do not fit
@@ -101,6 +103,7 @@ class OpenVLAConfig(VLAConfig):
         proprio_inputs: int = 0,
         pad_to_multiple_of: int = 64,
         pad_token_id: int = 32000,
+        rounded_frequencies: bool = False,
         pixel_means: Any = PIXEL_MEANS,
         pixel_stds: Any = PIXEL_STDS,
         image_keys: list[str] | tuple[str, ...] = ("agentview",),
@@ -139,6 +142,7 @@ class OpenVLAConfig(VLAConfig):
         self.joint_positions = joint_positions
         self.proprio_inputs = proprio_inputs
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.rounded_frequencies = rounded_frequencies
         self.pixel_means = [list(row) for row in pixel_means]
         self.pixel_stds = [list(row) for row in pixel_stds]
         kwargs.setdefault("n_bins", kwargs.pop("n_action_bins", 256))
@@ -160,6 +164,14 @@ class OpenVLAConfig(VLAConfig):
                 f"The proprioception projector has {proprio_inputs} inputs, the observation {proprio_dim} numbers. "
                 "Set proprio_dim to the env's: as many as the projector's, or LIBERO's 9 for a projector of 8."
             )
+        if proprio_inputs and self.norm_stats:
+            n_statistics = np.size(self.data_statistics("proprio")["q01"])
+            if n_statistics != proprio_inputs:
+                raise ValueError(
+                    f"The proprioception projector has {proprio_inputs} inputs, the proprioception statistics of "
+                    f"{data_set(self.norm_stats, unnorm_key)!r} are for {n_statistics}. Choose the data set that the "
+                    "checkpoint was trained on (unnorm_key), or put its statistics into dataset_statistics.json."
+                )
         if statistics is not None and np.size(statistics["q01"]) != self.action_dim:
             raise ValueError(
                 f"The statistics are for {np.size(statistics['q01'])} action dimensions, action_dim is "
@@ -195,7 +207,8 @@ class OpenVLAConfig(VLAConfig):
     def data_statistics(self, kind: str) -> dict[str, Any]:
         """
         :param kind: "action" or "proprio"
-        :return: ``q01``, ``q99`` (or min and max, under these names) and ``mask``, of :attr:`unnorm_key`'s data set
+        :return: ``q01``, ``q99`` (or min and max, under these names) and ``mask``, of :attr:`unnorm_key`'s data set;
+            ``min`` and ``max`` as well where constant dimensions do not follow from these
         :raises ValueError: no or several data sets and no :attr:`unnorm_key`; unknown data set; statistics missing
         """
         key = data_set(self.norm_stats, self.unnorm_key)
@@ -204,7 +217,13 @@ class OpenVLAConfig(VLAConfig):
         if not values or low not in values or high not in values:
             raise ValueError(f"The statistics of {key!r} have no {kind!r} with {low!r} and {high!r}.")
         mask = values.get("mask", np.ones(np.shape(values[low]), dtype=bool))
-        return {"q01": values[low], "q99": values[high], "mask": mask}
+        statistics = {"q01": values[low], "q99": values[high], "mask": mask}
+        if "min" in values and "max" in values:
+            constant = np.equal(values["min"], values["max"])
+            if (constant != np.equal(values[low], values[high]) & mask).any():
+                # Which dimensions are constant does not follow from the bounds
+                statistics |= {"min": values["min"], "max": values["max"]}
+        return statistics
 
     def _action_statistics(self) -> dict[str, Any]:
         statistics = self.data_statistics("action")
@@ -212,9 +231,24 @@ class OpenVLAConfig(VLAConfig):
             statistics = statistics_of_positions(statistics)
         return statistics if self.gripper is None else {**statistics, "gripper": self.gripper}
 
+    def check_spaces(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+        """
+        See :meth:`VLAConfig.check_spaces`. Instructions may be of any length: they become a prompt.
+        """
+        found = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {}
+        if "instruction" in found:
+            self.instruction_length = int(np.prod(found["instruction"].shape or (1,)))
+        super().check_spaces(observation_space, action_space)
+
     def to_dict(self) -> dict[str, Any]:
         """Our fields, and the published ones where other software expects them."""
         values = super().to_dict()
+        # As transformers 4 has it; newer ones read both
+        rope = dict(values["text_config"].get("rope_parameters") or {})
+        if "rope_theta" in rope:
+            kind, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta")
+            scaling = None if kind == "default" else {**rope, "type": kind}
+            values["text_config"] |= {"rope_theta": theta, "rope_scaling": scaling}
         values["n_action_bins"] = self.n_bins
         values["image_sizes"] = [self.vision_size, self.vision_size]
         return values
@@ -226,7 +260,7 @@ class OpenVLAConfig(VLAConfig):
     @classmethod
     def from_checkpoint(cls, directory: Path, values: Mapping[str, Any], **fields: Any) -> OpenVLAConfig:
         """
-        See :meth:`VLAConfig.from_checkpoint`. What a published ``config.json`` leaves open is found out.
+        See :meth:`VLAConfig.from_checkpoint`. What a published ``config.json`` leaves out is inferred.
 
         :param directory: the checkpoint
         :param values: its ``config.json``

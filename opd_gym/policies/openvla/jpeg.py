@@ -1,5 +1,5 @@
 """
-What is left of a picture that was stored as JPEG, bit by bit as TensorFlow stores and reads it.
+What storing a picture as JPEG leaves of it, bit by bit as TensorFlow writes and reads it.
 
 OpenVLA's training pictures were JPEGs (quality 95, colours at half the resolution), so its evaluation code encodes and
 decodes every picture. Entropy coding loses nothing and is left out. What remains is integer arithmetic, defined to the
@@ -9,7 +9,6 @@ last bit by libjpeg: the accurate integer DCT to encode, the fast one to decode,
 from __future__ import annotations
 
 import torch as th
-from torch.nn import functional as F
 
 # Annex K of the JPEG standard: luminance and chrominance, quality 50
 _LUMINANCE = [
@@ -38,6 +37,12 @@ Rows = list[th.Tensor]
 
 def _rounded_shift(x: th.Tensor, bits: int) -> th.Tensor:
     return (x + (1 << (bits - 1))) >> bits
+
+
+def _extend(x: th.Tensor, rows: int, columns: int) -> th.Tensor:
+    """Repeat the last row and the last column."""
+    x = th.cat([x, x[..., -1:, :].repeat_interleave(rows, dim=-2)], dim=-2)
+    return th.cat([x, x[..., -1:].repeat_interleave(columns, dim=-1)], dim=-1)
 
 
 def _dct(d: Rows, even_bits: int, bits: int) -> Rows:
@@ -81,10 +86,12 @@ def _inverse_dct(d: Rows) -> Rows:
 
 def _code_plane(plane: th.Tensor, base: list[list[int]]) -> th.Tensor:
     """
-    :param plane: int32 ``(B, H, W)`` in [0, 255]; H and W multiples of 8
+    :param plane: int32 ``(B, H, W)`` in [0, 255]; W a multiple of 8
     :param base: table of quantisation at quality 50
-    :return: what is decoded
+    :return: what is decoded, with rows up to a multiple of 8
     """
+    # The encoder fills up colours after it has halved them
+    plane = _extend(plane, -plane.shape[1] % 8, 0)
     table = ((th.tensor(base, dtype=th.int32) * (200 - 2 * _QUALITY) + 50) // 100).clamp(1, 255)
     aan = th.tensor(_AAN, dtype=th.float64)
     multipliers = _rounded_shift(table * (aan[:, None] * aan * 2**14).round().int(), 12).to(plane.device)
@@ -123,20 +130,22 @@ def jpeg_round_trip(images: th.Tensor) -> th.Tensor:
     """
     Encode and decode as ``tf.image.encode_jpeg`` and ``tf.io.decode_image`` do by default.
 
-    :param images: uint8 ``(B, 3, H, W)``; TensorFlow's bits if H and W are multiples of 16
+    :param images: uint8 ``(B, 3, H, W)``; TensorFlow's bits where W is at least 5
     :return: uint8, the same shape
     """
     height, width = images.shape[-2:]
-    x = F.pad(images.float(), (0, -width % 16, 0, -height % 16), mode="replicate").int()
+    x = _extend(images, height % 2, -width % 16).int()
     r, g, b = x.unbind(1)
     half = 1 << 15
     y = (19595 * r + 38470 * g + 7471 * b + half) >> 16
     chroma_bias = (128 << 16) + half - 1
     cb = (-11059 * r - 21709 * g + 32768 * b + chroma_bias) >> 16
     cr = (32768 * r - 27439 * g - 5329 * b + chroma_bias) >> 16
-    y = _code_plane(y, _LUMINANCE)
-    cb, cr = (_double(_code_plane(_halve(plane), _CHROMINANCE)) - 128 for plane in (cb, cr))
+    y = _code_plane(y, _LUMINANCE)[:, :height, :width]
+    halves = (_code_plane(_halve(plane), _CHROMINANCE) for plane in (cb, cr))
+    # The last pixels of a row or column have no neighbours to be blended with but what is inside the picture
+    cb, cr = (_double(plane[:, : (height + 1) // 2, : (width + 1) // 2])[:, :height, :width] - 128 for plane in halves)
     r = y + ((91881 * cr + half) >> 16)
     g = y + ((-22554 * cb - 46802 * cr + half) >> 16)
     b = y + ((116130 * cb + half) >> 16)
-    return th.stack([r, g, b], dim=1).clamp(0, 255).to(th.uint8)[..., :height, :width]
+    return th.stack([r, g, b], dim=1).clamp(0, 255).to(th.uint8)

@@ -21,8 +21,8 @@ from opd_gym.policies.openvla.processing import PromptTokenizer, model_proprio, 
 
 class Unused(nn.Module):
     """
-    Weights that belong to a published checkpoint and that no output depends on: the last block of either vision
-    transformer and what follows it. They are kept for the checkpoint to be complete when it is saved again.
+    Weights of a published checkpoint that no output depends on: the last block of either vision transformer and what
+    follows it. They are kept so that a checkpoint saved here is complete.
 
     :param shapes: shapes by published name
     """
@@ -77,7 +77,7 @@ def _unused_shapes(config: OpenVLAConfig) -> dict[str, tuple[int, ...]]:
 
 
 class VisionBackbone(nn.Module):
-    """DINOv2 and SigLIP side by side. Each patch gets the features of both, as they leave the last block but one."""
+    """DINOv2 and SigLIP side by side. A patch has the features of both, from their last block but one."""
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__()
@@ -184,6 +184,7 @@ class OpenVLAModel(VLABody):
         self.language_model = LlamaForCausalLM(config.text_config)
         self.tokenizer: PromptTokenizer | None = None
         self.post_init()
+        self._round_frequencies()
 
     def _init_weights(self, module: nn.Module) -> None:
         # The parts that are models of transformers have initialised themselves.
@@ -200,7 +201,13 @@ class OpenVLAModel(VLABody):
         """
         decoder, embeddings = self.language_model.model, self.vision_backbone.siglip.embeddings
         decoder.rotary_emb = type(decoder.rotary_emb)(self.config.text_config).to(device)
+        self._round_frequencies()
         embeddings.position_ids = th.arange(embeddings.num_positions, device=device)[None]  # type: ignore[assignment]
+
+    def _round_frequencies(self) -> None:
+        if self.config.rounded_frequencies and self.config.profile.rounded_frequencies:
+            for frequencies in self.language_model.model.rotary_emb.buffers():
+                frequencies.copy_(frequencies.bfloat16())
 
     # ------------------------------------------------------------------------------------------------- the sequence
 
@@ -262,7 +269,7 @@ class OpenVLAModel(VLABody):
         Outputs of the language model's last layer, ``(B, N, hidden_size)``.
 
         :param sequence: all tokens so far
-        :param cache: keys and values of all but the last ``last`` tokens; gets those of the rest; None to compute all
+        :param cache: keys and values of the tokens before the last ``last``, whose own are added; None for no cache
         :param last: so many tokens are new; None for all
         """
         start = 0 if last is None or cache is None else sequence.embeddings.shape[1] - last
@@ -319,7 +326,8 @@ class OpenVLAModel(VLABody):
     ) -> tuple[th.Tensor, VLAOutput]:
         """See :meth:`VLABody.decode`."""
         sequence = self.prefix(images, instruction, proprio)
-        # With gradient checkpointing, layers in training mode drop the cache without an error. Rollouts are not in it
+        # With gradient checkpointing, layers in training mode drop the cache without an error; rollouts are in
+        # evaluation mode
         cache = None if self.training else DynamicCache(config=self.config.text_config)
         hidden = self._hidden(sequence, cache)[:, -1:]
         summary = hidden[:, 0].float()
@@ -337,15 +345,15 @@ class OpenVLAModel(VLABody):
 
     def get_extra_state(self) -> th.Tensor:
         """The tokenizer, so that it is saved with the weights."""
-        text = "" if self.tokenizer is None else self.tokenizer.to_str()
-        return th.as_tensor(np.frombuffer(text.encode("utf-8"), dtype=np.uint8).copy())
+        state = b"" if self.tokenizer is None else self.tokenizer.to_bytes()
+        return th.as_tensor(np.frombuffer(state, dtype=np.uint8).copy())
 
     def set_extra_state(self, state: th.Tensor) -> None:
         """
         :param state: what :meth:`get_extra_state` gave
         """
-        text = bytes(state.cpu().numpy()).decode("utf-8")
-        self.tokenizer = PromptTokenizer(text) if text else None
+        found = bytes(state.cpu().numpy())
+        self.tokenizer = PromptTokenizer.from_bytes(found) if found else None
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

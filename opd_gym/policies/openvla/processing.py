@@ -1,10 +1,10 @@
-"""From what an env shows to what OpenVLA was trained on: pictures, prompt, proprioception."""
+"""Turns observations of an env into the inputs OpenVLA was trained on: pictures, prompt, proprioception."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
@@ -33,10 +33,12 @@ class PromptTokenizer:
     Instructions to the ids of OpenVLA's prompt. Prompts are remembered: a benchmark has few instructions.
 
     :param text: contents of ``tokenizer.json``
+    :param sentencepiece: contents of ``tokenizer.model``, the same tokenizer for other software; empty if there is none
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, sentencepiece: bytes = b""):
         self._text = text
+        self.sentencepiece = sentencepiece
         self._tokenizer = Tokenizer.from_str(text)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -46,11 +48,21 @@ class PromptTokenizer:
         """Contents of ``tokenizer.json``."""
         return self._text
 
-    def __getstate__(self) -> str:
-        return self._text
+    def to_bytes(self) -> bytes:
+        """Both files, the first of which has no zero in it."""
+        return self._text.encode("utf-8") + (b"\0" + self.sentencepiece if self.sentencepiece else b"")
 
-    def __setstate__(self, text: str) -> None:
-        self.__init__(text)  # type: ignore[misc]
+    @classmethod
+    def from_bytes(cls, state: bytes) -> PromptTokenizer:
+        """
+        :param state: what :meth:`to_bytes` gave
+        :return: the tokenizer
+        """
+        text, _, sentencepiece = state.partition(b"\0")
+        return cls(text.decode("utf-8"), sentencepiece)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PromptTokenizer, (self._text, self.sentencepiece)
 
     def prompt_ids(self, instruction: str) -> list[int]:
         """
@@ -89,10 +101,15 @@ class PromptTokenizer:
 # Pictures
 
 
+def _sinf(x: np.ndarray) -> np.ndarray:
+    """The C library's sine of float32, which is TensorFlow's; NumPy has its own, with another last bit, for reals."""
+    return np.sin(x.astype(np.complex64)).real
+
+
 @functools.lru_cache(maxsize=32)
 def _lanczos_taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    What TensorFlow's ``resize(method="lanczos3", antialias=True)`` sums up along one dimension.
+    Weights of TensorFlow's ``resize(method="lanczos3", antialias=True)`` along one dimension.
 
     :return: int64 indices and float32 weights, ``(n_taps, n_out)``
     """
@@ -104,10 +121,10 @@ def _lanczos_taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
     indices = first + np.arange(int(np.ceil(6 * stretch)) + 1)[:, None]
     x = np.abs(indices.astype(np.float32) + np.float32(0.5) - centers) * (one / stretch)
     near = x <= 1e-3
-    pi_x = np.pi * np.where(near, 1.0, x.astype(np.float64))
-    kernel = 3.0 * np.sin(pi_x) * np.sin(pi_x / 3.0) / (pi_x * pi_x)
+    pi, radius, y = np.float32(np.pi), np.float32(3.0), np.where(near, one, x)
+    kernel = radius * _sinf(pi * y) * _sinf(pi * y / radius) / (pi * pi * y * y)
     inside = (x <= 3.0) & (indices >= 0) & (indices < n_in)
-    weights = np.where(inside, np.where(near, 1.0, kernel), 0.0).astype(np.float32)
+    weights = np.where(inside, np.where(near, one, kernel), np.float32(0.0))
     total = np.zeros(n_out, dtype=np.float32)
     for tap in weights:
         total = total + tap
@@ -190,13 +207,13 @@ def pixel_values(images: Sequence[th.Tensor], config: OpenVLAConfig) -> th.Tenso
     size, profile = config.vision_size, config.profile
     seen = []
     for image in images:
-        if not config.libero_images:
-            image = center_crop(image, size)
-        elif profile.tensorflow_images:
-            image = center_crop(resize_lanczos(jpeg_round_trip(image.flip(-1)), size), size)
-        else:
-            image = resize_bicubic(image.flip(-1), size)
-        seen.append(image)
+        if config.libero_images:
+            image = image.flip(-1)
+        if profile.resize == "bicubic":
+            image = resize_bicubic(image, size)
+        elif config.libero_images if profile.resize == "jpeg_libero" else image.shape[-2:] != (size, size):
+            image = resize_lanczos(jpeg_round_trip(image), size)
+        seen.append(center_crop(image, size) if profile.crop else image)
     pixels = th.stack(seen, dim=1).float() / 255.0
     parts = []
     for means, stds in zip(config.pixel_means, config.pixel_stds, strict=True):

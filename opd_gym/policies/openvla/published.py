@@ -1,4 +1,4 @@
-"""What a published checkpoint of OpenVLA says, and what its directory and name give away besides; nothing is built."""
+"""Reads the configuration of a published OpenVLA checkpoint, and infers what it leaves out from its files and name."""
 
 from __future__ import annotations
 
@@ -12,47 +12,67 @@ from typing import Any
 
 import torch as th
 
-from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
+from opd_gym.checkpoints import CONFIG_FILE, adapter_advice, resolve_checkpoint
 
 MODEL_TYPE = "openvla"
 INDEX_FILE = "model.safetensors.index.json"
 STATISTICS_FILE = "dataset_statistics.json"
 TOKENIZER_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROPRIO_FILE = "proprio_projector--latest_checkpoint.pt"
 PROPRIO_PATTERN = "proprio_projector--*checkpoint.pt"
 LIBERO_CAMERAS = ("agentview", "wrist")
 TWO_ARM_CAMERAS = ("head", "left_wrist", "right_wrist")
+FILM_PATTERN = "vision_backbone--*checkpoint.pt"
 HEAD_PATTERNS = ("action_head--*checkpoint.pt", "noisy_action_projector--*checkpoint.pt")
 
 
 @dataclass(frozen=True)
 class InputProfile:
     """
-    How the code that trained a checkpoint feeds it. A checkpoint works with the inputs that it was trained on.
+    What the inputs of a checkpoint look like. They must be made the way they were made for its training.
 
     :param parallel: all tokens of a decision come from one pass with bidirectional attention (OpenVLA-OFT); otherwise
         one after the other with causal attention (OpenVLA)
-    :param stop_token: parallel decoding only: whether the end of the sequence is in sight of all others
-    :param tensorflow_images: LIBERO's pictures go through JPEG, a Lanczos resize and a centre crop of 0.9 of the area,
-        as in OpenVLA's data loader; otherwise through one bicubic resize
+    :param stop_token: parallel decoding only: whether the tokens attend to an end-of-sequence token behind them
+    :param resize: "jpeg": through JPEG and a Lanczos resize, as in OpenVLA's data loader, unless a picture has the size
+        that the model sees; "jpeg_libero": LIBERO's pictures likewise, whatever their size, and no others; "bicubic":
+        one bicubic resize
+    :param crop: cut out the middle, 0.9 of the area, after that
+    :param rounded_frequencies: whether a model in bfloat16 has the frequencies of its rotary positions rounded to
+        bfloat16 as well
     """
 
     parallel: bool
     stop_token: bool
-    tensorflow_images: bool
+    resize: str
+    crop: bool
+    rounded_frequencies: bool
 
 
 INPUT_PROFILES = {
-    "openvla": InputProfile(parallel=False, stop_token=False, tensorflow_images=True),
-    "simplevla-rl": InputProfile(parallel=True, stop_token=True, tensorflow_images=True),
-    "rlinf": InputProfile(parallel=True, stop_token=False, tensorflow_images=False),
+    "openvla": InputProfile(False, False, "jpeg_libero", crop=True, rounded_frequencies=False),
+    "openvla-oft": InputProfile(True, True, "jpeg", crop=True, rounded_frequencies=False),
+    "simplevla-rl": InputProfile(True, True, "jpeg_libero", crop=True, rounded_frequencies=False),
+    "rlinf": InputProfile(True, False, "bicubic", crop=False, rounded_frequencies=True),
+    "rlinf-openvla": InputProfile(False, False, "bicubic", crop=False, rounded_frequencies=True),
+}
+
+
+# In lower case; the hub's cache has -- between owner and name
+PUBLISHED_NAMES = {
+    r"(rlinf--)?rlinf-openvlaoft-.*robotwin.*": "simplevla-rl",
+    r"(rlinf--)?rlinf-openvlaoft-.*": "rlinf",
+    r"(rlinf--)?rlinf-openvla-.*": "rlinf-openvla",
+    r"haozhan72--.*|.*openvla-oft-sft-.*": "simplevla-rl",
+    r"(openvla--)?openvla-7b(-finetuned-libero-\w+)?": "openvla",
 }
 
 
 def get_profile(name: str) -> InputProfile:
     """
-    :param name: "openvla", "simplevla-rl" or "rlinf"
+    :param name: "openvla", "openvla-oft", "simplevla-rl", "rlinf" or, for autoregressive models, "rlinf-openvla"
     :return: the profile
     :raises ValueError: unknown name
     """
@@ -117,35 +137,34 @@ def detect_profile(directory: Path, implementation: str | None = None) -> str:
     Find out which code trained a published checkpoint, from the name under which it was published.
 
     :param directory: the checkpoint
-    :param implementation: which of its two implementations RLinf wrote into the configuration
+    :param implementation: ``implement_version`` of the configuration: which of its two implementations RLinf used
     :return: the name of its :class:`InputProfile`
-    :raises ValueError: it does not show
+    :raises ValueError: the name does not tell
     """
     path = directory.absolute()
     in_cache = path.parent.name == "snapshots"  # of the hub: models--owner--name/snapshots/<revision>
     name = (path.parent.parent if in_cache else path).name.lower().removeprefix("models--")
     # RLinf took over SimpleVLA-RL's inputs for two arms, and for whatever was trained by openvla-oft itself
-    if implementation == "official" or (name.startswith("rlinf") and "robotwin" in name):
+    if implementation == "official":
         return "simplevla-rl"
-    if implementation == "rlinf" or name.startswith("rlinf"):
+    if implementation == "rlinf":
         return "rlinf"
-    if name.startswith("haozhan72--") or "openvla-oft-sft-" in name:
-        return "simplevla-rl"
-    if re.fullmatch(r"(openvla--)?openvla-7b(-finetuned-libero-\w+)?", name):
-        return "openvla"
+    for pattern, profile in PUBLISHED_NAMES.items():
+        if re.fullmatch(pattern, name):
+            return profile
     raise ValueError(
         f"{directory} does not say what inputs it was trained on, and on others it scores far lower. Say it once: "
         "opd_gym.policies.openvla.complete_checkpoint(checkpoint, input_profile=...) writes it to its config.json. One "
-        f"of {sorted(INPUT_PROFILES)}, the code that it was fine-tuned with (a discrete checkpoint of openvla-oft: "
-        '"simplevla-rl").'
+        f"of {sorted(INPUT_PROFILES)}, after the code that it was trained with."
     )
 
 
 def _translate(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Other software's configuration in our terms; some of its fields have our names and mean something else."""
+    """Other software's configuration in our terms. Some of its fields have our names for other things."""
     ours = dict(values)
-    # The projector's inputs, not the env's numbers; the vision transformers' pictures, not the env's; of no use
+    # There the size of the projector's input, here of the observation
     n_proprio = ours.pop("proprio_dim", 0)
+    # There the size of what the vision transformers see, here of the observation; the others follow from the parts
     for name in ("image_size", "hidden_size", "vocab_size"):
         ours.pop(name, None)
     if "use_proprio" in ours:
@@ -155,13 +174,13 @@ def _translate(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def complete_values(directory: Path, values: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
     """
-    Fill in what a published ``config.json`` leaves open: inputs, action space, statistics.
+    Fill in what a published ``config.json`` leaves out: inputs, action space, statistics.
 
     :param directory: the checkpoint
     :param values: its ``config.json``; what it says stands
     :param fields: what is known besides
     :return: the arguments of :class:`OpenVLAConfig`
-    :raises ValueError: continuous actions, no statistics, or something cannot be found out
+    :raises ValueError: continuous actions, FiLM, unmerged adapters, no statistics, or the files do not tell enough
     """
     heads = [path.name for pattern in HEAD_PATTERNS for path in directory.glob(pattern)]
     if heads:
@@ -169,6 +188,16 @@ def complete_values(directory: Path, values: Mapping[str, Any], **fields: Any) -
             f"{directory} predicts continuous actions ({', '.join(sorted(heads))}). Distillation needs action tokens: "
             "use a checkpoint of the discrete variant."
         )
+    film = sorted(path.name for path in directory.glob(FILM_PATTERN))
+    if film or values.get("use_film"):
+        raise ValueError(
+            f"{directory} has a vision backbone that sees the instruction (FiLM: {', '.join(film) or 'use_film'}). "
+            "That is not supported, and without it the model would not see what it was trained on. Use a checkpoint "
+            "that was trained without FiLM."
+        )
+    advice = adapter_advice(directory)
+    if advice and not any(directory.glob("model*.safetensors")):
+        raise ValueError(f"{directory} has no weights of its own.{advice}")
     values = {**(values if _is_complete(values) else _translate(values)), **fields}
     norm_stats = dict(values.get("norm_stats") or {})
     path = directory / STATISTICS_FILE

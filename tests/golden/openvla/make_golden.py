@@ -25,8 +25,9 @@ import subprocess
 import sys
 import tempfile
 import types
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 
@@ -35,7 +36,18 @@ sys.path.insert(0, str(HERE))
 
 import tiny  # noqa: E402
 
-CASES = ("images", "actions", "prompts", "simplevla", "simplevla_wrist", "simplevla_arms", "rlinf", "openvla")
+CASES = (
+    "images",
+    "tensorflow",
+    "actions",
+    "prompts",
+    "simplevla",
+    "simplevla_wrist",
+    "simplevla_arms",
+    "rlinf",
+    "rlinf_bfloat16",
+    "openvla",
+)
 
 
 def observation() -> None:
@@ -250,6 +262,28 @@ def images(references: Path) -> None:
     )
 
 
+def tensorflow(references: Path) -> None:
+    """Checksums of pictures of many sizes after openvla-oft's resize, and as its model sees them."""
+    import tensorflow as tf
+    from PIL import Image
+
+    oft = functions(
+        references / "openvla-oft" / "experiments" / "robot" / "openvla_utils.py",
+        ["resize_image_for_policy", "crop_and_resize", "center_crop_image", "check_image_format",
+         "prepare_images_for_vla"],
+        tf=tf, np=np, Image=Image, OPENVLA_IMAGE_SIZE=224, Tuple=tuple, Union=Union, List=list, Any=Any,
+    )  # fmt: skip
+    crops = types.SimpleNamespace(center_crop=True)
+    sums = {}
+    for height, width in tiny.PICTURE_SIZES:
+        picture = tiny.noise(height, width)
+        seen = np.asarray(oft.prepare_images_for_vla([picture], crops)[0])
+        sums[f"{height}x{width}"] = [
+            zlib.crc32(part.tobytes()) for part in (oft.resize_image_for_policy(picture, 224), seen)
+        ]
+    (HERE / "tensorflow.json").write_text(json.dumps(sums, indent=0) + "\n")
+
+
 def actions(references: Path) -> None:
     """Every token of every dimension to what SimpleVLA-RL gives LIBERO."""
     modeling, _ = reference_packages(references, "simplevla")
@@ -371,6 +405,18 @@ def simplevla_arms(references: Path) -> None:
 def rlinf(references: Path) -> None:
     import torch as th
 
+    _rlinf(references, "rlinf", th.float32)
+
+
+def rlinf_bfloat16(references: Path) -> None:
+    import torch as th
+
+    _rlinf(references, "rlinf_bfloat16", th.bfloat16)
+
+
+def _rlinf(references: Path, name: str, dtype: Any) -> None:
+    import torch as th
+
     modeling, processing = reference_packages(references, "rlinf")
     config = make_config(
         modeling.OpenVLAOFTConfig, tiny.LIBERO_KEY, unnorm_key="libero_object", attn_implementation="sdpa"
@@ -379,6 +425,7 @@ def rlinf(references: Path) -> None:
         config, action_dim=7, num_action_chunks=8, add_value_head=False, max_prompt_length=128
     )
     load_weights(model)
+    model.to(dtype)  # as RLinf's get_model does: buffers are cast too
     image_processor = processing.PrismaticImageProcessor(**PREPROCESSOR)
     tokenizer = make_tokenizer(padding_side="left")
     processor = processing.MultiInputPrismaticProcessor(image_processor=image_processor, tokenizer=tokenizer)
@@ -395,8 +442,8 @@ def rlinf(references: Path) -> None:
         inputs = {key: value for key, value in result["forward_inputs"].items()}
         logits = model.default_forward(forward_inputs=inputs).logits[:, -57:-1]
     save(
-        "rlinf",
-        logits=logits[:, ::7, -320:-64],
+        name,
+        logits=logits[:, ::7, -320:-64].float(),
         response=inputs["action_tokens"].reshape(2, -1),
         actions=actions,
         prompt_length=inputs["input_ids"].shape[1],

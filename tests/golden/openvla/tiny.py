@@ -24,6 +24,15 @@ INSTRUCTIONS = [
 LIBERO_KEY, ARMS_KEY = "libero_object_no_noops", "place_empty_cup_1k"
 
 
+# Of pictures: smaller and larger than the model's, its own, and some that no block of JPEG divides
+PICTURE_SIZES = [(64, 420), (100, 75), (180, 180), (224, 224), (225, 223), (240, 320), (256, 256), (300, 149)]
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    """A picture in which every wrong bit shows."""
+    return np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
 def statistics(key: str) -> dict:
     """Of a data set, in the published form; numbers like those of the real ones."""
     rng = np.random.default_rng(7)

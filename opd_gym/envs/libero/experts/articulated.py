@@ -25,7 +25,7 @@ def axis_rotation(axis: Array, angle: float) -> Array:
 
 class OpenDrawer:
     """
-    Stateless pulling of a drawer: point the gripper at its front, close on the handle, pull.
+    Stateless opening of a drawer: point the gripper at its front, close on the handle, pull.
 
     :param joint: Name of the drawer's slide joint
     :param opening: Direction in which the joint opens, +1 or -1
@@ -85,8 +85,8 @@ class OpenDrawer:
         return Target(scene.eef + away, OPEN, 0.0, rotation)
 
     def _rotation(self, direction: Array) -> Array:
-        # From pointing down to pointing against the front; the fingers then close vertically on a horizontal bar.
-        # Not quite level: the hand is wide in that plane and has to stay above what stands on the table.
+        # Turns a gripper that points down towards the front, so that the fingers close vertically on a horizontal bar.
+        # Not quite level: the hand is wide in that plane and must stay above the objects on the table.
         return axis_rotation(np.cross([0.0, 0.0, -1.0], -direction), pi / 2 - self.slope)
 
     def __call__(self, scene: Scene) -> Target:
@@ -131,8 +131,8 @@ class TurnKnob:
     :param joint: Name of the knob's hinge joint
     :param wanted: Joint position from which the knob counts as turned
     :param hover: Height from which the gripper descends
-    :param tilt: Angle in rad by which the fingers point back at the robot if the knob is near its base, where the
-        folded elbow does not let them point straight down
+    :param tilt: Angle in rad by which the fingers point back at the robot if the knob is near its base: there the
+        folded elbow keeps them from pointing straight down
     """
 
     def __init__(self, joint: str, wanted: float, hover: float = 0.08, tilt: float = 0.7) -> None:
@@ -157,7 +157,7 @@ class TurnKnob:
         extents = np.linalg.norm(rotation[:2] * half, axis=0)
         length = rotation[:2, int(np.argmax(extents))]
         ridge_yaw = yaw_of_closing_axis(np.array([-length[1], length[0]]))
-        # Off the hinge the ridge would be pushed, not turned, so the grip is where the hinge is along the ridge.
+        # Gripped off the hinge, the ridge would be pushed instead of turned: grip it where it passes over the hinge.
         along = length / np.linalg.norm(length)
         spot = centre[:2] + float((anchor[:2] - centre[:2]) @ along) * along
         goal = np.array([spot[0], spot[1], top - 0.012])

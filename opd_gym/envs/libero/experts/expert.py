@@ -23,7 +23,7 @@ class Expert:
     Labels the current state of a LIBERO domain with an action.
 
     :param domain: LIBERO's domain (``ControlEnv(...).env``)
-    :param skill: Gives the wanted gripper pose for a state
+    :param skill: Returns the wanted gripper pose for a state
     :param servo: Turns it into an action
     """
 
@@ -66,7 +66,7 @@ class DrawerThenPlace:
 
 
 def _surface(points: Array, xy: Array, radius: float, below: float = np.inf) -> float:
-    """Highest of the points around a place, and not above a height; minus infinity if there is none."""
+    """Height of the highest point near ``xy`` that is under ``below``; minus infinity if there is none."""
     near = (np.abs(points[:, :2] - xy) < radius).all(axis=1) & (points[:, 2] < below)
     return float(points[near, 2].max()) if near.any() else -np.inf
 
@@ -83,7 +83,7 @@ def _into_container(container: str, site: str) -> Callable[[Scene], Placement]:
 
 
 def _onto_object(name: str) -> Callable[[Scene], Placement]:
-    """Onto or into another object: the surface in its middle, not its brim, is where the object will stand."""
+    """Onto or into another object: it will stand on the surface in the middle, not on the brim."""
 
     def placement(scene: Scene) -> Placement:
         centre = scene.position(name)
@@ -128,7 +128,7 @@ def _into_drawer(site: str, container: str) -> Callable[[Scene], Placement]:
 def _drawer(domain: Any, site: str) -> OpenDrawer:
     region = domain.object_sites_dict[site]
     opened = domain.get_object(region.parent_name).object_properties["articulation"]["default_open_ranges"]
-    # LIBERO calls a drawer open beyond the nearer end of the range; a little further is safely open.
+    # For LIBERO a drawer is open beyond the nearer end of the range. A little further is on the safe side.
     sign = float(np.sign(sum(opened)))
     return OpenDrawer(region.joints[0], sign, min(abs(v) for v in opened) + 0.002)
 

@@ -79,7 +79,7 @@ class Grasp:
     :param position: Where the point between the finger pads should be
     :param yaw: Angle of the closing axis, 0 is the arm's rest pose (closing along the world's y axis)
     :param width: What is between the pads, in m
-    :param margin: How far off along the closing axis the gripper may descend without touching the object
+    :param margin: How far off along the closing axis the gripper may be and still descend without touching the object
     """
 
     position: Array
@@ -91,7 +91,7 @@ class Grasp:
 @dataclass(frozen=True)
 class Gripper:
     """
-    Dimensions of the parallel gripper that the planners need (defaults: Panda hand in robosuite).
+    Dimensions of a parallel gripper for the planners (defaults: Panda hand in robosuite).
 
     :param stroke: Largest gap between the pads
     :param pad_below: How far the pads reach below the grip site
@@ -101,9 +101,9 @@ class Gripper:
     :param hand_bottom: Lowest point of the hand above the grip site
     :param hand_along: Half the hand's extent along the closing axis
     :param hand_across: Half the hand's extent across it
-    :param wrist_offset: How far the grip site is further out than the wrist
+    :param wrist_offset: How much further out the grip site is than the wrist
     :param wrist_height: How far the wrist is above the grip site
-    :param arm_reach: Largest distance of shoulder and wrist with a comfortably bent elbow
+    :param arm_reach: Largest distance between shoulder and wrist with a comfortably bent elbow
     """
 
     stroke: float = 0.078
@@ -141,7 +141,7 @@ def yaw_of_closing_axis(axis: Array) -> float:
 
 def grasp_height(bottom: float, top: float, gripper: Gripper) -> float:
     """
-    Height of the grip site: as deep as the hand allows at tall objects, the middle at flat ones.
+    Height of the grip site: as low as the hand allows on tall objects, the middle of flat ones.
 
     :param bottom: Lowest point of the object
     :param top: Highest point of the object
@@ -154,13 +154,13 @@ def grasp_height(bottom: float, top: float, gripper: Gripper) -> float:
 
 def hand_hits(obstacles: Array, position: Array, yaw: float, gripper: Gripper) -> int:
     """
-    How many obstacle points are where the hand or an open finger would be, or above.
+    Number of obstacle points inside the hand or an open finger, or above them.
 
     :param obstacles: (n, 3) points in the world
     :param position: Grip site
     :param yaw: Yaw of the gripper
     :param gripper: Dimensions of the gripper
-    :return: Number of points that are hit by a gripper coming straight down
+    :return: Number of points that a gripper hits when it comes straight down
     """
     if len(obstacles) == 0:
         return 0
@@ -170,16 +170,16 @@ def hand_hits(obstacles: Array, position: Array, yaw: float, gripper: Gripper) -
     across = np.abs(relative[:, 0] * axis[1] - relative[:, 1] * axis[0])
     hand = (relative[:, 2] > gripper.hand_bottom) & (along < gripper.hand_along) & (across < gripper.hand_across)
     finger = (relative[:, 2] > -gripper.pad_below) & (across < gripper.pad_half_width + 0.006)
-    # All of the way that the fingers close over, so that nothing is gripped together with the object.
+    # The fingers' whole way of closing, so that nothing else is gripped together with the object.
     finger &= along < 0.5 * gripper.stroke + 0.016
     return int((hand | finger).sum())
 
 
 def overreach(position: Array, shoulder: Array, gripper: Gripper) -> float:
     """
-    How far a grasp from above stretches the arm beyond what it can do with a bent elbow.
+    How far a grasp from above stretches the arm beyond what it reaches with a bent elbow.
 
-    robosuite's controller does not come out of a straight elbow again: its last centimetres are worth a rotation.
+    robosuite's controller cannot leave a straight elbow again, so a rotation is better than the last centimetres.
 
     :param position: Grip site
     :param shoulder: Position of the arm's shoulder
@@ -208,14 +208,14 @@ def plan_top_grasp(
     :param points: (n, 3) points on the surface of the object in the world
     :param current_yaw: Yaw of the gripper now
     :param gripper: Dimensions of the gripper
-    :param obstacles: (m, 3) points of other objects that the hand should not come down on
+    :param obstacles: (m, 3) points of other objects, which the hand should not hit
     :param n_yaws: Number of yaws tried between -90 and +90 degrees
     :return: The best grasp; its width exceeds the stroke if none fits
     """
     bottom, top = float(points[:, 2].min()), float(points[:, 2].max())
     height = grasp_height(bottom, top, gripper)
     between = points[(points[:, 2] > height - 0.012) & (points[:, 2] < height + 0.016)]
-    # The hand sinks over everything above the pads, so the part above must fit as well as what is between them.
+    # The open fingers come down past everything above the pads, so that part must fit between them as well.
     above = points[points[:, 2] > height - gripper.pad_below - 0.004]
     if len(between) < 4:
         between = above if len(above) >= 4 else points
@@ -346,9 +346,9 @@ def plan_rim_grasp(
     :param current_yaw: Yaw of the gripper now
     :param current_xy: Position of the gripper now; the nearer side of the rim is preferred
     :param gripper: Dimensions of the gripper
-    :param obstacles: (m, 3) points of other objects that the hand should not come down on
+    :param obstacles: (m, 3) points of other objects, which the hand should not hit
     :param shoulder: Position of the arm's shoulder; places that would stretch the elbow are avoided
-    :param ways: Displacements at which the hand should be clear of obstacles as well: where the object goes
+    :param ways: Displacements of the carried object at which the hand should be clear of obstacles too
     :return: The best grasp
     """
     side_u, side_v = rotation[:, (rim.axis + 1) % 3], rotation[:, (rim.axis + 2) % 3]
@@ -375,7 +375,7 @@ def plan_rim_grasp(
         yaw = yaw_of_closing_axis(outwards[:2])
         cost = abs(yaw) + 0.4 * abs(wrap_half_turn(yaw - current_yaw))
         cost += 3.0 * sqrt(float((point[0] - current_xy[0]) ** 2 + (point[1] - current_xy[1]) ** 2))
-        # Of a tilted bowl the high side is the one that the hand reaches without touching the rest.
+        # The hand reaches the high side of a tilted bowl without touching the rest.
         cost += 10.0 * float(middle[2] - point[2])
         if shoulder is not None:
             cost += 80.0 * overreach(point, shoulder, gripper)

@@ -30,8 +30,8 @@ class Placement:
 
     :param xy: Wanted position of the object's root body
     :param height: Height of the object's lowest point at which the gripper opens
-    :param clearance: How far above ``height`` the lowest point travels at least until it is over the target
-    :param container: Name of the object or fixture that it is put on or in
+    :param clearance: How far above ``height`` the lowest point stays at least until it is over the target
+    :param container: Name of the object or fixture it is put on or in
     :param tolerance: Horizontal error at which the gripper may open
     :param yaw: Wanted yaw of the gripper, None for any
     """
@@ -48,12 +48,12 @@ class PickPlace:
     """
     Stateless pick and place: approach down a funnel, close, lift, carry, lower, open.
 
-    The phase is read off the state alone: where the object is relative to the gripper, whether both pads touch it,
-    how far the fingers are apart.
+    The phase depends on the state alone: where the object is relative to the gripper, whether both pads touch it,
+    how far apart the fingers are.
 
     :param name: Name of the object
-    :param placement: Gives the placement for the current state
-    :param planner: Gives the grasp for the current state, the default is a grasp from above of the whole object
+    :param placement: Returns the placement for the current state
+    :param planner: Returns the grasp for the current state; by default a grasp from above
     :param hover: Height above the grasp from which the gripper descends
     """
 
@@ -85,7 +85,7 @@ class PickPlace:
                 position = scene.position(self.name)
                 placement = self.placement(scene)
                 to_place = np.append(placement.xy - position[:2], placement.height - position[2])
-                # The side of the bowl is chosen for where it goes, too: halfway, still lifted, and at the end.
+                # The hand should also be clear halfway, where the bowl is still lifted, and at the end.
                 ways = [0.5 * to_place + np.array([0.0, 0.0, 0.06]), to_place]
                 return plan_rim_grasp(
                     rim, position, rotation, scene.yaw, scene.eef[:2], self.gripper, obstacles, scene.shoulder, ways
@@ -93,7 +93,7 @@ class PickPlace:
         return plan_top_grasp(scene.points(body), scene.yaw, self.gripper, obstacles)
 
     def _travel_height(self, scene: Scene, grasp: Grasp) -> float:
-        """Height of the grip site at which the hand passes over everything between here and the grasp."""
+        """Height of the grip site at which the hand clears everything on its way to the grasp."""
         way = grasp.position[:2] - scene.eef[:2]
         highest = highest_on_way(scene.obstacles(self.name), scene.eef[:2], way, self.gripper.hand_along)
         return max(float(grasp.position[2]) + self.hover, highest - 0.005)
@@ -133,8 +133,8 @@ class PickPlace:
         near = along < 0.03 and across < 0.022 and abs(offset[2]) < 0.022
         between = scene.gap > 0.6 * min(grasp.width, self.gripper.stroke)
         ready = along < grasp.margin and across < 0.012 and abs(offset[2]) < 0.008
-        # The direction in which the fingers move tells closing from opening again. Fingers that stand still without
-        # touching the object on both sides are blocked by something else: open and come again.
+        # Whether the fingers are closing or opening again shows in their speed. Fingers that stand still without
+        # touching the object on both sides are blocked by something else: open and try again.
         wide = scene.gap > self.gripper.stroke - 0.012
         closing = scene.gap < self.gripper.stroke - 0.003 and scene.gap_speed < -0.005
         if aligned and near and between and (closing or (ready and wide)):
@@ -178,12 +178,12 @@ class PickPlace:
 
 def highest_on_way(obstacles: Array, start: Array, way: Array, radius: float) -> float:
     """
-    Height of the highest obstacle near a straight way.
+    Height of the highest obstacle near a straight line.
 
     :param obstacles: (n, 3) points in the world
-    :param start: Where the way begins (x, y)
-    :param way: From there to its end
-    :param radius: How near counts
+    :param start: Where the line begins (x, y)
+    :param way: Vector from there to its end
+    :param radius: Distance within which an obstacle counts as near
     :return: Height in m, minus infinity if nothing is near
     """
     if len(obstacles) == 0:
@@ -197,7 +197,7 @@ def highest_on_way(obstacles: Array, start: Array, way: Array, radius: float) ->
 
 def scene_yaw_error(scene: Scene, yaw: float) -> float:
     """
-    Missing rotation of the gripper about the vertical axis.
+    Rotation about the vertical axis by which the gripper is off, in [-pi/2, pi/2).
 
     :param scene: Current state
     :param yaw: Wanted yaw

@@ -1,4 +1,4 @@
-"""Demonstrations by the scripted experts, recorded at the states where a chunked policy could have to decide."""
+"""Demonstrations by the scripted experts, recorded at states where a chunked policy might have to decide."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RecordedEpisode:
     """
     One episode of demonstration.
 
-    :param observations: key -> array of shape ``(T, ...)``
-    :param action_chunks: float32 ``(T, K, D)``: what the expert does in the K steps that follow each observation
+    :param observations: arrays ``(T, ...)`` by key
+    :param action_chunks: float32 ``(T, K, D)``: the expert's actions in the K steps after each observation
     :param actions: float32 ``(T, D)``: the first of them
     :param task_id: the task
     :param seed: seed of the reset
@@ -33,7 +33,7 @@ class RecordedEpisode:
 
 
 def _perturbation(rng: np.random.Generator) -> tuple[int, np.ndarray]:
-    """A burst of one random action: a push, in a third of the cases a twist, in a third the gripper's other state."""
+    """A push, sometimes with a twist or a change of the gripper: for how many steps, and the action."""
     action = np.zeros(7, dtype=np.float32)
     action[:3] = rng.uniform(-1.0, 1.0, 3)
     if rng.random() < 0.33:
@@ -46,17 +46,17 @@ def record_episode(
     env: LiberoEnv, seed: int, task_id: int, chunk_size: int = 8, stride: int = 1, perturbation: float = 0.0
 ) -> RecordedEpisode:
     """
-    Let the scripted expert play one episode and label it with chunks of its own following actions.
+    Let the scripted expert play one episode, and label each state with the chunk of its next actions.
 
-    With ``perturbation`` the expert is now and then pushed off its way and has to recover (noise injection in the
-    manner of DART, https://arxiv.org/abs/1703.09327), so that a policy learns from states that it will itself cause.
-    Only states are recorded after which ``chunk_size`` steps of the expert's own follow: a push is never a label.
+    With ``perturbation`` the expert is sometimes pushed off its way and has to recover (noise injection as in DART,
+    https://arxiv.org/abs/1703.09327), so that a policy also learns from states its own errors lead to. A state is
+    recorded only if its next ``chunk_size`` steps are the expert's own: a push is never a label.
 
     :param env: raw LIBERO env
     :param seed: seed of the reset and of the perturbations
     :param task_id: the task
-    :param chunk_size: length of the chunks
-    :param stride: record every so many steps
+    :param chunk_size: number of actions of a chunk
+    :param stride: record one of every ``stride`` steps
     :param perturbation: probability of a push at a step
     :return: the episode
     """
@@ -75,7 +75,7 @@ def record_episode(
             rest = chunk_size + int(rng.integers(8, 25))
         if left == 0 and step % stride == 0:
             observations.append((step, env.current_observation()))
-        # As a token policy would execute it.
+        # Rounded to tokens, as a token policy would execute it.
         action = decode_tokens(encode_actions(env.expert_action() if left == 0 else push))
         if left > 0 and push[6] == 0.0 and actions:
             action[6] = actions[-1][6]

@@ -16,8 +16,8 @@ class Scene:
     Read-only view of one LIBERO domain.
 
     Everything is computed on a private ``MjData`` from a copy of qpos and qvel: robosuite's own ``data`` lags one
-    physics sub-step behind after a step and is up to date after a restored state, so reading it would make an expert's
-    action depend on how a state was reached. The simulation itself is never touched.
+    physics sub-step behind after a step but up to date after a state is restored, so an expert's action would depend
+    on how the state was reached. The simulation itself is never changed.
 
     :param domain: LIBERO's domain (``ControlEnv(...).env``)
     """
@@ -28,7 +28,7 @@ class Scene:
         self.update()
 
     def _bind(self) -> None:
-        """Look up ids; repeated when robosuite's hard reset has compiled another model."""
+        """Look up ids, again whenever robosuite's hard reset has compiled a new model."""
         self._sim = self.domain.sim
         self.model: Any = getattr(self._sim.model, "_model", self._sim.model)
         self.data = mujoco.MjData(self.model)
@@ -59,7 +59,7 @@ class Scene:
         return int(mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_GEOM, name))
 
     def update(self) -> None:
-        """Take over the current state of the simulation."""
+        """Copy the current state of the simulation."""
         if self._sim is not self.domain.sim:
             self._bind()
         source = self._sim.data
@@ -86,7 +86,7 @@ class Scene:
 
     def position(self, name: str) -> Array:
         """
-        Position of an object's root body, the one that LIBERO's predicates look at.
+        Position of an object's root body, which LIBERO's predicates use.
 
         :param name: Name of the instance
         """
@@ -150,7 +150,7 @@ class Scene:
         return self._geoms[body]
 
     def _find_obstacle_bodies(self) -> list[tuple[str, list[int]]]:
-        """Rigid bodies of each object and fixture that can be in the way; the table's or floor's are not."""
+        """Rigid bodies of each object and fixture that can be in the way; the table and the floor are left out."""
         found = []
         for name in [*self.domain.objects_dict, *self.domain.fixtures_dict]:
             if name not in self.domain.obj_body_id:
@@ -228,7 +228,7 @@ class Scene:
         Distance of each finger to a body; zero or less is contact.
 
         :param body: Body id
-        :param most: Distances beyond this are not resolved
+        :param most: Larger distances are returned as this
         """
         geoms = np.asarray(self.collision_geoms(body))
         result = []

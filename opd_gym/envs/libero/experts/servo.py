@@ -58,14 +58,14 @@ class Servo:
 
     def rotation_error(self, scene: Scene, yaw: float | None) -> Array:
         """
-        Rotation that is missing, as a rotation vector in the world.
+        Rotation to the wanted yaw, as a rotation vector in the world.
 
         :param scene: Current state
         :param yaw: Wanted yaw relative to the rest pose, None for the current one
         """
         if yaw is None:
             yaw = scene.yaw
-        # Of the two equal gripper poses (half a turn apart) take the nearer one, but keep away from the joint's limit.
+        # Of the two equivalent gripper poses, half a turn apart, take the nearer one away from the joint's limit.
         turn = wrap_half_turn(yaw - scene.yaw)
         goal = scene.yaw + turn
         if abs(goal) > 2.2:

@@ -13,13 +13,13 @@ from opd_gym.envs.libero.experts.servo import CLOSE, Target
 
 class Slide:
     """
-    Stateless sliding: press the closed fingers on the middle of the object and draw it to the goal.
+    Stateless sliding: press the closed fingers on the middle of the object and drag it to the goal.
 
-    The pads grip better than the table does, so the object follows; unlike pushing from behind this needs no room
-    behind the object.
+    The pads have more friction than the table, so the object follows. Unlike pushing, this needs no room behind the
+    object.
 
     :param name: Name of the object
-    :param goal: Gives the wanted position (x, y) of the object's root body
+    :param goal: Returns the wanted position (x, y) of the object's root body
     :param hover: Height above the object at which the gripper moves over it
     :param pressure: How far below the surface the grip site is commanded
     """
@@ -47,7 +47,7 @@ class Slide:
         pressed = float(scene.eef[2]) < contact + 0.006
         if pressed and apart < 0.045 and scene.gap < 0.03:
             way = self.goal(scene) - scene.position(self.name)[:2]
-            # Slowly enough for the friction to hold.
+            # Slow enough for the friction to hold.
             step = way * min(1.0, 0.02 / max(float(np.linalg.norm(way)), 1e-6))
             xy = scene.eef[:2] + step
             return Target(np.array([xy[0], xy[1], contact - self.pressure]), CLOSE, 0.0)
