@@ -76,7 +76,8 @@ class OPD(RolloutAlgorithm):
         all images of a minibatch alike (cheaper); None for none
     :param weight_decay: Weight decay of AdamW
     :param teacher_kwargs: How to read the teacher, see ``opd_gym.algorithms.teachers`` (``temperature`` for Q-values,
-        ``std`` for deterministic continuous actions, ``smoothing`` and ``floor`` for labels)
+        ``std`` for deterministic continuous actions, ``smoothing`` and ``floor`` for labels, ``vec_normalize`` for the
+        statistics that it was trained with)
     :param stats_window_size: Number of episodes that the reported success rate, length and reward are averaged over
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -192,6 +193,9 @@ class OPD(RolloutAlgorithm):
         if self.teacher is self.policy:
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
         self._teacher = make_teacher(self.teacher, self.env, self.policy, **self.teacher_kwargs)
+        self.rollout_buffer.label_size = self._teacher.label_size or self.rollout_buffer.spec.n_tokens
+        if self.verbose >= 1 and self._teacher.sees:
+            print(f"The teacher sees {self._teacher.sees}.")
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self._teacher is None and self.env is not None:

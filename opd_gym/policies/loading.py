@@ -8,11 +8,13 @@ import io
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
@@ -167,6 +169,79 @@ def _read_zip(path: Path, custom_objects: Mapping[str, Any] | None = None) -> tu
     if data is None or "policy_class" not in data or "policy" not in params:
         raise ValueError(f"{path} holds no policy: expected the zip that a Stable-Baselines3 model's save() writes.")
     return data, params["policy"]  # type: ignore[return-value]
+
+
+# How NumPy's arrays, their types and single numbers are rebuilt
+_NUMPY = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+}
+
+
+class _Inert:
+    """Stands in for whatever else a pickle holds: it keeps its state and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def extend(self, values: Any) -> None:
+        pass
+
+    append = add = extend
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _NUMPY:
+            return super().find_class(module, name)
+        if name == "_frombuffer":
+            return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order)
+        # One of its own for each, as a pickle may set state on a class
+        return type("Inert", (_Inert,), {})
+
+
+def read_vec_normalize(path: str | os.PathLike[str]) -> Any:
+    """
+    The statistics that ``VecNormalize.save()`` wrote. Nothing that the file holds is run.
+
+    :param path: File to read
+    :return: An object with the attributes of the ``VecNormalize``, and none of its methods
+    :raises FileNotFoundError: There is no such file
+    :raises ValueError: It holds anything else
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path} with the statistics of a VecNormalize.")
+    try:
+        found = _InertUnpickler(io.BytesIO(path.read_bytes())).load()
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(f"{path} cannot be read as a VecNormalize ({type(error).__name__}: {error}).") from error
+    if not all(hasattr(found, name) for name in ("norm_obs", "clip_obs", "epsilon")):
+        raise ValueError(f"{path}: expected what VecNormalize.save() writes, got something else.")
+    return found
+
+
+def find_vec_normalize(path: Path, env_id: str | None) -> Path | None:
+    """
+    The statistics that were left beside the zip of a model.
+
+    :param path: The zip
+    :param env_id: Id of its env, if known
+    :return: What ``CheckpointCallback``, rl-zoo3 or the Hugging Face hub names so; None if there is none
+    """
+    names = [f"{name}/vecnormalize.pkl" for name in (path.stem, (env_id or path.stem).replace("/", "-"))]
+    if match := re.fullmatch(r"(.+)_(\d+)_steps", path.stem):
+        names.insert(0, f"{match[1]}_vecnormalize_{match[2]}_steps.pkl")
+    candidates = (path.parent / name for name in (*names, "vec_normalize.pkl", "vecnormalize.pkl"))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def _no_learning(progress_remaining: float) -> float:
