@@ -176,8 +176,8 @@ class EvaluationResult:
 
     def paired(self, other: EvaluationResult) -> tuple[int, int, float]:
         """
-        Compare with a result of the same episodes, which says more than two intervals do. Warns where the two were
-        played with different versions.
+        Compare with a result of the same episodes. This says more than comparing two intervals. Warns where the two
+        were played with different versions.
 
         :param other: result of the same tasks, initial states and seeds in the same order; that the envs were alike
             (horizon, pictures) is up to the caller
@@ -331,7 +331,7 @@ def _as_spec(episode: EpisodeSpec | Mapping[str, Any]) -> EpisodeSpec:
 
 
 class _Queue:
-    """Hands out episodes; an env gets tasks that it has played already, because a new task is a new simulator."""
+    """Hands out episodes. An env preferably gets a task it has already played: a new task costs a new simulator."""
 
     def __init__(self, episodes: list[EpisodeSpec], n_envs: int):
         self.episodes = episodes
@@ -428,7 +428,7 @@ class _Evaluation:
         self.idle_actions = np.stack([np.asarray(env.action_space.sample()) for _ in range(env.num_envs)])
 
     def run(self) -> EvaluationResult:
-        # Again only if an episode was lost when the other envs stood still already
+        # More than once only if an episode was lost after the other envs had stopped
         while self.queue.pending:
             if self.frames:
                 self.env.env_method("draw_end")

@@ -1,3 +1,6 @@
+import os
+import pickle
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -6,7 +9,7 @@ import stable_baselines3
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecTransposeImage
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 from toys import TINY_BODY, Match, Robot, cartpole_teacher, vec
 
 from opd_gym.algorithms.opd import OPD
@@ -19,6 +22,7 @@ from opd_gym.algorithms.teachers import (
     unsquash,
 )
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
+from opd_gym.policies.loading import read_vec_normalize
 from opd_gym.tokens import CategoricalTokens, GaussianTokens, token_spec
 
 NO_LABELS = th.empty(0)
@@ -301,3 +305,145 @@ def test_a_teacher_that_gives_nan_is_named():
         teacher.policy.action_net.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="teacher's outputs are NaN"):
         OPD("MlpPolicy", "CartPole-v1", teacher=teacher).learn(32)
+
+
+def normalised(n_envs=1, env="Pendulum-v1", **kwargs):
+    """Statistics far from those of raw observations, some of which are clipped."""
+    env = VecNormalize(vec(n_envs, env=env), training=False, clip_obs=2.0, epsilon=0.01, **kwargs)
+    env.obs_rms.mean[:], env.obs_rms.var[:] = 0.2, 0.09
+    return env
+
+
+def seen_by(teacher, env, **kwargs):
+    """What a live teacher saw in a rollout, and what was stored of its opinion."""
+    policy = teacher.policy
+    seen, forward = [], policy.get_distribution
+    policy.get_distribution = lambda obs: (seen.append(obs), forward(obs))[1]
+    model = OPD("MlpPolicy", env, teacher=teacher, n_steps=6, device="cpu", seed=0, teacher_kwargs=kwargs).learn(1)
+    policy.get_distribution = forward
+    return model, seen
+
+
+def test_a_raw_teacher_sees_raw_observations_where_the_student_sees_normalised_ones():
+    teacher = stable_baselines3.PPO(
+        "MlpPolicy", "Pendulum-v1", device="cpu", seed=0, policy_kwargs=dict(ortho_init=False)
+    )
+    env = normalised(2)
+    env.training = True  # the statistics move, the raw observations do not
+    model, seen = seen_by(teacher, env)
+    assert len(seen) == 6 and max(float(obs[:, :2].abs().max()) for obs in seen) <= 1.0
+    assert all(np.allclose(obs[:, :2].norm(dim=1), 1.0, atol=1e-5) for obs in seen)  # cosine and sine
+    rows = th.stack(seen).transpose(0, 1).flatten(0, 1)
+    expected = teacher.policy.get_distribution(rows).distribution
+    flat = th.as_tensor(model.rollout_buffer.teacher_distributions)
+    assert th.allclose(flat, th.cat([expected.mean, expected.stddev.log()], dim=1), atol=1e-5)
+    # Other than what the student saw
+    assert np.abs(model.rollout_buffer.observations - rows.numpy()).max() > 0.5
+    env.norm_obs = False
+    assert make_teacher(teacher, env, model.policy).privileged is False
+
+
+@pytest.mark.parametrize(
+    ("zip_name", "statistics"),
+    [
+        ("Pendulum-v1.zip", "Pendulum-v1/vecnormalize.pkl"),
+        ("best_model.zip", "Pendulum-v1/vecnormalize.pkl"),
+        ("ppo-Pendulum-v1.zip", "vec_normalize.pkl"),
+        ("rl_model_500_steps.zip", "rl_model_vecnormalize_500_steps.pkl"),
+        ("model.zip", "elsewhere/statistics.pkl"),
+    ],
+)
+def test_a_teacher_behind_vec_normalize_brings_its_statistics(zip_name, statistics, tmp_path, capsys):
+    theirs = normalised()
+    model = stable_baselines3.PPO("MlpPolicy", theirs, device="cpu", seed=0, policy_kwargs=dict(ortho_init=False))
+    model.save(tmp_path / zip_name)
+    (tmp_path / statistics).parent.mkdir(exist_ok=True)
+    theirs.save(str(tmp_path / statistics))
+    raw = np.random.default_rng(0).uniform(-1, 1, (50, 3)).astype(np.float32)
+    expected = model.policy.get_distribution(th.as_tensor(theirs.normalize_obs(raw))).distribution.mean
+    assert np.abs((raw - 0.2) / 0.3).max() > 2.0  # some are clipped
+    given = {"vec_normalize": tmp_path / statistics} if "elsewhere" in statistics else {}
+    env = vec(1, env="Pendulum-v1")
+    for teacher in (tmp_path / zip_name, model):
+        assert th.allclose(opinion(teacher, env, raw, **given).mean, expected, atol=1e-5)
+    at_odds = opinion(tmp_path / zip_name, env, raw, vec_normalize=False).mean
+    assert not th.allclose(at_odds, expected, atol=1e-2)
+    # The student normalises too, with other statistics
+    mixed = normalised()
+    mixed.obs_rms.mean[:] = -3.0
+    student = OPD("MlpPolicy", mixed, teacher=tmp_path / zip_name, teacher_kwargs=given, verbose=1, device="cpu")
+    assert "observations normalised by its own statistics" in capsys.readouterr().out
+    mixed.old_obs = raw[:1]
+    label = student._teacher.label(mixed, np.array([0]))
+    assert np.allclose(label[:, :1], expected[:1].detach(), atol=1e-5)
+
+
+def test_statistics_of_dict_observations(tmp_path):
+    theirs = VecNormalize(vec(1, dict_obs=True), norm_obs_keys=["vector"], training=False)
+    theirs.obs_rms["vector"].mean[:] = 0.5
+    theirs.save(str(tmp_path / "statistics.pkl"))
+    env = VecTransposeImage(vec(1, dict_obs=True))
+    obs = env.reset()
+    model = stable_baselines3.PPO("MultiInputPolicy", theirs, device="cpu", seed=0, n_steps=8, batch_size=8)
+    student = type("Student", (), {"squash_output": False})()
+    teacher = make_teacher(model.policy, env, student, vec_normalize=tmp_path / "statistics.pkl")
+    inputs = {"vector": th.as_tensor(obs["vector"] - 0.5), "picture": th.as_tensor(obs["picture"])}
+    expected = model.policy.get_distribution(inputs).distribution.logits
+    found = teacher.distribution({key: th.as_tensor(array) for key, array in obs.items()}, NO_LABELS)
+    assert th.allclose(found.log_probs[:, 0], expected, atol=1e-5)
+
+
+def test_statistics_are_read_and_nothing_runs(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    env = normalised()
+    for protocol in range(3, pickle.HIGHEST_PROTOCOL + 1):
+        env.bomb = Bomb()
+        (tmp_path / "statistics.pkl").write_bytes(pickle.dumps(env, protocol))
+        found = read_vec_normalize(tmp_path / "statistics.pkl")
+        assert found.norm_obs is True and found.clip_obs == 2.0 and (found.obs_rms.mean == 0.2).all()
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "list.pkl").write_bytes(pickle.dumps([1]))
+    (tmp_path / "cut.pkl").write_bytes(pickle.dumps(env.obs_rms)[:-20])
+    for name, message in (("list", "VecNormalize.save"), ("cut", "cannot be read"), ("none", "no file")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            read_vec_normalize(tmp_path / f"{name}.pkl")
+
+
+def test_statistics_of_other_observations_are_refused(tmp_path):
+    cartpole_teacher().save(tmp_path / "teacher")
+    normalised().save(str(tmp_path / "vec_normalize.pkl"))
+    with pytest.raises(ValueError, match=r"vec_normalize\.pkl.*shape \(3,\).*False"):
+        OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path / "teacher.zip")
+    OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path / "teacher.zip", teacher_kwargs={"vec_normalize": False})
+
+
+def test_a_maskable_teacher_in_an_env_with_masks_is_refused():
+    class Doors(Match):
+        def action_masks(self):
+            return np.ones(4, bool)
+
+    teacher = sb3_contrib.MaskablePPO("MlpPolicy", Doors(), device="cpu")
+    with pytest.raises(ValueError, match="action masks"):
+        OPD("MlpPolicy", Doors(), teacher=teacher)
+
+
+class Unreadable:
+    def __reduce__(self):
+        return len, (5,)
+
+
+def test_what_cannot_be_unpickled_is_named_and_can_be_given(tmp_path):
+    model = cartpole_teacher()
+    space = model.observation_space
+    model.lr_schedule = Unreadable()  # of no use to a policy
+    model.save(tmp_path / "schedule")
+    OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path / "schedule.zip")
+    model.observation_space = Unreadable()
+    model.save(tmp_path / "space")
+    kwargs = dict(teacher=tmp_path / "space.zip")
+    with pytest.raises(ValueError, match="space.zip: its observation_space cannot be read.*custom_objects"):
+        OPD("MlpPolicy", "CartPole-v1", **kwargs)
+    OPD("MlpPolicy", "CartPole-v1", **kwargs, teacher_kwargs={"custom_objects": {"observation_space": space}})

@@ -132,6 +132,8 @@ class TeacherRolloutBuffer(RolloutBuffer):
         self.spec = token_spec(action_space)
         self.store_distribution = store_distribution
         self.expected_size = buffer_size
+        #: Numbers of a teacher's label of one state
+        self.label_size = self.spec.n_tokens
         super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
 
     def _fields(self) -> dict[str, tuple[tuple[int, ...], Any, float]]:
@@ -144,7 +146,7 @@ class TeacherRolloutBuffer(RolloutBuffer):
             "values": ((), np.float32, 0),
             "token_log_probs": ((n_tokens,), np.float32, 0),
             "token_mask": ((n_tokens,), np.float32, 0),
-            "teacher_actions": ((n_tokens,), np.float32, np.nan),
+            "teacher_actions": ((self.label_size,), np.float32, np.nan),
             "group_ids": ((), np.int64, -1),
             "episode_ids": ((), np.int64, -1),
             "successes": ((), np.float32, np.nan),
@@ -197,7 +199,7 @@ class TeacherRolloutBuffer(RolloutBuffer):
         :param group_id: Group of each episode, -1 for none
         :param episode_id: Episode
         :param success: Outcome of the episodes that ended with this step, NaN for the others
-        :param teacher_action: Labels of a privileged teacher, (n_envs, T), NaN for none
+        :param teacher_action: Labels of a privileged teacher, (n_envs, ``label_size``), NaN for none
         """
         if self.pos == self.buffer_size:
             self._grow()

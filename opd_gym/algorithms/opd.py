@@ -45,15 +45,15 @@ class OPD(RolloutAlgorithm):
 
     Each iteration the student acts for ``n_steps`` decisions in every env, the frozen teacher gives its distribution in
     the states the student visited (its own mistakes included), and the student descends the divergence between the two.
-    The environment's reward is not used, and episodes need not be complete, so no env waits for another.
+    The environment's reward is not used. Episodes need not be complete, so no env waits for another.
 
     ``estimator="exact"`` (the default) sums the divergence over all bins, or takes the closed form for Gaussians. It is
     an expectation over states alone, so every state visited so far remains a valid target: they are kept with the
     teacher's labels (``state_replay``), and each iteration takes ``gradient_steps`` minibatches from all of them.
 
     Tokens of an autoregressive student (OpenVLA) are compared one by one after its own tokens before them, as on-policy
-    distillation of language models does (GKD, https://arxiv.org/abs/2306.13649): such a prefix is part of the state,
-    and of its probability there is no gradient. So replayed states come with the tokens that the student chose there.
+    distillation of language models does (GKD, https://arxiv.org/abs/2306.13649). Such a prefix is part of the state:
+    its probability gets no gradient, and replayed states keep the tokens that the student chose there.
 
     ``estimator="sampled"`` is Eq. 6 and 7 of the paper to the letter: REINFORCE with the token's own log-ratio as
     advantage, one update per rollout, no replay.
@@ -85,7 +85,8 @@ class OPD(RolloutAlgorithm):
         all images of a minibatch alike (cheaper); None for none
     :param weight_decay: Weight decay of AdamW
     :param teacher_kwargs: How to read the teacher, see ``opd_gym.algorithms.teachers`` (``temperature`` for Q-values,
-        ``std`` for deterministic continuous actions, ``smoothing`` and ``floor`` for labels)
+        ``std`` for deterministic continuous actions, ``smoothing`` and ``floor`` for labels, ``vec_normalize`` for the
+        statistics that it was trained with)
     :param stats_window_size: Number of episodes that the reported success rate, length and reward are averaged over
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -204,6 +205,9 @@ class OPD(RolloutAlgorithm):
         if self.teacher is self.policy:
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
         self._teacher = make_teacher(self.teacher, self.env, self.policy, **self.teacher_kwargs)
+        self.rollout_buffer.label_size = self._teacher.label_size or self.rollout_buffer.spec.n_tokens
+        if self.verbose >= 1 and self._teacher.sees:
+            print(f"The teacher sees {self._teacher.sees}.")
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self._teacher is None and self.env is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -17,13 +19,13 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import PyTorchObs
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
-from opd_gym.checkpoints import find_teacher
+from opd_gym.checkpoints import find_teacher, resolve_checkpoint
 from opd_gym.envs.wrappers import ActionTokens, EpisodeControl
-from opd_gym.observations import map_obs
-from opd_gym.policies.loading import load_policy
+from opd_gym.observations import map_obs, obs_rows
+from opd_gym.policies.loading import find_vec_normalize, load_policy, read_vec_normalize
 from opd_gym.tokens import (
     CategoricalTokens,
     GaussianTokens,
@@ -31,6 +33,7 @@ from opd_gym.tokens import (
     TokenView,
     action_distribution,
     check_starts,
+    is_autoregressive,
     token_spec,
     token_view,
 )
@@ -40,17 +43,21 @@ class Teacher(ABC):
     """
     A frozen source of token distributions in the student's own token space.
 
-    A privileged teacher looks at the simulator and not at the observation: it is asked for a label in every state
-    before the step is taken, and its distribution is made from the label.
+    A privileged teacher needs more than the student's observation, the simulator for instance: it is asked for a label
+    in every state before the step is taken, and its distribution is made from the label.
     """
 
     privileged: bool = False
+    #: Numbers of a label; None: one for each token
+    label_size: int | None = None
+    #: Which observations it sees, where that needs saying
+    sees: str | None = None
 
     @abstractmethod
     def distribution(self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None) -> TokenView:
         """
         :param observations: Observations of the student's env
-        :param labels: Labels of a privileged teacher in these states, (batch, T); NaN for any other teacher
+        :param labels: Labels of a privileged teacher in these states, (batch, ``label_size``); NaN for any other
         :param actions: The student's actions in these states, (batch, T): an autoregressive teacher is asked for each
             token after the student's own tokens before it
         :return: The teacher's distribution, without gradient
@@ -62,7 +69,7 @@ class Teacher(ABC):
 
         :param env: The student's env
         :param indices: Numbers of the envs to ask
-        :return: (len(indices), T)
+        :return: (len(indices), ``label_size``)
         """
         raise NotImplementedError
 
@@ -75,10 +82,14 @@ class PolicyTeacher(Teacher):
     - Q-networks (DQN, QR-DQN) give ``softmax(Q / temperature)``.
     - Deterministic policies (TD3, DDPG, ARS) give their action, smoothed as a privileged teacher's label is.
 
-    An autoregressive policy gives its distribution of each token after the student's own tokens before it: what it
-    would choose there, whether or not it would have come there. The student may be autoregressive or not.
+    An autoregressive policy gives its distribution of each token after the student's own tokens before it, also where
+    it would not have chosen those tokens itself. The student may be autoregressive or not.
 
     A student that does not squash its Gaussian gets a squashed teacher as the Gaussian of the same mean and variance.
+
+    It sees observations as it was trained on them: raw, or normalised by its own statistics. Where the student's env is
+    a ``VecNormalize`` it is privileged, for the raw ones are known only until the next step: its label is its flattened
+    distribution.
 
     :param policy: The policy
     :param env: The student's env
@@ -87,6 +98,7 @@ class PolicyTeacher(Teacher):
     :param std: Standard deviation given to deterministic continuous actions, as a fraction of half the action's range
     :param smoothing: See :class:`LabelSmoothing`
     :param floor: See :class:`LabelSmoothing`
+    :param vec_normalize: The ``VecNormalize`` that the teacher was trained behind; None: none
     """
 
     def __init__(
@@ -98,6 +110,7 @@ class PolicyTeacher(Teacher):
         std: float = 0.1,
         smoothing: float = 1.0,
         floor: float = 0.01,
+        vec_normalize: Any = None,
     ):
         if policy is student:
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
@@ -107,11 +120,30 @@ class PolicyTeacher(Teacher):
         check_starts("teacher's action space", policy.action_space)
         check_action_spaces(policy.action_space, env.action_space)
         check_statistics(policy, env, student)
-        self._adapt = observation_adapter(policy.observation_space, env.observation_space)
+        if env.has_attr("action_masks") and "action_masks" in inspect.signature(policy.forward).parameters:
+            raise ValueError(
+                "The teacher was trained with action masks (MaskablePPO) and the env has action_masks(): its "
+                "distribution there depends on the mask, and states are labelled without. Use a teacher without masks."
+            )
+        space = raw_observation_space(env)
+        normalise = None
+        if vec_normalize is not None and vec_normalize.norm_obs:
+            normalise = Normalisation(vec_normalize, space)
+            space = normalise.space
+        adapt = observation_adapter(policy.observation_space, space)
+        self._adapt = adapt if normalise is None else lambda obs: adapt(normalise(obs))
+        self.privileged = _normalises(env)
+        if self.privileged and is_autoregressive(policy):
+            raise ValueError(
+                "An autoregressive teacher cannot label the states of a VecNormalize: use the env without norm_obs."
+            )
+        if normalise is not None or self.privileged:
+            self.sees = "raw observations" if normalise is None else "observations normalised by its own statistics"
         self.policy = policy
         self.temperature = temperature
         self.action_space = env.action_space
         self.spec = token_spec(env.action_space, squashed=student.squash_output)
+        self.label_size = self.spec.flat_size if self.privileged else None
         self._smooth = LabelSmoothing(self.spec, env.action_space, False, std, smoothing, floor)
         self._read = self._reader()
         if student.squash_output and not policy.squash_output:
@@ -155,14 +187,25 @@ class PolicyTeacher(Teacher):
             actions = low + 0.5 * (actions + 1.0) * (high - low)
         return self._smooth(actions)
 
-    @th.no_grad()
+    def label(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:
+        vec_normalize = unwrap_vec_normalize(env)
+        assert vec_normalize is not None
+        observations = map_obs(th.as_tensor, obs_rows(vec_normalize.get_original_obs(), indices))
+        return self._opinion(observations, None).flatten().cpu().numpy()
+
     def distribution(self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None) -> TokenView:
+        if self.privileged:
+            return self.spec.from_flat(labels)
+        return self._opinion(observations, actions).to(labels.device)
+
+    @th.no_grad()
+    def _opinion(self, observations: PyTorchObs, actions: th.Tensor | None) -> TokenView:
         self.policy.set_training_mode(False)
         try:
             # A large teacher may have a device of its own
             observations = self._adapt(map_obs(lambda x: x.to(self.policy.device), observations))
             actions = None if actions is None else actions.to(self.policy.device)
-            view = self._read(observations, actions).to(labels.device)
+            view = self._read(observations, actions)
         except (ValueError, FloatingPointError) as error:
             # How torch's and the VLA's distributions refuse NaN
             if "nan" not in str(error).lower():
@@ -177,8 +220,8 @@ class PolicyTeacher(Teacher):
 
 def _nan_teacher() -> FloatingPointError:
     return FloatingPointError(
-        "The teacher's outputs are NaN: check its weights, and that it is given observations like those that it was "
-        "trained on (stable_baselines3's VecCheckNan finds NaN in observations)."
+        "The teacher's outputs are NaN. Check its weights, and that its observations look like those it was trained on "
+        "(stable_baselines3's VecCheckNan finds NaN in observations)."
     )
 
 
@@ -186,8 +229,8 @@ class ExpertTeacher(Teacher):
     """
     A scripted expert that sees the simulator's state: ``expert_action()`` of the env.
 
-    Its label of a token does not depend on the student's tokens before it: an autoregressive student learns the
-    expert's value of every action dimension also after a token of its own that the expert would not have chosen.
+    Its label of a token does not depend on the student's tokens before it. An autoregressive student learns the
+    expert's value of each action dimension even after a token that the expert would not have chosen.
 
     :param env: The student's env
     :param student: The student's policy
@@ -303,6 +346,71 @@ class LabelSmoothing:
         return GaussianTokens(th.atanh(squashed), (self.std / (1.0 - squashed**2)).log(), squashed=True)
 
 
+class Normalisation:
+    """
+    Observations as a ``VecNormalize`` gives them, with its statistics of this moment.
+
+    :param vec_normalize: The ``VecNormalize``, or what was read of it from a file
+    :param observation_space: Space of the raw observations
+    :raises ValueError: Statistics and observations differ in their shape
+    """
+
+    def __init__(self, vec_normalize: Any, observation_space: spaces.Space):
+        self.clip = float(vec_normalize.clip_obs)
+        # Either both are of Dict observations or neither is; the key of a plain observation is None
+        known: dict[Any, spaces.Space] = {None: observation_space}
+        if isinstance(observation_space, spaces.Dict):
+            known = dict(observation_space.spaces)
+        statistics: dict[Any, Any] = (
+            vec_normalize.obs_rms if isinstance(vec_normalize.obs_rms, dict) else {None: vec_normalize.obs_rms}
+        )
+        self.statistics: dict[Any, tuple[th.Tensor, th.Tensor]] = {}
+        normalised = dict(known)
+        for key, rms in statistics.items():
+            mean, var = (np.array(getattr(rms, name), np.float64) for name in ("mean", "var"))
+            if key is None and None not in known:
+                raise ValueError(f"The teacher's VecNormalize is of {mean.shape}, the env gives {observation_space}.")
+            if key not in known:
+                continue  # the teacher's own space says whether it misses something
+            if mean.shape != known[key].shape:
+                raise ValueError(
+                    f"The teacher's VecNormalize has statistics of the shape {mean.shape}, the observation is "
+                    f"{known[key]}. Give those that belong to the teacher, or, if it was trained on raw observations, "
+                    'teacher_kwargs={"vec_normalize": False}.'
+                )
+            std = np.sqrt(var + float(vec_normalize.epsilon))
+            self.statistics[key] = th.as_tensor(mean), th.as_tensor(std)
+            if is_image_space(known[key]):
+                normalised[key] = spaces.Box(-self.clip, self.clip, mean.shape, np.float32)
+        #: Space of the normalised observations, as the teacher's policy was given it
+        self.space = normalised[None] if None in normalised else spaces.Dict(normalised)
+
+    def __call__(self, obs: Any) -> Any:
+        if isinstance(obs, dict):
+            return {key: self._normalise(key, array) for key, array in obs.items()}
+        return self._normalise(None, obs)
+
+    def _normalise(self, key: str | None, array: th.Tensor) -> th.Tensor:
+        if key not in self.statistics:
+            return array
+        mean, std = (x.to(array.device) for x in self.statistics[key])
+        return ((array - mean) / std).clamp(-self.clip, self.clip).float()
+
+
+def _normalises(env: VecEnv) -> bool:
+    vec_normalize = unwrap_vec_normalize(env)
+    return vec_normalize is not None and vec_normalize.norm_obs
+
+
+def raw_observation_space(env: VecEnv) -> spaces.Space:
+    """
+    :param env: A vectorised env
+    :return: Space of its observations before a ``VecNormalize`` has changed them
+    """
+    vec_normalize = unwrap_vec_normalize(env)
+    return vec_normalize.venv.observation_space if vec_normalize and vec_normalize.norm_obs else env.observation_space
+
+
 def unsquash(view: GaussianTokens, action_space: spaces.Space) -> GaussianTokens:
     """
     The Gaussian with the mean and the variance of a squashed Gaussian, in the units of the action space.
@@ -334,6 +442,8 @@ def make_teacher(
     student: BasePolicy,
     device: th.device | str | None = None,
     dtype: str | th.dtype | None = None,
+    custom_objects: dict[str, Any] | None = None,
+    vec_normalize: Any = None,
     **kwargs: Any,
 ) -> Teacher:
     """
@@ -348,21 +458,35 @@ def make_teacher(
     :param device: Device of a teacher that is read from files; None: the student's
     :param dtype: "bfloat16" or "float32": type in which a VLA that is read from files computes, and of its weights;
         None: float32
+    :param custom_objects: Attributes of a saved model to use instead of those in the zip, as in
+        Stable-Baselines3's ``load()``
+    :param vec_normalize: The ``VecNormalize`` that the teacher was trained behind, or the file that its ``save()``
+        wrote; False for a teacher of raw observations. None: the file beside a zip as ``CheckpointCallback``, rl-zoo3
+        and the hub leave it, or the ``VecNormalize`` of a live model; a teacher without one sees raw observations
     :param kwargs: Arguments of :class:`PolicyTeacher` or :class:`ExpertTeacher`
     :return: The teacher
     """
     if not (spec is None or isinstance(spec, (str, os.PathLike))) or spec == "expert":
-        given = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
+        given = {
+            key: value
+            for key, value in (("device", device), ("dtype", dtype), ("custom_objects", custom_objects))
+            if value is not None
+        }
         if given:
             raise ValueError(f"teacher_kwargs {given} are for a teacher that is read from files, got {spec!r}.")
     if isinstance(spec, Teacher):
         return spec
     if isinstance(spec, str) and spec == "expert":
+        if vec_normalize:
+            raise ValueError('teacher="expert" looks at the simulator: leave out vec_normalize.')
         return ExpertTeacher(env, student, **kwargs)
     if isinstance(spec, BaseAlgorithm):
+        vec_normalize = spec.get_vec_normalize_env() if vec_normalize is None else vec_normalize
         spec = spec.policy
+    if isinstance(vec_normalize, (str, os.PathLike)):
+        vec_normalize = read_vec_normalize(vec_normalize)
     if isinstance(spec, BasePolicy):
-        return PolicyTeacher(spec, env, student, **kwargs)
+        return PolicyTeacher(spec, env, student, vec_normalize=vec_normalize or None, **kwargs)
     if spec is not None and not isinstance(spec, (str, os.PathLike)):
         raise ValueError(
             'Expected teacher to be a path, the name of a checkpoint of the zoo, "expert", a policy, a model or None, '
@@ -370,11 +494,27 @@ def make_teacher(
         )
     # Building networks draws random numbers; the student's run must not depend on the kind of its teacher
     with preserved_rng():
-        policy = _load_teacher(spec, env, dtype)
-    return PolicyTeacher(policy.to(student.device if device is None else device), env, student, **kwargs)
+        path, policy = _load_teacher(spec, env, dtype, custom_objects)
+    beside = find_vec_normalize(path, _env_id(env)) if vec_normalize is None and path.is_file() else None
+    policy = policy.to(student.device if device is None else device)
+    if beside is None:
+        return PolicyTeacher(policy, env, student, vec_normalize=vec_normalize or None, **kwargs)
+    try:
+        teacher = PolicyTeacher(policy, env, student, vec_normalize=read_vec_normalize(beside), **kwargs)
+    except ValueError as error:
+        raise ValueError(f"Teacher {path}, with the VecNormalize in {beside}: {error}") from error
+    if teacher.sees:
+        teacher.sees += f" (VecNormalize in {beside})"
+    return teacher
 
 
-def _load_teacher(spec: str | os.PathLike[str] | None, env: VecEnv, dtype: str | th.dtype | None) -> BasePolicy:
+def _load_teacher(
+    spec: str | os.PathLike[str] | None,
+    env: VecEnv,
+    dtype: str | th.dtype | None,
+    custom_objects: dict[str, Any] | None,
+) -> tuple[Path, BasePolicy]:
+    """Where the teacher was found, and its policy."""
     if spec is None:
         env_id = _env_id(env)
         spec = find_teacher(env_id) if env_id else None
@@ -385,7 +525,9 @@ def _load_teacher(spec: str | os.PathLike[str] | None, env: VecEnv, dtype: str |
                 "scripted expert, or a policy."
             )
     try:
-        return load_policy(spec, env.observation_space, env.action_space, dtype, trainable=False)
+        path = resolve_checkpoint(spec)
+        space = raw_observation_space(env)
+        return path, load_policy(path, space, env.action_space, dtype, trainable=False, custom_objects=custom_objects)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'Teacher {os.fspath(spec)!r} not found: {error} Or "expert".') from error
     except ValueError as error:
@@ -410,7 +552,7 @@ def preserved_rng() -> Iterator[None]:
 
 def check_action_spaces(teacher: spaces.Space, student: spaces.Space) -> None:
     """
-    Refuse a teacher whose tokens mean something else than the student's.
+    Refuse a teacher whose tokens do not mean what the student's mean.
 
     :param teacher: Teacher's action space
     :param student: Student's action space
@@ -479,7 +621,7 @@ def _summary(nvec: np.ndarray) -> str:
 
 def observation_adapter(teacher: spaces.Space, env: spaces.Space) -> Callable[[Any], Any]:
     """
-    How the teacher is shown the student's observations: the part of them that it knows, images in its own layout.
+    How to turn the student's observations into the teacher's: only the keys that it knows, images in its own layout.
 
     :param teacher: Teacher's observation space
     :param env: Observation space of the student's env

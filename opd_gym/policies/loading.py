@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
+import io
+import json
 import os
+import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from opd_gym.checkpoints import resolve_checkpoint
+
+# Attributes of a saved model that its policy is built from
+BUILT_FROM = ("policy_class", "policy_kwargs", "observation_space", "action_space", "use_sde")
 
 
 def load_policy(
@@ -22,6 +32,7 @@ def load_policy(
     action_space: spaces.Space,
     dtype: str | th.dtype | None = None,
     trainable: bool = True,
+    custom_objects: Mapping[str, Any] | None = None,
 ) -> BasePolicy:
     """
     The policy of a checkpoint, on the CPU.
@@ -34,6 +45,7 @@ def load_policy(
     :param action_space: What a VLA's tokens are for
     :param dtype: Type in which a VLA computes, and of its weights; None: float32, or as it was saved
     :param trainable: False for a VLA without gradients and optimizer
+    :param custom_objects: Attributes of a saved model to use instead of those in the zip, as in ``load()``
     :return: The policy
     :raises FileNotFoundError: There is no such checkpoint
     :raises ValueError: It holds no policy, or a VLA that does not fit the spaces
@@ -55,7 +67,7 @@ def load_policy(
             )
         except ValueError as error:
             raise ValueError(f"{path} does not fit the env. {error}") from error
-    data, state = _read_zip(path)
+    data, state = _read_zip(path, custom_objects)
     policy_class, kwargs = data["policy_class"], dict(data.get("policy_kwargs") or {})
     accepted = inspect.signature(policy_class.__init__).parameters
     if "lr_schedule" in accepted:
@@ -116,10 +128,40 @@ def start_from(
     return {**(data.get("policy_kwargs") or {}), **kwargs}, state
 
 
-def _read_zip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Attributes of a saved model, and the state of its policy."""
+class _Unpickler(pickle.Unpickler):
+    """Reads spaces of the old ``gym`` as Gymnasium's, which takes their states."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(f"gymnasium{module[3:]}" if module.split(".")[0] == "gym" else module, name)
+
+
+def _unpickle(path: Path, key: str, serialized: str) -> Any:
     try:
-        data, params, _ = load_from_zip_file(path, device="cpu")
+        return _Unpickler(io.BytesIO(base64.b64decode(serialized))).load()
+    except Exception as error:  # a pickle of other versions fails in any way
+        raise ValueError(
+            f"{path}: its {key} cannot be read ({type(error).__name__}: {error}); it was saved with other versions of "
+            f"Python, gym or Stable-Baselines3. Pass it yourself: custom_objects={{{key!r}: ...}} (for a teacher, in "
+            "teacher_kwargs)."
+        ) from error
+
+
+def _read_zip(path: Path, custom_objects: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attributes of a saved model that its policy is built from, and the state of its policy."""
+    given = dict(custom_objects or {})
+    try:
+        with zipfile.ZipFile(path) as archive:
+            saved = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(
+            f"{path} is not the zip of a Stable-Baselines3 model (as model.save() writes it): {error}"
+        ) from error
+    for key, value in saved.items():
+        if key not in given and isinstance(value, dict) and ":serialized:" in value:
+            # Schedules and last observations are pickles too, of no use to a policy
+            given[key] = _unpickle(path, key, value[":serialized:"]) if key in BUILT_FROM else None
+    try:
+        data, params, _ = load_from_zip_file(path, device="cpu", custom_objects=given)
     except ValueError as error:
         raise ValueError(
             f"{path} is not the zip of a Stable-Baselines3 model (as model.save() writes it): {error}"
@@ -127,6 +169,79 @@ def _read_zip(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if data is None or "policy_class" not in data or "policy" not in params:
         raise ValueError(f"{path} holds no policy: expected the zip that a Stable-Baselines3 model's save() writes.")
     return data, params["policy"]  # type: ignore[return-value]
+
+
+# How NumPy's arrays, their types and single numbers are rebuilt
+_NUMPY = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+}
+
+
+class _Inert:
+    """Stands in for whatever else a pickle holds: it keeps its state and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def extend(self, values: Any) -> None:
+        pass
+
+    append = add = extend
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _NUMPY:
+            return super().find_class(module, name)
+        if name == "_frombuffer":
+            return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order)
+        # One of its own for each, as a pickle may set state on a class
+        return type("Inert", (_Inert,), {})
+
+
+def read_vec_normalize(path: str | os.PathLike[str]) -> Any:
+    """
+    The statistics that ``VecNormalize.save()`` wrote. Nothing that the file holds is run.
+
+    :param path: File to read
+    :return: An object with the attributes of the ``VecNormalize``, and none of its methods
+    :raises FileNotFoundError: There is no such file
+    :raises ValueError: It holds anything else
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path} with the statistics of a VecNormalize.")
+    try:
+        found = _InertUnpickler(io.BytesIO(path.read_bytes())).load()
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(f"{path} cannot be read as a VecNormalize ({type(error).__name__}: {error}).") from error
+    if not all(hasattr(found, name) for name in ("norm_obs", "clip_obs", "epsilon")):
+        raise ValueError(f"{path}: expected what VecNormalize.save() writes, got something else.")
+    return found
+
+
+def find_vec_normalize(path: Path, env_id: str | None) -> Path | None:
+    """
+    The statistics that were left beside the zip of a model.
+
+    :param path: The zip
+    :param env_id: Id of its env, if known
+    :return: What ``CheckpointCallback``, rl-zoo3 or the Hugging Face hub names so; None if there is none
+    """
+    names = [f"{name}/vecnormalize.pkl" for name in (path.stem, (env_id or path.stem).replace("/", "-"))]
+    if match := re.fullmatch(r"(.+)_(\d+)_steps", path.stem):
+        names.insert(0, f"{match[1]}_vecnormalize_{match[2]}_steps.pkl")
+    candidates = (path.parent / name for name in (*names, "vec_normalize.pkl", "vecnormalize.pkl"))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def _no_learning(progress_remaining: float) -> float:
