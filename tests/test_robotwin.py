@@ -159,6 +159,8 @@ def test_the_vectorised_env_waits_for_longer_than_the_env_itself(monkeypatch):
     given = []
 
     class Workers:
+        observation_space = action_space = gym.spaces.Box(-1, 1, (1,))
+
         def __init__(self, env_fns, **kwargs):
             given.append(kwargs)
 
