@@ -432,9 +432,11 @@ class _Evaluation:
         while self.queue.pending:
             if self.frames:
                 self.env.env_method("draw_end")
-            self._play()
-        if self.frames:
-            self.env.env_method("draw_end", False)
+            try:
+                self._play()
+            finally:
+                if self.frames:
+                    self.env.env_method("draw_end", False)
         records = [self.records[index] for index in range(len(self.specs))]
         return EvaluationResult(records, self.frames, versions(self.env))
 

@@ -184,9 +184,9 @@ def test_vla_policy():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(group_size=1), "group_size to be at least 2"),
+        (dict(group_size=1), "group_size must be at least 2"),
         (dict(dynamic_sampling=(0.9, 0.1)), "dynamic_sampling"),
-        (dict(n_groups=0), "n_groups to be at least 1"),
+        (dict(n_groups=0), "n_groups must be at least 1"),
     ],
 )
 def test_bad_arguments_are_refused(kwargs, message):

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "opd_gym"
 LAYERS = (
     (
         "opd_gym.version",
+        "opd_gym.checks",
         "opd_gym.files",
         "opd_gym.tokens",
         "opd_gym.actions",

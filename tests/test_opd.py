@@ -316,9 +316,9 @@ def test_nan_in_the_gradient_leaves_the_weights():
         (dict(estimator="sampled", augmentation="random_shift"), "augmentation=None"),
         (dict(augmentation="blur"), "random_shift"),
         (dict(temperature=0.0), "positive temperature"),
-        (dict(batch_size=0), "batch_size to be at least 1"),
-        (dict(n_steps=0), "n_steps to be at least 1"),
-        (dict(group_size=0), "group_size to be at least 1"),
+        (dict(batch_size=0), "batch_size must be at least 1"),
+        (dict(n_steps=0), "n_steps must be at least 1"),
+        (dict(group_size=0), "group_size must be at least 1"),
     ],
 )
 def test_bad_arguments_are_refused(kwargs, message):

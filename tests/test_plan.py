@@ -243,7 +243,7 @@ def test_directories_and_configurations(pretrained, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--student", "openvla-70b"], "openvla-7b, openvla-oft-7b"),
-        (["--student", "openvla-7b", "--micro-batch-size", "0"], "micro_batch_size to be at least 1"),
+        (["--student", "openvla-7b", "--micro-batch-size", "0"], "micro_batch_size must be at least 1"),
         (["--student", "openvla-7b", "--lora-rank", "0"], "lora_rank"),
     ],
 )

@@ -113,7 +113,7 @@ def test_vla_policy_needs_a_value_head():
     [
         (dict(ratio="both"), "ratio"),
         (dict(batch_size=1), "batch_size"),
-        (dict(micro_batch_size=0), "micro_batch_size to be at least 1"),
+        (dict(micro_batch_size=0), "micro_batch_size must be at least 1"),
         (dict(clip_range_vf=-1.0), "clip_range_vf"),
         (dict(use_sde=True, temperature=2.0), "temperature=1.0"),
     ],

@@ -297,7 +297,7 @@ def _broken():
     ("env_fns", "kwargs", "error", "message"),
     [
         ([], {}, ValueError, "at least one"),
-        ([Probe], dict(n_workers=0), ValueError, "n_workers to be at least 1"),
+        ([Probe], dict(n_workers=0), ValueError, "n_workers must be at least 1"),
         ([Probe], dict(timeout=0), ValueError, "timeout to be positive"),
         ([Probe, Unlike], dict(n_workers=1), ValueError, "same spaces"),
         ([Nested], {}, ValueError, "flat Dict or Tuple"),

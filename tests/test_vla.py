@@ -1,6 +1,8 @@
 """VLAPolicy and the tiny body: words, shapes, temperature, saving, refusals."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -408,6 +410,20 @@ def test_saving_leaves_the_files_of_others(tmp_path):
     with pytest.raises(ValueError, match="empty directory"):
         make().save_checkpoint(tmp_path)
     assert "llama" in (tmp_path / "config.json").read_text()
+
+
+def test_a_save_that_was_killed_does_not_block_the_next_one(tmp_path, monkeypatch):
+    def killed(source, target):
+        if Path(target).name == "model.safetensors":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    rename = os.replace
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        make().save_checkpoint(tmp_path)
+    make().save_checkpoint(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_unknown_body_and_argument_are_refused():

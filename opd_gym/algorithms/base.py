@@ -20,7 +20,8 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, outcome_of_step
-from opd_gym.algorithms.common import PolicyAlgorithm, check_at_least_one
+from opd_gym.algorithms.common import PolicyAlgorithm
+from opd_gym.checks import check_at_least_one
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
@@ -65,8 +66,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
     Subclasses implement ``train()`` and override the hooks of :meth:`collect_rollouts`: ``_begin_rollout``,
     ``_next_episode``, ``_rollout_done``, ``_label_step``, ``_step_rewards`` and ``_end_rollout``.
 
-    Envs that are wrapped in ``EpisodeControl`` are told which episode to play next, without waiting for each other. A
-    single env, or an env id, is wrapped automatically.
+    Envs in ``EpisodeControl`` are told which episode to play next, and do not wait. A single env, or an id, gets one.
 
     :param policy: The policy model to use (VLAPolicy, MlpPolicy, ...)
     :param env: The environment to learn from: an id, an env, or a vectorised env

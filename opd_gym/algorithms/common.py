@@ -40,16 +40,6 @@ _Init = TypeVar("_Init", bound=Callable[..., None])
 AUGMENTATIONS = (None, "random_shift", "random_shift_batch")
 
 
-def check_at_least_one(**sizes: int | None) -> None:
-    """
-    :param sizes: Numbers of things by the name of their argument; None is left out
-    :raises ValueError: One of them is below 1
-    """
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"Expected {name} to be at least 1, got {value}.")
-
-
 def check_augmentation(augmentation: str | None) -> None:
     """
     :param augmentation: See :func:`augment`

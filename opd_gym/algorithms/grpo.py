@@ -11,7 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from opd_gym.algorithms.base import MAX_SEED, RolloutAlgorithm
-from opd_gym.algorithms.common import check_at_least_one, zoo_hyperparams
+from opd_gym.algorithms.common import zoo_hyperparams
 from opd_gym.algorithms.losses import (
     PolicyGradientMetrics,
     clipped_surrogate,
@@ -19,6 +19,7 @@ from opd_gym.algorithms.losses import (
     masked_mean,
     trajectory_weights,
 )
+from opd_gym.checks import check_at_least_one
 from opd_gym.episodes import EpisodeSpec, can_announce
 
 
@@ -97,7 +98,7 @@ class GRPO(RolloutAlgorithm):
             )
         if group_size < 2:
             raise ValueError(
-                f"Expected group_size to be at least 2: an episode is compared with its group. Got {group_size}."
+                f"group_size must be at least 2, for an episode is compared with its group; got {group_size}."
             )
         if dynamic_sampling is not None and not 0.0 <= dynamic_sampling[0] <= dynamic_sampling[1] <= 1.0:
             raise ValueError(

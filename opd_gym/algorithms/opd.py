@@ -18,7 +18,6 @@ from opd_gym.algorithms.buffers import ReplayedStates, StateReplay
 from opd_gym.algorithms.common import (
     accumulate_gradients,
     augment,
-    check_at_least_one,
     check_augmentation,
     zoo_hyperparams,
 )
@@ -30,6 +29,7 @@ from opd_gym.algorithms.losses import (
     sampled_opd_loss,
 )
 from opd_gym.algorithms.teachers import Teacher, make_teacher
+from opd_gym.checks import check_at_least_one
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import is_autoregressive
 

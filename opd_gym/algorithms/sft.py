@@ -23,11 +23,11 @@ from opd_gym.algorithms.common import (
     PolicyAlgorithm,
     accumulate_gradients,
     augment,
-    check_at_least_one,
     check_augmentation,
     zoo_hyperparams,
 )
 from opd_gym.algorithms.losses import masked_mean, smoothed_labels
+from opd_gym.checks import check_at_least_one
 from opd_gym.demonstrations import Demonstrations, PathLike
 from opd_gym.observations import obs_rows
 from opd_gym.policies.body import checkpoint_settings

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, UseCounterAction, arg, create_mutex_group
 
+from opd_gym.checks import check_at_least_one
+
 # As in opd_gym.zoo.hyperparams, which takes too long to import
 Algorithm = Literal["opd", "grpo", "ppo", "sft"]
 Dtype = Literal["bfloat16", "float32"]
@@ -254,18 +256,8 @@ class Run:
     iterations: int = 20
 
     def __post_init__(self) -> None:
-        for name in (
-            "micro_batch_size",
-            "batch_size",
-            "gradient_steps",
-            "n_envs",
-            "n_steps",
-            "iterations",
-            "lora_rank",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"Expected {name} to be at least 1, got {value}.")
+        names = ("micro_batch_size", "batch_size", "gradient_steps", "n_envs", "n_steps", "iterations", "lora_rank")
+        check_at_least_one(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from opd_gym.actions import encode_actions, normalisation_bounds
+from opd_gym.checks import check_at_least_one
 from opd_gym.demonstrations.hdf5 import (
     Episode,
     PathLike,
@@ -89,11 +90,9 @@ class Demonstrations:
         :raises ValueError: no episodes, or episodes of different shapes
         """
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        counts = {"chunk_size": chunk_size, "stride": stride, "instruction_length": instruction_length}
-        counts["image_size"] = min(size or (1,))
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}.")
+        check_at_least_one(
+            chunk_size=chunk_size, stride=stride, instruction_length=instruction_length, image_size=min(size or (1,))
+        )
         if action_offset < 0:
             raise ValueError(f"action_offset must be at least 0, got {action_offset}.")
         parts: list[Demonstrations] = []

@@ -16,6 +16,7 @@ import torch as th
 from torch.nn import functional as F
 
 from opd_gym.actions import normalisation_bounds
+from opd_gym.checks import check_at_least_one
 from opd_gym.demonstrations.untrusted import array, attribute, check_finite, json_attribute, member, opened, reading
 from opd_gym.files import replacing
 
@@ -340,8 +341,7 @@ def read_demonstrations(
     :return: episodes with upright pictures in their stored size
     :raises ValueError: the file is damaged, incomplete or of another format; names the file and what is wrong in it
     """
-    if n_demos is not None and n_demos < 1:
-        raise ValueError(f"n_demos must be at least 1, got {n_demos}.")
+    check_at_least_one(n_demos=n_demos)
     with opened(Path(path).expanduser()) as data:
         names = sorted((name for name in data if re.fullmatch(r"demo_\d+", name)), key=lambda name: int(name[5:]))
         if not names or (n_demos is not None and len(names) < n_demos):

@@ -316,12 +316,12 @@ class VLAPolicy(ActorCriticPolicy):
             with _no_progress_bars(), merged(self.body) as body:
                 body = body if dtype is None else copy.deepcopy(body).to(dtype=dtype)  # type: ignore[call-arg,arg-type]
                 body.save_pretrained(temporary)
-            written = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_FILE)
+            # The configuration first: weights without one would be taken for another model's, and not be written over
+            written = sorted(temporary.iterdir(), key=lambda path: path.name != CONFIG_FILE)
             for path in written:
-                if path.name == CONFIG_FILE:
-                    remove_stale_weights(directory, [path.name for path in written])
                 path.chmod(0o644)  # safetensors writes files that only their owner can read
                 os.replace(path, directory / path.name)
+            remove_stale_weights(directory, [path.name for path in written])
         finally:
             if temporary.exists():
                 for path in temporary.iterdir():

@@ -129,13 +129,12 @@ def load_hyperparams(algo: str, env_id: str, path: Path | str | None = None) -> 
         raise FileNotFoundError(f"No hyperparameters of {algo!r}: expected them in {path}.")
     entries = read_hyperparams(path)
     bare = bare_id(env_id)
-    for key in (bare, suite_id(bare), "default"):
-        if key in entries:
-            values = entries[key]
-            if not isinstance(values, dict):
-                raise ValueError(f"{path}, {key!r}: expected a mapping of hyperparameters, got {values!r}.")
-            return merge(training_defaults(env_id), values)
-    raise ValueError(f"{path} has neither an entry {bare!r} nor a `default`. It has: {', '.join(map(str, entries))}.")
+    found = _entry(entries, path, env_id, bare, suite_id(bare), "default")
+    if found is None:
+        raise ValueError(
+            f"{path} has neither an entry {bare!r} nor a `default`. It has: {', '.join(map(str, entries))}."
+        )
+    return found
 
 
 def tuned_hyperparams(algo: str, env_id: str) -> dict[str, Any] | None:
@@ -145,9 +144,19 @@ def tuned_hyperparams(algo: str, env_id: str) -> dict[str, Any] | None:
     :return: what :func:`load_hyperparams` gives where the zoo has an entry for the id or its suite; None where only
         ``default`` is left
     """
+    path = HYPERPARAMS / f"{algo}.yml"
     bare = bare_id(env_id)
-    entries = read_hyperparams(HYPERPARAMS / f"{algo}.yml")
-    return load_hyperparams(algo, env_id) if bare in entries or suite_id(bare) in entries else None
+    return _entry(read_hyperparams(path), path, env_id, bare, suite_id(bare))
+
+
+def _entry(entries: dict[str, Any], path: Path, env_id: str, *keys: str) -> dict[str, Any] | None:
+    for key in keys:
+        if key in entries:
+            values = entries[key]
+            if not isinstance(values, dict):
+                raise ValueError(f"{path}, {key!r}: expected a mapping of hyperparameters, got {values!r}.")
+            return merge(training_defaults(env_id), values)
+    return None
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class WorkerVecEnv(VecEnv):
         if not env_fns:
             raise ValueError("WorkerVecEnv expects at least one function that builds an env, got none.")
         if n_workers is not None and n_workers < 1:
-            raise ValueError(f"Expected n_workers to be at least 1, or None for one per core, got {n_workers}.")
+            raise ValueError(f"n_workers must be at least 1, or None for one per core, got {n_workers}.")
         if timeout is not None and not timeout > 0.0:
             raise ValueError(f"Expected timeout to be positive, or None for no limit, got {timeout}.")
         if start_method is not None:
