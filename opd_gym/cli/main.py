@@ -1,4 +1,4 @@
-"""The command line: ``opd-gym train | eval | enjoy | demos | list | plan | quickstart | doctor | robotwin``."""
+"""The command line: ``opd-gym train | eval | enjoy | report | demos | list | plan | ...``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "train": (options.Train, "opd_gym.cli.train:run"),
     "eval": (options.Eval, "opd_gym.cli.evaluate:run"),
     "enjoy": (options.Enjoy, "opd_gym.cli.evaluate:run"),
+    "report": (options.Report, "opd_gym.cli.report:run"),
     "demos": (options.Demos, "opd_gym.cli.demos:run"),
     "list": (options.List, "opd_gym.cli.listing:run"),
     "plan": (options.Plan, "opd_gym.cli.plan:run"),

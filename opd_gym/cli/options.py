@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import UseAppendAction, UseCounterAction, arg, create_mutex_group
+from tyro.conf import Positional, UseAppendAction, UseCounterAction, arg, create_mutex_group
 
 from opd_gym.checks import check_at_least_one
 
@@ -177,6 +177,31 @@ class Enjoy(Play):
     output: Annotated[Path, option("-o", metavar="FILE")] = Path("runs/video.mp4")
     fps: float = 5.0
     before: Annotated[str | None, option(metavar="CHECKPOINT")] = None
+
+
+@dataclass(kw_only=True)
+class Report(Options):
+    """
+    Compare runs on one page: curves, tables, films.
+
+    :param results: directories of runs, files of `opd-gym eval -o`, or folders that hold some, and films
+    :param output: the page, one HTML file
+    :param title: its title
+    :param label: what is found at a path is called NAME, for instance 'student/*=student'; in the table's order
+    :param reference: name of what the others are compared with, for instance teacher
+    :param markdown: the tables as Markdown as well
+    :param pictures: folder for the curves of each env as PNG
+    :param keep: folder for copies of all that the page is made from, to be published: no weights
+    """
+
+    results: Annotated[tuple[Path, ...], Positional, option(metavar="PATH [PATH ...]")]
+    output: Annotated[Path, option("-o", metavar="FILE")] = Path("report.html")
+    title: str = "On-policy distillation"
+    label: Annotated[UseAppendAction[list[str]], option("-l", metavar="PATTERN=NAME")] = field(default_factory=list)
+    reference: Text = None
+    markdown: Annotated[Path | None, option(metavar="FILE")] = None
+    pictures: Annotated[Path | None, option(metavar="DIR")] = None
+    keep: Annotated[Path | None, option(metavar="DIR")] = None
 
 
 @dataclass(kw_only=True)

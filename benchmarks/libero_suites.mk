@@ -1,0 +1,98 @@
+# OPD against GRPO, SFT and its teacher on the four suites of LIBERO, with every command behind the results.
+#
+#   make -f benchmarks/libero_suites.mk                      everything (about two days on two cores), one thing after another
+#   make -f benchmarks/libero_suites.mk -j2 spatial SEEDS=0  one suite, one seed, two things at once
+#   make -f benchmarks/libero_suites.mk -n object            print the commands
+#
+# Run it from the root of the repository, after ./quickstart or ./test has made .venv. Stop it at any time: it goes on where
+# it was, and a training goes on from its last checkpoint.
+
+SUITES ?= object spatial goal 10
+SEEDS ?= 0 1 2
+RUNS ?= runs/libero_suites
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export OMP_NUM_THREADS ?= 1
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: all report $(SUITES)
+all: $(SUITES)
+	$(MAKE) -f $(firstword $(MAKEFILE_LIST)) report
+
+# 5. Tables and curves of what is there, and what they are made from
+OUT ?= benchmarks/results/libero_suites
+report:
+	opd-gym report $(RUNS) -o $(RUNS)/report.html --title "OPD on LIBERO" --reference teacher \
+	    -l '*student/*=student' -l '*seed*/sft/*=SFT' -l '*seed*/grpo/*=GRPO' -l '*seed*/opd/*=OPD' \
+	    -l '*teacher/opd/*=teacher' -l '*teacher/sft/*=teacher before DAgger' \
+	    --markdown $(OUT)/results.md --pictures $(OUT) --keep $(OUT)
+
+ENV_object = LiberoObject-v0
+ENV_spatial = LiberoSpatial-v0
+ENV_goal = LiberoGoal-v0
+ENV_10 = Libero10-v0
+# Steps of SFT for a student that has room to rise, and successes to rise from
+STUDENT_STEPS_object = 280
+STUDENT_STEPS_spatial = 280
+STUDENT_STEPS_goal = 280
+STUDENT_STEPS_10 = 600
+# Demonstrations a task of the offline control: as many decisions as OPD's teacher labels (12,000), and as many env steps
+CONTROL_DEMOS_object = 120
+CONTROL_DEMOS_spatial = 150
+CONTROL_DEMOS_goal = 170
+CONTROL_DEMOS_10 = 60
+
+SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimizer_kwargs.weight_decay:1e-4
+
+# $(call train,FOLDER,ALGORITHM,ENV,ARGUMENTS): start a run, or go on with it
+define train
+	if [ -e $(1)/$(2)/$(3)_1/args.yml ]; then opd-gym train --resume $(1)/$(2)/$(3)_1 --no-progress; \
+	else opd-gym train --algo $(2) --env $(3) -f $(1) --no-progress $(4); fi
+endef
+
+# 4. Held-out: greedy actions on all 500 official initial states of a suite, which nobody trained on
+%/evaluation.json: | %/policy/config.json
+	opd-gym eval --env $(patsubst %_1,%,$(notdir $*)) --checkpoint $*/policy --episodes 500 --no-progress -o $@
+
+# $(call suite,NAME,ENV)
+define suite
+$(1): $(RUNS)/$(1)/teacher/opd/$(2)_1/evaluation.json $(RUNS)/$(1)/student/sft/$(2)_1/evaluation.json \
+    $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft,$(RUNS)/$(1)/seed$(seed)/$(algo)/$(2)_1/evaluation.json))
+
+# 1. Demonstrations of the scripted expert on sampled initial states. The teacher's have pushes to recover from.
+$(RUNS)/$(1)/demos/pushed/done:
+	opd-gym demos --env $(2) -n 40 --seed 50000 --image-size 64 --stride 2 --perturbation 0.03 -o $$(@D)
+	touch $$@
+$(RUNS)/$(1)/demos/plain/done:
+	opd-gym demos --env $(2) -n 8 --seed 90000 --image-size 64 -o $$(@D)
+	touch $$@
+$(RUNS)/$(1)/demos/control/done:
+	opd-gym demos --env $(2) -n $(CONTROL_DEMOS_$(1)) --seed 200000 --image-size 64 --stride 8 -o $$(@D)
+	touch $$@
+
+# 2. The teacher: SFT, then the expert corrects it in the states it visits (DAgger). The student: one demonstration a task.
+$(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/pushed/done
+$(call train,$(RUNS)/$(1)/teacher,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/pushed --student none --n-timesteps 2000 \
+	    --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05)
+$(RUNS)/$(1)/teacher/opd/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json
+$(call train,$(RUNS)/$(1)/teacher,opd,$(2),--teacher expert --student $(RUNS)/$(1)/teacher/sft/$(2)_1/policy \
+	    --n-timesteps 12000 --hyperparams divergence:forward_kl teacher_kwargs.smoothing:2.0)
+$(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/plain/done
+$(call train,$(RUNS)/$(1)/student,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/plain --student none --seed 2 \
+	    --n-timesteps $(STUDENT_STEPS_$(1)) --hyperparams $(SFT) learning_rate:1e-3 n_demos:1)
+$(foreach seed,$(SEEDS),$(eval $(call runs,$(1),$(2),$(seed))))
+endef
+
+# $(call runs,NAME,ENV,SEED)
+# 3. From that student: OPD, GRPO with as many decisions, SFT on as many labelled decisions with as many gradient steps.
+define runs
+$(RUNS)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json: | $(foreach role,teacher/opd student/sft,$(RUNS)/$(1)/$(role)/$(2)_1/policy/config.json)
+$(call train,$(RUNS)/$(1)/seed$(3),opd,$(2),--seed $(3) --n-timesteps 12000 --teacher $(RUNS)/$(1)/teacher/opd/$(2)_1/policy \
+	    --student $(RUNS)/$(1)/student/sft/$(2)_1/policy)
+$(RUNS)/$(1)/seed$(3)/grpo/$(2)_1/policy/config.json: | $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json
+$(call train,$(RUNS)/$(1)/seed$(3),grpo,$(2),--seed $(3) --n-timesteps 12000 --student $(RUNS)/$(1)/student/sft/$(2)_1/policy)
+$(RUNS)/$(1)/seed$(3)/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/control/done $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json
+$(call train,$(RUNS)/$(1)/seed$(3),sft,$(2),--seed $(3) --n-timesteps 1880 --demonstrations $(RUNS)/$(1)/demos/control \
+	    --student $(RUNS)/$(1)/student/sft/$(2)_1/policy --hyperparams $(SFT) learning_rate:lin_5e-4)
+endef
+
+$(foreach name,$(SUITES),$(eval $(call suite,$(name),$(ENV_$(name)))))

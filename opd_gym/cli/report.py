@@ -1,0 +1,517 @@
+"""Runs compared on one page: curves, tables and films, from the files that training and evaluation left."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opd_gym.cli.options import Report
+from opd_gym.cli.runs import read_progress
+from opd_gym.cli.train import read_args
+from opd_gym.envs.registration import bare_id
+from opd_gym.evaluation import EvaluationResult
+from opd_gym.files import replacing, write_atomic
+from opd_gym.versions import VERSIONS_FILE, differences
+from opd_gym.zoo.hyperparams import parse_yaml
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEMPLATE = Path(__file__).with_name("report.html")
+EVALUATION = "evaluation.json"
+# What a report is made from, of all that a run's folder holds
+KEPT = ("args.yml", "config.yml", "command.txt", VERSIONS_FILE, EVALUATION)
+FILMS = {".mp4": "video/mp4", ".gif": "image/gif"}
+# What a curve is drawn over: column of progress.csv -> its name, and what it is divided by
+AXES = {
+    "time/env_steps": ("env steps (thousands)", 1e3),
+    "train/n_updates": ("gradient steps", 1.0),
+    "time/time_elapsed": ("wall-clock (minutes)", 60.0),
+}
+SUCCESS = "rollout/success_rate"
+RETURN = "rollout/ep_rew_mean"
+# Settings in which runs of one policy may differ
+INCIDENTAL = ("teacher", "demonstrations", "policy_kwargs.checkpoint", "n_envs", "n_workers", "n_timesteps")
+# Training has reached another policy at this share of its success
+SHARE = 0.9
+# Enough for the bounds not to move by what is printed
+REPETITIONS = 20_000
+
+
+@dataclass
+class Policy:
+    """
+    What was trained or evaluated under one name, with all its seeds.
+
+    :param label: its name in tables and pictures
+    :param env_id: environment id
+    :param curves: seed -> rows of ``progress.csv``
+    :param results: seed -> held-out evaluation
+    :param commands: the commands of its runs
+    """
+
+    label: str
+    env_id: str
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    results: dict[str, EvaluationResult] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+
+    @property
+    def pooled(self) -> EvaluationResult:
+        """The episodes of all seeds."""
+        return EvaluationResult([episode for result in self.results.values() for episode in result.episodes])
+
+    def success(self) -> tuple[float, float, float]:
+        """
+        Held-out success and its 95 % interval: over several seeds by a bootstrap that draws seeds anew for each task
+        (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264), of one seed by Wilson's formula over its episodes.
+
+        :return: rate, lower and upper bound, each from 0 to 1; NaN without an evaluation
+        :raises ImportError: several seeds, and rliable is not installed
+        """
+        if len(self.results) < 2:
+            return self.pooled.success_rate, *self.pooled.interval
+        tasks = [result.per_task() for result in self.results.values()]
+        scores = np.array([[by_task[task].success_rate for task in sorted(tasks[0])] for by_task in tasks])
+        return float(scores.mean()), *bootstrap(scores)
+
+    def last(self, column: str) -> float | None:
+        """
+        :param column: of ``progress.csv``
+        :return: its last value, as a mean over the seeds; None where it was not written
+        """
+        values = [next((row[column] for row in reversed(rows) if column in row), None) for rows in self.curves.values()]
+        there = [value for value in values if value is not None]
+        return statistics.mean(there) if there else None
+
+    def reached(self, goal: float, column: str) -> list[float | None]:
+        """
+        :param goal: success rate
+        :param column: of ``progress.csv``
+        :return: for each seed its value where success in training first was at the goal; None where it never was
+        """
+        return [
+            next((row.get(column) for row in rows if row.get(SUCCESS, -1.0) >= goal), None)
+            for rows in self.curves.values()
+        ]
+
+
+def bootstrap(scores: np.ndarray) -> tuple[float, float]:
+    """
+    :param scores: one row a seed, one column a task or a point in time
+    :return: 95 % interval of their mean, by the percentiles of a bootstrap that draws rows anew for each column
+    :raises ImportError: SciPy is not installed
+    """
+    try:
+        from scipy.stats import bootstrap as resampled
+    except ImportError as error:
+        raise ImportError("Intervals over several seeds need SciPy. Run: pip install 'opd_gym[plots]'") from error
+
+    def mean(*columns: np.ndarray, axis: int) -> np.ndarray:
+        return np.mean([column.mean(axis) for column in columns], axis=0)
+
+    # Each column is a sample of its own: strata, as rliable has them
+    interval = resampled(
+        tuple(scores.T), mean, n_resamples=REPETITIONS, batch=1000, method="percentile", random_state=0
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+@dataclass
+class _Found:
+    """A run, or an evaluation without one: ``name`` is its algorithm or the stem of its file."""
+
+    path: str
+    name: str
+    env_id: str
+    seed: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    result: EvaluationResult | None = None
+    command: str = ""
+
+
+def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Policy]:
+    """
+    Read all runs and evaluations below some folders. Runs of one algorithm and env with the same settings are seeds of
+    one policy, named after the algorithm and the settings that tell it from its others. Evaluations outside of a run,
+    ``NAME_seed0.json``, are named after their files.
+
+    :param folders: runs, evaluations, or folders that hold some
+    :param labels: pattern of a path below its folder -> name of what is there; the first match counts
+    :return: the policies, in the order of ``labels`` and then of their paths
+    :raises ValueError: there is nothing in a folder, or a file of a run is damaged
+    """
+    found = [item for folder in folders for item in _find(Path(folder).expanduser())]
+    policies: dict[tuple[str, str], Policy] = {}
+    order: dict[str, int] = {}
+    for item in found:
+        alike = [other.settings for other in found if (other.name, other.env_id) == (item.name, item.env_id)]
+        keys = sorted({key for settings in alike for key in settings})
+        told = [key for key in keys if any(settings.get(key) != item.settings.get(key) for settings in alike)]
+        label = item.name
+        if told and item.settings:
+            label += f" ({', '.join(f'{key}={item.settings.get(key)}' for key in told)})"
+        number = len(labels)
+        for i, (pattern, text) in enumerate(labels.items()):
+            if fnmatch(item.path, pattern):
+                number, label = i, text
+                break
+        order.setdefault(label, number)
+        policy = policies.setdefault((item.env_id, label), Policy(label, item.env_id))
+        seed = item.seed
+        while seed in policy.curves or (item.result is not None and seed in policy.results):
+            seed += "'"  # the same seed once more
+        if item.rows:
+            policy.curves[seed] = item.rows
+        if item.result is not None:
+            policy.results[seed] = item.result
+        if item.command:
+            policy.commands.append(item.command)
+    return sorted(policies.values(), key=lambda policy: order[policy.label])
+
+
+def _find(folder: Path) -> list[_Found]:
+    found = []
+    runs = sorted(path.parent for path in folder.rglob("args.yml"))
+    for run in runs:
+        args = read_args(run)
+        config = parse_yaml((run / "config.yml").read_text(encoding="utf-8")) or {}
+        command = run / "command.txt"
+        result = run / EVALUATION
+        item = _Found(f"{run.relative_to(folder).as_posix()}/", args.algo, bare_id(args.env), str(args.seed or 0))
+        item.settings = {key: value for key, value in _flat(config).items() if not key.startswith(INCIDENTAL)}
+        item.rows = read_progress(run)
+        item.command = command.read_text(encoding="utf-8").strip() if command.is_file() else ""
+        item.result = EvaluationResult.load(result) if result.is_file() else None
+        found.append(item)
+    files = [folder] if folder.suffix == ".json" else sorted(folder.rglob("*.json"))
+    for path in files:
+        if not any(path.is_relative_to(run) for run in runs) and (result_ := _evaluation(path)) is not None:
+            name, _, seed = path.stem.partition("_seed")
+            env_id = bare_id(result_.episodes[0].env_id or "") if result_.episodes else ""
+            shown = path.name if path == folder else path.relative_to(folder).as_posix()
+            found.append(_Found(shown, name, env_id, seed or "0", result=result_))
+    if not found:
+        raise ValueError(
+            f"There is nothing to report in {folder}: expected runs of `opd-gym train`, or files of `opd-gym eval -o`."
+        )
+    return found
+
+
+def _evaluation(path: Path) -> EvaluationResult | None:
+    """None for another JSON file."""
+    try:
+        return EvaluationResult.load(path)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def percent(rate: float, digits: int = 1) -> str:
+    """
+    :param rate: from 0 to 1
+    :param digits: after the point
+    :return: as a percentage; empty for NaN
+    """
+    return "" if np.isnan(rate) else f"{100 * rate:.{digits}f} %"
+
+
+Table = list[list[str]]
+
+
+def overview(policies: Sequence[Policy]) -> Table:
+    """
+    :param policies: of one env or several
+    :return: held-out success with its interval: one row a policy, one column an env
+    """
+    envs = list(dict.fromkeys(policy.env_id for policy in policies))
+    cells: dict[str, dict[str, str]] = {}
+    for policy in policies:
+        if policy.results:
+            rate, low, high = policy.success()
+            cells.setdefault(policy.label, {})[policy.env_id] = (
+                f"{percent(rate)} [{100 * low:.1f}, {100 * high:.1f}] \N{MULTIPLICATION SIGN}{len(policy.results)}"
+            )
+    return [["", *envs], *([label, *(row.get(env, "") for env in envs)] for label, row in cells.items())]
+
+
+def details(policies: Sequence[Policy], reference: Policy | None) -> Table:
+    """
+    :param policies: of one env
+    :param reference: whose success the training is measured by
+    :return: one row a policy: success, its interval, each seed, episodes, the cost of training
+    """
+    header = ["policy", "success", "95 % interval", "each seed", "episodes", "env steps", "gradient steps", "minutes"]
+    goal = SHARE * reference.pooled.success_rate if reference is not None else None
+    if goal is not None and reference is not None:
+        header.append(f"env steps to {percent(goal, 0)} ({100 * SHARE:.0f} % of {reference.label})")
+    rows = [header]
+    for policy in policies:
+        rate, low, high = policy.success() if policy.results else (float("nan"),) * 3
+        costs = [(policy.last(column), unit) for column, unit in zip(AXES, (1.0, 1.0, 60.0), strict=True)]
+        row = [
+            policy.label,
+            percent(rate),
+            f"{100 * low:.1f} to {100 * high:.1f} %" if policy.results else "",
+            ", ".join(percent(result.success_rate) for result in policy.results.values() if len(policy.results) > 1),
+            str(len(policy.pooled.episodes) or ""),
+            *(f"{value / unit:,.0f}" if value is not None else "" for value, unit in costs),
+        ]
+        if goal is not None:
+            reached = policy.reached(goal, "time/env_steps")
+            row.append(", ".join("never" if steps is None else f"{steps:,.0f}" for steps in reached))
+        rows.append(row)
+    return rows
+
+
+def by_task(policies: Sequence[Policy]) -> Table:
+    """
+    :param policies: of one env
+    :return: success of each task over all seeds; without rows where there is one task
+    """
+    shown = [policy for policy in policies if policy.results]
+    tasks = sorted({task for policy in shown for task in policy.pooled.per_task()})
+    rows = [["task", *(policy.label for policy in shown)]]
+    if len(tasks) > 1:
+        each = [policy.pooled.per_task() for policy in shown]
+        rows += [
+            [str(task), *(percent(result[task].success_rate, 0) if task in result else "" for result in each)]
+            for task in tasks
+        ]
+    return rows
+
+
+def paired(policies: Sequence[Policy], reference: Policy | None) -> Table:
+    """
+    :param policies: of one env
+    :param reference: what the others are compared with, in the same episodes
+    :return: one row a policy and seed: McNemar's exact test
+    """
+    rows = [["in the same episodes", "seed", "it alone solves", "the other alone solves", "p"]]
+    for policy in policies:
+        if reference is None or policy is reference:
+            continue
+        for seed, result in policy.results.items():
+            other = reference.results.get(seed) or next(iter(reference.results.values()))
+            try:
+                alone, other_alone, p = result.paired(other)
+            except ValueError:
+                continue  # other episodes
+            shown = f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+            rows.append([f"{policy.label} against {reference.label}", seed, str(alone), str(other_alone), shown])
+    return rows
+
+
+def mixed_versions(policies: Sequence[Policy]) -> list[str]:
+    """
+    :param policies: what is compared
+    :return: a sentence for each evaluation that was played with other versions than the first
+    """
+    every = [(f"{p.label}, seed {seed}", r.versions) for p in policies for seed, r in p.results.items() if r.versions]
+    changes = [(name, differences(every[0][1], found)) for name, found in every[1:]]
+    return [f"{every[0][0]} and {name} differ in {', '.join(changed)}." for name, changed in changes if changed]
+
+
+def draw(policies: Sequence[Policy], column: str, colors: Mapping[str, str]) -> Figure | None:
+    """
+    Success in training over one measure of its cost, or the return where nothing is said of success: the mean over the
+    seeds between the lowest and the highest. Diamonds are held-out success after training, with its interval; dashed
+    lines are policies without a curve.
+
+    :param policies: of one env
+    :param column: one of :data:`AXES`
+    :param colors: of the policies, by label
+    :return: the figure; None if no run has a curve
+    """
+    from matplotlib.figure import Figure
+
+    runs = [rows for policy in policies for rows in policy.curves.values()]
+    key = SUCCESS if any(SUCCESS in row for rows in runs for row in rows) else RETURN
+    label, unit = AXES[column]
+    scale = 100.0 if key == SUCCESS else 1.0
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axis = figure.subplots()
+    drawn = False
+    for policy in policies:
+        color = colors[policy.label]
+        curves = [
+            np.array([(row[column] / unit, scale * row[key]) for row in rows if column in row and key in row])
+            for rows in policy.curves.values()
+        ]
+        curves = [curve for curve in curves if len(curve) > 1]
+        rate, low, high = policy.success() if policy.results and key == SUCCESS else (float("nan"),) * 3
+        if curves:
+            drawn = True
+            # Seeds are logged at different places: where all have begun, until the first has ended
+            grid = np.linspace(max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves), 200)
+            values = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
+            axis.plot(grid, values.mean(0), color=color, label=policy.label, linewidth=2)
+            if len(curves) > 1:
+                axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+            if policy.results and key == SUCCESS:
+                error = [[100 * (rate - low)], [100 * (high - rate)]]
+                x = statistics.mean(curve[-1, 0] for curve in curves)
+                axis.errorbar([x], [100 * rate], yerr=error, color=color, marker="D", capsize=3, markersize=6)
+        elif policy.results and key == SUCCESS:
+            axis.axhline(100 * rate, linestyle="--", color=color, label=f"{policy.label}: {100 * rate:.0f} %")
+    if not drawn:
+        return None
+    axis.set_xlabel(label)
+    axis.set_ylabel("success (%)" if key == SUCCESS else "mean return of an episode")
+    if key == SUCCESS:
+        axis.set_ylim(-2, 102)
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    return figure
+
+
+def films(folders: Iterable[Path]) -> list[dict[str, str]]:
+    """
+    :param folders: where to look
+    :return: the name of each, its media type and its content as a ``data:`` address
+    """
+    paths = sorted(path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.suffix in FILMS)
+    return [
+        {
+            "name": path.stem.replace("_", " "),
+            "kind": FILMS[path.suffix],
+            "data": f"data:{FILMS[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}",
+        }
+        for path in paths
+    ]
+
+
+def markdown(table: Table) -> str:
+    """
+    :param table: rows of cells, the header first
+    :return: Markdown; empty for a table without rows
+    """
+    if len(table) < 2:
+        return ""
+    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in lines)
+
+
+def keep(folders: Iterable[Path], target: Path) -> None:
+    """
+    Copy what a report is made from, without weights and checkpoints.
+
+    :param folders: what is reported
+    :param target: folder to write, which keeps what else it has
+    """
+    for folder in folders:
+        for path in list(folder.rglob("*")):
+            inside = path.relative_to(folder)
+            wanted = path.name in KEPT or path.match("progress*.csv") or path.suffix in FILMS
+            wanted = wanted or (path.suffix == ".json" and _evaluation(path) is not None)
+            if wanted and "policy" not in inside.parts:
+                (target / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / inside)
+
+
+def report(args: Report) -> None:
+    """
+    Write the page, and what else is asked for.
+
+    :param args: what to compare, and where to write
+    :raises ValueError: there is nothing to report, or no policy of the name to compare with
+    """
+    from jinja2 import Environment, select_autoescape
+
+    labels = {}
+    for item in args.label:
+        pattern, _, text = item.partition("=")
+        if not text:
+            raise ValueError(f"Expected --label PATTERN=NAME, for instance --label 'student/*=student', got {item!r}.")
+        labels[pattern] = text
+    policies = find_policies(args.results, labels)
+    names = list(dict.fromkeys(policy.label for policy in policies))
+    if args.reference is not None and args.reference not in names:
+        raise ValueError(f"Expected --reference to be one of {', '.join(names)}; got {args.reference!r}.")
+    colors = {name: f"C{number}" for number, name in enumerate(names)}
+    sections: list[dict[str, Any]] = []
+    pictures: dict[str, bytes] = {}
+    for env_id in dict.fromkeys(policy.env_id for policy in policies):
+        here = [policy for policy in policies if policy.env_id == env_id]
+        reference = next((policy for policy in here if policy.label == args.reference and policy.results), None)
+        figures = [(label, draw(here, column, colors)) for column, (label, _) in AXES.items()]
+        svgs = []
+        for number, (label, figure) in enumerate(figures):
+            if figure is not None:
+                svgs.append((label, _svg(figure)))
+                if number == 0:
+                    pictures[env_id] = _png(figure)
+        sections.append(
+            {
+                "env": env_id,
+                "figures": svgs,
+                "details": details(here, reference),
+                "tasks": by_task(here),
+                "paired": paired(here, reference),
+                "commands": [(policy.label, command) for policy in here for command in policy.commands],
+            }
+        )
+    summary = overview(policies)
+    page = Environment(autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
+    html = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=args.title,
+        overview=summary,
+        sections=sections,
+        films=films(args.results),
+        versions=mixed_versions(policies),
+    )
+    write_atomic(args.output, html)
+    if args.markdown is not None:
+        parts = [markdown(summary)]
+        for section in sections:
+            parts.append(f"## {section['env']}\n")
+            parts += [markdown(section[name]) for name in ("details", "paired", "tasks")]
+        write_atomic(args.markdown, "\n".join(filter(None, [*parts, "\n".join(mixed_versions(policies))])))
+    if args.pictures is not None:
+        args.pictures.mkdir(parents=True, exist_ok=True)
+        for env_id, picture in pictures.items():
+            with replacing(args.pictures / f"{env_id.replace('/', '-')}.png") as temporary:
+                temporary.write_bytes(picture)
+    if args.keep is not None:
+        keep(args.results, args.keep)
+    print(markdown(summary) + f"\n{args.output}")
+
+
+def _svg(figure: Figure) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    return file.getvalue()
+
+
+def run(args: Report) -> int:
+    """
+    :param args: what to compare
+    :return: exit status
+    """
+    report(args)
+    return 0

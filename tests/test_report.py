@@ -1,0 +1,127 @@
+"""opd-gym report: which runs belong together, numbers computed by hand, a page that needs nothing else."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from opd_gym.cli.main import main
+from opd_gym.cli.report import Policy, bootstrap, details, find_policies, overview, paired
+from opd_gym.evaluation import EpisodeRecord, EvaluationResult
+
+ENV = "LiberoObject-v0"
+
+
+def evaluation(*solved: int, n: int = 10) -> EvaluationResult:
+    """So many of ``n`` episodes of each task."""
+    return EvaluationResult(
+        [
+            EpisodeRecord(task, i, i < k, 50, float(i < k), seed=i, env_id=ENV)
+            for task, k in enumerate(solved)
+            for i in range(n)
+        ]
+    )
+
+
+def run(folder: Path, algo: str, seed: int, success: list[float], result: EvaluationResult, **settings: object) -> Path:
+    path = folder / algo / f"{ENV}_{seed + 1}"
+    path.mkdir(parents=True)
+    (path / "args.yml").write_text(yaml.safe_dump({"algo": algo, "env": ENV, "seed": seed}))
+    (path / "config.yml").write_text(yaml.safe_dump({"policy_kwargs": {"checkpoint": f"student{seed}"}, **settings}))
+    (path / "command.txt").write_text(f"opd-gym train --algo {algo} --seed {seed}")
+    (path / "model.zip").write_text("large")
+    rows = [(256 * i, 2000 * i, 60 * i, 40 * i, rate) for i, rate in enumerate(success, 1)]
+    keys = ["time/total_timesteps", "time/env_steps", "time/time_elapsed", "train/n_updates", "rollout/success_rate"]
+    with (path / "progress.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([keys, *rows])
+    result.save(path / "evaluation.json")
+    return path
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    for seed, solved in enumerate([(9, 7), (10, 8)]):
+        run(folder, "opd", seed, [0.1, 0.5, 0.9], evaluation(*solved), divergence="reverse_kl")
+        run(folder, "grpo", seed, [0.1, 0.1, 0.2], evaluation(2, 2))
+    evaluation(10, 8).save(folder / "eval" / "teacher.json")
+    return folder
+
+
+def test_seeds_of_a_policy_belong_together(results):
+    policies = {policy.label: policy for policy in find_policies([results], {})}
+    assert list(policies["opd"].curves) == list(policies["opd"].results) == ["0", "1"]
+    assert policies["opd"].env_id == ENV and len(policies["opd"].commands) == 2
+    assert len(policies["grpo"].curves) == 2 and not policies["teacher"].curves
+
+
+def test_runs_are_named_after_the_settings_that_tell_them_apart(results):
+    run(results, "opd", 2, [0.3], evaluation(5, 5), divergence="jsd")
+    labels = [policy.label for policy in find_policies([results], {})]
+    assert sorted(labels) == ["grpo", "opd (divergence=jsd)", "opd (divergence=reverse_kl)", "teacher"]
+    named = find_policies([results], {"eval/*": "the teacher", f"opd/{ENV}_3/*": "third"})
+    assert [policy.label for policy in named][:2] == ["the teacher", "third"]
+
+
+def test_numbers(results):
+    policies = {policy.label: policy for policy in find_policies([results], {})}
+    opd, teacher = policies["opd"], policies["teacher"]
+    rate, low, high = opd.success()
+    assert rate == pytest.approx(0.85)
+    # A task's two seeds give 0.9 or 1.0 and 0.7 or 0.8: all bootstrap means lie between 0.8 and 0.9, and the outer
+    # ones have a chance of 1/16 each
+    assert (low, high) == pytest.approx((0.8, 0.9))
+    assert teacher.success() == (0.9, *teacher.results["0"].interval)
+    assert opd.last("time/env_steps") == 6000
+    assert opd.reached(0.5, "time/env_steps") == [4000, 4000] and policies["grpo"].reached(0.5, "time/env_steps") == [
+        None,
+        None,
+    ]
+    row = details(list(policies.values()), teacher)[list(policies).index("opd") + 1]
+    assert row == ["opd", "85.0 %", "80.0 to 90.0 %", "80.0 %, 90.0 %", "40", "6,000", "120", "3", "6,000, 6,000"]
+    assert ["opd against teacher", "0", "0", "2", "0.500"] in paired([opd, teacher], teacher)
+    assert overview([opd])[1] == ["opd", "85.0 % [80.0, 90.0] \N{MULTIPLICATION SIGN}2"]
+
+
+def test_bootstrap_draws_seeds_anew_for_each_task():
+    # Tasks at 0 and 1 in opposite seeds: means of 0, 0.25 ... 1; drawn by whole seeds all would be 0.5
+    low, high = bootstrap(np.array([[0.0, 1.0], [1.0, 0.0]]))
+    assert (low, high) == pytest.approx((0.0, 1.0))
+
+
+def test_page(results, tmp_path, capsys):
+    (results / "opd.gif").write_bytes(b"GIF89a")
+    page, table = tmp_path / "page.html", tmp_path / "results.md"
+    words = ["report", str(results), "-o", str(page), "--title", "A <b>", "--reference", "teacher"]
+    words += ["--markdown", str(table), "--pictures", str(tmp_path / "png"), "--keep", str(tmp_path / "kept")]
+    assert main(words) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "A &lt;b&gt;" in text and text.count("<svg") == 3 and "data:image/gif;base64,R0lGODlh" in text
+    # Nothing is loaded from elsewhere
+    assert not re.search(r"(src|href)=\"(?!data:|#)", re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
+    assert "| opd | 85.0 % |" in table.read_text(encoding="utf-8")
+    assert (tmp_path / "png" / f"{ENV}.png").read_bytes().startswith(b"\x89PNG")
+    # What is kept is enough for the same page, and holds no weights
+    assert not list((tmp_path / "kept").rglob("*.zip"))
+    assert main([*words[:1], str(tmp_path / "kept"), "-o", str(tmp_path / "again.html"), "--reference", "teacher"]) == 0
+    again = (tmp_path / "again.html").read_text(encoding="utf-8")
+    assert "80.0 to 90.0 %" in again and "data:image/gif" in again
+
+
+def test_refused(results, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for words, told in (
+        ([str(tmp_path / "empty")], "nothing to report"),
+        ([str(tmp_path / "missing")], "missing"),
+        ([str(results), "--reference", "nobody"], "one of grpo, opd, teacher"),
+        ([str(results), "--label", "eval/*"], "PATTERN=NAME"),
+    ):
+        assert main(["report", *words, "-o", str(tmp_path / "page.html")]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+    assert np.isnan(Policy("x", ENV).success()[0])
