@@ -1,3 +1,4 @@
+import functools
 import os
 import pickle
 
@@ -8,6 +9,7 @@ import sb3_contrib
 import stable_baselines3
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import RescaleAction
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 from toys import TINY_BODY, Match, Robot, cartpole_teacher, vec
@@ -21,6 +23,7 @@ from opd_gym.algorithms.teachers import (
     observation_adapter,
     unsquash,
 )
+from opd_gym.envs.make import make_vec
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
 from opd_gym.policies.loading import read_vec_normalize
 from opd_gym.tokens import CategoricalTokens, GaussianTokens, token_spec
@@ -155,6 +158,23 @@ def test_expert_labels_every_worker():
     # The first token has two bins, padded to three
     assert th.isneginf(view.log_probs[:, 0, 2]).all()
     assert th.allclose(view.log_probs.exp().sum(-1), th.ones(2, 2))
+
+
+def test_an_expert_of_single_actions_labels_chunks_of_one():
+    gym.register("opd_gym_tests/Match-v0", entry_point=Match)
+    rescale = functools.partial(RescaleAction, min_action=-1.0, max_action=1.0)
+    kwargs = dict(env_kwargs={"kind": "box"}, tokens=True, wrapper=rescale)
+    try:
+        env, chunks = (make_vec("opd_gym_tests/Match-v0", 2, chunk_size=size, **kwargs) for size in (1, 2))
+    finally:
+        del gym.registry["opd_gym_tests/Match-v0"]
+    env.reset()
+    label = make_teacher("expert", env, student_of(env)).label(env, np.array([1]))
+    executed = env.env_method("decode", label[0], indices=1)[0]
+    inner = env.env_method("get_wrapper_attr", "vector", indices=1)[0]
+    np.testing.assert_allclose(2 * executed, inner[None, :2], atol=2 / 255)  # Match acts in [-2, 2]
+    with pytest.raises(ValueError, match=r"expert_action\(\).*more than one action.*expert_chunk\(chunk_size\)"):
+        make_teacher("expert", chunks, student_of(chunks))
 
 
 def test_ordered_bins_are_smoothed_over_neighbours():

@@ -245,7 +245,8 @@ class ExpertTeacher(Teacher):
         if not all(env.get_attr("has_expert") if env.has_attr("has_expert") else [env.has_attr("expert_action")]):
             raise ValueError(
                 'teacher="expert" needs an env with a scripted expert: a method expert_action() that returns the '
-                "action to take in the present state, and below ActionChunk a method expert_chunk(chunk_size). "
+                "action to take in the present state, or, for chunks of more than one action, a method "
+                "expert_chunk(chunk_size) that returns that many of them. "
                 f"{_env_id(env) or 'This env'} has none."
             )
         # Only our wrappers bring a label through others, which may change actions

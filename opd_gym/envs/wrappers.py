@@ -112,6 +112,8 @@ class ActionChunk(_ExpertThrough):
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.chunk_size = chunk_size
+        if chunk_size == 1 and _layers(env, self._expert_method)[0] is None:
+            self._expert_method = "expert_action"
         repeat = (chunk_size, 1)
         self.action_space = spaces.Box(np.tile(space.low, repeat), np.tile(space.high, repeat), dtype=space.dtype.type)  # type: ignore[arg-type,union-attr]
         self._time_limits: list[TimeLimit] = []
@@ -154,9 +156,12 @@ class ActionChunk(_ExpertThrough):
         """
         The scripted expert's next chunk from the present state.
 
-        :return: float32 array of shape ``(chunk_size, D)``
-        :raises AttributeError: if the env has no scripted expert (a method ``expert_chunk(chunk_size)``)
+        :return: float array of shape ``(chunk_size, D)``
+        :raises AttributeError: if the env has no scripted expert: a method ``expert_chunk(chunk_size)``; for chunks of
+            one action ``expert_action()`` will do
         """
+        if self._expert_method == "expert_action":
+            return np.asarray(self._label())[None]
         return self._label(self.chunk_size)
 
 
