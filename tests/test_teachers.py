@@ -216,6 +216,28 @@ def test_an_expert_must_exist_and_fit():
         OPD("MlpPolicy", vec(env=Wrong), teacher="expert").learn(32)
 
 
+@pytest.mark.parametrize(
+    ("kind", "label", "message"),
+    [
+        ("discrete", -1, r"what is no action of Discrete\(4\): \[-1, -1\]"),
+        ("discrete", 4, "no action"),
+        ("multi_discrete", [2, 0], "no action"),
+        ("multi_binary", [0, 0.5, 1], "no action"),
+        ("box", [0.0, np.nan], "NaN or infinity"),
+    ],
+)
+def test_labels_that_are_no_actions_are_refused(kind, label, message):
+    class Wrong(Match):
+        def expert_action(self):
+            return np.asarray(label)
+
+        def step(self, action):  # Match compares with the expert's action
+            return self._observe(), 0.0, False, False, {}
+
+    with pytest.raises(ValueError, match=message):
+        OPD("MlpPolicy", vec(env=Wrong, kind=kind), teacher="expert").learn(32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 

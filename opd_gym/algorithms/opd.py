@@ -28,7 +28,7 @@ from opd_gym.algorithms.losses import (
     exact_opd_loss,
     sampled_opd_loss,
 )
-from opd_gym.algorithms.teachers import Teacher, make_teacher
+from opd_gym.algorithms.teachers import Teacher, check_finite, make_teacher
 from opd_gym.checks import check_at_least_one
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import is_autoregressive
@@ -231,6 +231,7 @@ class OPD(RolloutAlgorithm):
             labels = th.as_tensor(buffer.teacher_actions[samples.rows], device=self.device)
             tokens = samples.actions.reshape(len(samples.rows), -1)
             teacher = self._teacher.distribution(samples.observations, labels, tokens)
+            check_finite(teacher)
             if self.estimator == "sampled" and self.temperature != 1.0:
                 teacher = teacher.temper(self.temperature)
             buffer.set_teacher(

@@ -211,17 +211,25 @@ class PolicyTeacher(Teacher):
             if "nan" not in str(error).lower():
                 raise
             raise _nan_teacher() from error
-        if bool(th.isnan(view.flatten()).any()):
-            raise _nan_teacher()
         if isinstance(view, GaussianTokens) and view.squashed and not self.spec.squashed:
             return unsquash(view, self.action_space)
         return view.detach()
 
 
+def check_finite(view: TokenView) -> None:
+    """
+    :param view: A teacher's opinion
+    :raises FloatingPointError: It is NaN, or a Gaussian without a finite mean and a positive standard deviation
+    """
+    flat = view.flatten()
+    if bool(th.isnan(flat).any()) or (isinstance(view, GaussianTokens) and not bool(th.isfinite(flat).all())):
+        raise _nan_teacher()
+
+
 def _nan_teacher() -> FloatingPointError:
     return FloatingPointError(
-        "The teacher's outputs are NaN. Check its weights, and that its observations look like those it was trained on "
-        "(stable_baselines3's VecCheckNan finds NaN in observations)."
+        "The teacher's outputs are NaN or infinite. Check its weights, and that its observations look like those it "
+        "was trained on (stable_baselines3's VecCheckNan finds NaN in observations)."
     )
 
 
@@ -256,6 +264,7 @@ class ExpertTeacher(Teacher):
                 'teacher="expert": a wrapper of the envs changes actions. Wrap each env in '
                 "opd_gym.envs.wrappers.EpisodeControl, outermost, which brings the expert's actions through it."
             )
+        self.action_space = env.action_space
         self.spec = token_spec(env.action_space, squashed=student.squash_output)
         # Bins of a tokenised number have neighbours; the values of any other discrete action are only names
         ordered = self.spec.n_bins > 0 and env.has_attr("n_bins")
@@ -273,7 +282,14 @@ class ExpertTeacher(Teacher):
             raise ValueError(
                 f"expert_action() returned {labels.shape[1]} numbers, the action space has {self.spec.n_tokens} tokens."
             )
-        return labels
+        bins = self._smooth.n_bins
+        if not np.isfinite(labels).all():
+            wrong = "NaN or infinity"
+        elif bins is not None and not ((labels == np.floor(labels)) & (labels >= 0) & (labels < bins)).all():
+            wrong = f"what is no action of {self.action_space}"
+        else:
+            return labels
+        raise ValueError(f"expert_action() returned {wrong}: {np.asarray(actions).tolist()!s:.200}.")
 
     @th.no_grad()
     def distribution(self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None) -> TokenView:
@@ -311,12 +327,14 @@ class LabelSmoothing:
                 f"got std={std}, smoothing={smoothing}, floor={floor}."
             )
         self.spec = spec
+        #: Number of bins of each token; None for continuous tokens
+        self.n_bins: np.ndarray | None = None
         if spec.n_bins:
-            n_bins = np.full(spec.n_tokens, spec.n_bins)
+            self.n_bins = np.full(spec.n_tokens, spec.n_bins)
             if isinstance(action_space, spaces.MultiDiscrete):
-                n_bins = action_space.nvec.flatten()
+                self.n_bins = action_space.nvec.flatten()
             self.log_probs = th.as_tensor(
-                np.stack([self._table(n, spec.n_bins, ordered * smoothing, floor) for n in n_bins])
+                np.stack([self._table(n, spec.n_bins, ordered * smoothing, floor) for n in self.n_bins])
             )
         else:
             assert isinstance(action_space, spaces.Box)
