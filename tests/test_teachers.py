@@ -385,6 +385,30 @@ def test_a_raw_teacher_sees_raw_observations_where_the_student_sees_normalised_o
     assert make_teacher(teacher, env, model.policy).privileged is False
 
 
+@pytest.mark.parametrize("how", ["set_env", "load"])
+def test_a_new_env_sets_the_teacher_up_again(how, tmp_path):
+    teacher = stable_baselines3.PPO("MlpPolicy", "Pendulum-v1", device="cpu", policy_kwargs=dict(ortho_init=False))
+    teacher.save(tmp_path / "teacher")
+    kwargs = dict(teacher=tmp_path / "teacher.zip", n_steps=6, device="cpu", seed=0)
+    behind = normalised()
+    behind.clip_obs = 100.0
+    for before, after in ((vec(1, env="Pendulum-v1"), behind), (behind, vec(1, env="Pendulum-v1"))):
+        model = OPD("MlpPolicy", before, **kwargs).learn(1)
+        if how == "set_env":
+            model.set_env(after)
+        else:
+            model.save(tmp_path / "student")
+            model = OPD.load(tmp_path / "student", env=after, device="cpu")
+        model.learn(1)
+        seen = model.rollout_buffer.observations
+        raw = seen * np.sqrt(0.09 + 0.01) + 0.2 if after is behind else seen
+        expected = teacher.policy.get_distribution(th.as_tensor(raw)).distribution.mean.flatten()
+        assert th.allclose(th.as_tensor(model.rollout_buffer.teacher_distributions[:, 0]), expected, atol=1e-5)
+    model.teacher_kwargs = {"vec_normalize": normalised(1, "CartPole-v1")}
+    with pytest.raises(ValueError, match="statistics of the shape"):
+        model.set_env(vec(1, env="Pendulum-v1"))
+
+
 @pytest.mark.parametrize(
     ("zip_name", "statistics"),
     [

@@ -183,8 +183,8 @@ def token_divergence(student: TokenView, teacher: TokenView, divergence: Diverge
       closed form.
 
     In ``reverse_kl`` no log-probability of the teacher counts as less than -100: what the teacher rules out costs the
-    student 100 nats times its probability there, instead of infinitely much. ``forward_kl`` and ``hard_ce`` are infinite
-    where the student rules out what the teacher does; ``jsd`` is finite always.
+    student 100 nats times its probability there, instead of infinitely much. ``forward_kl`` and ``hard_ce`` are
+    infinite where the student rules out what the teacher does; ``jsd`` is always finite.
 
     A tanh changes none of KL and JSD, so two squashed Gaussians are compared before squashing.
 

@@ -209,6 +209,19 @@ class OPD(RolloutAlgorithm):
         if self.verbose >= 1 and self._teacher.sees:
             print(f"The teacher sees {self._teacher.sees}.")
 
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """
+        Set the environment to go on with. The teacher is set up again: what it sees depends on the env.
+
+        :param env: The environment; an id or a raw env is wrapped as in the constructor
+        :param force_reset: Force a reset before training
+        :raises ValueError: The teacher does not fit the env
+        """
+        super().set_env(env, force_reset)
+        if self._teacher is not None:
+            self._teacher = None
+            self._setup_teacher()
+
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self._teacher is None and self.env is not None:
             self._setup_teacher()
