@@ -1,6 +1,8 @@
 import functools
 import os
 import pickle
+import re
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -24,9 +26,9 @@ from opd_gym.algorithms.teachers import (
     unsquash,
 )
 from opd_gym.envs.make import make_vec
-from opd_gym.envs.wrappers import ActionChunk, ActionTokens
+from opd_gym.envs.wrappers import ActionChunk, ActionTokens, PrivilegedObservation
 from opd_gym.policies.loading import read_vec_normalize
-from opd_gym.tokens import CategoricalTokens, GaussianTokens, token_spec
+from opd_gym.tokens import CategoricalTokens, GaussianTokens, token_spec, token_view
 
 NO_LABELS = th.empty(0)
 
@@ -486,14 +488,155 @@ def test_statistics_of_other_observations_are_refused(tmp_path):
     OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path / "teacher.zip", teacher_kwargs={"vec_normalize": False})
 
 
-def test_a_maskable_teacher_in_an_env_with_masks_is_refused():
-    class Doors(Match):
-        def action_masks(self):
-            return np.ones(4, bool)
+class Doors(Match):
+    """Half of the choices are open only where the first number is positive."""
 
+    def action_masks(self):
+        n_choices = {"discrete": 4, "multi_discrete": 5, "multi_binary": 6}[self.kind]
+        return (np.arange(n_choices) % 2 == 0) | (self.vector[0] > 0)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("kind", ["discrete", "multi_discrete", "multi_binary"])
+def test_a_maskable_teacher_is_asked_with_the_masks_of_each_state(kind, behind):
+    teacher = sb3_contrib.MaskablePPO("MlpPolicy", Doors(kind), device="cpu", seed=0)
+    env = vec(2, env=Doors, kind=kind)
+    if behind:
+        env = VecNormalize(env, training=False)
+        env.obs_rms.mean[:] = 0.5
+    model = OPD("MlpPolicy", env, teacher=teacher, n_steps=16, device="cpu", seed=0).learn(1)
+    raw = model.rollout_buffer.observations + 0.5 * behind
+    choices = {"discrete": 4, "multi_discrete": 5, "multi_binary": 6}[kind]
+    masks = (np.arange(choices) % 2 == 0) | (raw[:, :1] > 0)
+    assert 0 < (~masks).sum() < masks.size // 2
+    expected = token_view(teacher.policy.get_distribution(th.as_tensor(raw), action_masks=masks)).log_probs.exp()
+    stored = model.token_spec.from_flat(th.as_tensor(model.rollout_buffer.teacher_distributions)).log_probs.exp()
+    assert th.allclose(stored, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+def test_a_student_leaves_what_the_masks_rule_out(estimator):
+    teacher = sb3_contrib.MaskablePPO("MlpPolicy", Doors(), policy_kwargs=dict(net_arch=[]), device="cpu")
+    with th.no_grad():
+        teacher.policy.action_net.weight.zero_()
+        teacher.policy.action_net.bias.copy_(th.tensor([1.0, 3.0, 0.0, 0.0]))
+    model = OPD(
+        "MlpPolicy",
+        vec(8, env=Doors),
+        teacher=teacher,
+        estimator=estimator,
+        n_steps=32,
+        batch_size=256,
+        learning_rate=1e-2,
+        device="cpu",
+        seed=0,
+    ).learn(256 * (4 if estimator == "exact" else 40))
+    obs = np.random.default_rng(0).uniform(-1, 1, (200, 4)).astype(np.float32)
+    obs = obs[np.abs(obs[:, 0]) > 0.2]
+    probabilities = model.policy.get_distribution(th.as_tensor(obs)).distribution.probs.detach().numpy()
+    open_doors = obs[:, 0] > 0
+    assert np.mean(probabilities.argmax(1) == np.where(open_doors, 1, 0)) > 0.95
+    assert probabilities[~open_doors][:, [1, 3]].sum(1).mean() < 0.05
+
+
+def test_masks_that_are_not_there_and_masks_that_do_not_fit():
     teacher = sb3_contrib.MaskablePPO("MlpPolicy", Doors(), device="cpu")
-    with pytest.raises(ValueError, match="action masks"):
-        OPD("MlpPolicy", Doors(), teacher=teacher)
+    with pytest.warns(UserWarning, match=r"no action_masks\(\)"):
+        OPD("MlpPolicy", Match(), teacher=teacher)
+
+    class Wrong(Doors):
+        def action_masks(self):
+            return np.ones(3, bool)
+
+    with pytest.raises(ValueError, match=r"returned 3 values, Discrete\(4\) has 4 choices"):
+        OPD("MlpPolicy", Wrong(), teacher=teacher).learn(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Privileged observations
+
+
+def two_keys():
+    parts = {"a": spaces.Box(-1, 1, (2,)), "b": spaces.Box(-1, 1, (1, 3)), "n": spaces.Discrete(3)}
+    return DummyVecEnv([lambda: Other(spaces.Dict(parts), spaces.Discrete(2))])
+
+
+def test_the_teacher_sees_the_keys_that_are_named():
+    env = two_keys()
+    obs = {"a": th.rand(4, 2), "b": th.rand(4, 1, 3), "n": th.zeros(4)}
+    joined = th.cat([obs["b"].flatten(1), obs["a"]], dim=1)
+    student = type("Student", (), {"squash_output": False})()
+    for keys, seen in (("a", obs["a"]), (["b"], obs["b"]), (["b", "a"], joined)):
+        teacher = teacher_for(spaces.Box(-1, 1, seen.shape[1:]), spaces.Discrete(2))
+        expected = teacher.get_distribution(seen).distribution.logits
+        found = make_teacher(teacher, env, student, obs_keys=keys).distribution(obs, NO_LABELS)
+        assert th.allclose(found.log_probs[:, 0], expected)
+    statistics = VecNormalize(DummyVecEnv([lambda: Other(spaces.Box(-1, 1, (2,)), spaces.Discrete(2))]), training=False)
+    statistics.obs_rms.mean[:] = 0.5
+    teacher = teacher_for(spaces.Box(-1, 1, (2,)), spaces.Discrete(2))
+    found = make_teacher(teacher, env, student, obs_keys="a", vec_normalize=statistics).distribution(obs, NO_LABELS)
+    assert th.allclose(found.log_probs[:, 0], teacher.get_distribution(obs["a"] - 0.5).distribution.logits, atol=1e-5)
+    for keys, message in (
+        (["a", "c"], r"obs_keys are \['a', 'c'\]"),
+        ([], "obs_keys"),
+        (["a", "n"], "cannot be joined"),
+        (None, "teacher_kwargs=.*obs_keys"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_teacher(teacher, env, student, obs_keys=keys)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_teacher_of_keys_that_the_student_does_not_see(behind, tmp_path):
+    def hidden():
+        return PrivilegedObservation(Match(dict_obs=True), "vector")
+
+    env = vec(2, env=hidden)
+    if behind:
+        env = VecNormalize(env, norm_obs_keys=["picture"])
+    teacher = stable_baselines3.PPO("MlpPolicy", Match(), device="cpu", seed=0, policy_kwargs=dict(ortho_init=False))
+    seen, forward = [], teacher.policy.get_distribution
+    teacher.policy.get_distribution = lambda obs: (seen.append(obs), forward(obs))[1]
+    kwargs = dict(teacher_kwargs={"obs_keys": ["vector"]}, n_steps=6, device="cpu", seed=0)
+    model = OPD("MultiInputPolicy", env, teacher=teacher, **kwargs).learn(1)
+    assert set(model.observation_space.spaces) == {"picture"}
+    rows = th.stack(seen[-6:]).transpose(0, 1).flatten(0, 1)
+    stored = model.token_spec.from_flat(th.as_tensor(model.rollout_buffer.teacher_distributions)).log_probs[:, 0]
+    assert th.allclose(stored, forward(rows).distribution.logits, atol=2e-3)
+    if not behind:  # the picture shows the first number of the vector
+        shown = model.rollout_buffer.observations["picture"][:, 0, 0, 0]
+        assert np.abs(shown - 127 * (1 + rows[:, 0].numpy())).max() <= 1.0
+    model.save(tmp_path / "student")
+    picture = model.observation_space.sample()
+    assert OPD.load(tmp_path / "student").predict(picture)[0].shape == ()
+
+
+def test_what_cannot_be_kept_from_the_student():
+    for env, keys in (
+        (Match(dict_obs=True), ["vector", "picture"]),
+        (Match(dict_obs=True), "state"),
+        (Match(), "state"),
+    ):
+        with pytest.raises(ValueError, match="PrivilegedObservation takes some of the keys"):
+            PrivilegedObservation(env, keys)
+
+
+def test_the_worked_example_of_a_privileged_teacher(tmp_path, monkeypatch):
+    docs = Path(__file__).parent.parent / "docs" / "algorithms.md"
+    section = docs.read_text(encoding="utf-8").partition("### A teacher that sees more")[2]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1].replace("10_000", "64"), names)
+    assert set(names["student"].observation_space.spaces) == {"picture"}
+
+
+def test_a_teacher_that_was_made_for_another_env_is_refused():
+    env = vec(1, env="Pendulum-v1")
+    ppo = stable_baselines3.PPO("MlpPolicy", "Pendulum-v1", device="cpu")
+    made = make_teacher(ppo, env, student_of(env))
+    OPD("MlpPolicy", env, teacher=made)
+    with pytest.raises(ValueError, match="made for another env"):
+        OPD("MlpPolicy", normalised(), teacher=made)
 
 
 class Unreadable:

@@ -86,7 +86,7 @@ class OPD(RolloutAlgorithm):
     :param weight_decay: Weight decay of AdamW
     :param teacher_kwargs: How to read the teacher, see ``opd_gym.algorithms.teachers`` (``temperature`` for Q-values,
         ``std`` for deterministic continuous actions, ``smoothing`` and ``floor`` for labels, ``vec_normalize`` for the
-        statistics that it was trained with)
+        statistics that it was trained with, ``obs_keys`` for the keys of a Dict observation that it sees)
     :param stats_window_size: Number of episodes that the reported success rate, length and reward are averaged over
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
