@@ -123,6 +123,23 @@ def test_a_teacher_that_rules_bins_out_gives_finite_losses():
         assert math.isfinite(loss.item()) and bool(th.isfinite(logits.grad).all())
 
 
+def test_what_a_teacher_rules_out_costs_a_hundred_nats_and_is_left():
+    teacher = CategoricalTokens(th.tensor([[[math.log(0.5), math.log(0.5), -math.inf]]]))
+    logits = th.tensor([[[0.0, 0.0, 3.0]]], requires_grad=True)
+    student = CategoricalTokens(th.log_softmax(logits, -1))
+    p = student.log_probs.detach().exp().flatten()
+    loss, metrics = exact_opd_loss(student, teacher, th.ones(1, 1))
+    by_hand = sum(p * p.log()) - (p[0] + p[1]) * math.log(0.5) + 100.0 * p[2]
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5) and metrics.teacher_log_prob == -100.0
+    loss.backward()
+    assert logits.grad[0, 0, 2] > 0 > logits.grad[0, 0, 0]  # descent takes the logit down, and the others up
+    log_probs = th.tensor([[-1.0, -2.0]], requires_grad=True)
+    loss, metrics = sampled_opd_loss(log_probs, th.tensor([[-0.5, -math.inf]]), th.ones(1, 2), 1)
+    loss.backward()
+    assert log_probs.grad.tolist() == [[-0.5, 98.0]]
+    assert metrics.kl == pytest.approx((-0.5 + 98.0) / 2) and metrics.teacher_log_prob == pytest.approx(-100.5 / 2)
+
+
 def test_exact_loss_masks_tokens_and_reports():
     student, teacher = tokens(P, P), tokens(Q, P)
     loss, metrics = exact_opd_loss(student, teacher, th.tensor([[1.0, 0.0]], dtype=th.float64))

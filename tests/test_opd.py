@@ -1,4 +1,5 @@
 import io
+import math
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +13,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from toys import TINY_BODY, Match, Robot, cartpole_teacher, parameters, vec
 
 from opd_gym.algorithms.opd import OPD
+from opd_gym.algorithms.ppo import PPO
+from opd_gym.algorithms.teachers import Teacher
 from opd_gym.envs.wrappers import EpisodeControl
+from opd_gym.tokens import CategoricalTokens, GaussianTokens
 
 FAST = dict(learning_rate=5e-3, n_steps=32, batch_size=64, gradient_steps=20, device="cpu", seed=0)
 
@@ -295,6 +299,72 @@ def test_nan_in_the_policy_is_named():
         model.policy.action_net.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="after 0 updates .*learning_rate"):
         model.learn(64)
+
+
+class Broken(Match):
+    """Observations or rewards are NaN from the tenth step on."""
+
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward, *rest = super().step(action)
+        if self.steps < 10:
+            return obs, reward, *rest
+        if self.kind == "discrete":
+            return {**obs, "vector": obs["vector"] * np.nan} if self.dict_obs else obs * np.nan, reward, *rest
+        return obs, np.nan, *rest
+
+
+class Opinion(Teacher):
+    """Gives what it was told to give."""
+
+    def __init__(self, view):
+        self.view = view
+
+    def distribution(self, observations, labels, actions=None):
+        rows = th.zeros(len(labels), dtype=th.long)
+        return type(self.view)(*(value[rows] for value in vars(self.view).values() if isinstance(value, th.Tensor)))
+
+
+NAN = th.full((1, 2), math.nan)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OPD("MlpPolicy", vec(env=Broken), teacher="expert", **FAST), r"So are the observations, which.*env"),
+        (
+            lambda: OPD("MultiInputPolicy", vec(env=Broken, dict_obs=True), teacher="expert", **FAST),
+            r"So are the observations\['vector'\], which.*env",
+        ),
+        (
+            lambda: PPO("MlpPolicy", vec(env=Broken, kind="box"), n_steps=32, batch_size=64),
+            "gradients.*So are the rewards, which",
+        ),
+        (
+            lambda: OPD("MlpPolicy", vec(kind="box"), teacher=Opinion(GaussianTokens(NAN, NAN)), **FAST),
+            "teacher's outputs are NaN",
+        ),
+        (
+            lambda: OPD(
+                "MlpPolicy",
+                vec(kind="box"),
+                teacher=Opinion(GaussianTokens(th.zeros(1, 2), -th.full((1, 2), th.inf))),
+                **FAST,
+            ),
+            "teacher's outputs are NaN or infinite",
+        ),
+        (
+            lambda: OPD("MlpPolicy", vec(), teacher=Opinion(CategoricalTokens(NAN[:, None].repeat(1, 1, 2))), **FAST),
+            "teacher's outputs are NaN",
+        ),
+    ],
+)
+def test_the_cause_of_nan_is_named(make, message):
+    with pytest.raises(FloatingPointError, match=message) as error:
+        make().learn(64)
+    assert "lower learning_rate" not in str(error.value)
 
 
 def test_nan_in_the_gradient_leaves_the_weights():

@@ -1,5 +1,8 @@
+import functools
 import os
 import pickle
+import re
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -8,6 +11,7 @@ import sb3_contrib
 import stable_baselines3
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import RescaleAction
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 from toys import TINY_BODY, Match, Robot, cartpole_teacher, vec
@@ -21,9 +25,10 @@ from opd_gym.algorithms.teachers import (
     observation_adapter,
     unsquash,
 )
-from opd_gym.envs.wrappers import ActionChunk, ActionTokens
+from opd_gym.envs.make import make_vec
+from opd_gym.envs.wrappers import ActionChunk, ActionTokens, PrivilegedObservation
 from opd_gym.policies.loading import read_vec_normalize
-from opd_gym.tokens import CategoricalTokens, GaussianTokens, token_spec
+from opd_gym.tokens import CategoricalTokens, GaussianTokens, token_spec, token_view
 
 NO_LABELS = th.empty(0)
 
@@ -157,6 +162,23 @@ def test_expert_labels_every_worker():
     assert th.allclose(view.log_probs.exp().sum(-1), th.ones(2, 2))
 
 
+def test_an_expert_of_single_actions_labels_chunks_of_one():
+    gym.register("opd_gym_tests/Match-v0", entry_point=Match)
+    rescale = functools.partial(RescaleAction, min_action=-1.0, max_action=1.0)
+    kwargs = dict(env_kwargs={"kind": "box"}, tokens=True, wrapper=rescale)
+    try:
+        env, chunks = (make_vec("opd_gym_tests/Match-v0", 2, chunk_size=size, **kwargs) for size in (1, 2))
+    finally:
+        del gym.registry["opd_gym_tests/Match-v0"]
+    env.reset()
+    label = make_teacher("expert", env, student_of(env)).label(env, np.array([1]))
+    executed = env.env_method("decode", label[0], indices=1)[0]
+    inner = env.env_method("get_wrapper_attr", "vector", indices=1)[0]
+    np.testing.assert_allclose(2 * executed, inner[None, :2], atol=2 / 255)  # Match acts in [-2, 2]
+    with pytest.raises(ValueError, match=r"expert_action\(\).*more than one action.*expert_chunk\(chunk_size\)"):
+        make_teacher("expert", chunks, student_of(chunks))
+
+
 def test_ordered_bins_are_smoothed_over_neighbours():
     env = DummyVecEnv([lambda: ActionTokens(ActionChunk(Robot(), 2))])
     student = type("Student", (), {"squash_output": False})()
@@ -194,6 +216,28 @@ def test_an_expert_must_exist_and_fit():
 
     with pytest.raises(ValueError, match="returned 7 numbers, the action space has 1 tokens"):
         OPD("MlpPolicy", vec(env=Wrong), teacher="expert").learn(32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "message"),
+    [
+        ("discrete", -1, r"what is no action of Discrete\(4\): \[-1, -1\]"),
+        ("discrete", 4, "no action"),
+        ("multi_discrete", [2, 0], "no action"),
+        ("multi_binary", [0, 0.5, 1], "no action"),
+        ("box", [0.0, np.nan], "NaN or infinity"),
+    ],
+)
+def test_labels_that_are_no_actions_are_refused(kind, label, message):
+    class Wrong(Match):
+        def expert_action(self):
+            return np.asarray(label)
+
+        def step(self, action):  # Match compares with the expert's action
+            return self._observe(), 0.0, False, False, {}
+
+    with pytest.raises(ValueError, match=message):
+        OPD("MlpPolicy", vec(env=Wrong, kind=kind), teacher="expert").learn(32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,6 +387,30 @@ def test_a_raw_teacher_sees_raw_observations_where_the_student_sees_normalised_o
     assert make_teacher(teacher, env, model.policy).privileged is False
 
 
+@pytest.mark.parametrize("how", ["set_env", "load"])
+def test_a_new_env_sets_the_teacher_up_again(how, tmp_path):
+    teacher = stable_baselines3.PPO("MlpPolicy", "Pendulum-v1", device="cpu", policy_kwargs=dict(ortho_init=False))
+    teacher.save(tmp_path / "teacher")
+    kwargs = dict(teacher=tmp_path / "teacher.zip", n_steps=6, device="cpu", seed=0)
+    behind = normalised()
+    behind.clip_obs = 100.0
+    for before, after in ((vec(1, env="Pendulum-v1"), behind), (behind, vec(1, env="Pendulum-v1"))):
+        model = OPD("MlpPolicy", before, **kwargs).learn(1)
+        if how == "set_env":
+            model.set_env(after)
+        else:
+            model.save(tmp_path / "student")
+            model = OPD.load(tmp_path / "student", env=after, device="cpu")
+        model.learn(1)
+        seen = model.rollout_buffer.observations
+        raw = seen * np.sqrt(0.09 + 0.01) + 0.2 if after is behind else seen
+        expected = teacher.policy.get_distribution(th.as_tensor(raw)).distribution.mean.flatten()
+        assert th.allclose(th.as_tensor(model.rollout_buffer.teacher_distributions[:, 0]), expected, atol=1e-5)
+    model.teacher_kwargs = {"vec_normalize": normalised(1, "CartPole-v1")}
+    with pytest.raises(ValueError, match="statistics of the shape"):
+        model.set_env(vec(1, env="Pendulum-v1"))
+
+
 @pytest.mark.parametrize(
     ("zip_name", "statistics"),
     [
@@ -420,14 +488,155 @@ def test_statistics_of_other_observations_are_refused(tmp_path):
     OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path / "teacher.zip", teacher_kwargs={"vec_normalize": False})
 
 
-def test_a_maskable_teacher_in_an_env_with_masks_is_refused():
-    class Doors(Match):
-        def action_masks(self):
-            return np.ones(4, bool)
+class Doors(Match):
+    """Half of the choices are open only where the first number is positive."""
 
+    def action_masks(self):
+        n_choices = {"discrete": 4, "multi_discrete": 5, "multi_binary": 6}[self.kind]
+        return (np.arange(n_choices) % 2 == 0) | (self.vector[0] > 0)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("kind", ["discrete", "multi_discrete", "multi_binary"])
+def test_a_maskable_teacher_is_asked_with_the_masks_of_each_state(kind, behind):
+    teacher = sb3_contrib.MaskablePPO("MlpPolicy", Doors(kind), device="cpu", seed=0)
+    env = vec(2, env=Doors, kind=kind)
+    if behind:
+        env = VecNormalize(env, training=False)
+        env.obs_rms.mean[:] = 0.5
+    model = OPD("MlpPolicy", env, teacher=teacher, n_steps=16, device="cpu", seed=0).learn(1)
+    raw = model.rollout_buffer.observations + 0.5 * behind
+    choices = {"discrete": 4, "multi_discrete": 5, "multi_binary": 6}[kind]
+    masks = (np.arange(choices) % 2 == 0) | (raw[:, :1] > 0)
+    assert 0 < (~masks).sum() < masks.size // 2
+    expected = token_view(teacher.policy.get_distribution(th.as_tensor(raw), action_masks=masks)).log_probs.exp()
+    stored = model.token_spec.from_flat(th.as_tensor(model.rollout_buffer.teacher_distributions)).log_probs.exp()
+    assert th.allclose(stored, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+def test_a_student_leaves_what_the_masks_rule_out(estimator):
+    teacher = sb3_contrib.MaskablePPO("MlpPolicy", Doors(), policy_kwargs=dict(net_arch=[]), device="cpu")
+    with th.no_grad():
+        teacher.policy.action_net.weight.zero_()
+        teacher.policy.action_net.bias.copy_(th.tensor([1.0, 3.0, 0.0, 0.0]))
+    model = OPD(
+        "MlpPolicy",
+        vec(8, env=Doors),
+        teacher=teacher,
+        estimator=estimator,
+        n_steps=32,
+        batch_size=256,
+        learning_rate=1e-2,
+        device="cpu",
+        seed=0,
+    ).learn(256 * (4 if estimator == "exact" else 40))
+    obs = np.random.default_rng(0).uniform(-1, 1, (200, 4)).astype(np.float32)
+    obs = obs[np.abs(obs[:, 0]) > 0.2]
+    probabilities = model.policy.get_distribution(th.as_tensor(obs)).distribution.probs.detach().numpy()
+    open_doors = obs[:, 0] > 0
+    assert np.mean(probabilities.argmax(1) == np.where(open_doors, 1, 0)) > 0.95
+    assert probabilities[~open_doors][:, [1, 3]].sum(1).mean() < 0.05
+
+
+def test_masks_that_are_not_there_and_masks_that_do_not_fit():
     teacher = sb3_contrib.MaskablePPO("MlpPolicy", Doors(), device="cpu")
-    with pytest.raises(ValueError, match="action masks"):
-        OPD("MlpPolicy", Doors(), teacher=teacher)
+    with pytest.warns(UserWarning, match=r"no action_masks\(\)"):
+        OPD("MlpPolicy", Match(), teacher=teacher)
+
+    class Wrong(Doors):
+        def action_masks(self):
+            return np.ones(3, bool)
+
+    with pytest.raises(ValueError, match=r"returned 3 values, Discrete\(4\) has 4 choices"):
+        OPD("MlpPolicy", Wrong(), teacher=teacher).learn(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Privileged observations
+
+
+def two_keys():
+    parts = {"a": spaces.Box(-1, 1, (2,)), "b": spaces.Box(-1, 1, (1, 3)), "n": spaces.Discrete(3)}
+    return DummyVecEnv([lambda: Other(spaces.Dict(parts), spaces.Discrete(2))])
+
+
+def test_the_teacher_sees_the_keys_that_are_named():
+    env = two_keys()
+    obs = {"a": th.rand(4, 2), "b": th.rand(4, 1, 3), "n": th.zeros(4)}
+    joined = th.cat([obs["b"].flatten(1), obs["a"]], dim=1)
+    student = type("Student", (), {"squash_output": False})()
+    for keys, seen in (("a", obs["a"]), (["b"], obs["b"]), (["b", "a"], joined)):
+        teacher = teacher_for(spaces.Box(-1, 1, seen.shape[1:]), spaces.Discrete(2))
+        expected = teacher.get_distribution(seen).distribution.logits
+        found = make_teacher(teacher, env, student, obs_keys=keys).distribution(obs, NO_LABELS)
+        assert th.allclose(found.log_probs[:, 0], expected)
+    statistics = VecNormalize(DummyVecEnv([lambda: Other(spaces.Box(-1, 1, (2,)), spaces.Discrete(2))]), training=False)
+    statistics.obs_rms.mean[:] = 0.5
+    teacher = teacher_for(spaces.Box(-1, 1, (2,)), spaces.Discrete(2))
+    found = make_teacher(teacher, env, student, obs_keys="a", vec_normalize=statistics).distribution(obs, NO_LABELS)
+    assert th.allclose(found.log_probs[:, 0], teacher.get_distribution(obs["a"] - 0.5).distribution.logits, atol=1e-5)
+    for keys, message in (
+        (["a", "c"], r"obs_keys are \['a', 'c'\]"),
+        ([], "obs_keys"),
+        (["a", "n"], "cannot be joined"),
+        (None, "teacher_kwargs=.*obs_keys"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_teacher(teacher, env, student, obs_keys=keys)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_teacher_of_keys_that_the_student_does_not_see(behind, tmp_path):
+    def hidden():
+        return PrivilegedObservation(Match(dict_obs=True), "vector")
+
+    env = vec(2, env=hidden)
+    if behind:
+        env = VecNormalize(env, norm_obs_keys=["picture"])
+    teacher = stable_baselines3.PPO("MlpPolicy", Match(), device="cpu", seed=0, policy_kwargs=dict(ortho_init=False))
+    seen, forward = [], teacher.policy.get_distribution
+    teacher.policy.get_distribution = lambda obs: (seen.append(obs), forward(obs))[1]
+    kwargs = dict(teacher_kwargs={"obs_keys": ["vector"]}, n_steps=6, device="cpu", seed=0)
+    model = OPD("MultiInputPolicy", env, teacher=teacher, **kwargs).learn(1)
+    assert set(model.observation_space.spaces) == {"picture"}
+    rows = th.stack(seen[-6:]).transpose(0, 1).flatten(0, 1)
+    stored = model.token_spec.from_flat(th.as_tensor(model.rollout_buffer.teacher_distributions)).log_probs[:, 0]
+    assert th.allclose(stored, forward(rows).distribution.logits, atol=2e-3)
+    if not behind:  # the picture shows the first number of the vector
+        shown = model.rollout_buffer.observations["picture"][:, 0, 0, 0]
+        assert np.abs(shown - 127 * (1 + rows[:, 0].numpy())).max() <= 1.0
+    model.save(tmp_path / "student")
+    picture = model.observation_space.sample()
+    assert OPD.load(tmp_path / "student").predict(picture)[0].shape == ()
+
+
+def test_what_cannot_be_kept_from_the_student():
+    for env, keys in (
+        (Match(dict_obs=True), ["vector", "picture"]),
+        (Match(dict_obs=True), "state"),
+        (Match(), "state"),
+    ):
+        with pytest.raises(ValueError, match="PrivilegedObservation takes some of the keys"):
+            PrivilegedObservation(env, keys)
+
+
+def test_the_worked_example_of_a_privileged_teacher(tmp_path, monkeypatch):
+    docs = Path(__file__).parent.parent / "docs" / "algorithms.md"
+    section = docs.read_text(encoding="utf-8").partition("### A teacher that sees more")[2]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1].replace("10_000", "64"), names)
+    assert set(names["student"].observation_space.spaces) == {"picture"}
+
+
+def test_a_teacher_that_was_made_for_another_env_is_refused():
+    env = vec(1, env="Pendulum-v1")
+    ppo = stable_baselines3.PPO("MlpPolicy", "Pendulum-v1", device="cpu")
+    made = make_teacher(ppo, env, student_of(env))
+    OPD("MlpPolicy", env, teacher=made)
+    with pytest.raises(ValueError, match="made for another env"):
+        OPD("MlpPolicy", normalised(), teacher=made)
 
 
 class Unreadable:

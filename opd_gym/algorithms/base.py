@@ -359,13 +359,12 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         :return: What was decided
         """
         envs = pipeline.parts[part]
-        with th.no_grad(), self._nan_named():
-            tokens, view, values = sample_tokens(
-                self.policy, obs_as_tensor(obs, self.device), self.temperature, self.uses_critic
-            )
+        tensors = obs_as_tensor(obs, self.device)
+        with th.no_grad(), self._nan_named(tensors):
+            tokens, view, values = sample_tokens(self.policy, tensors, self.temperature, self.uses_critic)
             token_log_probs = view.log_prob(tokens)
         if not bool(th.isfinite(token_log_probs).all()):
-            raise self._not_finite("log-probabilities of the policy's actions")
+            raise self._not_finite("log-probabilities of the policy's actions", tensors)
         actions = tokens.cpu().numpy().reshape(-1, *self.action_space.shape)  # type: ignore[misc]
         actions = actions.astype(self.action_space.dtype, copy=False)
         playing = [self._episodes.playing[index] for index in envs]

@@ -90,6 +90,13 @@ def accumulate_gradients(
     return weighted_mean(parts)
 
 
+def _not_finite_in(name: str, values: Any) -> list[str]:
+    """Names of those arrays of a plain or Dict observation that hold NaN or infinity."""
+    if isinstance(values, dict):
+        return [found for key, value in values.items() for found in _not_finite_in(f"{name}[{key!r}]", value)]
+    return [] if bool(th.isfinite(th.as_tensor(values)).all()) else [name]
+
+
 class DecisionProgressBar(ProgressBarCallback):
     """Progress bar that counts decisions: envs that stand still make none."""
 
@@ -250,7 +257,7 @@ class PolicyAlgorithm(BaseAlgorithm):
         :param actions: Actions, after whose tokens an autoregressive policy gives the distributions of the next
         :return: distribution and values (zeros without a critic)
         """
-        with self._nan_named():
+        with self._nan_named(obs):
             if self.uses_critic:
                 return distribution_and_values(self.policy, obs, actions)
             return action_distribution(self.policy, obs, actions), th.zeros(1, device=self.device)
@@ -267,24 +274,50 @@ class PolicyAlgorithm(BaseAlgorithm):
         return token_view(self._distribution(obs, actions)[0]).temper(temperature)
 
     @contextmanager
-    def _nan_named(self) -> Iterator[None]:
-        """Say what has gone wrong where the policy's outputs are NaN."""
+    def _nan_named(self, observations: Any) -> Iterator[None]:
+        """Say what has gone wrong where the policy's outputs for these observations are NaN."""
         try:
             yield
         except (ValueError, FloatingPointError) as error:
             # How torch's and the VLA's distributions refuse NaN
-            finite = all(bool(th.isfinite(parameter).all()) for parameter in self.policy.parameters())
-            if finite and "nan" not in str(error).lower():
+            if self._weights_are_finite() and "nan" not in str(error).lower():
                 raise
-            raise self._not_finite("outputs of the policy") from error
+            raise self._not_finite("outputs of the policy", observations) from error
 
-    def _not_finite(self, what: str) -> FloatingPointError:
-        rate = self.policy.optimizer.param_groups[0]["lr"]
+    def _weights_are_finite(self) -> bool:
+        return all(bool(th.isfinite(parameter).all()) for parameter in self.policy.parameters())
+
+    def _not_finite(self, what: str, observations: Any = None) -> FloatingPointError:
+        """
+        :param what: What is NaN or infinite
+        :param observations: What it was computed from, if that was not the rollout
+        :return: The error, which names the likeliest cause
+        """
+        inputs = {} if observations is None else {"observations": observations}
+        buffer = getattr(self, "rollout_buffer", None)
+        if observations is None and buffer is not None:
+            inputs = {"observations": buffer.observations, "rewards": buffer.rewards}
+        broken = [name for key, value in inputs.items() for name in _not_finite_in(key, value)]
+        if broken:
+            cause = (
+                f"So are the {', '.join(broken)}, which came from the env: Stable-Baselines3's VecCheckNan finds when."
+            )
+        elif self._n_updates > 0:
+            rate = self.policy.optimizer.param_groups[0]["lr"]
+            cause = (
+                "The training has diverged. Go on from the last checkpoint with a lower learning_rate (now "
+                f"{rate:g}) or max_grad_norm (now {self.max_grad_norm:g})."
+            )
+        elif not self._weights_are_finite():
+            cause = "Whatever the learning_rate, the policy started from weights that are NaN or infinite."
+        else:
+            cause = (
+                "Whatever the learning_rate, that is what the training started from: look for enormous numbers in "
+                "observations, labels or rewards, and in the weights."
+            )
         return FloatingPointError(
             f"{type(self).__name__}: the {what} are NaN or infinite after {self._n_updates} updates and "
-            f"{self.num_timesteps} timesteps. The training has diverged, or the observations hold NaN (VecCheckNan of "
-            "Stable-Baselines3 finds that). Go on from the last checkpoint with a lower learning_rate (now "
-            f"{rate:g}) or max_grad_norm (now {self.max_grad_norm:g})."
+            f"{self.num_timesteps} timesteps. {cause}"
         )
 
     def _gradient_step(self) -> float:

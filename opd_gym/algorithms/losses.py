@@ -20,7 +20,8 @@ Divergence = Literal["reverse_kl", "forward_kl", "hard_ce", "jsd"]
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 Metrics = TypeVar("Metrics")
 
-# A teacher that rules a bin out gives it a log-probability of -inf, and the student's KL no finite value to descend
+# A teacher that rules a bin out gives it a log-probability of -inf, where KL(student, teacher) is infinite and has no
+# gradient. At this price the student leaves the bin all the same: it is worth more than any bin that is not ruled out
 MIN_LOG_PROB = -100.0
 # Exact to 1e-6 for two Gaussians up to about three standard deviations apart
 N_QUADRATURE_NODES = 48
@@ -118,13 +119,14 @@ def sampled_opd_loss(
     of trajectories (``B * G`` in the paper), so losses of minibatches of one rollout add up to the loss of the rollout.
 
     :param log_probs: Student's log-probabilities of the sampled tokens, with gradient, (batch, T)
-    :param teacher_log_probs: Teacher's log-probabilities of the same tokens, (batch, T)
+    :param teacher_log_probs: Teacher's log-probabilities of the same tokens, (batch, T); none counts as less than -100
     :param mask: Tokens that were executed, (batch, T)
     :param n_trajectories: Number of trajectories in the whole rollout
     :param entropy: Student's entropy per token, for the metrics, (batch, T)
     :return: Loss and metrics
     """
-    reward = -(log_probs.detach() - teacher_log_probs.clamp(min=MIN_LOG_PROB))
+    teacher_log_probs = teacher_log_probs.clamp(min=MIN_LOG_PROB)
+    reward = -(log_probs.detach() - teacher_log_probs)
     loss = -(log_probs * reward).masked_fill(mask == 0, 0.0).sum() / n_trajectories
     return loss, DistillationMetrics(
         loss=loss.item(),
@@ -179,6 +181,10 @@ def token_divergence(student: TokenView, teacher: TokenView, divergence: Diverge
     - ``hard_ce``: cross-entropy on the teacher's mode (its mean, for Gaussians).
     - ``jsd``: Jensen-Shannon divergence with equal weights; for Gaussians by Gauss-Hermite quadrature, since it has no
       closed form.
+
+    In ``reverse_kl`` no log-probability of the teacher counts as less than -100: what the teacher rules out costs the
+    student 100 nats times its probability there, instead of infinitely much. ``forward_kl`` and ``hard_ce`` are
+    infinite where the student rules out what the teacher does; ``jsd`` is always finite.
 
     A tanh changes none of KL and JSD, so two squashed Gaussians are compared before squashing.
 

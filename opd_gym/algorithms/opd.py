@@ -28,7 +28,7 @@ from opd_gym.algorithms.losses import (
     exact_opd_loss,
     sampled_opd_loss,
 )
-from opd_gym.algorithms.teachers import Teacher, make_teacher
+from opd_gym.algorithms.teachers import Teacher, check_finite, make_teacher
 from opd_gym.checks import check_at_least_one
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import is_autoregressive
@@ -86,7 +86,7 @@ class OPD(RolloutAlgorithm):
     :param weight_decay: Weight decay of AdamW
     :param teacher_kwargs: How to read the teacher, see ``opd_gym.algorithms.teachers`` (``temperature`` for Q-values,
         ``std`` for deterministic continuous actions, ``smoothing`` and ``floor`` for labels, ``vec_normalize`` for the
-        statistics that it was trained with)
+        statistics that it was trained with, ``obs_keys`` for the keys of a Dict observation that it sees)
     :param stats_window_size: Number of episodes that the reported success rate, length and reward are averaged over
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -209,6 +209,19 @@ class OPD(RolloutAlgorithm):
         if self.verbose >= 1 and self._teacher.sees:
             print(f"The teacher sees {self._teacher.sees}.")
 
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """
+        Set the environment to go on with. The teacher is set up again: what it sees depends on the env.
+
+        :param env: The environment; an id or a raw env is wrapped as in the constructor
+        :param force_reset: Force a reset before training
+        :raises ValueError: The teacher does not fit the env
+        """
+        super().set_env(env, force_reset)
+        if self._teacher is not None:
+            self._teacher = None
+            self._setup_teacher()
+
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self._teacher is None and self.env is not None:
             self._setup_teacher()
@@ -231,6 +244,7 @@ class OPD(RolloutAlgorithm):
             labels = th.as_tensor(buffer.teacher_actions[samples.rows], device=self.device)
             tokens = samples.actions.reshape(len(samples.rows), -1)
             teacher = self._teacher.distribution(samples.observations, labels, tokens)
+            check_finite(teacher)
             if self.estimator == "sampled" and self.temperature != 1.0:
                 teacher = teacher.temper(self.temperature)
             buffer.set_teacher(

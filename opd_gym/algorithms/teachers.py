@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import random
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
 from opd_gym.checkpoints import find_teacher, resolve_checkpoint
-from opd_gym.envs.wrappers import ActionTokens, EpisodeControl
+from opd_gym.envs.wrappers import ActionTokens, EpisodeControl, PrivilegedObservation
 from opd_gym.observations import map_obs, obs_rows
 from opd_gym.policies.loading import find_vec_normalize, load_policy, read_vec_normalize
 from opd_gym.tokens import (
@@ -88,8 +90,11 @@ class PolicyTeacher(Teacher):
     A student that does not squash its Gaussian gets a squashed teacher as the Gaussian of the same mean and variance.
 
     It sees observations as it was trained on them: raw, or normalised by its own statistics. Where the student's env is
-    a ``VecNormalize`` it is privileged, for the raw ones are known only until the next step: its label is its flattened
-    distribution.
+    a ``VecNormalize``, or keeps keys from the student (``PrivilegedObservation``), it is privileged, for the raw
+    observation is known only until the next step: its label is its flattened distribution.
+
+    A teacher that was trained with action masks (MaskablePPO) rules out what the env's ``action_masks()`` does. The
+    student acts without masks, as it will later, and learns to leave those actions alone; the mask is the label.
 
     :param policy: The policy
     :param env: The student's env
@@ -98,6 +103,8 @@ class PolicyTeacher(Teacher):
     :param std: Standard deviation given to deterministic continuous actions, as a fraction of half the action's range
     :param smoothing: See :class:`LabelSmoothing`
     :param floor: See :class:`LabelSmoothing`
+    :param obs_keys: Keys of the env's Dict observation that it sees. A teacher of a plain observation gets the value of
+        one key, or those of several, flattened, one after the other. None: the keys that the teacher knows
     :param vec_normalize: The ``VecNormalize`` that the teacher was trained behind; None: none
     """
 
@@ -110,6 +117,7 @@ class PolicyTeacher(Teacher):
         std: float = 0.1,
         smoothing: float = 1.0,
         floor: float = 0.01,
+        obs_keys: str | Sequence[str] | None = None,
         vec_normalize: Any = None,
     ):
         if policy is student:
@@ -120,31 +128,47 @@ class PolicyTeacher(Teacher):
         check_starts("teacher's action space", policy.action_space)
         check_action_spaces(policy.action_space, env.action_space)
         check_statistics(policy, env, student)
-        if env.has_attr("action_masks") and "action_masks" in inspect.signature(policy.forward).parameters:
-            raise ValueError(
-                "The teacher was trained with action masks (MaskablePPO) and the env has action_masks(): its "
-                "distribution there depends on the mask, and states are labelled without. Use a teacher without masks."
+        maskable = "action_masks" in inspect.signature(policy.forward).parameters
+        self._masked = maskable and env.has_attr("action_masks")
+        if maskable and not self._masked:
+            warnings.warn(
+                "The teacher is a MaskablePPO, and the env has no action_masks(): it teaches without masks. If it was "
+                "trained with them, wrap each env in sb3_contrib.common.wrappers.ActionMasker.",
+                stacklevel=2,
             )
         space = raw_observation_space(env)
-        normalise = None
+        select: Callable[[Any], Any] = _unchanged
+        if obs_keys is not None:
+            select, space = key_selector(obs_keys, space, isinstance(policy.observation_space, spaces.Dict))
+        normalise: Callable[[Any], Any] = _unchanged
         if vec_normalize is not None and vec_normalize.norm_obs:
             normalise = Normalisation(vec_normalize, space)
             space = normalise.space
         adapt = observation_adapter(policy.observation_space, space)
-        self._adapt = adapt if normalise is None else lambda obs: adapt(normalise(obs))
-        self.privileged = _normalises(env)
-        if self.privileged and is_autoregressive(policy):
+        self._adapt = lambda obs: adapt(normalise(select(obs)))
+        self.sees_raw = hides_raw_observations(env)
+        self.privileged = self.sees_raw or self._masked
+        if self.sees_raw and is_autoregressive(policy):
             raise ValueError(
-                "An autoregressive teacher cannot label the states of a VecNormalize: use the env without norm_obs."
+                "An autoregressive teacher cannot label the states of a VecNormalize or a PrivilegedObservation: use "
+                "the env without."
             )
-        if normalise is not None or self.privileged:
-            self.sees = "raw observations" if normalise is None else "observations normalised by its own statistics"
+        seen = []
+        if normalise is not _unchanged or self.sees_raw:
+            own = "observations normalised by its own statistics"
+            seen.append("raw observations" if normalise is _unchanged else own)
+        if self._masked:
+            seen.append("the env's action masks")
+        self.sees = " and ".join(seen) or None
         self.policy = policy
         self.temperature = temperature
         self.action_space = env.action_space
         self.spec = token_spec(env.action_space, squashed=student.squash_output)
-        self.label_size = self.spec.flat_size if self.privileged else None
         self._smooth = LabelSmoothing(self.spec, env.action_space, False, std, smoothing, floor)
+        if self.sees_raw:
+            self.label_size = self.spec.flat_size
+        elif self._masked:
+            self.label_size = self._n_masks
         self._read = self._reader()
         if student.squash_output and not policy.squash_output:
             raise ValueError(
@@ -152,22 +176,37 @@ class PolicyTeacher(Teacher):
                 "no counterpart inside the bounds. Use a student without squash_output, or a squashed teacher (SAC)."
             )
 
-    def _reader(self) -> Callable[[PyTorchObs, th.Tensor | None], TokenView]:
+    @property
+    def _n_masks(self) -> int:
+        """Numbers of an action mask: one for each bin of each token."""
+        assert self._smooth.n_bins is not None  # MaskablePPO has no continuous actions
+        return int(self._smooth.n_bins.sum())
+
+    def _reader(self) -> Callable[[PyTorchObs, th.Tensor | None, np.ndarray | None], TokenView]:
         policy: Any = self.policy
         if hasattr(policy, "lstm_actor"):
             raise ValueError(
                 "The teacher is recurrent (RecurrentPPO): its labels depend on the history, and states are labelled "
                 "one by one. Use a teacher without memory."
             )
+        if self._masked:
+            return self._read_masked
         if hasattr(policy, "get_distribution"):
-            return lambda obs, actions: token_view(action_distribution(policy, obs, actions))
+            return lambda obs, actions, _: token_view(action_distribution(policy, obs, actions))
         if hasattr(getattr(policy, "actor", None), "get_action_dist_params"):
-            return lambda obs, _: self._read_squashed_actor(obs)
+            return lambda obs, *_: self._read_squashed_actor(obs)
         if hasattr(policy, "q_net"):
-            return lambda obs, _: self._softmax(policy.q_net(obs))
+            return lambda obs, *_: self._softmax(policy.q_net(obs))
         if hasattr(policy, "quantile_net"):
-            return lambda obs, _: self._softmax(policy.quantile_net(obs).mean(dim=1))
-        return lambda obs, _: self._read_deterministic(obs)
+            return lambda obs, *_: self._softmax(policy.quantile_net(obs).mean(dim=1))
+        return lambda obs, *_: self._read_deterministic(obs)
+
+    def _read_masked(self, obs: PyTorchObs, actions: th.Tensor | None, masks: np.ndarray | None) -> TokenView:
+        policy: Any = self.policy
+        view = token_view(policy.get_distribution(obs, action_masks=masks))
+        assert isinstance(view, CategoricalTokens)
+        # sb3-contrib gives -1e8 to what is ruled out
+        return CategoricalTokens(view.log_probs.masked_fill(view.log_probs < -1e7, -math.inf))
 
     def _softmax(self, q_values: th.Tensor) -> TokenView:
         return CategoricalTokens(th.log_softmax(q_values / self.temperature, dim=-1).unsqueeze(1))
@@ -188,40 +227,60 @@ class PolicyTeacher(Teacher):
         return self._smooth(actions)
 
     def label(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:
-        vec_normalize = unwrap_vec_normalize(env)
-        assert vec_normalize is not None
-        observations = map_obs(th.as_tensor, obs_rows(vec_normalize.get_original_obs(), indices))
-        return self._opinion(observations, None).flatten().cpu().numpy()
+        masks = self._action_masks(env, indices) if self._masked else None
+        if not self.sees_raw:
+            assert masks is not None
+            return masks.astype(np.float32)
+        observations = map_obs(th.as_tensor, raw_observations(env, indices))
+        return self._opinion(observations, None, masks).flatten().cpu().numpy()
+
+    def _action_masks(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:
+        masks = np.stack(env.env_method("action_masks", indices=[int(index) for index in indices]))
+        masks = masks.reshape(len(masks), -1).astype(bool)
+        if masks.shape[1] != self._n_masks:
+            raise ValueError(
+                f"action_masks() returned {masks.shape[1]} values, {self.action_space} has {self._n_masks} choices."
+            )
+        return masks
 
     def distribution(self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None) -> TokenView:
-        if self.privileged:
+        if self.sees_raw:
             return self.spec.from_flat(labels)
-        return self._opinion(observations, actions).to(labels.device)
+        masks = labels.cpu().numpy() > 0 if self._masked else None
+        return self._opinion(observations, actions, masks).to(labels.device)
 
     @th.no_grad()
-    def _opinion(self, observations: PyTorchObs, actions: th.Tensor | None) -> TokenView:
+    def _opinion(self, observations: PyTorchObs, actions: th.Tensor | None, masks: np.ndarray | None) -> TokenView:
         self.policy.set_training_mode(False)
         try:
             # A large teacher may have a device of its own
             observations = self._adapt(map_obs(lambda x: x.to(self.policy.device), observations))
             actions = None if actions is None else actions.to(self.policy.device)
-            view = self._read(observations, actions)
+            view = self._read(observations, actions, masks)
         except (ValueError, FloatingPointError) as error:
             # How torch's and the VLA's distributions refuse NaN
             if "nan" not in str(error).lower():
                 raise
             raise _nan_teacher() from error
-        if bool(th.isnan(view.flatten()).any()):
-            raise _nan_teacher()
         if isinstance(view, GaussianTokens) and view.squashed and not self.spec.squashed:
             return unsquash(view, self.action_space)
         return view.detach()
 
 
+def check_finite(view: TokenView) -> None:
+    """
+    :param view: A teacher's opinion
+    :raises FloatingPointError: It is NaN, or a Gaussian without a finite mean and a positive standard deviation
+    """
+    flat = view.flatten()
+    if bool(th.isnan(flat).any()) or (isinstance(view, GaussianTokens) and not bool(th.isfinite(flat).all())):
+        raise _nan_teacher()
+
+
 def _nan_teacher() -> FloatingPointError:
     return FloatingPointError(
-        "The teacher's outputs are NaN. Check its weights, and that its observations look like those it was trained on "
-        "(stable_baselines3's VecCheckNan finds NaN in observations)."
+        "The teacher's outputs are NaN or infinite. Check its weights, and that its observations look like those it "
+        "was trained on (stable_baselines3's VecCheckNan finds NaN in observations)."
     )
 
 
@@ -245,7 +304,8 @@ class ExpertTeacher(Teacher):
         if not all(env.get_attr("has_expert") if env.has_attr("has_expert") else [env.has_attr("expert_action")]):
             raise ValueError(
                 'teacher="expert" needs an env with a scripted expert: a method expert_action() that returns the '
-                "action to take in the present state, and below ActionChunk a method expert_chunk(chunk_size). "
+                "action to take in the present state, or, for chunks of more than one action, a method "
+                "expert_chunk(chunk_size) that returns that many of them. "
                 f"{_env_id(env) or 'This env'} has none."
             )
         # Only our wrappers bring a label through others, which may change actions
@@ -255,6 +315,7 @@ class ExpertTeacher(Teacher):
                 'teacher="expert": a wrapper of the envs changes actions. Wrap each env in '
                 "opd_gym.envs.wrappers.EpisodeControl, outermost, which brings the expert's actions through it."
             )
+        self.action_space = env.action_space
         self.spec = token_spec(env.action_space, squashed=student.squash_output)
         # Bins of a tokenised number have neighbours; the values of any other discrete action are only names
         ordered = self.spec.n_bins > 0 and env.has_attr("n_bins")
@@ -272,7 +333,14 @@ class ExpertTeacher(Teacher):
             raise ValueError(
                 f"expert_action() returned {labels.shape[1]} numbers, the action space has {self.spec.n_tokens} tokens."
             )
-        return labels
+        bins = self._smooth.n_bins
+        if not np.isfinite(labels).all():
+            wrong = "NaN or infinity"
+        elif bins is not None and not ((labels == np.floor(labels)) & (labels >= 0) & (labels < bins)).all():
+            wrong = f"what is no action of {self.action_space}"
+        else:
+            return labels
+        raise ValueError(f"expert_action() returned {wrong}: {np.asarray(actions).tolist()!s:.200}.")
 
     @th.no_grad()
     def distribution(self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None) -> TokenView:
@@ -310,12 +378,14 @@ class LabelSmoothing:
                 f"got std={std}, smoothing={smoothing}, floor={floor}."
             )
         self.spec = spec
+        #: Number of bins of each token; None for continuous tokens
+        self.n_bins: np.ndarray | None = None
         if spec.n_bins:
-            n_bins = np.full(spec.n_tokens, spec.n_bins)
+            self.n_bins = np.full(spec.n_tokens, spec.n_bins)
             if isinstance(action_space, spaces.MultiDiscrete):
-                n_bins = action_space.nvec.flatten()
+                self.n_bins = action_space.nvec.flatten()
             self.log_probs = th.as_tensor(
-                np.stack([self._table(n, spec.n_bins, ordered * smoothing, floor) for n in n_bins])
+                np.stack([self._table(n, spec.n_bins, ordered * smoothing, floor) for n in self.n_bins])
             )
         else:
             assert isinstance(action_space, spaces.Box)
@@ -397,18 +467,51 @@ class Normalisation:
         return ((array - mean) / std).clamp(-self.clip, self.clip).float()
 
 
+def _unchanged(obs: Any) -> Any:
+    return obs
+
+
 def _normalises(env: VecEnv) -> bool:
     vec_normalize = unwrap_vec_normalize(env)
     return vec_normalize is not None and vec_normalize.norm_obs
 
 
+def _keeps_keys(env: VecEnv) -> bool:
+    return all(env.env_is_wrapped(PrivilegedObservation))
+
+
+def hides_raw_observations(env: VecEnv) -> bool:
+    """
+    :param env: A vectorised env
+    :return: Whether its observations are other ones than a teacher was trained on, or not all of them
+    """
+    return _normalises(env) or _keeps_keys(env)
+
+
 def raw_observation_space(env: VecEnv) -> spaces.Space:
     """
     :param env: A vectorised env
-    :return: Space of its observations before a ``VecNormalize`` has changed them
+    :return: Space of its observations before a ``VecNormalize`` has changed them, or a ``PrivilegedObservation`` has
+        taken keys away
     """
+    if _keeps_keys(env):
+        return env.get_attr("full_observation_space", indices=0)[0]
     vec_normalize = unwrap_vec_normalize(env)
     return vec_normalize.venv.observation_space if vec_normalize and vec_normalize.norm_obs else env.observation_space
+
+
+def raw_observations(env: VecEnv, indices: np.ndarray) -> Any:
+    """
+    :param env: A vectorised env that hides them
+    :param indices: Numbers of the envs to ask
+    :return: Present observations of these envs, in :func:`raw_observation_space`
+    """
+    if _keeps_keys(env):
+        rows = env.env_method("full_observation", indices=[int(index) for index in indices])
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    vec_normalize = unwrap_vec_normalize(env)
+    assert vec_normalize is not None
+    return obs_rows(vec_normalize.get_original_obs(), indices)
 
 
 def unsquash(view: GaussianTokens, action_space: spaces.Space) -> GaussianTokens:
@@ -475,6 +578,12 @@ def make_teacher(
         if given:
             raise ValueError(f"teacher_kwargs {given} are for a teacher that is read from files, got {spec!r}.")
     if isinstance(spec, Teacher):
+        if isinstance(spec, PolicyTeacher) and spec.sees_raw != hides_raw_observations(env):
+            raise ValueError(
+                "This PolicyTeacher was made for another env, whose observations are normalised or incomplete where "
+                "those of this env are not, or the other way round. Pass its policy, and make_teacher's arguments as "
+                "teacher_kwargs."
+            )
         return spec
     if isinstance(spec, str) and spec == "expert":
         if vec_normalize:
@@ -619,6 +728,34 @@ def _summary(nvec: np.ndarray) -> str:
     return str(nvec.flat[0]) if len(set(nvec.flat)) == 1 else str(nvec.tolist())
 
 
+def key_selector(
+    keys: str | Sequence[str], space: spaces.Space, as_dict: bool
+) -> tuple[Callable[[Any], Any], spaces.Space]:
+    """
+    What a teacher sees that was trained on some keys of a Dict observation.
+
+    :param keys: The keys
+    :param space: Space of the Dict observations
+    :param as_dict: Whether the teacher sees a Dict; else the value of one key, or of several, flattened, in this order
+    :return: Function from these observations to what it sees, and the space of that
+    :raises ValueError: There are no such keys, or they cannot be joined
+    """
+    names = [keys] if isinstance(keys, str) else list(keys)
+    if not isinstance(space, spaces.Dict) or not names or not set(names) <= set(space.spaces):
+        raise ValueError(f"The teacher's obs_keys are {names}, the env's observation is {space}.")
+    parts = {name: space.spaces[name] for name in names}
+    if as_dict:
+        return lambda obs: {name: obs[name] for name in names}, spaces.Dict(parts)
+    if len(names) == 1:
+        return lambda obs: obs[names[0]], parts[names[0]]
+    boxes = [part for part in parts.values() if isinstance(part, spaces.Box)]
+    if len(boxes) < len(names):
+        raise ValueError(f"The teacher's obs_keys {names} cannot be joined: expected Box spaces, got {parts}.")
+    low, high = (np.concatenate([getattr(box, bound).flatten() for box in boxes]) for bound in ("low", "high"))
+    joined = spaces.Box(low, high, dtype=low.dtype.type)
+    return lambda obs: th.cat([obs[name].flatten(1) for name in names], dim=1), joined
+
+
 def observation_adapter(teacher: spaces.Space, env: spaces.Space) -> Callable[[Any], Any]:
     """
     How to turn the student's observations into the teacher's: only the keys that it knows, images in its own layout.
@@ -636,7 +773,8 @@ def observation_adapter(teacher: spaces.Space, env: spaces.Space) -> Callable[[A
         if missing:
             raise ValueError(
                 f"The teacher observes {sorted(teacher.spaces)}, of which the env does not give {missing} (it gives "
-                f"{sorted(env.spaces)}). Use an env that does, or another teacher."
+                f"{sorted(env.spaces)}). Use an env that does, or another teacher. To keep keys from the student alone, "
+                "wrap each env in opd_gym.envs.wrappers.PrivilegedObservation."
             )
         adapters = {key: _array_adapter(space, env.spaces[key], f"`{key}`") for key, space in teacher.spaces.items()}
         return lambda obs: {key: adapt(obs[key]) for key, adapt in adapters.items()}
@@ -644,6 +782,11 @@ def observation_adapter(teacher: spaces.Space, env: spaces.Space) -> Callable[[A
 
 
 def _array_adapter(teacher: spaces.Space, env: spaces.Space, name: str) -> Callable[[Any], Any]:
+    if isinstance(env, spaces.Dict):
+        raise ValueError(
+            f"The teacher expects {name} as {teacher}, the student's env gives a Dict of {sorted(env.spaces)}. Say "
+            'which of its keys the teacher sees: teacher_kwargs={"obs_keys": [...]}.'
+        )
     # Bounds are not compared: they do not change what the numbers mean
     if type(teacher) is type(env) and teacher.shape == env.shape and teacher.dtype == env.dtype:
         if isinstance(teacher, spaces.Box) or teacher == env:

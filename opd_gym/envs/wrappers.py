@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
 import gymnasium as gym
@@ -112,6 +113,8 @@ class ActionChunk(_ExpertThrough):
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self.chunk_size = chunk_size
+        if chunk_size == 1 and _layers(env, self._expert_method)[0] is None:
+            self._expert_method = "expert_action"
         repeat = (chunk_size, 1)
         self.action_space = spaces.Box(np.tile(space.low, repeat), np.tile(space.high, repeat), dtype=space.dtype.type)  # type: ignore[arg-type,union-attr]
         self._time_limits: list[TimeLimit] = []
@@ -154,9 +157,12 @@ class ActionChunk(_ExpertThrough):
         """
         The scripted expert's next chunk from the present state.
 
-        :return: float32 array of shape ``(chunk_size, D)``
-        :raises AttributeError: if the env has no scripted expert (a method ``expert_chunk(chunk_size)``)
+        :return: float array of shape ``(chunk_size, D)``
+        :raises AttributeError: if the env has no scripted expert: a method ``expert_chunk(chunk_size)``; for chunks of
+            one action ``expert_action()`` will do
         """
+        if self._expert_method == "expert_action":
+            return np.asarray(self._label())[None]
         return self._label(self.chunk_size)
 
 
@@ -236,6 +242,41 @@ class ActionTokens(_ExpertThrough, gym.ActionWrapper):
         :return: int64 array of shape ``(K * D,)``
         """
         return self.encode(self._label())
+
+
+class PrivilegedObservation(gym.ObservationWrapper):
+    """
+    Keeps keys of a Dict observation from the student, which a teacher goes on seeing.
+
+    The student's policy is built for the other keys, and needs no more than those once it is trained.
+
+    :param env: env with a Dict observation
+    :param keys: what is kept from the student
+    """
+
+    def __init__(self, env: gym.Env, keys: str | Sequence[str]):
+        super().__init__(env)
+        keys = [keys] if isinstance(keys, str) else list(keys)
+        space = env.observation_space
+        if not isinstance(space, spaces.Dict) or not set(keys) < set(space.spaces):
+            raise ValueError(
+                f"PrivilegedObservation takes some of the keys of a Dict observation, and leaves others; got {keys} of "
+                f"{space}."
+            )
+        self.full_observation_space = space
+        self.observation_space = spaces.Dict({key: part for key, part in space.spaces.items() if key not in keys})
+        self._full: dict[str, Any] = {}
+
+    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """What the student sees of an observation."""
+        self._full = observation
+        return {key: observation[key] for key in self.observation_space}  # type: ignore[attr-defined]
+
+    def full_observation(self) -> dict[str, Any]:
+        """
+        :return: the present observation with all its keys
+        """
+        return self._full
 
 
 class EpisodeControl(_ExpertThrough):
