@@ -351,7 +351,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
 
     def _decide(self, pipeline: Pipeline, part: int, obs: Any) -> _Decisions:
         """
-        Sample actions for some of the envs, and send them off.
+        Sample actions for some of the envs, and send them off. Those that stand still get zeros, without the policy.
 
         :param pipeline: The training environment
         :param part: Number of the part of the envs
@@ -359,11 +359,18 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         :return: What was decided
         """
         envs = pipeline.parts[part]
-        with th.no_grad(), self._nan_named():
-            tokens, view, values = sample_tokens(
-                self.policy, obs_as_tensor(obs, self.device), self.temperature, self.uses_critic
-            )
-            token_log_probs = view.log_prob(tokens)
+        standing_still = self._episodes.standing_still[envs]
+        # With state-dependent exploration each row of the whole batch has its noise matrix
+        acting = slice(None) if self.use_sde or not standing_still.any() else np.flatnonzero(~standing_still)
+        actions = np.zeros((len(envs), *self.action_space.shape), self.action_space.dtype)  # type: ignore[misc]
+        token_log_probs = th.zeros(len(envs), self.rollout_buffer.spec.n_tokens, device=self.device)
+        values = th.zeros(len(envs), device=self.device)
+        if len(actions[acting]):
+            inputs = obs_as_tensor(obs_rows(obs, acting), self.device)
+            with th.no_grad(), self._nan_named():
+                tokens, view, sampled = sample_tokens(self.policy, inputs, self.temperature, self.uses_critic)
+                token_log_probs[acting], values[acting] = view.log_prob(tokens), sampled.flatten()
+            actions[acting] = tokens.cpu().numpy().reshape(-1, *actions.shape[1:])
         if not bool(th.isfinite(token_log_probs).all()):
             raise self._not_finite("log-probabilities of the policy's actions")
         actions = tokens.cpu().numpy().reshape(-1, *self.action_space.shape)  # type: ignore[misc]
