@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from opd_gym.checks import check_at_least, check_range
+
 Statistics = Mapping[str, Any]
 
 JOINTS = 14  # (6 joints and a gripper) of the left arm, then of the right one
@@ -35,6 +37,7 @@ def bin_centers(n_bins: int = 256) -> np.ndarray:
     :param n_bins: number of tokens of one action dimension
     :return: float64 array of shape ``(n_bins - 1,)``
     """
+    check_at_least(3, n_bins=n_bins)  # two bins share a centre
     edges = np.linspace(-1.0, 1.0, n_bins)
     centers = (edges[:-1] + edges[1:]) / 2.0
     if n_bins % 2 == 0:
@@ -152,6 +155,7 @@ def statistics_of_actions(actions: np.ndarray, margin: float = 0.01) -> dict[str
     :param margin: added on both sides, so that no dimension is empty
     :return: statistics for ``ActionTokens`` and SFT
     """
+    check_range("[0, inf)", margin=margin)
     rows = np.asarray(actions, dtype=np.float64).reshape(-1, JOINTS)
     return {
         "q01": np.maximum(rows.min(axis=0) - margin, -1.0).tolist(),

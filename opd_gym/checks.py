@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+from typing import Any
 
-def check_at_least_one(**sizes: int | None) -> None:
+
+def check_at_least(least: int, /, **counts: Any) -> None:
     """
-    :param sizes: numbers of things by the name of their argument; None is left out
-    :raises ValueError: one of them is below 1
+    :param least: the smallest number that makes sense
+    :param counts: whole numbers by the name of their argument, NumPy's included; None is left out
+    :raises ValueError: one of them is no integer, or is smaller
     """
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name} must be an integer, got {value!r:.80}.")
+        if int(value) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_at_least_one(**counts: Any) -> None:
+    """
+    :param counts: see :func:`check_at_least`
+    :raises ValueError: one of them is no integer, or is below 1
+    """
+    check_at_least(1, **counts)
+
+
+def check_range(interval: str, /, **values: Any) -> None:
+    """
+    :param interval: written as in mathematics: "[0, 1)" includes the 0 and not the 1. NaN is in no interval
+    :param values: numbers by the name of their argument
+    :raises ValueError: one of them is no number, or outside
+    """
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    for name, value in values.items():
+        inside = not isinstance(value, bool) and isinstance(value, Real) and low <= float(value) <= high
+        if not inside or (value == low and interval[0] == "(") or (value == high and interval[-1] == ")"):
+            raise ValueError(f"{name} must be a number in {interval}, got {value!r:.80}.")
+
+
+def check_schedule(interval: str, /, **schedules: Any) -> None:
+    """
+    :param interval: see :func:`check_range`; a schedule may end at its lower bound
+    :param schedules: numbers, or functions of the progress remaining (from 1 to 0), by the name of their argument
+    :raises ValueError: one of them is outside, at the beginning, in the middle or at the end
+    """
+    for name, value in schedules.items():
+        if not callable(value):
+            check_range(interval, **{name: value})
+            continue
+        for progress in (1.0, 0.5, 0.0):
+            check_range(f"[{interval[1:]}", **{f"{name} at progress {progress}": value(progress)})

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
+from opd_gym.checks import check_at_least
+
 
 @dataclass(frozen=True)
 class EpisodeSpec:
@@ -25,6 +27,11 @@ class EpisodeSpec:
     options: dict[str, Any] | None = None
     group: int = -1
     member: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed is not None:
+            check_at_least(0, seed=self.seed)
+            object.__setattr__(self, "seed", int(self.seed))  # Gymnasium takes no integer of NumPy's
 
 
 class Dispatcher:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
+from opd_gym.checks import check_at_least
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
 from opd_gym.files import write_atomic
@@ -300,8 +301,8 @@ def eval_episodes(
     :param seed: first seed of the episodes
     :return: one spec an episode, task by task
     """
-    if n_per_task < 1:
-        raise ValueError(f"n_per_task must be at least 1, got {n_per_task}.")
+    check_at_least(1, n_per_task=n_per_task)
+    check_at_least(0, seed=seed)
     ids: list[int]
     if init_states == "eval":
         ids = list(range(n_per_task))
@@ -382,6 +383,8 @@ def evaluate_success(
             "evaluate_success decides which episode an env plays and needs envs wrapped in EpisodeControl. "
             "Build the env with opd_gym.make_vec, or wrap each of its envs in opd_gym.envs.wrappers.EpisodeControl."
         )
+    if not isinstance(record, Collection):
+        check_at_least(0, record=record)
     recorded = set(range(min(record, len(specs)))) if isinstance(record, int) else {int(i) for i in record}
     if recorded and env.render_mode != "rgb_array":
         raise ValueError(

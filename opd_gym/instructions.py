@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from opd_gym.checks import check_at_least_one
+
 INSTRUCTION_BYTES = 128
 
 
@@ -14,6 +16,7 @@ def encode_instruction(instruction: str, length: int = INSTRUCTION_BYTES) -> np.
     :return: uint8 array of ``length`` UTF-8 bytes, zero padded
     :raises ValueError: the text is longer: a policy would be told half of what to do
     """
+    check_at_least_one(length=length)
     text = instruction.encode("utf-8")
     if len(text) > length:
         raise ValueError(

@@ -21,6 +21,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
+from opd_gym.checks import check_range
+
 LOG_2PI = math.log(2.0 * math.pi)
 
 
@@ -149,6 +151,7 @@ class CategoricalTokens:
         """
         if temperature == 1.0:
             return self
+        check_range("(0, inf)", temperature=temperature)
         return CategoricalTokens(th.log_softmax(self.log_probs / temperature, dim=-1))
 
     def detach(self) -> CategoricalTokens:
@@ -225,6 +228,7 @@ class GaussianTokens:
         """
         if temperature == 1.0:
             return self
+        check_range("(0, inf)", temperature=temperature)
         return GaussianTokens(self.mean, self.log_std + 0.5 * math.log(temperature), self.squashed)
 
     def detach(self) -> GaussianTokens:

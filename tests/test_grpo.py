@@ -46,6 +46,19 @@ def test_plays_complete_groups_only(n_envs):
     assert len(set(lengths.values())) > 1
 
 
+def test_envs_that_stand_still_do_not_go_through_the_policy():
+    model = GRPO("MlpPolicy", vec(10, env="CartPole-v1"), **SMALL)
+    seen, sampled = [], model.policy.get_distribution
+    model.policy.get_distribution = lambda obs: (seen.append(len(obs)), sampled(obs))[1]
+    model.learn(1)
+    buffer = model.rollout_buffer
+    plays = buffer.token_mask.any(axis=1)
+    seen = seen[: buffer.buffer_size]  # what follows are updates
+    # Two of ten envs have no episode from the beginning, the others stop one by one
+    assert seen[0] == 8 and sorted(seen, reverse=True) == seen and sum(seen) == plays.sum()
+    assert not buffer.actions[~plays].any() and not buffer.token_log_probs[~plays].any()
+
+
 def test_advantages_and_dynamic_sampling(tmp_path):
     model = GRPO("MlpPolicy", vec(2, horizon=1), **{**SMALL, "n_groups": 6})
     model.set_logger(configure(str(tmp_path), ["csv"]))

@@ -204,7 +204,7 @@ def test_base_that_is_gone_or_replaced(robot_base, tmp_path):
     ("kwargs", "error", "message"),
     [
         ({"lora": {"rank": 4}}, ValueError, r"Unknown arguments of lora: \['rank'\]"),
-        ({"lora": {"r": 0}}, ValueError, "positive integer"),
+        ({"lora": {"r": 0}}, ValueError, "rank r of lora must be"),
         ({"lora": 32}, ValueError, r"dict\(r=32\)"),
         ({"lora": {"init_lora_weights": "pissa"}}, ValueError, "change the frozen weights"),
         ({"lora": True, "body_kwargs": SMALL}, ValueError, "pass checkpoint"),

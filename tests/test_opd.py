@@ -12,6 +12,8 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from toys import TINY_BODY, Match, Robot, cartpole_teacher, parameters, vec
 
+from opd_gym.algorithms.common import policy_kwargs_over
+from opd_gym.algorithms.grpo import GRPO
 from opd_gym.algorithms.opd import OPD
 from opd_gym.algorithms.ppo import PPO
 from opd_gym.algorithms.teachers import Teacher
@@ -385,7 +387,7 @@ def test_nan_in_the_gradient_leaves_the_weights():
         (dict(estimator="sampled", divergence="jsd"), 'estimator="exact"'),
         (dict(estimator="sampled", augmentation="random_shift"), "augmentation=None"),
         (dict(augmentation="blur"), "random_shift"),
-        (dict(temperature=0.0), "positive temperature"),
+        (dict(temperature=0.0), r"temperature must be a number in \(0, inf\), got 0.0"),
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(n_steps=0), "n_steps must be at least 1"),
         (dict(group_size=0), "group_size must be at least 1"),
@@ -473,3 +475,25 @@ def test_a_falling_rate_is_never_zero():
 
     Note("MlpPolicy", vec(1), teacher="expert", learning_rate=lambda left: left, n_steps=8, device="cpu").learn(32)
     assert rates == [1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("algorithm", [OPD, GRPO])
+def test_weight_decay_is_not_lost_among_the_optimizers_arguments(algorithm):
+    def group(**policy_kwargs):
+        kwargs = dict(teacher="expert") if algorithm is OPD else {}
+        model = algorithm("MlpPolicy", vec(1), weight_decay=0.25, policy_kwargs=policy_kwargs, device="cpu", **kwargs)
+        return model.policy.optimizer.param_groups[0]
+
+    betas = (0.5, 0.9)
+    found = group(optimizer_kwargs=dict(betas=betas))
+    assert found["weight_decay"] == 0.25 and found["betas"] == betas
+    assert group(optimizer_kwargs=dict(weight_decay=0.5))["weight_decay"] == 0.5
+    assert group()["weight_decay"] == 0.25
+    assert group(optimizer_class=th.optim.SGD, optimizer_kwargs=dict(momentum=0.5))["weight_decay"] == 0.25
+    assert "weight_decay" not in group(optimizer_class=th.optim.Rprop)
+
+
+def test_the_zoos_weight_decay_is_not_lost_either():
+    own = {"optimizer_kwargs": {"betas": (0.5, 0.9)}, "checkpoint": "c"}
+    kwargs = policy_kwargs_over({"optimizer_kwargs": {"weight_decay": 1e-4}, "body": "tiny"}, own)
+    assert kwargs == {**own, "body": "tiny", "optimizer_kwargs": {"weight_decay": 1e-4, "betas": (0.5, 0.9)}}

@@ -298,7 +298,7 @@ def _broken():
     [
         ([], {}, ValueError, "at least one"),
         ([Probe], dict(n_workers=0), ValueError, "n_workers must be at least 1"),
-        ([Probe], dict(timeout=0), ValueError, "timeout to be positive"),
+        ([Probe], dict(timeout=0), ValueError, r"timeout must be a number in \(0, inf\]"),
         ([Probe, Unlike], dict(n_workers=1), ValueError, "same spaces"),
         ([Nested], {}, ValueError, "flat Dict or Tuple"),
         ([Wordy], {}, ValueError, "space of arrays"),

@@ -20,8 +20,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, outcome_of_step
-from opd_gym.algorithms.common import PolicyAlgorithm
-from opd_gym.checks import check_at_least_one
+from opd_gym.algorithms.common import PolicyAlgorithm, check_hyperparams
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
@@ -97,21 +96,15 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         _init_setup_model: bool = True,
         **kwargs: Any,
     ):
-        if not temperature > 0.0:
-            raise ValueError(f"Expected a positive temperature, got {temperature}.")
         if kwargs.get("use_sde") and temperature != 1.0:
             raise ValueError("State-dependent exploration has its own noise: use temperature=1.0 with use_sde=True.")
-        check_at_least_one(group_size=group_size, n_steps=n_steps)
         env, policy_kwargs = self._prepare(policy, env, policy_kwargs, verbose, seed)
         self.temperature = temperature
         self.group_size = group_size
         self.num_env_steps = 0
         self._n_iterations, self._timesteps_before = 0, 0
-        self._n_finished = 0
-        self._n_lost = 0
+        self._n_finished = self._n_lost = self._n_announced = self._group_seed = 0
         self._lost_episodes: set[int] = set()
-        self._n_announced = 0
-        self._group_seed = 0
         self._episode_rng = np.random.default_rng(seed)
         no_critic = dict(gamma=0.99, gae_lambda=0.95, ent_coef=0.0, vf_coef=0.0, use_sde=False, sde_sample_freq=-1)
         super().__init__(
@@ -141,6 +134,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _setup_model(self) -> None:
+        check_hyperparams(vars(self))  # load() does not go through __init__
         super()._setup_model()
         self._policy_is_built()
 
@@ -351,7 +345,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
 
     def _decide(self, pipeline: Pipeline, part: int, obs: Any) -> _Decisions:
         """
-        Sample actions for some of the envs, and send them off.
+        Sample actions for some of the envs, and send them off. Those that stand still get zeros, without the policy.
 
         :param pipeline: The training environment
         :param part: Number of the part of the envs
@@ -359,23 +353,28 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         :return: What was decided
         """
         envs = pipeline.parts[part]
-        tensors = obs_as_tensor(obs, self.device)
-        with th.no_grad(), self._nan_named(tensors):
-            tokens, view, values = sample_tokens(self.policy, tensors, self.temperature, self.uses_critic)
-            token_log_probs = view.log_prob(tokens)
-        if not bool(th.isfinite(token_log_probs).all()):
-            raise self._not_finite("log-probabilities of the policy's actions", tensors)
-        actions = tokens.cpu().numpy().reshape(-1, *self.action_space.shape)  # type: ignore[misc]
-        actions = actions.astype(self.action_space.dtype, copy=False)
+        standing_still = self._episodes.standing_still[envs]
+        # With state-dependent exploration each row of the whole batch has its noise matrix
+        acting = slice(None) if self.use_sde or not standing_still.any() else np.flatnonzero(~standing_still)
+        actions = np.zeros((len(envs), *self.action_space.shape), self.action_space.dtype)  # type: ignore[misc]
+        token_log_probs = th.zeros(len(envs), self.rollout_buffer.spec.n_tokens, device=self.device)
+        values = th.zeros(len(envs), device=self.device)
+        if len(actions[acting]):
+            inputs = obs_as_tensor(obs_rows(obs, acting), self.device)
+            with th.no_grad(), self._nan_named(inputs):
+                tokens, view, sampled = sample_tokens(self.policy, inputs, self.temperature, self.uses_critic)
+                token_log_probs[acting], values[acting] = view.log_prob(tokens), sampled.flatten()
+            if not bool(th.isfinite(token_log_probs).all()):
+                raise self._not_finite("log-probabilities of the policy's actions", inputs)
+            actions[acting] = tokens.cpu().numpy().reshape(-1, *actions.shape[1:])
         playing = [self._episodes.playing[index] for index in envs]
         decisions = _Decisions(
             envs,
             actions,
-            # One zero for all of them, where there is no critic
-            values.flatten().expand(len(envs)),
+            values,
             token_log_probs,
             labels=self._label_step(envs),
-            standing_still=self._episodes.standing_still[envs],
+            standing_still=standing_still,
             group_ids=np.array([-1 if episode is None else episode.group for episode in playing]),
             episode_ids=self._episodes.numbers[envs],
         )
@@ -431,7 +430,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         :return: The trained model
         """
         super().learn(
-            total_timesteps=self.default_total_timesteps if total_timesteps is None else total_timesteps,
+            total_timesteps=self._steps_to_learn(total_timesteps, log_interval),
             callback=callback,
             log_interval=log_interval,
             tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,

@@ -13,6 +13,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.utils import get_device
 
+from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.files import replacing
 from opd_gym.observations import map_obs
 from opd_gym.tokens import TokenSpec, token_spec
@@ -129,6 +130,8 @@ class TeacherRolloutBuffer(RolloutBuffer):
         n_envs: int = 1,
         store_distribution: bool = False,
     ):
+        check_at_least_one(buffer_size=buffer_size, n_envs=n_envs)
+        check_range("[0, 1]", gae_lambda=gae_lambda, gamma=gamma)
         self.spec = token_spec(action_space)
         self.store_distribution = store_distribution
         self.expected_size = buffer_size
@@ -336,8 +339,7 @@ class StateReplay:
         device: th.device | str = "auto",
         store_actions: bool = False,
     ):
-        if capacity < 1:
-            raise ValueError(f"Expected a positive capacity of the state replay, got {capacity}.")
+        check_at_least_one(capacity=capacity)
         self.capacity = capacity
         self.observation_space = observation_space
         self.spec = spec
@@ -415,6 +417,7 @@ class StateReplay:
         :param batch_size: Number of states
         :return: A minibatch
         """
+        check_at_least_one(batch_size=batch_size)
         rows = np.random.randint(0, self.size, size=batch_size)
         return ReplayedStates(
             map_obs(lambda array: th.as_tensor(array[rows], device=self.device), self.observations),

@@ -7,7 +7,7 @@ import inspect
 import io
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -28,6 +28,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 
 from opd_gym.algorithms.buffers import micro_batches, random_shift
 from opd_gym.algorithms.losses import Metrics, weighted_mean
+from opd_gym.checks import check_at_least, check_range, check_schedule
 from opd_gym.envs.make import prepare_env, with_action_dim
 from opd_gym.files import replacing
 from opd_gym.policies.loading import start_from
@@ -38,6 +39,35 @@ SelfPolicyAlgorithm = TypeVar("SelfPolicyAlgorithm", bound="PolicyAlgorithm")
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
 AUGMENTATIONS = (None, "random_shift", "random_shift_batch")
+# What hyperparameters may be, which mean the same in every algorithm
+_LIMITS: tuple[tuple[Callable[..., None], Any, tuple[str, ...]], ...] = (
+    (check_at_least, -1, ("sde_sample_freq",)),
+    (check_at_least, 0, ("seed", "warmup_steps")),
+    (check_at_least, 1, ("batch_size", "chunk_size", "group_size", "micro_batch_size", "n_demos", "n_epochs")),
+    (check_at_least, 1, ("n_groups", "n_steps", "stats_window_size", "trajectories_per_batch", "validation_freq")),
+    (check_range, "[0, 1]", ("gae_lambda", "gamma")),
+    (check_range, "[0, 1)", ("validation_fraction",)),
+    (check_range, "[0, inf)", ("ent_coef", "label_smoothing", "vf_coef", "weight_decay")),
+    (check_range, "(0, inf)", ("target_kl", "temperature")),
+    (check_range, "(0, inf]", ("max_grad_norm",)),
+    (check_schedule, "[0, inf)", ("learning_rate",)),
+    (check_schedule, "(0, inf)", ("clip_range", "clip_range_high", "clip_range_vf")),
+)
+_MAY_BE_NONE = ("clip_range_vf", "micro_batch_size", "n_demos", "seed", "target_kl")
+
+
+def check_hyperparams(values: Mapping[str, Any]) -> None:
+    """
+    :param values: Hyperparameters by name; what is not the name of one is left out
+    :raises ValueError: One of them makes no sense
+    """
+    for check, limit, names in _LIMITS:
+        given = {name: values[name] for name in names if name in values}
+        for name, value in given.items():
+            if value is not None:
+                check(limit, **{name: value})
+            elif name not in _MAY_BE_NONE:
+                raise ValueError(f"{name} must be a number, got None.")
 
 
 def check_augmentation(augmentation: str | None) -> None:
@@ -47,6 +77,23 @@ def check_augmentation(augmentation: str | None) -> None:
     """
     if augmentation not in AUGMENTATIONS:
         raise ValueError(f"Expected augmentation to be one of {AUGMENTATIONS}, got {augmentation!r}.")
+
+
+def policy_kwargs_over(
+    defaults: Mapping[str, Any], policy_kwargs: Mapping[str, Any] | None, weight_decay: float | None = None
+) -> dict[str, Any]:
+    """
+    :param defaults: Keyword arguments of a policy
+    :param policy_kwargs: Those that were passed, which win; among those of the optimizer, one by one
+    :param weight_decay: Of the optimizer, if it has one and its own arguments say nothing about it
+    :return: All of them
+    """
+    kwargs = {**defaults, **(policy_kwargs or {})}
+    parts = [kwargs_.get("optimizer_kwargs") or {} for kwargs_ in (defaults, policy_kwargs or {})]
+    kwargs["optimizer_kwargs"] = {**parts[0], **parts[1]}
+    if weight_decay is not None and "weight_decay" in inspect.signature(kwargs["optimizer_class"]).parameters:
+        kwargs["optimizer_kwargs"].setdefault("weight_decay", weight_decay)
+    return kwargs
 
 
 def augment(observations: PyTorchObs, space: spaces.Space, augmentation: str | None) -> PyTorchObs:
@@ -108,14 +155,16 @@ class DecisionProgressBar(ProgressBarCallback):
 
 def zoo_hyperparams(init: _Init) -> _Init:
     """
-    Decorator of an algorithm's ``__init__``: where it gets the id of an env that the zoo has hyperparameters for, what
-    is not passed is the zoo's, as on the command line. Another policy than the zoo's is another matter.
+    Decorator of an algorithm's ``__init__``: what is passed is checked. Where it gets the id of an env that the zoo has
+    hyperparameters for, what is not passed is the zoo's, as on the command line. Another policy than the zoo's is
+    another matter.
     """
     names = list(inspect.signature(init).parameters)[1:]
 
     @functools.wraps(init)
     def with_zoo(self: PolicyAlgorithm, *args: Any, **kwargs: Any) -> None:
         passed = {**dict(zip(names, args, strict=False)), **kwargs}
+        check_hyperparams(passed)
         env_id, policy = passed.get("env"), passed.get("policy")
         if not isinstance(env_id, str) or policy is None or len(args) > len(names):
             return init(self, *args, **kwargs)
@@ -128,7 +177,7 @@ def zoo_hyperparams(init: _Init) -> _Init:
             print(f"From the zoo, for {env_id}: {', '.join(from_zoo)}")
             print(f"Passed instead: {', '.join(name for name in tuned if name in passed) or 'nothing'}")
         if tuned.get("policy_kwargs") and passed.get("policy_kwargs"):
-            passed["policy_kwargs"] = {**tuned["policy_kwargs"], **passed["policy_kwargs"]}
+            passed["policy_kwargs"] = policy_kwargs_over(tuned["policy_kwargs"], passed["policy_kwargs"])
         self.default_total_timesteps = run.get("n_timesteps", type(self).default_total_timesteps)
         return init(self, **{**tuned, **passed})
 
@@ -226,6 +275,14 @@ class PolicyAlgorithm(BaseAlgorithm):
         prepared = self._prepare_env(env, self.policy_class, self.policy_kwargs, self.verbose, self.seed)
         super().set_env(prepared, force_reset)
 
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Set the seed of the pseudo-random generators (Python, NumPy, PyTorch, Gymnasium).
+
+        :param seed: The seed; Python's generator takes no integer of NumPy's
+        """
+        super().set_random_seed(None if seed is None else int(seed))
+
     @property
     def token_spec(self) -> TokenSpec:
         """Token view of the policy's actions."""
@@ -239,6 +296,13 @@ class PolicyAlgorithm(BaseAlgorithm):
         portable_kwargs = getattr(self.policy, "portable_kwargs", None)
         if portable_kwargs is not None:
             self.policy_kwargs = portable_kwargs()
+
+    def _steps_to_learn(self, total_timesteps: int | None, log_interval: int | None) -> int:
+        """The number that ``learn`` was given, or the default; checks the other one as well."""
+        total_timesteps = self.default_total_timesteps if total_timesteps is None else total_timesteps
+        check_range("[0, inf)", total_timesteps=total_timesteps)
+        check_at_least(1, log_interval=log_interval)
+        return total_timesteps
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         hybrid = super()._init_callback(callback, progress_bar=False)
@@ -326,6 +390,7 @@ class PolicyAlgorithm(BaseAlgorithm):
 
         :return: Norm of the gradients before clipping
         """
+        check_range("[0, inf)", learning_rate=self.policy.optimizer.param_groups[0]["lr"])  # of a schedule
         grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if not bool(th.isfinite(grad_norm)):
             # Before the step: the weights are still good

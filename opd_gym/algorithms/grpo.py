@@ -11,7 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from opd_gym.algorithms.base import MAX_SEED, RolloutAlgorithm
-from opd_gym.algorithms.common import zoo_hyperparams
+from opd_gym.algorithms.common import policy_kwargs_over, zoo_hyperparams
 from opd_gym.algorithms.losses import (
     PolicyGradientMetrics,
     clipped_surrogate,
@@ -19,7 +19,7 @@ from opd_gym.algorithms.losses import (
     masked_mean,
     trajectory_weights,
 )
-from opd_gym.checks import check_at_least_one
+from opd_gym.checks import check_at_least
 from opd_gym.episodes import EpisodeSpec, can_announce
 
 
@@ -54,7 +54,7 @@ class GRPO(RolloutAlgorithm):
         outcomes are returns, groups of equal returns are dropped. None drops no group
     :param temperature: Temperature of the policy, when it acts and when it learns; ``predict()`` is not affected
     :param max_grad_norm: The maximum value for the gradient clipping
-    :param weight_decay: Weight decay of AdamW
+    :param weight_decay: Weight decay of the optimizer, unless ``optimizer_kwargs`` of ``policy_kwargs`` name one
     :param stats_window_size: Number of episodes that the reported success rate, length and reward are averaged over
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -96,20 +96,13 @@ class GRPO(RolloutAlgorithm):
                 f"GRPO takes whole trajectories: write trajectories_per_batch={batch_size} instead of "
                 f"batch_size={batch_size}, which meant the same. batch_size counts decisions, in all other algorithms."
             )
-        if group_size < 2:
-            raise ValueError(
-                f"group_size must be at least 2, for an episode is compared with its group; got {group_size}."
-            )
-        if dynamic_sampling is not None and not 0.0 <= dynamic_sampling[0] <= dynamic_sampling[1] <= 1.0:
+        check_at_least(2, group_size=group_size)  # an episode is compared with its group
+        if dynamic_sampling is not None and not (
+            np.shape(dynamic_sampling) == (2,) and 0.0 <= dynamic_sampling[0] <= dynamic_sampling[1] <= 1.0
+        ):
             raise ValueError(
                 f"Expected dynamic_sampling to be (low, high) within [0, 1] or None, got {dynamic_sampling}."
             )
-        check_at_least_one(
-            n_groups=n_groups,
-            trajectories_per_batch=trajectories_per_batch,
-            micro_batch_size=micro_batch_size,
-            n_epochs=n_epochs,
-        )
         self.n_groups = n_groups
         self.trajectories_per_batch = trajectories_per_batch
         self.micro_batch_size = micro_batch_size
@@ -131,11 +124,7 @@ class GRPO(RolloutAlgorithm):
             group_size=group_size,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
-            policy_kwargs={
-                "optimizer_class": th.optim.AdamW,
-                "optimizer_kwargs": {"weight_decay": weight_decay},
-                **(policy_kwargs or {}),
-            },
+            policy_kwargs=policy_kwargs_over({"optimizer_class": th.optim.AdamW}, policy_kwargs, weight_decay),
             verbose=verbose,
             seed=seed,
             device=device,

@@ -19,6 +19,7 @@ from opd_gym.algorithms.common import (
     accumulate_gradients,
     augment,
     check_augmentation,
+    policy_kwargs_over,
     zoo_hyperparams,
 )
 from opd_gym.algorithms.losses import (
@@ -29,7 +30,7 @@ from opd_gym.algorithms.losses import (
     sampled_opd_loss,
 )
 from opd_gym.algorithms.teachers import Teacher, check_finite, make_teacher
-from opd_gym.checks import check_at_least_one
+from opd_gym.checks import check_at_least, check_at_least_one
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import is_autoregressive
 
@@ -83,7 +84,7 @@ class OPD(RolloutAlgorithm):
     :param max_grad_norm: The maximum value for the gradient clipping
     :param augmentation: "random_shift" shifts each image of a minibatch by up to 1/16 of its size, "random_shift_batch"
         all images of a minibatch alike (cheaper); None for none
-    :param weight_decay: Weight decay of AdamW
+    :param weight_decay: Weight decay of the optimizer, unless ``optimizer_kwargs`` of ``policy_kwargs`` name one
     :param teacher_kwargs: How to read the teacher, see ``opd_gym.algorithms.teachers`` (``temperature`` for Q-values,
         ``std`` for deterministic continuous actions, ``smoothing`` and ``floor`` for labels, ``vec_normalize`` for the
         statistics that it was trained with, ``obs_keys`` for the keys of a Dict observation that it sees)
@@ -130,7 +131,6 @@ class OPD(RolloutAlgorithm):
         if estimator not in ("exact", "sampled"):
             raise ValueError(f'Expected estimator to be "exact" or "sampled", got {estimator!r}.')
         check_augmentation(augmentation)
-        check_at_least_one(batch_size=batch_size, n_epochs=n_epochs, micro_batch_size=micro_batch_size)
         if gradient_steps != "auto":
             if isinstance(gradient_steps, str):
                 raise ValueError(f'Expected gradient_steps to be a number or "auto", got {gradient_steps!r}.')
@@ -150,6 +150,8 @@ class OPD(RolloutAlgorithm):
                 raise ValueError(
                     'estimator="sampled" scores the observations that were acted on: use augmentation=None.'
                 )
+        if not isinstance(state_replay, bool):
+            check_at_least(0, state_replay=state_replay)
         self.teacher = teacher
         self.teacher_kwargs = teacher_kwargs or {}
         self.batch_size = batch_size
@@ -173,11 +175,7 @@ class OPD(RolloutAlgorithm):
             rollout_buffer_kwargs={"store_distribution": estimator == "exact"},
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
-            policy_kwargs={
-                "optimizer_class": th.optim.AdamW,
-                "optimizer_kwargs": {"weight_decay": weight_decay},
-                **(policy_kwargs or {}),
-            },
+            policy_kwargs=policy_kwargs_over({"optimizer_class": th.optim.AdamW}, policy_kwargs, weight_decay),
             verbose=verbose,
             seed=seed,
             device=device,

@@ -16,7 +16,6 @@ from opd_gym.algorithms.base import RolloutAlgorithm
 from opd_gym.algorithms.buffers import TeacherRolloutSamples
 from opd_gym.algorithms.common import accumulate_gradients, zoo_hyperparams
 from opd_gym.algorithms.losses import PolicyGradientMetrics, clipped_surrogate, masked_mean
-from opd_gym.checks import check_at_least_one
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import token_view
 
@@ -114,9 +113,6 @@ class PPO(RolloutAlgorithm):
             raise ValueError(f'Expected ratio to be "auto", "joint" or "token", got {ratio!r}.')
         if normalize_advantage and batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 with normalize_advantage, got {batch_size}.")
-        if isinstance(clip_range_vf, (int, float)) and clip_range_vf <= 0:
-            raise ValueError(f"Expected clip_range_vf to be positive, or None for no clipping, got {clip_range_vf}.")
-        check_at_least_one(batch_size=batch_size, micro_batch_size=micro_batch_size, n_epochs=n_epochs)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.n_epochs = n_epochs

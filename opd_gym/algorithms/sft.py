@@ -24,10 +24,11 @@ from opd_gym.algorithms.common import (
     accumulate_gradients,
     augment,
     check_augmentation,
+    check_hyperparams,
     zoo_hyperparams,
 )
 from opd_gym.algorithms.losses import masked_mean, smoothed_labels
-from opd_gym.checks import check_at_least_one
+from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.demonstrations import Demonstrations, PathLike
 from opd_gym.observations import obs_rows
 from opd_gym.policies.body import checkpoint_settings
@@ -66,8 +67,7 @@ class SFTLoss:
     """
 
     def __init__(self, label_smoothing: float = 0.0):
-        if not label_smoothing >= 0.0:
-            raise ValueError(f"Expected label_smoothing of at least 0 bins, got {label_smoothing}.")
+        check_range("[0, inf)", label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
         self._targets: th.Tensor | None = None
 
@@ -208,9 +208,6 @@ class SFT(PolicyAlgorithm):
         check_augmentation(augmentation)
         if lr_decay not in ("cosine", "constant"):
             raise ValueError(f'Expected lr_decay to be "cosine" or "constant", got {lr_decay!r}.')
-        check_at_least_one(batch_size=batch_size, micro_batch_size=micro_batch_size, validation_freq=validation_freq)
-        if warmup_steps < 0:
-            raise ValueError(f"Expected warmup_steps of at least 0, got {warmup_steps}.")
         env, policy_kwargs = self._prepare(policy, env, policy_kwargs, verbose, seed)
         super().__init__(
             policy,
@@ -250,8 +247,9 @@ class SFT(PolicyAlgorithm):
     # ------------------------------------------------------------------------------------------------------ set-up
 
     def _setup_model(self) -> None:
-        self._setup_lr_schedule()
         # Again, because a loaded model gets its settings after __init__
+        check_hyperparams(vars(self))
+        self._setup_lr_schedule()
         self.loss = SFTLoss(self.label_smoothing)
         demonstrations, self.demonstrations = self.demonstrations, None
         if demonstrations is not None and not isinstance(demonstrations, Demonstrations):
@@ -437,6 +435,7 @@ class SFT(PolicyAlgorithm):
         :return: Metrics
         :raises ValueError: No episodes were set aside, or these demonstrations do not fit the policy
         """
+        check_at_least_one(max_batches=max_batches)
         if demonstrations is None:
             if len(self._validation_rows) == 0:
                 raise ValueError("No episodes were set aside: pass validation_fraction to SFT.")
@@ -511,7 +510,7 @@ class SFT(PolicyAlgorithm):
                 "This model has no demonstrations: pass them to SFT(...) or SFT.load(path, demonstrations=...), or "
                 "call set_demonstrations(...)."
             )
-        total_timesteps = self.default_total_timesteps if total_timesteps is None else total_timesteps
+        total_timesteps = self._steps_to_learn(total_timesteps, log_interval)
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
         )

@@ -773,7 +773,7 @@ def observation_adapter(teacher: spaces.Space, env: spaces.Space) -> Callable[[A
         if missing:
             raise ValueError(
                 f"The teacher observes {sorted(teacher.spaces)}, of which the env does not give {missing} (it gives "
-                f"{sorted(env.spaces)}). Use an env that does, or another teacher. To keep keys from the student alone, "
+                f"{sorted(env.spaces)}). Use an env that does, or another teacher. To keep keys from the student only, "
                 "wrap each env in opd_gym.envs.wrappers.PrivilegedObservation."
             )
         adapters = {key: _array_adapter(space, env.spaces[key], f"`{key}`") for key, space in teacher.spaces.items()}

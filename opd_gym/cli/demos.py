@@ -8,7 +8,7 @@ from pathlib import Path
 import gymnasium as gym
 from tqdm import tqdm
 
-from opd_gym.checks import check_at_least_one
+from opd_gym.checks import check_at_least, check_at_least_one, check_range
 from opd_gym.cli.options import Demos
 from opd_gym.envs.registration import LIBERO_IDS, bare_id
 
@@ -48,10 +48,8 @@ def record_demonstrations(
     if bare_id(env_id) not in LIBERO_IDS:
         raise ValueError(f"Demonstrations are recorded on LIBERO environments, got {env_id!r}. See `opd-gym list`.")
     check_at_least_one(episodes_per_task=episodes_per_task, chunk_size=chunk_size, stride=stride, image_size=image_size)
-    if not 0.0 <= perturbation <= 1.0:
-        raise ValueError(f"perturbation must be a probability from 0 to 1, got {perturbation}.")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}.")
+    check_range("[0, 1]", perturbation=perturbation)
+    check_at_least(0, seed=seed)
     from opd_gym.demonstrations import Episode, write_demonstrations
     from opd_gym.envs.libero.env import LiberoEnv
     from opd_gym.envs.libero.experts.record import record_episode

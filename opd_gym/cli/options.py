@@ -11,11 +11,25 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, UseCounterAction, arg, create_mutex_group
 
-from opd_gym.checks import check_at_least_one
+from opd_gym.checks import check_at_least, check_at_least_one, check_range
 
 # As in opd_gym.zoo.hyperparams, which takes too long to import
 Algorithm = Literal["opd", "grpo", "ppo", "sft"]
 Dtype = Literal["bfloat16", "float32"]
+
+# What numbers may be, by the name of the option
+_POSITIVE = ("chunk_size", "episodes", "episodes_per_task", "image_size", "n_envs", "n_timesteps", "replays")
+_LEAST = {
+    **dict.fromkeys((*_POSITIVE, "scenes", "stride"), 1),
+    **dict.fromkeys(("eval_episodes", "task_ids"), 0),
+}
+_INTERVALS = {
+    "checkpoint_interval": "[0, inf)",
+    "fps": "(0, inf)",
+    "minutes": "(0, inf)",
+    "perturbation": "[0, 1]",
+    "reward_threshold": "[-inf, inf]",
+}
 
 
 def option(*aliases: str, metavar: str | None = None, name: str | None = None) -> Any:
@@ -49,8 +63,14 @@ class Options:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            if getattr(self, item.name) == () and item.default != ():
-                raise ValueError(f"--{item.name.replace('_', '-')} needs at least one value.")
+            name, value = f"--{item.name.replace('_', '-')}", getattr(self, item.name)
+            if value == () and item.default != ():
+                raise ValueError(f"{name} needs at least one value.")
+            for one in value if isinstance(value, tuple) else (value,):
+                if item.name in _LEAST:
+                    check_at_least(_LEAST[item.name], **{name: one})
+                elif item.name in _INTERVALS and one is not None:
+                    check_range(_INTERVALS[item.name], **{name: one})
 
 
 @dataclass

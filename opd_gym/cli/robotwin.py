@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.cli.options import (
     RobotwinAssets,
     RobotwinCheck,
@@ -198,8 +199,7 @@ def _solved(
     from opd_gym.envs.robotwin.remote import RemoteSimulator, WorkerLost
     from opd_gym.envs.robotwin.topp import PLANNER_HINT
 
-    if n_envs < 1 or n < 1:
-        raise ValueError(f"The numbers of simulators and of scenes must be at least 1, got {n_envs} and {n}.")
+    check_at_least_one(n_envs=n_envs, n=n)
     simulators: SimpleQueue[RemoteSimulator | None] = SimpleQueue()
     for _ in range(n_envs):
         simulators.put(None)
@@ -345,8 +345,8 @@ def make_demonstrations(
     from opd_gym.demonstrations import Episode, write_demonstrations
     from opd_gym.envs.robotwin.traces import make_env, replay
 
-    if replays < 1 or n_envs < 1:
-        raise ValueError(f"replays and n_envs must be at least 1, got {replays} and {n_envs}.")
+    check_at_least_one(replays=replays, n_envs=n_envs)
+    check_range("[0, 1]", perturbation=perturbation)
     if n_envs > 1 and env_kwargs.get("in_process"):
         raise ValueError(f"{n_envs} simulators at once need a process each: leave in_process out, or take n_envs=1.")
 

@@ -16,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, KVWriter, Logger
 
 from opd_gym.checkpoints import run_checkpoints
+from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.files import replacing, write_atomic
 from opd_gym.versions import differences, read_versions, versions, write_versions
 
@@ -88,8 +89,8 @@ class RunCheckpoint(BaseCallback):
 
     def __init__(self, run_dir: Path, interval: float = 60.0, keep_last: int = 2):
         super().__init__()
-        if keep_last < 1:
-            raise ValueError(f"keep_last must be at least 1, got {keep_last}.")
+        check_at_least_one(keep_last=keep_last)
+        check_range("[0, inf)", interval=interval)
         self.run_dir = run_dir
         self.interval = interval
         self.keep_last = keep_last

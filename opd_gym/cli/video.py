@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from opd_gym.checks import check_range
 from opd_gym.files import replacing
 
 
@@ -20,6 +21,7 @@ def write_video(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps:
     :param fps: pictures per second
     :return: the file
     """
+    check_range("(0, inf)", fps=fps)
     path = Path(path)
     if path.suffix not in (".mp4", ".gif"):
         raise ValueError(f"A film is an .mp4 or a .gif, got {path.name!r}.")

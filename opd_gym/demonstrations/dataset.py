@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from opd_gym.actions import encode_actions, normalisation_bounds
-from opd_gym.checks import check_at_least_one
+from opd_gym.checks import check_at_least, check_at_least_one
 from opd_gym.demonstrations.hdf5 import (
     Episode,
     PathLike,
@@ -89,12 +89,13 @@ class Demonstrations:
             files hold the observation AFTER each action: there 1 is exact, and 0 is common practice
         :raises ValueError: no episodes, or episodes of different shapes
         """
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        check_at_least_one(
-            chunk_size=chunk_size, stride=stride, instruction_length=instruction_length, image_size=min(size or (1,))
-        )
-        if action_offset < 0:
-            raise ValueError(f"action_offset must be at least 0, got {action_offset}.")
+        size = image_size if image_size is None or isinstance(image_size, Sequence) else (image_size, image_size)
+        if size is not None and len(size) != 2:
+            raise ValueError(f"image_size must be a height and a width, or one number for both, got {image_size}.")
+        for length in size or ():
+            check_at_least_one(image_size=length)
+        check_at_least_one(chunk_size=chunk_size, stride=stride, instruction_length=instruction_length)
+        check_at_least(0, action_offset=action_offset)
         parts: list[Demonstrations] = []
         for number, episode in enumerate(episodes):
             if episode.instruction is None:

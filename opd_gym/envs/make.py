@@ -14,6 +14,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from opd_gym.actions import Statistics
+from opd_gym.checks import check_at_least
 from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, ROBOTWIN_IDS, bare_id, register_envs, training_defaults
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.tokens import check_starts
@@ -120,8 +121,8 @@ def make_vec(
     """
     from opd_gym.envs.workers.vec_env import WorkerVecEnv
 
-    if n_envs < 1:
-        raise ValueError(f"n_envs must be at least 1, got {n_envs}.")
+    check_at_least(1, n_envs=n_envs, n_workers=n_workers)
+    check_at_least(0, seed=seed, chunk_size=chunk_size)
     if n_workers is not None and vec_env_cls is not None:
         raise ValueError(
             f"n_workers is an argument of WorkerVecEnv, got it with vec_env_cls={vec_env_cls}. Give one of the two."
@@ -142,7 +143,7 @@ def make_vec(
     except ValueError:
         env.close()
         raise
-    env.seed(seed)
+    env.seed(None if seed is None else int(seed))
     return env
 
 

@@ -15,6 +15,7 @@ from gymnasium.wrappers import ClipAction, OrderEnforcing, PassiveEnvChecker, Re
 from stable_baselines3.common.monitor import Monitor
 
 from opd_gym.actions import Statistics, decode_tokens, encode_actions, normalisation_bounds
+from opd_gym.checks import check_at_least, check_at_least_one
 
 # Wrappers that override `step` and neither end an episode nor keep what they have seen
 _TRANSPARENT = (OrderEnforcing, PassiveEnvChecker, Monitor)
@@ -110,8 +111,7 @@ class ActionChunk(_ExpertThrough):
         space = env.action_space
         if not isinstance(space, spaces.Box) or len(space.shape) != 1:
             raise ValueError(f"ActionChunk needs a Box action space of shape (D,), got {space}. Wrap the raw env.")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+        check_at_least_one(chunk_size=chunk_size)
         self.chunk_size = chunk_size
         if chunk_size == 1 and _layers(env, self._expert_method)[0] is None:
             self._expert_method = "expert_action"
@@ -187,8 +187,7 @@ class ActionTokens(_ExpertThrough, gym.ActionWrapper):
         space = env.action_space
         if not isinstance(space, spaces.Box) or len(space.shape) not in (1, 2):
             raise ValueError(f"ActionTokens needs a Box action space of shape (D,) or (K, D), got {space}.")
-        if n_bins < 3:
-            raise ValueError(f"n_bins must be at least 3 (two bins share a centre), got {n_bins}.")
+        check_at_least(3, n_bins=n_bins)  # two bins share a centre
         if not (np.all(space.low == -1.0) and np.all(space.high == 1.0)):
             raise ValueError(
                 f"ActionTokens needs actions in [-1, 1], got low {space.low.min()} and high {space.high.max()}. "

@@ -14,6 +14,8 @@ import torch as th
 from torch import nn
 from transformers import PreTrainedModel
 
+from opd_gym.checks import check_at_least_one, check_range
+
 if TYPE_CHECKING:
     from opd_gym.policies.body import VLABody
 
@@ -76,8 +78,8 @@ def check_lora(lora: bool | Mapping[str, Any] | None) -> dict[str, Any] | None:
     if unknown:
         raise ValueError(f"Unknown arguments of lora: {unknown}; known are {sorted(LORA_OPTIONS)}.")
     values = {**LORA_DEFAULTS, **given}
-    if not isinstance(values["r"], int) or values["r"] < 1:
-        raise ValueError(f"The rank of lora must be a positive integer, got r={values['r']!r}.")
+    check_at_least_one(**{"The rank r of lora": values["r"]})
+    check_range("[0, 1)", lora_dropout=values["lora_dropout"])
     if values["init_lora_weights"] not in (True, "gaussian", "orthogonal"):
         raise ValueError(
             'init_lora_weights must be True, "gaussian" or "orthogonal": others change the frozen weights, which are '

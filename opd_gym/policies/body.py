@@ -20,6 +20,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
+from opd_gym.checks import check_at_least
 from opd_gym.policies.adapters import (
     cast_parameters,
 )
@@ -54,8 +55,9 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     :param least: smallest value that makes sense
     :raises ValueError: it is not an integer of at least that
     """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < 2**31:
-        raise ValueError(f"{name} must be an integer of at least {least} (and below 2**31), got {value!r:.80}.")
+    if value is None or (isinstance(value, int) and value >= 2**31):
+        raise ValueError(f"{name} must be an integer below 2**31, got {value!r:.80}.")
+    check_at_least(least, **{name: value})
 
 
 class VLAConfig(PretrainedConfig):

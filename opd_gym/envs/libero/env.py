@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from opd_gym.checks import check_at_least_one
 from opd_gym.envs.libero import suites
 from opd_gym.envs.libero.runtime import import_libero, require_libero, warn_of_mujoco
 from opd_gym.instructions import INSTRUCTION_BYTES, encode_instruction
@@ -101,10 +102,7 @@ class LiberoEnv(gym.Env):
             raise ValueError('Exact pictures are smoothed as LIBERO\'s own: msaa=False needs visuals="light".')
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f'render_mode must be None or "rgb_array", got {render_mode!r}.')
-        if image_size < 1 or max_simulators < 1:
-            raise ValueError(f"image_size and max_simulators must be positive, got {image_size} and {max_simulators}.")
-        if horizon is not None and horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {horizon}.")
+        check_at_least_one(image_size=image_size, max_simulators=max_simulators, horizon=horizon)
         require_libero()
         warn_of_mujoco()
         self.suite = suite
@@ -229,9 +227,9 @@ class LiberoEnv(gym.Env):
         unknown = set(options) - {"task_id", "init_state_id", "horizon"}
         if unknown:
             raise ValueError(f"Unknown reset options {sorted(unknown)}. Known: task_id, init_state_id and horizon.")
-        horizon = int(options.get("horizon", self.horizon))
-        if horizon < 1:
-            raise ValueError(f"The option horizon must be at least 1, got {options['horizon']}.")
+        horizon = options.get("horizon", self.horizon)
+        check_at_least_one(**{"The option horizon": horizon})
+        horizon = int(horizon)
         task_ids = self.task_ids
         # All draws are made whatever the options say, so that an option never shifts the draws that follow.
         drawn_task = task_ids[int(self.np_random.integers(len(task_ids)))]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from opd_gym.checks import check_at_least_one
 from opd_gym.envs.libero import noise, suites
 from opd_gym.envs.libero.env import LiberoEnv
 from opd_gym.envs.libero.runtime import import_libero
@@ -299,6 +300,7 @@ class LiberoPlusEnv(LiberoEnv):
     ):
         if suite not in suites.CLASSIC_SUITES:
             raise ValueError(f"LIBERO-Plus has the suites {', '.join(suites.CLASSIC_SUITES)}, got {suite!r}.")
+        check_at_least_one(instruction_bytes=instruction_bytes)
         self.instruction_bytes = instruction_bytes
         super().__init__(suite, max_simulators=max_simulators, **kwargs)
         self._noise_seed = 0

@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 from opd_gym.actions import JOINTS, to_positions
+from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.envs.robotwin import runtime, tasks
 from opd_gym.envs.robotwin.remote import STEP_SECONDS, RemoteSimulator, WorkerLost
 from opd_gym.envs.robotwin.simulator import CAMERAS, PICTURE_SIZE, Settings
@@ -122,11 +123,8 @@ class RoboTwinEnv(gym.Env):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}.")
-        for name, count in (("chunk_size", chunk_size), ("horizon", horizon)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}.")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be positive, got {timeout}.")
+        check_at_least_one(chunk_size=chunk_size, horizon=horizon)
+        check_range("(0, inf)", timeout=timeout)
         if image_size is None:
             size = list(PICTURE_SIZE)
         else:
@@ -276,9 +274,9 @@ class RoboTwinEnv(gym.Env):
                 f"This env's only task is {self.task_id} ({self.task}), got task_id {options['task_id']}. Every task "
                 "of RoboTwin has an id of its own, see `opd-gym list --all`."
             )
-        horizon = int(options.get("horizon", self.horizon))
-        if horizon < 1:
-            raise ValueError(f"The option horizon must be at least 1, got {options['horizon']}.")
+        horizon = options.get("horizon", self.horizon)
+        check_at_least_one(**{"The option horizon": horizon})
+        horizon = int(horizon)
         # All draws are made whatever the options say, so that an option never shifts the draws that follow.
         drawn = int(self.train_seeds[int(self.np_random.integers(len(self.train_seeds)))])
         ids = self.init_states if isinstance(self.init_states, list) else range(len(self.eval_seeds))

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from opd_gym.actions import JOINTS, to_actions
+from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.envs.robotwin import runtime
 from opd_gym.envs.robotwin.env import RoboTwinEnv
 from opd_gym.envs.robotwin.tasks import SEED_STRIDE, TASKS
@@ -170,6 +171,8 @@ def replay(
     """
     if env.chunk_size is None:
         raise ValueError("A trace is replayed in chunks: build the env with chunk_size=25.")
+    check_range("[0, 1]", perturbation=perturbation)
+    check_at_least_one(first=first)
     rng = np.random.default_rng(seed)
     size = env.chunk_size
     actions = to_actions(trace.positions)

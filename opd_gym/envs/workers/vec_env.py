@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
+from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.envs.workers.host import CALLER_ERRORS
 from opd_gym.envs.workers.memory import Arrays, Layout, Memory, open_memory
 from opd_gym.envs.workers.pipeline import Pipeline
@@ -174,10 +175,9 @@ class WorkerVecEnv(VecEnv):
             )
         if not env_fns:
             raise ValueError("WorkerVecEnv expects at least one function that builds an env, got none.")
-        if n_workers is not None and n_workers < 1:
-            raise ValueError(f"n_workers must be at least 1, or None for one per core, got {n_workers}.")
-        if timeout is not None and not timeout > 0.0:
-            raise ValueError(f"Expected timeout to be positive, or None for no limit, got {timeout}.")
+        check_at_least_one(n_workers=n_workers)
+        if timeout is not None:
+            check_range("(0, inf]", timeout=timeout)
         if start_method is not None:
             warnings.warn(
                 f"WorkerVecEnv ignores start_method={start_method!r}: a worker is a Python process of its own, which "

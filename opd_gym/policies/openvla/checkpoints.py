@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from opd_gym.checkpoints import CONFIG_FILE
+from opd_gym.checks import check_at_least_one
 from opd_gym.files import replacing, write_atomic
 from opd_gym.policies.body import WEIGHTS_FILE, remove_stale_weights
 from opd_gym.policies.openvla.configuration import OpenVLAConfig
@@ -272,6 +273,7 @@ def save_model(model: OpenVLAModel, directory: str | os.PathLike[str], max_shard
     :param directory: created if needed
     :param max_shard_size: largest size of a shard in bytes
     """
+    check_at_least_one(max_shard_size=max_shard_size)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from opd_gym.actions import decode_tokens, encode_actions
+from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.envs.libero.env import LiberoEnv
 
 
@@ -60,6 +61,8 @@ def record_episode(
     :param perturbation: probability of a push at a step
     :return: the episode
     """
+    check_at_least_one(chunk_size=chunk_size, stride=stride)
+    check_range("[0, 1]", perturbation=perturbation)
     rng = np.random.default_rng(seed)
     env.observe = True
     env.reset(seed=seed, options={"task_id": task_id})
