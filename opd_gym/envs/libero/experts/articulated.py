@@ -40,13 +40,13 @@ class OpenDrawer:
         self.slope = slope
         self._handle: int | None = None
 
-    def is_open(self, scene: Scene) -> bool:
+    def missing(self, scene: Scene) -> float:
         """
-        Whether the drawer is open far enough.
+        How much further in m the drawer must be pulled to be open; negative once it is.
 
         :param scene: Current state
         """
-        return self.opening * scene.joint(self.joint) > self.wanted
+        return self.wanted - self.opening * scene.joint(self.joint)
 
     def direction(self, scene: Scene) -> Array:
         """

@@ -44,15 +44,35 @@ class Expert:
 
 class DrawerThenPlace:
     """
-    Open a drawer, let go of it, and put an object into it.
+    Put an object into a drawer: move it out of the drawer's way, open the drawer, let go of it, put the object in.
 
     :param drawer: Opens the drawer
     :param place: Puts the object there
+    :param room: Horizontal distance in m that the middle of the object needs from the open drawer: less, and the hand
+        would hit the drawer when it grasps the object
     """
 
-    def __init__(self, drawer: OpenDrawer, place: PickPlace) -> None:
+    def __init__(self, drawer: OpenDrawer, place: PickPlace, room: float = 0.055) -> None:
         self.drawer = drawer
         self.place = place
+        self.room = room
+        self.aside = PickPlace(place.name, self._free_spot)
+
+    def _opened(self, scene: Scene) -> Array:
+        """Points (x, y) of the drawer as it will be when open; it is pulled a little further than it must be."""
+        points = scene.points(scene.joint_axis(self.drawer.joint)[0], 0.012)
+        return np.asarray((points + (self.drawer.missing(scene) + 0.02) * self.drawer.direction(scene))[:, :2])
+
+    def _free_spot(self, scene: Scene) -> Placement:
+        """The spot on the table with the most room around it, if possible not far away."""
+        here = scene.position(self.place.name)[:2]
+        angles = np.linspace(0.0, 2.0 * np.pi, 16, endpoint=False)
+        ways = np.linspace(0.0, 0.2, 11)[:, None, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        spots = here + ways.reshape(-1, 2)
+        taken = np.concatenate([self._opened(scene), scene.obstacles(self.place.name)[:, :2]])
+        room = np.minimum(_nearest(spots, taken), self.room + 0.03)
+        spot = spots[int(np.argmax(room - 0.1 * np.linalg.norm(spots - here, axis=1)))]
+        return Placement(spot, scene.table + 0.004, 0.03, 0.015)
 
     def __call__(self, scene: Scene) -> Target:
         """
@@ -60,9 +80,20 @@ class DrawerThenPlace:
 
         :param scene: Current state
         """
-        if not self.drawer.is_open(scene):
-            return self.drawer(scene)
-        return self.drawer.retreat(scene) or self.place(scene)
+        holds = self.place.holds(scene)
+        # With the object in the hand, a drawer that slid back a little is open enough.
+        if self.drawer.missing(scene) < (0.05 if holds else 0.0):
+            return self.drawer.retreat(scene) or self.place(scene)
+        here = scene.position(self.place.name)[None, :2]
+        if holds or _nearest(here, self._opened(scene))[0] < self.room:
+            return self.aside(scene)
+        return self.place.leave(scene) or self.drawer(scene)
+
+
+def _nearest(spots: Array, taken: Array, grid: float = 0.01) -> Array:
+    """Horizontal distance of each spot from the nearest of many points, which are thinned out to a grid."""
+    taken = np.unique(np.round(taken / grid), axis=0) * grid
+    return np.asarray(np.linalg.norm(spots[:, None] - taken, axis=2).min(axis=1))
 
 
 def _surface(points: Array, xy: Array, radius: float, below: float = np.inf) -> float:

@@ -98,6 +98,26 @@ class PickPlace:
         highest = highest_on_way(scene.obstacles(self.name), scene.eef[:2], way, self.gripper.hand_along)
         return max(float(grasp.position[2]) + self.hover, highest - 0.005)
 
+    def holds(self, scene: Scene) -> bool:
+        """
+        Whether the object is between the pads, and both touch it.
+
+        :param scene: Current state
+        """
+        return max(scene.finger_distances(scene.body(self.name))) < 0.0015 and scene.gap < self.gripper.stroke
+
+    def leave(self, scene: Scene) -> Target | None:
+        """
+        Let go of the object and rise above it, or None where the gripper is clear of it.
+
+        :param scene: Current state
+        """
+        body = scene.body(self.name)
+        above = float(scene.eef[2] - scene.points(body)[:, 2].max())
+        if above > 0.03 or max(scene.finger_distances(body, self.gripper.stroke)) > 0.5 * self.gripper.stroke:
+            return None
+        return Target(scene.eef + np.array([0.0, 0.0, 0.06 if scene.gap > 0.03 else 0.0]), OPEN)
+
     def __call__(self, scene: Scene) -> Target:
         """
         What to do in the current state.
@@ -110,8 +130,6 @@ class PickPlace:
         axis = closing_axis(scene.yaw)
         along = abs(float(offset[:2] @ axis))
         across = abs(float(offset[0] * axis[1] - offset[1] * axis[0]))
-        distances = scene.finger_distances(body)
-        touching = max(distances) < 0.0015
         placement = self.placement(scene)
         points = scene.points(body)
         bottom = float(points[:, 2].min())
@@ -119,7 +137,7 @@ class PickPlace:
         to_place = placement.xy - position[:2]
         away = float(np.linalg.norm(to_place))
 
-        if touching and scene.gap < self.gripper.stroke:
+        if self.holds(scene):
             over_target = away < placement.tolerance
             if over_target and bottom < placement.height + 0.01:
                 # Let go without moving up: rising would leave the release zone before the fingers are open.

@@ -24,6 +24,8 @@ class Scene:
 
     def __init__(self, domain: Any) -> None:
         self.domain = domain
+        #: Height of the table's top
+        self.table = float(domain.workspace_offset[2])
         self._sim: Any = None
         self.update()
 
