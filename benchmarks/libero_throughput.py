@@ -728,7 +728,7 @@ def schedule(args: argparse.Namespace, tasks: list[Task], modes: list[str]) -> I
             )
             for mode in (mode for mode in modes if mode not in MANY):
                 plan = replace(of_task, mode=mode)
-                # Those without a start of their own come after ours, and take what that has cached.
+                # Modes whose start is not measured come after ours, and find its cache filled.
                 cache = f"{repeat}-{task.task_id}-{plan.visuals}"
                 if mode not in FLOORS + EVERY_STEP:
                     yield cache, plan

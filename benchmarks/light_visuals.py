@@ -135,7 +135,7 @@ def run_job(job: Job) -> list[Pair]:
             if has_expert:
                 action = exact.expert_action()
             else:
-                # Down to the objects and about: most of a scene passes the wrist camera.
+                # Down to the objects and around, so that the wrist camera sees most of the scene.
                 action = np.append(rng.uniform(-1.0, 1.0, 6) * [1, 1, 1, 0.2, 0.2, 0.2] - [0, 0, 0.2, 0, 0, 0], -1.0)
             ends = [env.step(action.clip(-1.0, 1.0))[2] for env in (exact, light)]
             # A solved episode is compared where it ended.

@@ -132,7 +132,7 @@ def main() -> None:
     if args.child:
         warnings.simplefilter("ignore")
         measured = MODES[args.child](args.task, args.n_envs, chunks(args.n_envs, args.decisions + 1, seed=0))
-        # Through SAPIEN's destructors, in whatever order Python ends, is no way to end
+        # Not through SAPIEN's destructors, which Python would run in any order
         print(json.dumps(measured), flush=True)
         os._exit(0)
     records: list[dict[str, Any]] = []

@@ -46,7 +46,7 @@ class Dispatcher:
     of an env ended.
 
     :param env: vectorised env
-    :param next_episode: number of an env to the episode that it plays next; None lets it stand still
+    :param next_episode: from the number of an env to the episode that it plays next, or None to let it stand still
     """
 
     def __init__(self, env: VecEnv, next_episode: Callable[[int], EpisodeSpec | None]):

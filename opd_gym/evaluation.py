@@ -25,7 +25,7 @@ from opd_gym.versions import differences, parse_versions, versions
 # How often an episode that was lost with its worker is played again. One that is lost three times is an error, as for
 # a WorkerVecEnv.
 MAX_REPLAYS = 2
-# Per-process seeds of sampled evaluation episodes start here: far from the small seeds that people train with.
+# Seeds of sampled evaluation episodes start here, far from the small ones that people train with.
 SAMPLED_EVAL_SEED = 1_000_000
 
 
@@ -216,8 +216,8 @@ class EvaluationResult:
     def to_markdown(self, title: str = "") -> str:
         """
         :param title: heading of the first column
-        :return: a table with one row a task and one for all of them; where something was perturbed, with one row for
-            all, one a category and one a level of difficulty, and how each differs from the unperturbed episodes, if
+        :return: a table with one row a task and one for all of them; where something was perturbed, one row for all,
+            for each category and for each level of difficulty, with the difference from the unperturbed episodes, if
             there are any
         """
         categories = self.per("category")

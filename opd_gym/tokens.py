@@ -366,7 +366,7 @@ def token_view(dist: Distribution) -> TokenView:
 def is_autoregressive(policy: Any) -> bool:
     """
     :param policy: Any policy
-    :return: Whether its distribution of a token depends on the tokens before it, so that it is one of given actions
+    :return: Whether its distribution of a token depends on the tokens before it, so that it needs the actions
     """
     return bool(getattr(policy, "autoregressive", False))
 

@@ -367,7 +367,7 @@ def test_opd_learns_every_token(student, teacher):
 
 
 def test_the_teacher_is_asked_after_the_students_tokens(student, teacher, parallel):
-    """Autoregressive or not, either one."""
+    """Whichever of the two is autoregressive."""
     for one, two in ((student, teacher), (student, parallel), (parallel, teacher), (parallel, parallel)):
         model = openvla_opd(one, two, gradient_steps=2)
         model.learn(32)

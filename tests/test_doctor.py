@@ -66,7 +66,7 @@ def test_scenes_tell_versions_of_mujoco_apart(
 
 @pytest.fixture
 def no_robotwin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not what a test is about, its simulator need not be started, which takes many seconds."""
+    """For tests of something else: its simulator, which takes many seconds to start, is given up at once."""
     monkeypatch.setattr(doctor, "ROBOTWIN_SECONDS", 0.01)
 
 

@@ -48,7 +48,7 @@ def test_an_id_is_all_it_takes(tmp_path):
 
 
 def test_the_readmes_program_runs_as_a_script(tmp_path):
-    """As it is printed, to the letter. Workers import the script again: it must survive that."""
+    """As it is printed, to the letter."""
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     (tmp_path / "program.py").write_text(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], encoding="utf-8")
     result = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600)

@@ -623,7 +623,7 @@ def test_an_announcement_that_fails_is_reported():
 
 @pytest.mark.filterwarnings("ignore:WorkerVecEnv:RuntimeWarning")
 def test_a_worker_that_dies_again_and_again_ends_the_run(env):
-    """Here because of both its envs, each of which loses less than three episodes."""
+    """Because of both its envs together: each of them loses fewer than three episodes."""
     env.reset()
     env.step(go(env1=CRASH))
     env.send(np.array([CRASH]), [3])
@@ -670,7 +670,7 @@ def test_an_env_that_loses_one_episode_after_the_other_ends_the_run(env):
 
 @pytest.mark.filterwarnings("ignore:WorkerVecEnv:RuntimeWarning")
 def test_only_the_env_at_work_is_at_fault():
-    """Env 1 loses one episode after the other to deaths of which none is its own."""
+    """Env 1 loses one episode after the other, none of them by its own fault."""
     env = WorkerVecEnv([lambda h=h: EpisodeControl(Probe(horizon=h)) for h in (1, 100)], n_workers=1)
     try:
         env.reset()

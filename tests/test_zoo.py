@@ -543,7 +543,7 @@ def test_quickstart(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class FewDecisions(quickstart.TimeBudget):
-        """As many on a busy machine as on any other."""
+        """The same number of decisions on a busy machine as on any other."""
 
         def _on_step(self) -> bool:
             return super()._on_step() and self.model.num_timesteps < 64

@@ -25,7 +25,7 @@ from opd_gym.envs.robotwin.remote import LOAD_LIBRARY
 from opd_gym.version import PACKAGE_FILE
 from opd_gym.versions import libero_package, versions
 
-# Seconds until a check that may hang is given up; the self-check compiles its scenes at the very first time
+# Seconds until a check that may hang is given up; the first self-check ever compiles its scenes
 GPU_SECONDS, GL_SECONDS, ROBOTWIN_SECONDS, SELF_CHECK_SECONDS = 60.0, 60.0, 120.0, 300.0
 MIN_DISK = 1.0  # GB
 ROBOSUITE = "1.4"

@@ -93,7 +93,7 @@ class TrainArgs(Options):
     :param eval_episodes: held-out episodes to play at the end
     :param device: "auto", "cpu", "cuda", ...
     :param checkpoint_interval: seconds between two checkpoints, at least
-    :param progress: show a progress bar; not with --no-progress
+    :param progress: a progress bar is shown unless --no-progress is given
     :param verbose: print the table of every iteration
     """
 
@@ -146,7 +146,7 @@ class Play(Options):
     :param param: the same one at a time, spelt as in training: -P env_kwargs.visuals=exact
     :param seed: seed of the envs
     :param device: "auto", "cpu", "cuda", ...
-    :param progress: show a progress bar; not with --no-progress
+    :param progress: a progress bar is shown unless --no-progress is given
     """
 
     checkpoint: Annotated[str, option("--student")]

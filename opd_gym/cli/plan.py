@@ -24,7 +24,7 @@ GIB = 2**30
 # What a GPU's driver, CUDA's context and its libraries take, and what fragmentation wastes
 CONTEXT_BYTES = 1.0 * GIB
 FRAGMENTATION = 0.08
-# Of the peak, that large matrix products of such models reach in training, and in the small batches of a rollout
+# Fractions of the peak that such models reach in training, and in the small batches of a rollout
 TRAINING_EFFICIENCY = 0.4
 ROLLOUT_EFFICIENCY = 0.15
 
@@ -134,7 +134,7 @@ MACHINES = (
     Machine("one GPU of 80 GB (A100: 312 TFLOP/s)", 80e9, 312e12),
     Machine("eight GPUs of 80 GB (A100)", 80e9, 312e12, n_devices=8),
 )
-# What makes a run smaller, from what costs least
+# What makes a run smaller, cheapest first
 CHANGES: dict[str, dict[str, Any]] = {
     "gradient_checkpointing=True": dict(gradient_checkpointing=True),
     'dtype="bfloat16"': dict(dtype="bfloat16"),

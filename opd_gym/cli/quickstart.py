@@ -16,9 +16,9 @@ from opd_gym.evaluation import EpisodeSpec, EvaluationResult, evaluate_success
 from opd_gym.files import write_atomic
 from opd_gym.versions import versions, write_results, write_versions
 
-# Seconds of the budget that are for starting up, the curve and the film.
-# On LIBERO-Object, where the committed run passes the success of its student
+# Decisions after which the committed run on LIBERO-Object passes the success of its student
 FEW_DECISIONS = 3_000
+# Seconds of the budget that are for starting up, the curve and the film
 OVERHEAD = 45.0
 # GB, measured: the learner, and a worker with ten tasks (half as much once their models are in the cache).
 LEARNER_MEMORY, WORKER_MEMORY = 1.5, 1.3
@@ -38,7 +38,7 @@ def available_memory() -> float | None:
 
 def fit_memory(n_envs: int, available: float | None) -> int:
     """
-    As many workers as the memory carries.
+    As many workers as fit into memory.
 
     :param n_envs: workers wanted
     :param available: memory, in GB; None if unknown

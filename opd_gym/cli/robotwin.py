@@ -127,12 +127,12 @@ def run_record(args: RobotwinRecord) -> int:
     task = _task_of(args.env)
     if args.seed not in TRAIN_SEEDS:
         raise ValueError(
-            f"--seed must be a training scene, {TRAIN_SEEDS[0]} to {TRAIN_SEEDS[-1]:,}, got {args.seed}: who learns "
-            "from traces of evaluation scenes is evaluated on what it has seen."
+            f"--seed must be a training scene, {TRAIN_SEEDS[0]} to {TRAIN_SEEDS[-1]:,}, got {args.seed}: a policy "
+            "that learns from traces of evaluation scenes is evaluated on what it has seen."
         )
     python = _planner(args.python)
     env = RoboTwinEnv(task, task_config=args.task_config, python=python)
-    # Of an earlier run that was interrupted
+    # Scenes of an earlier run that was interrupted
     there = set()
     for path in args.output.glob(f"{task}_[0-9]*.npz"):
         old = Trace.load(path)
@@ -190,7 +190,7 @@ def _solved(
     :param n_envs: number of simulators
     :param scenes: scenes to try, in this order
     :param n: number of scenes that it is to solve
-    :param there: scenes of which it is known already that it solves them
+    :param there: scenes that it is known to solve
     :param evaluates: as RoboTwin's own evaluation does it: with the textures of evaluation scenes, and without a scene
         in place of one that is unstable
     :return: seeds of the scenes that it solved, with the positions that it went through; None for those in ``there``
@@ -339,7 +339,7 @@ def make_demonstrations(
     :param progress: show a progress bar
     :param env_kwargs: keyword arguments of the env
     :return: the file
-    :raises ValueError: one trace after the other fails again and again; a single one is left out
+    :raises ValueError: several traces in a row could not be replayed; a single one is left out
     """
     from opd_gym.actions import JOINTS, statistics_of_actions
     from opd_gym.demonstrations import Episode, write_demonstrations

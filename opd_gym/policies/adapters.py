@@ -52,7 +52,7 @@ def check_dtype(dtype: str | th.dtype) -> str:
     """
     :param dtype: a type of torch, or its name
     :return: its name
-    :raises ValueError: a type in which policies are not computed here
+    :raises ValueError: not a type that policies can have here
     """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
@@ -153,7 +153,7 @@ def enable_gradient_checkpointing(body: VLABody) -> None:
     Keep only the inputs of each layer for the backward pass, and compute the layer a second time there.
 
     :param body: changed in place
-    :raises ValueError: the body cannot
+    :raises ValueError: the body does not support it
     """
     if not body.supports_gradient_checkpointing:
         raise ValueError(
@@ -173,8 +173,8 @@ def enable_gradient_checkpointing(body: VLABody) -> None:
 
 def fingerprint(directory: Path) -> str:
     """
-    Tell the weights of one checkpoint from those of another, in a moment: by the names and sizes of their files and
-    samples from all over them. The path does not matter.
+    Tell the weights of one checkpoint from those of another without reading all of them: by the names and sizes of the
+    files, and samples from all over them. The path does not matter.
 
     :param directory: the checkpoint
     :return: 64 hexadecimal digits
@@ -193,7 +193,7 @@ def fingerprint(directory: Path) -> str:
 
 class TrainedState:
     """
-    The part of a policy's state that was trained, with the fingerprint of the checkpoint that all the rest is in.
+    The part of a policy's state that was trained, with the fingerprint of the checkpoint that holds the rest.
 
     :param names: names of the trained tensors in the policy's state
     :param directory: the checkpoint
@@ -223,8 +223,8 @@ class TrainedState:
         digest = saved.pop(FINGERPRINT, None)
         if digest is None or bytes(digest.cpu().numpy()).hex() != self.fingerprint:
             raise ValueError(
-                f"These LoRA adapters were trained on other weights than those in {self.directory}: they have been "
-                "replaced since. Put the original checkpoint back there."
+                f"These LoRA adapters were trained on other weights than those in {self.directory}: the checkpoint "
+                "there was replaced since. Put the original back."
             )
         frozen = {name: value for name, value in state.items() if name not in self.names}
         return {**frozen, **saved}
@@ -233,8 +233,8 @@ class TrainedState:
 @contextmanager
 def merged(body: VLABody) -> Iterator[VLABody]:
     """
-    Inside, the body is one without adapters that computes the same: they are added to copies (in main memory) of the
-    layers that they adapt.
+    Inside, the body has no adapters and computes the same: they are merged into copies (in main memory) of the layers
+    that they adapt.
 
     :param body: a body, with or without adapters
     :return: the same object

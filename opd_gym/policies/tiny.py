@@ -198,8 +198,8 @@ class TinyVLAModel(VLABody):
     """
     Tokens of each picture, of the instruction's words and of proprioception go through one small bidirectional
     transformer together with one query for each action of the chunk; from a query's output come the bins of all
-    dimensions of that action, in parallel. The queries start from a summary in which every cell of the
-    grids has weights of its own, so that position need not be read out of averages over cells.
+    dimensions of that action, in parallel. The queries start from a summary in which every cell of the grids has
+    weights of its own, so that position need not be read out of averages over cells.
 
     :param config: its configuration
     """

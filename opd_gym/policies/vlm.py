@@ -223,8 +223,8 @@ def unpack_processor(packed: th.Tensor, config: PretrainedConfig) -> ProcessorMi
 class VLMModel(VLABody):
     """
     A vision-language model that answers with action tokens, all at once: pictures and prompt go through it as its
-    processor prepares them, followed by proprioception (if any) and one learned placeholder for each action token. What
-    the placeholders become is classified into bins by a head that starts as the rows of the model's output embedding
+    processor prepares them, followed by proprioception (if any) and one learned placeholder for each action token.
+    A head classifies the outputs at the placeholders into bins. It starts as the rows of the model's output embedding
     for the last 256 tokens of its vocabulary.
 
     :param config: its configuration

@@ -30,8 +30,7 @@ class LiberoEnv(gym.Env):
 
     ## Action space
     ``Box(-1, 1, (7,), float32)``: deltas of the end effector's position (x, y, z; 1 is 5 cm) and orientation
-    (axis-angle;
-    1 is 0.5 rad), then the gripper (negative opens, positive closes). One step is 0.05 s.
+    (axis-angle; 1 is 0.5 rad), then the gripper (negative opens, positive closes). One step is 0.05 s.
 
     ## Observation space
     A flat ``Dict``: one upright ``uint8 (image_size, image_size, 3)`` picture a camera, ``proprio`` ``float32 (9,)``
@@ -55,8 +54,8 @@ class LiberoEnv(gym.Env):
     :param horizon: control steps until truncation; None for the suite's own
     :param visuals: "exact" for LIBERO's own pictures, "light" for simplified visual meshes: much faster without a GPU,
         physics identical
-    :param msaa: whether edges are smoothed; None: in exact mode, where nothing else is allowed
-    :param max_simulators: simulators kept in memory, one a task; the least recently used one goes. Tasks share their
+    :param msaa: whether edges are smoothed; None: not in "light". In "exact" they always are
+    :param max_simulators: simulators kept in memory, one a task; the least recently used is closed. Tasks share their
         meshes and textures: the first takes 0.4 GB (light) or 0.7 GB (exact), another 10 to 40 MB
     :param render_mode: None or "rgb_array"
     :raises ValueError: unknown suite, task id, initial states, visuals or render mode
@@ -177,7 +176,7 @@ class LiberoEnv(gym.Env):
 
     @property
     def gl_renderer(self) -> str | None:
-        """What draws the pictures, in OpenGL's words; None until this process has drawn one."""
+        """OpenGL's name of what draws the pictures; None until this process has drawn one."""
         rendering = sys.modules.get("opd_gym.envs.libero.rendering")
         return None if rendering is None else rendering.gl_renderer()
 
@@ -255,8 +254,8 @@ class LiberoEnv(gym.Env):
             states = simulator.init_states
             if not 0 <= init_state_id < len(states):
                 raise ValueError(f"Unknown initial state {init_state_id}: this task has 0 to {len(states) - 1}.")
-            # An official state does not hold the fixtures' places; they follow from its id, so the state means one
-            # scene.
+            # An official state does not say where the fixtures stand. Its id seeds that, so that a state is always
+            # the same scene.
             simulator.reset(1000 * simulator.task.scene_id + init_state_id, states[init_state_id])
         self._init_state_id = init_state_id
         self._instruction = encode_instruction(self.instruction, self.instruction_bytes)

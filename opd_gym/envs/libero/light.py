@@ -14,7 +14,7 @@ import numpy as np
 
 KEEP = 0.03  # share of the faces to begin with
 MIN_FACES = 300  # no mesh is simplified below this
-MAX_FACES = 6000  # a mesh that is not alike by now stays a little coarse
+MAX_FACES = 6000  # a mesh that does not look alike with so many stays a little coarse
 # How far a simplified mesh may be from its original: 90 % of its surface within 1.5 mm (half a pixel of a picture of
 # 128 from half a metre), 95 % of its texture within 3 %, and its shading within 12 degrees on average.
 MAX_DISTANCE, MAX_TEXTURE_SHIFT, MAX_SHADING = 0.0015, 0.03, 12.0
@@ -105,7 +105,7 @@ def interpolate(values: np.ndarray, faces: np.ndarray, weights: np.ndarray) -> n
 
 
 class _Surface:
-    """An original, to look up which of its points another surface shows."""
+    """An original mesh, to look up which of its points a simplified one shows."""
 
     def __init__(self, mesh: Mesh):
         from scipy.spatial import cKDTree
@@ -150,8 +150,8 @@ def _dress(vertices: np.ndarray, faces: np.ndarray, surface: _Surface) -> Mesh:
     shading /= np.maximum(np.linalg.norm(shading, axis=1, keepdims=True), 1e-12)
     uv = surface.mesh.uv
     if uv is not None:
-        # Across a seam two corners are far apart in the texture, and the face would show all that lies between: there
-        # what its middle shows is continued.
+        # Across a seam two corners are far apart in the texture, and the face would show all that lies between. The
+        # texture at its middle is continued there.
         middle, at, _ = surface.nearest(middles, normals)
         here = np.repeat(interpolate(uv, middle, at), 3, axis=0)
         middle = np.repeat(middle, 3)

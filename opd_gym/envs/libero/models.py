@@ -59,7 +59,7 @@ def load_model(xml: str, visuals: str, cache: Path) -> tuple[mujoco.MjModel, Vis
     :param xml: MJCF with absolute paths of its assets
     :param visuals: "exact" or "light"
     :param cache: folder of the cache; several processes, and users, may use it at once
-    :return: the model without its visual meshes and textures, and these
+    :return: the model without its visual meshes and textures, and those
     :raises FileNotFoundError: an asset is missing
     """
     key = _key(xml)
@@ -308,7 +308,7 @@ def _shading_normals(positions: np.ndarray, normals: np.ndarray) -> np.ndarray:
     """
     face_normals = np.cross(positions[:, 1] - positions[:, 0], positions[:, 2] - positions[:, 0])
     length = np.sqrt((face_normals * face_normals).sum(axis=1, keepdims=True))
-    # Multiplied by the inverse and not divided, as there: the last bits show in the pixels
+    # Multiplied by the inverse and not divided, as MuJoCo does: the last bits show in the pixels
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = np.float32(1) / length
         face_normals = np.where(length < 1e-10, np.array([0, 0, 1], dtype=np.float32), face_normals * inverse)

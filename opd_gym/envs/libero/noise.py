@@ -31,19 +31,19 @@ def corrupt(picture: np.ndarray, number: int, rng: np.random.RandomState) -> np.
     :param number: 1 to 50: motion blur, Gaussian blur, zoom blur, fog, glass, ten strengths each
     :param rng: what the noise is drawn from; NumPy's legacy generator, as in the benchmark
     :return: uint8 ``(256, 256, 3)``
-    :raises ValueError: another number or another shape
+    :raises ValueError: unknown number, or a picture of another shape
     """
     if not 1 <= number <= 50:
         raise ValueError(f"LIBERO-Plus has the noises 1 to 50, got {number}.")
     if picture.shape != (SIZE, SIZE, 3):
         raise ValueError(f"LIBERO-Plus' noise is defined for pictures of {SIZE} pixels, got shape {picture.shape}.")
     kind, strength = divmod(number - 1, 10)
-    # The benchmark's pictures lie on their heads
+    # The benchmark's pictures are upside down
     return _KINDS[kind](picture[::-1], strength, rng)[::-1]
 
 
 def _to_bytes(picture: np.ndarray) -> np.ndarray:
-    """From [0, 1]; cut off and not rounded, as there."""
+    """From [0, 1]; truncated and not rounded, as in the benchmark."""
     return (np.clip(picture, 0, 1) * 255).astype(np.uint8)
 
 
@@ -66,7 +66,7 @@ def _motion_blur(picture: np.ndarray, strength: int, rng: np.random.RandomState)
     at = np.arange(SIZE)
     for weight, row, column in zip(weights, rows, columns, strict=True):
         total += weight * 257.0 * picture[(at + row).clip(0, SIZE - 1)][:, (at + column).clip(0, SIZE - 1)]
-    # To the nearest of 16 bits, but down to 8
+    # Rounded to the nearest in 16 bits, but down in 8
     return (np.floor(total + 0.5).astype(np.int64) // 257).astype(np.uint8)
 
 

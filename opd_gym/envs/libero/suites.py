@@ -82,7 +82,7 @@ class TaskSpec:
 
     @property
     def scene_id(self) -> int:
-        """Number that the placement of the fixtures follows from, with that of the initial state."""
+        """Number that seeds the placement of the fixtures, together with that of the initial state."""
         return self.task_id
 
 
@@ -144,7 +144,7 @@ def load_init_states(task: TaskSpec) -> np.ndarray:
     )
 
 
-# LIBERO-Plus has hundreds of tasks with the same file, of which an evaluation counts the states
+# Hundreds of LIBERO-Plus' tasks share a file, and an evaluation counts the states of each task
 @functools.lru_cache(maxsize=16)
 def _load_torch_states(path: Path) -> np.ndarray:
     """The original LIBERO stores a NumPy array with torch.save; only the classes an array needs are allowed to load."""
@@ -153,7 +153,7 @@ def _load_torch_states(path: Path) -> np.ndarray:
     reconstruct = np.zeros(1).__reduce__()[0]
 
     allowed: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.float64)), reconstruct]
-    # NumPy 1 wrote the name that the function had there.
+    # Files that NumPy 1 wrote have its name of the function
     allowed.append((reconstruct, "numpy.core.multiarray._reconstruct"))
     try:
         with torch.serialization.safe_globals(allowed):

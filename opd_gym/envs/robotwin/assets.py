@@ -20,7 +20,7 @@ def download_assets(root: Path) -> Path:
     :param root: folder that is to contain ``assets``
     :return: the folder
     :raises ImportError: huggingface_hub is not installed
-    :raises ValueError: there is something in the folder, or an archive is not what it should be
+    :raises ValueError: the folder is not empty, or an archive is damaged
     :raises ConnectionError: the hub cannot be reached
     """
     try:

@@ -35,9 +35,9 @@ class RoboTwinEnv(gym.Env):
     ## Action space
     ``Box(-1, 1, (14,), float32)``, or ``(chunk_size, 14)``: where the six joints and the gripper of the left arm go to,
     then those of the right one. A joint's position is the action times pi, in rad; a gripper is closed at -1 and open
-    at 1. See :mod:`opd_gym.actions`. A chunk is carried out as RoboTwin does it for chunked policies, on
-    one time-optimal path through all of its positions, which is not the same as one action after the other: with
-    ``chunk_size=None`` the arms come to rest after every action.
+    at 1. See :mod:`opd_gym.actions`. As RoboTwin does for chunked policies, a chunk is carried out on one time-optimal
+    path through all of its positions. One action after the other is not the same: with ``chunk_size=None`` the arms
+    come to rest after every action.
 
     ## Observation space
     A flat ``Dict``: one ``uint8 (height, width, 3)`` picture a camera, ``proprio`` ``float32 (14,)`` (joint positions
@@ -61,8 +61,8 @@ class RoboTwinEnv(gym.Env):
     :param horizon: actions until truncation; None for the limit of RoboTwin's own evaluation
     :param image_size: height and width of the pictures, or the side of square ones; None for RoboTwin's own, 240 x 320
     :param cameras: "head", "left_wrist", "right_wrist"
-    :param init_states: "sampled" draws from ``train_seeds``, "eval" from ``eval_seeds``, a sequence of ints from these
-        of ``eval_seeds``
+    :param init_states: "sampled" draws from ``train_seeds``, "eval" from ``eval_seeds``, a sequence of ints from those
+        entries of ``eval_seeds``
     :param train_seeds: seeds of the scenes to train in; None for 0 to 99,999
     :param eval_seeds: seeds of the scenes to evaluate in, or a JSON file of them (``opd-gym robotwin seeds``); None for
         100,000 to 100,099
@@ -70,18 +70,18 @@ class RoboTwinEnv(gym.Env):
         :func:`opd_gym.envs.robotwin.runtime.find_assets`
     :param embodiment: two robots and their distance in m (published policies of chunked tokens have two pipers), or one
         robot of two arms, ``("aloha-agilex",)``
-    :param task_config: "demo_clean", or "demo_randomized" for other textures, lights, heights and objects in between
+    :param task_config: "demo_clean", or "demo_randomized" for random textures, lights, table heights and clutter
     :param held_out_textures: whether "demo_randomized" takes RoboTwin's "unseen" textures; None for evaluation scenes
     :param shader: "default" for SAPIEN's rasteriser without shadows, "rt" for RoboTwin's own ray tracing, which takes
         seconds without an NVIDIA GPU, and shows noise, because its denoiser needs CUDA
     :param instructions: RoboTwin's "seen" or "unseen" phrasings of the task; None for unseen ones in evaluation scenes
         and seen ones elsewhere, as RoboTwin has it
-    :param in_process: simulate in this process; a crash is then everybody's
-    :param python: interpreter of the worker, if it is to be another one
+    :param in_process: simulate in this process, which then dies with the simulator
+    :param python: interpreter of the worker; None for this one
     :param timeout: seconds without an answer after which the worker counts as hung; its start and its resets, which
         load assets and compile shaders, have 300 at least
     :param render_mode: None or "rgb_array"
-    :raises ValueError: an argument is none of what it may be, or a scene is both for training and evaluation
+    :raises ValueError: an argument is invalid, or a scene is in both train_seeds and eval_seeds
     :raises ImportError: RoboTwin is not installed
     :raises FileNotFoundError: the assets, or those of the task or the robot, are not there
     """
@@ -153,7 +153,7 @@ class RoboTwinEnv(gym.Env):
         if both:
             raise ValueError(
                 f"{len(both)} scenes are both in train_seeds and in eval_seeds, for instance {min(both)}: an "
-                "evaluation there says nothing about new scenes. Give lists that have none in common."
+                "evaluation there says nothing about new scenes. Give lists with no scene in common."
             )
         self.init_states = self._check_init_states(init_states)
         if python is None:
@@ -259,7 +259,7 @@ class RoboTwinEnv(gym.Env):
         :param options: ``init_state_id`` (-1 for a training scene) fixes what would be drawn; ``horizon`` is that of
             this episode alone; ``task_id`` must be this env's
         :return: observation and info
-        :raises ValueError: unknown option, or scene, or another task
+        :raises ValueError: unknown option or scene, or another task than this env's
         :raises SimulatorError: the simulator cannot be started, or no scene is stable
         """
         super().reset(seed=seed)
@@ -335,8 +335,8 @@ class RoboTwinEnv(gym.Env):
         Carry out an action, or a chunk of them.
 
         :param action: float array of the shape of the action space
-        :return: observation, reward, terminated, truncated, info. ``info["n_executed"]`` actions were carried out:
-            those of a chunk shape its path together, so all of them but those beyond the horizon
+        :return: observation, reward, terminated, truncated, info. ``info["n_executed"]`` is the number of actions
+            carried out: all of a chunk, because they shape its path together, except those beyond the horizon
         :raises ValueError: wrong shape, or NaN
         :raises RuntimeError: before a reset, or after the episode's end
         :raises SimulatorError: RoboTwin's code breaks down
@@ -394,7 +394,7 @@ class RoboTwinEnv(gym.Env):
         return self._picture.copy()
 
     def _drawn(self, command: str) -> dict[str, np.ndarray]:
-        """What the simulator draws, nothing if it is lost: whoever looks cannot be told, the next step says it."""
+        """What the simulator draws; nothing if it is lost, which a picture cannot say: the next step does."""
         if self._death:
             return {}
         try:

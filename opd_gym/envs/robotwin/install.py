@@ -24,8 +24,8 @@ from opd_gym.envs.robotwin import runtime
 from opd_gym.envs.robotwin.remote import LOAD_LIBRARY
 from opd_gym.version import PACKAGE_FILE
 
-# Versions that were tested together, by the module that tells whether the package is there already. None of them brings
-# its own dependencies: the runtime would replace PyTorch, NumPy and Gymnasium with old versions.
+# Versions that were tested together, by the module that tells whether the package is there already. They are
+# installed without their dependencies: the runtime's would replace PyTorch, NumPy and Gymnasium with old versions.
 PACKAGES = {
     "robotwin": "rlinf-robotwin-runtime==0.1.3",
     "sapien": "sapien==3.0.3",
@@ -48,14 +48,14 @@ PACKAGES = {
 PLANNER_PACKAGES = ("numpy<2", "mplib==0.2.1")
 MAX_PLANNER_PYTHON = (3, 12)
 DRIVER_PACKAGE = "mesa-vulkan-drivers"
-# Older releases have a software driver that SAPIEN finds no device with
+# With the software driver of older releases SAPIEN finds no device
 MIN_DRIVER = (24, 0)
 
 Say = Callable[[str], None]
 
 
 class InstallError(RuntimeError):
-    """Something could not be installed; the message says what to do. What comes after "apt-get install" ends it."""
+    """Something could not be installed; the message says what to do, with any "apt-get install" last."""
 
 
 def _run(command: Sequence[str], what: str, cwd: Path | None = None) -> str:
@@ -86,7 +86,7 @@ def install_packages(force: bool = False, say: Say = print) -> list[str]:
     runtime.add_packages()
     importlib.invalidate_caches()
     if force:
-        # What lies there does not count, and stays until pip has brought the new one
+        # The present copy does not count, but stays until pip has fetched the new one
         elsewhere = [entry for entry in sys.path if entry != str(target)]
         there = {module for module in PACKAGES if PathFinder.find_spec(module, elsewhere) is not None}
     else:
@@ -106,7 +106,7 @@ def install_packages(force: bool = False, say: Say = print) -> list[str]:
         if force:
             shutil.rmtree(target, ignore_errors=True)
         target.mkdir(exist_ok=True)
-        # What is imported comes last: who finds a module finds its libraries, also after an interruption
+        # Modules come last: even after an interruption, one that is found has its libraries
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.name.removesuffix(".py") in PACKAGES):
             destination = target / path.name
             if destination.is_dir():
@@ -174,7 +174,7 @@ def _missing_libraries(library: Path, folder: Path) -> list[str]:
 
 def install_driver(force: bool = False, say: Say = print) -> bool:
     """
-    Unpack a software Vulkan driver into a folder of its own, where no GPU has one and no driver has been chosen.
+    Unpack a software Vulkan driver into a folder of its own, unless a GPU has one or a driver has been chosen.
 
     :param force: do it anew, and with a GPU too
     :param say: told what happens
@@ -205,7 +205,7 @@ def install_driver(force: bool = False, say: Say = print) -> bool:
             depends = _run(["dpkg-deb", "-f", str(package), "Depends"], "Reading what the driver needs")
             names = " ".join(re.findall(r"(?:^|, )([a-z0-9.+-]+)", depends))
             raise InstallError(
-                f"The software Vulkan driver needs {', '.join(missing)}. Install what it depends on, which replaces "
+                f"The software Vulkan driver needs {', '.join(missing)}. Install its dependencies, which replaces "
                 f"nothing: sudo apt-get install {names}"
             )
         (description,) = unpacked.rglob("lvp_icd*.json")
@@ -261,7 +261,7 @@ def check(say: Say = print, planner: bool = False, timeout: float | None = None)
     Import RoboTwin and look for a Vulkan device, in a process of its own.
 
     :param say: told what happens
-    :param planner: with the planner's interpreter, and the planner too
+    :param planner: check the planner too, with its own interpreter
     :param timeout: seconds after which it counts as hanging; None for no limit
     :raises InstallError: it does not work, with the reason
     """

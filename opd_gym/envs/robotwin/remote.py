@@ -22,7 +22,7 @@ from opd_gym.envs.workers.process import CLOSE_SECONDS, START_SECONDS, Process, 
 from opd_gym.version import PACKAGE_FILE
 
 STEP_SECONDS = 120.0
-# As PYTHONPATH this package's folder would let the other Python import everything that is installed beside it
+# With this package's folder on PYTHONPATH, the other Python could import everything that is installed beside it
 LOAD_LIBRARY = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("opd_gym", sys.argv[1])
@@ -156,7 +156,7 @@ class RemoteSimulator:
         return self.call("record_expert", None, timeout, scene_seed=scene_seed, held_out=held_out)
 
     def _lost(self, reason: str) -> WorkerLost:
-        # Long enough for a process that has just closed its end to be gone
+        # A process that has just closed its end takes a moment to be gone
         code = self.process.end(CLOSE_SECONDS)
         words = self.process.last_words()[-2000:]
         self.process.close()

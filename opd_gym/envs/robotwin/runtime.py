@@ -36,7 +36,7 @@ STAND_IN_HINT = "opd-gym robotwin assets --stand-in"
 UNSET_HINT = "unset VK_ICD_FILENAMES VK_DRIVER_FILES"
 NOT_COMPARABLE = "Success rates with it cannot be compared to published ones."
 
-# With which people choose a Vulkan driver
+# Environment variables that choose a Vulkan driver
 DRIVER_VARIABLES = ("VK_ICD_FILENAMES", "VK_DRIVER_FILES")
 # Where drivers describe themselves to Vulkan
 DRIVER_FOLDERS = ("/usr/share/vulkan/icd.d", "/etc/vulkan/icd.d")
@@ -44,7 +44,7 @@ STAND_IN_MARKER = ".stand-in.json"
 # 2: with objects
 STAND_IN_VERSION = 2
 _renderers: list[Any] = []
-# What RoboTwin's runtime imports besides what it is made of; the installer looks for the same.
+# What has to be importable for RoboTwin to run.
 MODULES = ("robotwin", "sapien", "toppra", "transforms3d", "trimesh", "cv2", "scipy", "imageio", "yaml", "torch")
 
 
@@ -61,16 +61,16 @@ def home() -> Path:
 
 def packages_dir() -> Path:
     """
-    :return: folder of the Python packages that are there for RoboTwin alone, one for each environment: it holds what
-        that one lacks
+    :return: folder of the Python packages for RoboTwin alone, one for each Python environment: it holds what that
+        environment lacks
     """
     return home() / f"packages-{_environment()}"
 
 
 def planner_dir() -> Path:
     """
-    :return: virtual environment in which RoboTwin's expert plans, one for each environment: it shares that one's
-        packages
+    :return: virtual environment in which RoboTwin's expert plans, one for each Python environment, whose packages
+        it shares
     """
     return home() / f"planner-{_environment()}"
 
@@ -96,7 +96,7 @@ def find_assets(assets_root: str | os.PathLike[str] | None = None) -> Path:
 
     :param assets_root: folder; None to look for it
     :return: the folder
-    :raises FileNotFoundError: there is none, with the commands that make one
+    :raises FileNotFoundError: there is none; the message has the commands that make one
     """
     named = assets_root or os.environ.get("ROBOTWIN_ASSETS_ROOT")
     candidates = [Path(named).expanduser()] if named else [home() / "assets", home() / "stand-in"]
@@ -241,7 +241,7 @@ def nvidia_driver() -> bool:
 
 
 def _choose_driver() -> None:
-    """The private software driver, where no GPU has one for Vulkan and nobody has chosen another."""
+    """Use the private software driver, unless a GPU has one for Vulkan or the user has chosen another."""
     if has_gpu() or any(name in os.environ for name in DRIVER_VARIABLES):
         return
     if driver_file().is_file():
@@ -280,10 +280,10 @@ def import_robotwin() -> Any:
         ) from error
     # Configurations of a planner that runs on CUDA alone and plays no part here; the stand-in robots have none
     robot.load_curobo_config = lambda embodiment_root, arm: {}  # type: ignore[attr-defined]
-    # The only module that prefers a variable which people set: an env's own assets_root may be another
+    # This module alone prefers a variable that users set, from which an env's own assets_root may differ
     clutter._assets_root = lambda: Path(os.environ["ASSETS_PATH"])  # type: ignore[attr-defined]
     try:
-        # While one lives, new scenes share what it has computed: without it each one takes 5 s on a CPU
+        # Kept alive, because new scenes share what it has computed: without it each takes 5 s on a CPU
         _renderers.append(sapien.SapienRenderer())
     except RuntimeError as error:
         raise vulkan_error(error) from error
@@ -291,7 +291,7 @@ def import_robotwin() -> Any:
 
 
 def _importable(name: str) -> bool:
-    # A module that is imported already, or replaced, may have no specification, which find_spec raises at
+    # find_spec raises for a module that is imported already, or replaced, and has no specification
     return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
@@ -339,7 +339,7 @@ class RandomState:
     """
     The global random state that RoboTwin seeds and draws from, kept apart from everybody else's.
 
-    ``with state:`` puts RoboTwin's in place, and what was there before back again. RoboTwin's scenes are made without
+    ``with state:`` puts RoboTwin's in place, and restores the other one at the end. RoboTwin's scenes are made without
     CUDA: its generators are left out, and ``torch.manual_seed``, which would seed them too, seeds the CPU's alone.
     """
 

@@ -30,7 +30,7 @@ from opd_gym.instructions import INSTRUCTION_BYTES
 # Short names of RoboTwin's cameras.
 CAMERAS = {"head": "head_camera", "left_wrist": "left_camera", "right_wrist": "right_camera"}
 PICTURE_SIZE = (240, 320)
-# What the code of RoboTwin's experts consists of
+# The methods that RoboTwin's experts call
 EXPERT_METHODS = (
     "move",
     "grasp_actor",
@@ -121,7 +121,7 @@ class Simulator:
             except UnStableError:
                 self.close()
             except (FileNotFoundError, ImportError, MemoryError):
-                # Would be so in the next scene, too
+                # The next scene would fail in the same way
                 raise
             except Exception as error:
                 # RoboTwin's own evaluation takes another seed then, too
@@ -138,7 +138,7 @@ class Simulator:
         self._random.seed(seed)
         self._task = self._class()
         self._task.shader = self.settings.shader
-        # RoboTwin's name of it; whatever else it switches is the limit of steps, which is replaced below
+        # RoboTwin's name for it. It also switches the limit of steps, which is replaced below
         arguments = {**self._arguments, "eval_mode": held_out}
         try:
             self._task.setup_demo(now_ep_num=seed, seed=seed, is_test=True, **arguments)
@@ -185,7 +185,7 @@ class Simulator:
 
     @contextmanager
     def _breakdown(self, where: str) -> Iterator[None]:
-        """Whatever RoboTwin's code raises: a ValueError, for instance, would say that the caller is wrong."""
+        """Make a SimulatorError of what RoboTwin's code raises: a ValueError, for instance, would blame the caller."""
         try:
             yield
         except Exception as error:
@@ -201,7 +201,7 @@ class Simulator:
 
     def observe(self) -> tuple[dict[str, Any], Arrays]:
         """
-        :return: nothing, and the observation: uint8 pictures and ``proprio``, float32 ``(14,)``
+        :return: an empty dict, and the observation: uint8 pictures and ``proprio``, float32 ``(14,)``
         """
         pictures = self._pictures([CAMERAS[name] for name in self.settings.cameras])
         return {}, {
@@ -214,7 +214,7 @@ class Simulator:
 
     def picture(self) -> tuple[dict[str, Any], Arrays]:
         """
-        :return: nothing, and the head camera's picture in RoboTwin's own size as ``picture``
+        :return: an empty dict, and the head camera's picture in RoboTwin's own size as ``picture``
         """
         return {}, {"picture": self._pictures(["head_camera"])[0]}
 
@@ -376,7 +376,7 @@ def _task_class(task: str) -> type:
 
         return method
 
-    # To describe the scene, stack_blocks_three, blocks_ranking_size and place_bread_basket play the episode
+    # stack_blocks_three, blocks_ranking_size and place_bread_basket play the whole episode to describe the scene
     for name in EXPERT_METHODS:
         setattr(Task, name, paused(name))
     Task.__name__ = Task.__qualname__ = camel(task)

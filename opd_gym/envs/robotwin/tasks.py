@@ -73,14 +73,15 @@ MESHLESS_TASKS = (
     "stack_blocks_two",
 )
 
-# Those that run with the stand-in, which has the objects of a few more: with handover_block, the paper's four.
+# The tasks that run with the stand-in, which has the objects of three more. These three and handover_block are the
+# paper's four.
 STAND_IN_TASKS = (*MESHLESS_TASKS, "pick_dual_bottles", "place_empty_cup", "stack_bowls_two")
 
 # RoboTwin's scenes are named by a seed. Its own evaluation begins at 100,000, data are collected from 0 upwards.
 TRAIN_SEEDS = range(100_000)
 EVAL_SEEDS = range(100_000, 100_100)
-# In some scenes an object topples. Such a seed is replaced by the one so much higher, so that whatever a list of seeds
-# falls back to is never in another list.
+# In some scenes an object topples. Such a seed is replaced by the one this much higher, which no list of seeds may
+# contain.
 SEED_STRIDE = 1_000_000
 MAX_UNSTABLE = 20
 
@@ -115,7 +116,7 @@ def check_seeds(name: str, seeds: Sequence[int]) -> Sequence[int]:
     if len(seeds) == 0 or not whole or min(seeds) < 0 or max(seeds) >= SEED_STRIDE:
         raise ValueError(
             f"{name} must be seeds of scenes, at least one, all of them integers from 0 to {SEED_STRIDE - 1:,}; got "
-            f"{seeds!r}. Higher ones are what unstable scenes are replaced by."
+            f"{seeds!r}. Higher ones are kept for replacing unstable scenes."
         )
     return seeds
 

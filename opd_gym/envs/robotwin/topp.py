@@ -2,7 +2,7 @@
 Time-optimal path parameterisation in place of mplib's.
 
 RoboTwin turns a chunk of joint positions into a trajectory with ``mplib``, whose last release (0.2.1) crashes under
-NumPy 2. Of mplib nothing else is needed to play actions. Planning, which RoboTwin's own expert needs, is not replaced.
+NumPy 2. Playing actions needs nothing else of mplib. Planning, which RoboTwin's own expert needs, is not replaced.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def time_optimal(
 
 
 class _Planner:
-    """What RoboTwin makes one of for each arm."""
+    """RoboTwin makes one of these for each arm."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.TOPP = time_optimal

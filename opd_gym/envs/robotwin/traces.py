@@ -83,10 +83,10 @@ class Trace:
 
 def make_env(traces: Sequence[Trace], **kwargs: Any) -> RoboTwinEnv:
     """
-    :param traces: traces of one task, made alike
+    :param traces: traces of one task, recorded with the same robot and configuration
     :param kwargs: keyword arguments of the env
     :return: an env whose evaluation scenes are those of the traces, in their order
-    :raises ValueError: the traces are of several tasks, robots or configurations, or of another robot than the assets'
+    :raises ValueError: the traces differ in task, robot or configuration, or the assets have another robot
     """
     kinds = {(trace.task, trace.embodiment, trace.task_config, trace.stand_in) for trace in traces}
     if len(kinds) != 1:
@@ -156,13 +156,13 @@ def replay(
     Play a trace in chunks, and label every decision with the chunk that the expert played there.
 
     A pushed chunk leads away from the trace: an offset that grows over the chunk is added to where the arms go (not to
-    the grippers). Positions are absolute, so the label of the next decision
-    leads back (noise injection in the manner of DART, https://arxiv.org/abs/1703.09327). A push is never a label.
+    the grippers). Positions are absolute, so the label of the next decision leads back (noise injection in the manner
+    of DART, https://arxiv.org/abs/1703.09327). A push is never a label.
 
     :param trace: the trace
     :param env: raw env of the trace's scene with chunks, see :func:`make_env`
     :param perturbation: probability that a chunk is pushed
-    :param first: actions before the second decision, so that those after it come at other moments; None: a chunk
+    :param first: actions before the second decision, which moves all later decisions in time; None: a whole chunk
     :param seed: seed of the perturbations
     :param init_state_id: the env's number of that scene
     :param frames: gets what the env renders after every decision

@@ -1,7 +1,7 @@
 """
-What a worker of a ``WorkerVecEnv`` does: build its envs, then one command after the other.
+What a worker of a ``WorkerVecEnv`` does: build its envs, then carry out one command after the other.
 
-Neither torch nor Stable-Baselines3 is imported here: a worker has them only where its envs do.
+Neither torch nor Stable-Baselines3 is imported here: a worker has them only if its envs import them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gymnasium import spaces
 from opd_gym.envs.workers.memory import Memory
 from opd_gym.envs.workers.process import Learner
 
-# What says that the caller is wrong, and would be wrong again in a new process. Whatever else an env's step raises (a
+# Errors that say that the caller is wrong, and would be again in a new process. Whatever else an env's step raises (a
 # simulator that diverged, a lost GL context, no memory) costs the episode and not the run
 CALLER_ERRORS = (
     TypeError,

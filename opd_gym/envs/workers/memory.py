@@ -62,7 +62,7 @@ class Memory:
         :param index: Number of an env
         :param slot: 0 for its observation, 1 for the last one of its last episode
         :param obs: The observation
-        :raises ValueError: It has not the shape that the observation space says
+        :raises ValueError: Its shape is not that of the observation space
         """
         for key, array in self.arrays.items():
             value = np.asarray(obs if key is None else obs[key])

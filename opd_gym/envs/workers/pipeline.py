@@ -25,7 +25,7 @@ class Pipeline:
         self.parts = [np.arange(env.num_envs)]
         self._transpose = env if isinstance(env, VecTransposeImage) else None
         inner: Any = env.venv if isinstance(env, VecTransposeImage) else env
-        # Only a WorkerVecEnv has halves. Of its class, because wrappers pass attributes of what they wrap on
+        # Only a WorkerVecEnv has halves. Looked up on the class: wrappers pass on attributes of what they wrap
         self._workers = inner if hasattr(type(inner), "halves") else None
         if split and self._workers is not None:
             self.parts = self._workers.halves

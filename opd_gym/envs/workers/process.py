@@ -24,11 +24,11 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 
-# A new worker imports its libraries and builds its envs or simulator first, whatever a step may take
+# A new worker imports its libraries and builds its envs or simulator first, which takes longer than a step
 START_SECONDS = 300.0
-# What a worker is given to close them
+# The time a worker has to close them
 CLOSE_SECONDS = 5.0
-# How often the learner looks whether a worker that says nothing is still there
+# How often the learner looks whether a silent worker is still there
 _LOOK_SECONDS = 1.0
 _LENGTH = struct.Struct("<Q")
 _MOST_AT_ONCE = 1 << 20
@@ -188,7 +188,7 @@ class Process:
             data = b""
         if not data:
             raise EOFError
-        # Kept here: whoever is interrupted in the middle of a message finds it complete the next time
+        # Kept here: a call that is interrupted in the middle of a message leaves what it has read to the next one
         self._received += data
 
     def _take_message(self) -> bytes | None:
@@ -243,7 +243,7 @@ class Process:
 
 
 def _kill(popen: subprocess.Popen[bytes]) -> None:
-    # Also called in processes that the learner has forked, which are not its parent: to them it has ended
+    # Also called in forks of the learner. They are not the worker's parent: to them it has ended, and they kill nothing
     if popen.poll() is None:
         popen.kill()
         popen.wait()
@@ -268,7 +268,7 @@ class Learner:
         self._socket = socket.socket(fileno=connection)
         self._socket.setblocking(True)
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        # In a thread: the learner's death is noticed in the middle of a step
+        # In a thread, so that the learner's death is noticed in the middle of a step
         threading.Thread(target=self._listen, name="learner", daemon=True).start()
 
     def _listen(self) -> None:

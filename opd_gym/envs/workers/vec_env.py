@@ -104,7 +104,7 @@ class _Request:
 
     @property
     def began_episode(self) -> bool:
-        """Whether this is the answer of a step behind or in place of which an episode began."""
+        """Whether this is the answer of a step, and an episode began after it or in its place."""
         return self.answered and self.error is None and (self.lost is not None or self.value[1])
 
 
