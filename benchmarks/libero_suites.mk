@@ -7,24 +7,12 @@
 # Run it from the root of the repository, after ./quickstart or ./test has made .venv. Stop it at any time: it goes on where
 # it was, and a training goes on from its last checkpoint.
 
+include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
+
 SUITES ?= object spatial goal 10
 SEEDS ?= 0 1 2
-RUNS ?= runs/libero_suites
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export OMP_NUM_THREADS ?= 1
-.DELETE_ON_ERROR:
-.SECONDARY:
-.PHONY: all report $(SUITES)
+.PHONY: $(SUITES)
 all: $(SUITES)
-	$(MAKE) -f $(firstword $(MAKEFILE_LIST)) report
-
-# 5. Tables and curves of what is there, and what they are made from
-OUT ?= benchmarks/results/libero_suites
-report:
-	opd-gym report $(RUNS) -o $(RUNS)/report.html --title "OPD on LIBERO" --reference teacher \
-	    -l '*student/*=student' -l '*seed*/sft/*=SFT' -l '*seed*/grpo/*=GRPO' -l '*seed*/opd/*=OPD' \
-	    -l '*teacher/opd/*=teacher' -l '*teacher/sft/*=teacher before DAgger' \
-	    --markdown $(OUT)/results.md --pictures $(OUT) --keep $(OUT)
 
 ENV_object = LiberoObject-v0
 ENV_spatial = LiberoSpatial-v0
@@ -42,16 +30,6 @@ CONTROL_DEMOS_goal = 170
 CONTROL_DEMOS_10 = 60
 
 SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimizer_kwargs.weight_decay:1e-4
-
-# $(call train,FOLDER,ALGORITHM,ENV,ARGUMENTS): start a run, or go on with it
-define train
-	if [ -e $(1)/$(2)/$(3)_1/args.yml ]; then opd-gym train --resume $(1)/$(2)/$(3)_1 --no-progress; \
-	else opd-gym train --algo $(2) --env $(3) -f $(1) --no-progress $(4); fi
-endef
-
-# 4. Held-out: greedy actions on all 500 official initial states of a suite, which nobody trained on
-%/evaluation.json: | %/policy/config.json
-	opd-gym eval --env $(patsubst %_1,%,$(notdir $*)) --checkpoint $*/policy --episodes 500 --no-progress -o $@
 
 # $(call suite,NAME,ENV)
 define suite
@@ -96,3 +74,8 @@ $(call train,$(RUNS)/$(1)/seed$(3),sft,$(2),--seed $(3) --n-timesteps 1880 --dem
 endef
 
 $(foreach name,$(SUITES),$(eval $(call suite,$(name),$(ENV_$(name)))))
+
+# 4. Held-out evaluation: common.mk. 5. Tables and curves
+report:
+	$(call reported,--title "OPD on LIBERO" --reference teacher -l '*student/*=student' -l '*seed*/sft/*=SFT' \
+	    -l '*seed*/grpo/*=GRPO' -l '*seed*/opd/*=OPD' -l '*teacher/opd/*=teacher' -l '*teacher/sft/*=teacher before DAgger')

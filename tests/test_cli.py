@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -95,6 +96,22 @@ def test_documented_commands_are_understood(line: str) -> None:
         line = line.replace(variable, value)
     words = shlex.split(re.sub(r"\$(\w+|\{[^}]*\})", "7", line))[1:]
     assert type(parse(words)) in dict(COMMANDS.values())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("name", ["libero_suites", "libero_grpo", "libero_objectives"])
+def test_commands_of_experiments_are_understood(name: str) -> None:
+    path = ROOT / "benchmarks" / f"{name}.mk"
+    words = ["make", "-n", "-f", str(path.relative_to(ROOT)), "all", "report"]
+    printed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
+    commands = set(re.findall(r"opd-gym [^;\n]*", printed))
+    assert len(commands) > 20
+    for command in commands:
+        assert type(parse(shlex.split(command)[1:])) in dict(COMMANDS.values())
+    # What is trained is evaluated as well
+    trained = set(re.findall(r"--resume (\S+)", printed))
+    evaluated = {found.removesuffix("/policy") for found in re.findall(r"--checkpoint (\S+)", printed)}
+    assert {run for run in trained if "/teacher/sft/" not in run} == evaluated
 
 
 @pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="needs the source tree")

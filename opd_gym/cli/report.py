@@ -143,8 +143,8 @@ class _Found:
 def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Policy]:
     """
     Read all runs and evaluations below some folders. Runs of one algorithm and env with the same settings are seeds of
-    one policy, named after the algorithm and the settings that tell it from its others. Evaluations outside of a run,
-    ``NAME_seed0.json``, are named after their files.
+    one policy, named after the algorithm and where its settings differ from those of most runs. Evaluations
+    outside of a run, ``NAME_seed0.json``, are named after their files.
 
     :param folders: runs, evaluations, or folders that hold some
     :param labels: pattern of a path below its folder -> name of what is there; the first match counts
@@ -152,14 +152,17 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
     :raises ValueError: there is nothing in a folder, or a file of a run is damaged
     """
     found = [item for folder in folders for item in _find(Path(folder).expanduser())]
+    settings: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for item in found:
+        settings.setdefault((item.name, item.env_id), []).append(item.settings)
+    common = {key: max(alike, key=alike.count) for key, alike in settings.items()}
     policies: dict[tuple[str, str], Policy] = {}
     order: dict[str, int] = {}
     for item in found:
-        alike = [other.settings for other in found if (other.name, other.env_id) == (item.name, item.env_id)]
-        keys = sorted({key for settings in alike for key in settings})
-        told = [key for key in keys if any(settings.get(key) != item.settings.get(key) for settings in alike)]
         label = item.name
-        if told and item.settings:
+        usual = common[item.name, item.env_id]
+        told = [key for key in sorted({*usual, *item.settings}) if usual.get(key) != item.settings.get(key)]
+        if told:
             label += f" ({', '.join(f'{key}={item.settings.get(key)}' for key in told)})"
         number = len(labels)
         for i, (pattern, text) in enumerate(labels.items()):

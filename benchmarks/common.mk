@@ -1,0 +1,33 @@
+# What the experiments of this folder have in common: make resumes them step by step, a training from its last checkpoint.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export OMP_NUM_THREADS ?= 1
+NAME := $(basename $(notdir $(firstword $(MAKEFILE_LIST))))
+RUNS ?= runs/$(NAME)
+OUT ?= benchmarks/results/$(NAME)
+colon := :
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: all report
+
+# $(call train,FOLDER,ALGORITHM,ENV,ARGUMENTS): start a run, or go on with it
+define train
+	if [ -e $(1)/$(2)/$(3)_1/args.yml ]; then opd-gym train --resume $(1)/$(2)/$(3)_1 --no-progress; \
+	else opd-gym train --algo $(2) --env $(3) -f $(1) --no-progress $(4); fi
+endef
+
+# Held-out: greedy actions on all 500 official initial states of a suite, which nobody trained on
+%/evaluation.json: | %/policy/config.json
+	opd-gym eval --env $(patsubst %_1,%,$(notdir $*)) --checkpoint $*/policy --episodes 500 --no-progress -o $@
+
+# $(call reported,ARGUMENTS): tables and curves of what is there, and copies of what they are made from
+define reported
+	opd-gym report $(RUNS) -o $(RUNS)/report.html --markdown $(OUT)/results.md --pictures $(OUT) --keep $(OUT) $(1)
+endef
+
+# $(call run,VARIANT,ALGORITHM,ENV,SEED,HYPERPARAMETERS): a training of a study and its evaluation
+define run
+all: $(RUNS)/$(1)/seed$(4)/$(2)/$(3)_1/evaluation.json
+$(RUNS)/$(1)/seed$(4)/$(2)/$(3)_1/policy/config.json:
+$(call train,$(RUNS)/$(1)/seed$(4),$(2),$(3),--seed $(4) $(5))
+endef

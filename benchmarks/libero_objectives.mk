@@ -1,0 +1,34 @@
+# Which parts of OPD matter on LIBERO-Object: the divergence, the estimator, the group size, the replay of states, the number
+# of gradient steps. Student and teacher are the zoo's.
+#
+#   make -f benchmarks/libero_objectives.mk -j2                    33 runs of 12,000 decisions: about 11 hours on two cores
+#   make -f benchmarks/libero_objectives.mk divergence SEEDS=0
+#   make -f benchmarks/libero_objectives.mk report
+include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
+
+ENV = LiberoObject-v0
+SEEDS ?= 0 1 2
+
+# One thing at a time is changed of the zoo's setting: reverse KL, exact, groups of 8, replay, 40 gradient steps
+STUDIES = zoo divergence estimator group_size state_replay gradient_steps
+zoo = divergence:reverse_kl
+divergence = divergence:forward_kl divergence:jsd divergence:hard_ce
+# The paper's letter: sampled tokens of the last rollout, seen once
+estimator = estimator:sampled
+with_sampled = state_replay:false gradient_steps:auto augmentation:null
+group_size = group_size:1 group_size:2 group_size:4
+state_replay = state_replay:false
+with_false = gradient_steps:auto
+gradient_steps = gradient_steps:10 gradient_steps:80
+
+# $(call study,NAME)
+define study
+.PHONY: $(1)
+$(1): $(foreach seed,$(SEEDS),$(foreach change,$($(1)),$(RUNS)/$(subst $(colon),_,$(change))/seed$(seed)/opd/$(ENV)_1/evaluation.json))
+endef
+$(foreach name,$(STUDIES),$(eval $(call study,$(name))))
+$(foreach seed,$(SEEDS),$(foreach name,$(STUDIES),$(foreach change,$($(name)),\
+    $(eval $(call run,$(subst $(colon),_,$(change)),opd,$(ENV),$(seed),--n-timesteps 12000 --hyperparams $(change) $(with_$(lastword $(subst $(colon), ,$(change)))))))))
+
+report:
+	$(call reported,--title "Objectives of OPD on LIBERO-Object")
