@@ -99,7 +99,7 @@ def test_documented_commands_are_understood(line: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize("name", ["libero_suites", "libero_grpo", "libero_objectives"])
+@pytest.mark.parametrize("name", ["libero_suites", "libero_grpo", "libero_objectives", "libero_forgetting"])
 def test_commands_of_experiments_are_understood(name: str) -> None:
     path = ROOT / "benchmarks" / f"{name}.mk"
     words = ["make", "-n", "-f", str(path.relative_to(ROOT)), "all", "report"]
@@ -110,7 +110,7 @@ def test_commands_of_experiments_are_understood(name: str) -> None:
         assert type(parse(shlex.split(command)[1:])) in dict(COMMANDS.values())
     # What is trained is evaluated as well
     trained = set(re.findall(r"--resume (\S+)", printed))
-    evaluated = {found.removesuffix("/policy") for found in re.findall(r"--checkpoint (\S+)", printed)}
+    evaluated = {found.removesuffix("/policy") for found in re.findall(r"--checkpoint (\S+/policy)", printed)}
     assert {run for run in trained if "/teacher/sft/" not in run} == evaluated
 
 

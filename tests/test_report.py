@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from opd_gym.cli.main import main
-from opd_gym.cli.report import Policy, bootstrap, details, find_policies, overview, paired
+from opd_gym.cli.report import Policy, bootstrap, by_group, details, find_policies, overview, paired
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult
 
 ENV = "LiberoObject-v0"
@@ -88,6 +89,26 @@ def test_numbers(results):
     assert overview([opd])[1] == ["opd", "85.0 % [80.0, 90.0] \N{MULTIPLICATION SIGN}2"]
 
 
+def test_groups_of_tasks(results):
+    policies = find_policies([results], {})
+    assert by_group(policies, {"seen": [0], "unseen": [1]}) == [
+        ["tasks", "seen", "unseen"],
+        ["grpo", "20.0 % [20.0, 20.0]", "20.0 % [20.0, 20.0]"],
+        ["opd", "95.0 % [90.0, 100.0]", "75.0 % [70.0, 80.0]"],
+        ["teacher", "100.0 % [72.2, 100.0]", "80.0 % [49.0, 94.3]"],
+    ]
+    assert len(by_group(policies, {})) == 1
+
+
+def test_an_evaluation_of_several_envs_is_one_of_each(tmp_path):
+    both = evaluation(5).episodes + [
+        replace(episode, env_id="LiberoObjectSwap-v0") for episode in evaluation(2).episodes
+    ]
+    EvaluationResult(both).save(tmp_path / "student.json")
+    found = find_policies([tmp_path], {})
+    assert [(p.env_id, p.success()[0]) for p in found] == [(ENV, 0.5), ("LiberoObjectSwap-v0", 0.2)]
+
+
 def test_bootstrap_draws_seeds_anew_for_each_task():
     # Tasks at 0 and 1 in opposite seeds: means of 0, 0.25 ... 1; drawn by whole seeds all would be 0.5
     low, high = bootstrap(np.array([[0.0, 1.0], [1.0, 0.0]]))
@@ -119,7 +140,8 @@ def test_refused(results, tmp_path, capsys):
         ([str(tmp_path / "empty")], "nothing to report"),
         ([str(tmp_path / "missing")], "missing"),
         ([str(results), "--reference", "nobody"], "one of grpo, opd, teacher"),
-        ([str(results), "--label", "eval/*"], "PATTERN=NAME"),
+        ([str(results), "--label", "eval/*"], "NAME=VALUE"),
+        ([str(results), "--tasks", "seen=a-b"], "0-5 or 0,3,7"),
     ):
         assert main(["report", *words, "-o", str(tmp_path / "page.html")]) == 2
         assert told in capsys.readouterr().err

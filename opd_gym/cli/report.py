@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,18 +71,26 @@ class Policy:
         """The episodes of all seeds."""
         return EvaluationResult([episode for result in self.results.values() for episode in result.episodes])
 
-    def success(self) -> tuple[float, float, float]:
+    def success(self, tasks: Sequence[int] | None = None) -> tuple[float, float, float]:
         """
         Held-out success and its 95 % interval: over several seeds by a bootstrap that draws seeds anew for each task
         (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264), of one seed by Wilson's formula over its episodes.
 
+        :param tasks: those that count; None for all
         :return: rate, lower and upper bound, each from 0 to 1; NaN without an evaluation
-        :raises ImportError: several seeds, and rliable is not installed
+        :raises ImportError: several seeds, and SciPy is not installed
         """
-        if len(self.results) < 2:
-            return self.pooled.success_rate, *self.pooled.interval
-        tasks = [result.per_task() for result in self.results.values()]
-        scores = np.array([[by_task[task].success_rate for task in sorted(tasks[0])] for by_task in tasks])
+        results = [
+            EvaluationResult([e for e in result.episodes if tasks is None or e.task_id in tasks])
+            for result in self.results.values()
+        ]
+        results = [result for result in results if result.episodes]
+        if not results:
+            return math.nan, math.nan, math.nan
+        if len(results) == 1:
+            return results[0].success_rate, *results[0].interval
+        each = [result.per_task() for result in results]
+        scores = np.array([[by_task[task].success_rate for task in sorted(each[0])] for by_task in each])
         return float(scores.mean()), *bootstrap(scores)
 
     def last(self, column: str) -> float | None:
@@ -201,9 +210,9 @@ def _find(folder: Path) -> list[_Found]:
     for path in files:
         if not any(path.is_relative_to(run) for run in runs) and (result_ := _evaluation(path)) is not None:
             name, _, seed = path.stem.partition("_seed")
-            env_id = bare_id(result_.episodes[0].env_id or "") if result_.episodes else ""
             shown = path.name if path == folder else path.relative_to(folder).as_posix()
-            found.append(_Found(shown, name, env_id, seed or "0", result=result_))
+            for env_id, part in result_.per("env_id").items():
+                found.append(_Found(shown, name, bare_id(env_id or ""), seed or "0", result=part))
     if not found:
         raise ValueError(
             f"There is nothing to report in {folder}: expected runs of `opd-gym train`, or files of `opd-gym eval -o`."
@@ -235,6 +244,16 @@ def percent(rate: float, digits: int = 1) -> str:
     return "" if np.isnan(rate) else f"{100 * rate:.{digits}f} %"
 
 
+def with_interval(rate: float, low: float, high: float) -> str:
+    """
+    :param rate: from 0 to 1
+    :param low: lower bound
+    :param high: upper bound
+    :return: "85.0 % [80.0, 90.0]"; empty for NaN
+    """
+    return "" if np.isnan(rate) else f"{percent(rate)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 Table = list[list[str]]
 
 
@@ -247,9 +266,8 @@ def overview(policies: Sequence[Policy]) -> Table:
     cells: dict[str, dict[str, str]] = {}
     for policy in policies:
         if policy.results:
-            rate, low, high = policy.success()
             cells.setdefault(policy.label, {})[policy.env_id] = (
-                f"{percent(rate)} [{100 * low:.1f}, {100 * high:.1f}] \N{MULTIPLICATION SIGN}{len(policy.results)}"
+                f"{with_interval(*policy.success())} \N{MULTIPLICATION SIGN}{len(policy.results)}"
             )
     return [["", *envs], *([label, *(row.get(env, "") for env in envs)] for label, row in cells.items())]
 
@@ -297,6 +315,19 @@ def by_task(policies: Sequence[Policy]) -> Table:
             [str(task), *(percent(result[task].success_rate, 0) if task in result else "" for result in each)]
             for task in tasks
         ]
+    return rows
+
+
+def by_group(policies: Sequence[Policy], groups: Mapping[str, Sequence[int]]) -> Table:
+    """
+    :param policies: of one env
+    :param groups: name -> tasks, for instance those that were trained on and those that were not
+    :return: success of each group with its interval; without rows where there is no group
+    """
+    rows = [["tasks", *groups]]
+    for policy in policies if groups else ():
+        if policy.results:
+            rows.append([policy.label, *(with_interval(*policy.success(tasks)) for tasks in groups.values())])
     return rows
 
 
@@ -439,12 +470,8 @@ def report(args: Report) -> None:
     """
     from jinja2 import Environment, select_autoescape
 
-    labels = {}
-    for item in args.label:
-        pattern, _, text = item.partition("=")
-        if not text:
-            raise ValueError(f"Expected --label PATTERN=NAME, for instance --label 'student/*=student', got {item!r}.")
-        labels[pattern] = text
+    labels = {pattern: text for pattern, text in map(_named, args.label)}
+    groups = {name: _task_ids(text) for name, text in map(_named, args.tasks)}
     policies = find_policies(args.results, labels)
     names = list(dict.fromkeys(policy.label for policy in policies))
     if args.reference is not None and args.reference not in names:
@@ -467,6 +494,7 @@ def report(args: Report) -> None:
                 "env": env_id,
                 "figures": svgs,
                 "details": details(here, reference),
+                "groups": by_group(here, groups),
                 "tasks": by_task(here),
                 "paired": paired(here, reference),
                 "commands": [(policy.label, command) for policy in here for command in policy.commands],
@@ -486,7 +514,7 @@ def report(args: Report) -> None:
         parts = [markdown(summary)]
         for section in sections:
             parts.append(f"## {section['env']}\n")
-            parts += [markdown(section[name]) for name in ("details", "paired", "tasks")]
+            parts += [markdown(section[name]) for name in ("details", "groups", "paired", "tasks")]
         write_atomic(args.markdown, "\n".join(filter(None, [*parts, "\n".join(mixed_versions(policies))])))
     if args.pictures is not None:
         args.pictures.mkdir(parents=True, exist_ok=True)
@@ -496,6 +524,21 @@ def report(args: Report) -> None:
     if args.keep is not None:
         keep(args.results, args.keep)
     print(markdown(summary) + f"\n{args.output}")
+
+
+def _named(item: str) -> tuple[str, str]:
+    name, _, text = item.partition("=")
+    if not name or not text:
+        raise ValueError(f"Expected NAME=VALUE, as in --label 'student/*=student' or --tasks seen=0-5, got {item!r}.")
+    return name, text
+
+
+def _task_ids(text: str) -> list[int]:
+    try:
+        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"Expected tasks as in 0-5 or 0,3,7, got {text!r}.") from None
+    return [task for part in ends for task in range(part[0], part[-1] + 1)]
 
 
 def _svg(figure: Figure) -> str:

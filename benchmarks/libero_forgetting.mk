@@ -1,0 +1,43 @@
+# What is forgotten: post-training on six tasks of LIBERO-Object, success on these and on the other four, and on LIBERO-PRO's
+# perturbed tasks, before and after. Student and teacher are the zoo's; all have as many decisions as in libero_suites.mk.
+#
+#   make -f benchmarks/libero_forgetting.mk -j2    9 runs: about three hours on two cores
+#   make -f benchmarks/libero_forgetting.mk report
+include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
+
+ENV = LiberoObject-v0
+SEEDS ?= 0 1 2
+SEEN = 0 1 2 3 4 5
+comma := ,
+space := $(subst ,, )
+ONLY = env_kwargs.task_ids:[$(subst $(space),$(comma),$(SEEN))]
+SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimizer_kwargs.weight_decay:1e-4 learning_rate:lin_5e-4
+PERTURBED = LiberoObjectSwap-v0 LiberoObjectObject-v0 LiberoObjectLan-v0
+
+# The offline control has as many labelled decisions, all of the six tasks
+$(RUNS)/demos/done:
+	opd-gym demos --env $(ENV) --task-ids $(SEEN) -n 200 --seed 200000 --image-size 64 --stride 8 -o $(@D)
+	touch $@
+
+$(foreach seed,$(SEEDS),$(foreach algo,opd grpo,$(eval $(call run,$(algo),$(algo),$(ENV),$(seed),--n-timesteps 12000 --hyperparams $(ONLY)))))
+$(foreach seed,$(SEEDS),$(eval $(call run,sft,sft,$(ENV),$(seed),--n-timesteps 1880 --demonstrations $(RUNS)/demos \
+	    --student libero-object-student --hyperparams $(SFT))))
+$(foreach seed,$(SEEDS),$(eval $(RUNS)/sft/seed$(seed)/sft/$(ENV)_1/policy/config.json: | $(RUNS)/demos/done))
+
+# Before and after, all ten tasks; and on LIBERO-PRO's, in files of their own
+all: $(RUNS)/student.json $(RUNS)/perturbed/student.json
+$(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft,$(eval all: $(RUNS)/perturbed/$(algo)_seed$(seed).json)))
+$(RUNS)/student.json:
+	opd-gym eval --env $(ENV) --checkpoint libero-object-student --episodes 500 --no-progress -o $@
+$(RUNS)/perturbed/student.json:
+	opd-gym eval --env $(PERTURBED) --checkpoint libero-object-student --episodes 100 --no-progress -o $@
+define perturbed
+$(RUNS)/perturbed/$(1)_seed$(2).json: | $(RUNS)/$(1)/seed$(2)/$(1)/$(ENV)_1/policy/config.json
+	opd-gym eval --env $(PERTURBED) --checkpoint $(RUNS)/$(1)/seed$(2)/$(1)/$(ENV)_1/policy --episodes 100 --no-progress -o $$@
+endef
+$(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft,$(eval $(call perturbed,$(algo),$(seed)))))
+
+report:
+	$(call reported,--title "Forgetting on LIBERO-Object" --reference student --tasks 'seen=0-5' --tasks 'unseen=6-9' \
+	    -l 'student.json=student' -l 'sft/*=SFT' -l 'grpo/*=GRPO' -l 'opd/*=OPD' \
+	    -l 'perturbed/student*=student' -l 'perturbed/sft*=SFT' -l 'perturbed/grpo*=GRPO' -l 'perturbed/opd*=OPD')
