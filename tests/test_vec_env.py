@@ -174,7 +174,8 @@ def assert_same(a, b):
         lambda: gym.make("CartPole-v1"),
         lambda: Match(horizon=3, dict_obs=True),
         lambda: gym.make("FrozenLake-v1"),
-        lambda: gym.make("Blackjack-v1"),
+        # Many of its episodes are terminated and truncated in the same step
+        lambda: gym.make("Blackjack-v1", max_episode_steps=1),
         lambda: gym.make("Pendulum-v1", max_episode_steps=7),
     ],
     ids=["box", "dict", "discrete", "tuple", "truncated"],
@@ -254,7 +255,7 @@ def test_closing():
     env.step_async(go())
     env.close()
     env.close()
-    assert not any(map(_alive, pids))
+    assert env.closed and not any(map(_alive, pids))
     for use in (env.reset, env.step_wait, lambda: env.get_attr("horizon")):
         with pytest.raises(RuntimeError, match="closed"):
             use()
@@ -281,6 +282,10 @@ class Unlike(Probe):
     observation_space = spaces.Box(-1e6, 1e6, (3,), np.float32)
 
 
+class Fewer(Probe):
+    action_space = spaces.Discrete(7)
+
+
 class Nested(Probe):
     observation_space = spaces.Dict({"a": spaces.Dict({"b": Probe.observation_space})})
 
@@ -299,7 +304,8 @@ def _broken():
         ([], {}, ValueError, "at least one"),
         ([Probe], dict(n_workers=0), ValueError, "n_workers must be at least 1"),
         ([Probe], dict(timeout=0), ValueError, r"timeout must be a number in \(0, inf\]"),
-        ([Probe, Unlike], dict(n_workers=1), ValueError, "same spaces"),
+        ([Probe, Probe, Unlike], dict(n_workers=1), ValueError, "same spaces"),
+        ([Probe, Fewer], {}, ValueError, "same spaces"),
         ([Nested], {}, ValueError, "flat Dict or Tuple"),
         ([Wordy], {}, ValueError, "space of arrays"),
         ([_broken], {}, OSError, "no assets here"),
@@ -308,6 +314,23 @@ def _broken():
 def test_what_cannot_be_built_is_refused(env_fns, kwargs, error, message):
     with pytest.raises(error, match=message):
         WorkerVecEnv(env_fns, **kwargs)
+
+
+class Misshapen(Probe):
+    """Its episodes begin with an observation that NumPy would spread over the array that it goes into."""
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return obs[:1], info
+
+
+def test_an_observation_of_another_shape_is_refused():
+    env = WorkerVecEnv([Misshapen], n_workers=1)
+    try:
+        with pytest.raises(ValueError, match=r"Env 0 returned the observation with shape \(1,\); .* says \(2,\)"):
+            env.reset()
+    finally:
+        env.close()
 
 
 def test_workers_and_halves():
@@ -461,6 +484,20 @@ def test_a_loss_is_told_once_whenever_it_is_noticed(env):
     assert env.step(go())[0][0].tolist() == [10, 1] and len(env.deaths) == 1
 
 
+def test_what_a_step_brought_is_kept_when_the_next_episode_begins(env):
+    env.seed(0)
+    env.reset()
+    env.announce(0, seed=10)
+    env.send(go(1), [0])
+    env.send(np.array([DIE]), [2])
+    with pytest.warns(RuntimeWarning, match="died"):
+        env.recv([2])
+    # The episode after the lost one has begun in the new worker
+    assert env.env_method("expert_action", indices=[0]) == [0]
+    assert env.recv([0])[0].tolist() == [[0, 1]]
+    assert env.step(go())[0][0].tolist() == [10, 0]
+
+
 def test_a_loss_right_after_an_episode_waits_for_the_next_announcement(env):
     """Env 0 finishes an episode in the step in which env 2 brings their worker down: the learner knows of neither."""
     env.seed(0)
@@ -514,6 +551,15 @@ def test_an_announced_episode_is_not_used_up_by_one_that_nobody_saw(env):
     assert env.reset()[:, 0].tolist() == [10, 11, 12, 13]
     assert [info["episode_tag"] for info in env.reset_infos] == [0, 1, 2, 3]
     assert not env.step(go())[2].any()
+
+
+def test_a_reset_by_its_method_uses_an_announcement_up(env):
+    env.reset()
+    env.announce(0, seed=3, tag="told")
+    assert env.env_method("reset", indices=[0])[0][0].tolist() == [3, 0]
+    with pytest.warns(RuntimeWarning, match="died"):
+        obs, _, _, infos = env.step(go(env0=DIE))
+    assert infos[0]["episode_tag"] == "told" and obs[0].tolist() == [-1, 0]
 
 
 @pytest.mark.filterwarnings("ignore:WorkerVecEnv:RuntimeWarning")
@@ -603,6 +649,9 @@ def test_the_callers_mistakes_are_raised_here(env):
     with pytest.raises(ValueError, match="no such action") as error:
         env.step(go(env1=MISTAKE))
     assert isinstance(error.value.__cause__, WorkerTraceback) and "in step" in str(error.value.__cause__)
+    # In a step this would be a death
+    with pytest.raises(RuntimeError, match="unstable"):
+        env.env_method("step", DIVERGE, indices=[1])
     assert env.deaths == [] and env.env_method("add", 1) == [1] * 4
     env.seed(4)
     assert env.reset()[:, 0].tolist() == [4, 5, 6, 7]
@@ -615,6 +664,8 @@ def test_an_announcement_that_fails_is_reported():
         env.announce(0, seed=1)
         with pytest.raises(AttributeError, match="set_next_reset"):
             env.reset()
+        # Once
+        assert env.reset().shape == (1, 2)
         with pytest.raises(AttributeError, match="set_next_reset"):
             env.env_method("set_next_reset", seed=1)
     finally:
@@ -693,6 +744,28 @@ def test_only_the_env_at_work_is_at_fault():
         env.close()
 
 
+class Loser(Probe):
+    """Says of itself that its episodes are lost, as an env with a simulator of its own may."""
+
+    def step(self, action):
+        obs, reward, done, truncated, info = super().step(action)
+        return obs, reward, done, truncated, {**info, "episode_lost": done}
+
+
+@pytest.mark.filterwarnings("ignore:WorkerVecEnv:RuntimeWarning")
+def test_an_episode_that_the_env_says_it_lost_is_not_a_finished_one():
+    env = WorkerVecEnv([lambda: EpisodeControl(Loser(horizon=1))], n_workers=1)
+    try:
+        env.reset()
+        for _ in range(MAX_DEATHS - 1):
+            env.step(go(1, env0=DIE))
+            assert env.step(go(1))[3][0]["episode_lost"]
+        with pytest.raises(RuntimeError, match="env 0 lost 3 episodes in a row"):
+            env.step(go(1, env0=DIE))
+    finally:
+        env.close()
+
+
 # --------------------------------------------------------------------------------------------- workers that do not read
 
 
@@ -761,6 +834,18 @@ def test_closing_gives_up_what_is_not_read(never_blocked):
         assert not _alive(pid) and _alive(child)
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_death_is_noticed_although_a_child_holds_the_socket(never_blocked):
+    env = probes(1, 1, timeout=None)
+    (child,) = env.env_method("fork")
+    try:
+        env.reset()
+        with pytest.warns(RuntimeWarning, match="died in 'step'"):
+            assert env.step(go(1, env0=DIE))[3][0]["episode_lost"]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        env.close()
 
 
 SCRIPT = """
