@@ -562,9 +562,9 @@ def make_teacher(
     Build a teacher and check that it fits the student: action space, bins, statistics, observations.
 
     :param spec: The directory of a VLA checkpoint or of a run; the zip of any model of Stable-Baselines3, sb3-contrib
-        or this library; the name of a checkpoint of the zoo; the id of a VLA on the Hugging Face hub; "expert" for the
-        env's scripted expert; a live policy or model; a :class:`Teacher`; None for the teacher that the zoo has for
-        this env
+        or this library; the name of a checkpoint of the zoo; the id of a VLA or of a model of Stable-Baselines3 on the
+        Hugging Face hub; "expert" for the env's scripted expert; a live policy or model; a :class:`Teacher`; None for
+        the teacher that the zoo has for this env
     :param env: The student's env
     :param student: The student's policy
     :param device: Device of a teacher that is read from files; None: the student's
