@@ -133,8 +133,8 @@ def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
         return _in_directory(_download(spec), spec)
     raise FileNotFoundError(
         f"There is no checkpoint {name!r}. Expected the directory of a VLA checkpoint or of a run, the zip of a model, "
-        "the id of a VLA or of a model of Stable-Baselines3 on the Hugging Face hub (owner/name), or a name of the zoo: "
-        f"{', '.join(checkpoint_names())}."
+        "the id on the Hugging Face hub (owner/name) of a VLA or of a model of Stable-Baselines3, or a name of the zoo "
+        f"({', '.join(checkpoint_names())})."
     )
 
 

@@ -2,6 +2,8 @@ import functools
 import os
 import pickle
 import re
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -747,3 +749,35 @@ def test_what_cannot_be_unpickled_is_named_and_can_be_given(tmp_path):
     with pytest.raises(ValueError, match="space.zip: its observation_space cannot be read.*custom_objects"):
         OPD("MlpPolicy", "CartPole-v1", **kwargs)
     OPD("MlpPolicy", "CartPole-v1", **kwargs, teacher_kwargs={"custom_objects": {"observation_space": space}})
+
+
+def of_old_gym(space, monkeypatch, **state):
+    """A space as ``gym`` 0.21 pickled it: other attributes, in modules that are not there any more."""
+    module = f"gym.spaces.{type(space).__module__.rpartition('.')[2]}"
+    name = type(space).__name__
+    old = type(name, (), {"__module__": module, "__qualname__": name})
+    for parent in ("gym", "gym.spaces", module):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    setattr(sys.modules[module], name, old)
+    sys.modules["gym"].__version__ = "0.21.0"  # Stable-Baselines3 asks when it saves
+    instance = old()
+    vars(instance).update(state)
+    return instance
+
+
+def test_a_zip_of_old_gym_teaches(tmp_path, monkeypatch):
+    env = vec(1, kind="multi_discrete")
+    model = stable_baselines3.PPO("MlpPolicy", env, n_steps=8, batch_size=8, device="cpu", seed=0)
+    box, choices = model.observation_space, model.action_space
+    with monkeypatch.context() as patch:
+        bounds = dict(low=box.low, high=box.high, bounded_below=box.low > -np.inf, bounded_above=box.high < np.inf)
+        rng = np.random.RandomState(0)
+        model.observation_space = of_old_gym(box, patch, dtype=box.dtype, shape=box.shape, np_random=rng, **bounds)
+        state = dict(nvec=choices.nvec, dtype=choices.dtype, _shape=choices.shape, _np_random=None)
+        model.action_space = of_old_gym(choices, patch, **state)
+        model.save(tmp_path / "old")
+    assert "gym" not in sys.modules
+    obs = np.random.default_rng(0).uniform(-1, 1, (5, 4)).astype(np.float32)
+    found = opinion(tmp_path / "old.zip", env, obs)
+    expected = token_view(model.policy.get_distribution(th.as_tensor(obs)))
+    assert th.equal(found.flatten(), expected.flatten())
