@@ -15,9 +15,11 @@ ZOO = Path(__file__).parent / "zoo"
 REGISTRY_FILE = ZOO / "checkpoints.yml"
 CHECKPOINTS = ZOO / "checkpoints"
 CONFIG_FILE = "config.json"
-# Of a repository on the hub, what a VLA is read from. A zip of Stable-Baselines3 is not among them: reading one runs
-# what it holds
+# Of a repository on the hub, what a VLA is read from, or a model of Stable-Baselines3 and its VecNormalize
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors", "*checkpoint.pt"]
+HUB_FILES += ["*.zip", "*vec_normalize.pkl", "*vecnormalize.pkl"]
+# A zip that rl-zoo3 puts beside the model's
+_NO_MODEL = "train_eval_metrics.zip"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _RUN_CHECKPOINT = re.compile(r"model_(\d+)_steps\.zip")
 
@@ -110,11 +112,12 @@ def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
     ``policy_kwargs["checkpoint"]`` and on the command line.
 
     :param spec: what exists wins, in this order: the directory of a VLA checkpoint; the directory of a run (its last
-        checkpoint); the zip of a model, with or without ``.zip``; a name of the zoo; the id of a VLA on the Hugging
-        Face hub (``owner/name``), which is downloaded into the hub's cache
+        checkpoint) or of one model's zip; the zip of a model, with or without ``.zip``; a name of the zoo; the id of a
+        VLA, or of a model of Stable-Baselines3 as rl-zoo3 publishes it, on the Hugging Face hub (``owner/name``), which
+        is downloaded into the hub's cache
     :return: an existing directory with ``config.json``, or a zip file
     :raises FileNotFoundError: it is none of these
-    :raises ValueError: a directory with neither
+    :raises ValueError: a directory with neither, or with several models
     """
     path = Path(spec).expanduser()
     if path.is_dir():
@@ -127,10 +130,11 @@ def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
     if found is not None:
         return found
     if isinstance(spec, str) and _HUB_ID.fullmatch(spec):
-        return _in_directory(_download(spec))
+        return _in_directory(_download(spec), spec)
     raise FileNotFoundError(
         f"There is no checkpoint {name!r}. Expected the directory of a VLA checkpoint or of a run, the zip of a model, "
-        f"the id of a VLA on the Hugging Face hub (owner/name), or a name of the zoo: {', '.join(checkpoint_names())}."
+        "the id on the Hugging Face hub (owner/name) of a VLA or of a model of Stable-Baselines3, or a name of the zoo "
+        f"({', '.join(checkpoint_names())})."
     )
 
 
@@ -151,15 +155,22 @@ def adapter_advice(directory: Path) -> str:
     return ""
 
 
-def _in_directory(path: Path) -> Path:
+def _in_directory(path: Path, hub_id: str = "") -> Path:
     if (path / CONFIG_FILE).is_file():
         return path
-    for candidate in (*reversed(run_checkpoints(path)), path / "model.zip"):
+    # Of a repository, the model that has its name
+    named = (path / f"{name}.zip" for name in (hub_id.partition("/")[2], "model") if name)
+    for candidate in (*reversed(run_checkpoints(path)), *named):
         if candidate.is_file():
             return candidate
+    models = sorted(found for found in path.glob("*.zip") if found.name != _NO_MODEL)
+    if len(models) == 1:
+        return models[0]
+    if models:
+        raise ValueError(f"{path} holds several models: {', '.join(model.name for model in models)}. Name one of them.")
     raise ValueError(
-        f"{path} is neither a VLA checkpoint (it has no {CONFIG_FILE}) nor a run (it has no checkpoints/*.zip)."
-        + adapter_advice(path)
+        f"{path} is neither a VLA checkpoint (it has no {CONFIG_FILE}) nor a run (it has no checkpoints/*.zip), and "
+        "holds no zip of a model." + adapter_advice(path)
     )
 
 

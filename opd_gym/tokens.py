@@ -16,7 +16,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution, SquashedDiagGaussianDistribution, TanhBijector
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Normal
@@ -435,7 +435,7 @@ def sample_tokens(
     return tokens.reshape(len(tokens), -1), view, values if with_values else th.zeros(1, device=tokens.device)
 
 
-def env_actions(policy: ActorCriticPolicy, actions: np.ndarray) -> np.ndarray:
+def env_actions(policy: BasePolicy, actions: np.ndarray) -> np.ndarray:
     """
     Actions as the env takes them.
 

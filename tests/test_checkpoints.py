@@ -2,16 +2,19 @@
 
 from pathlib import Path
 
+import gymnasium as gym
 import huggingface_hub.constants
 import pytest
 import torch as th
 from gymnasium.utils.env_checker import data_equivalence
+from huggingface_hub.utils import filter_repo_objects
 from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from toys import TINY_BODY, Robot
 
 from opd_gym import OPD, SFT
 from opd_gym import checkpoints as registry
-from opd_gym.checkpoints import resolve_checkpoint
+from opd_gym.checkpoints import HUB_FILES, resolve_checkpoint
 from opd_gym.cli.options import TrainArgs
 from opd_gym.cli.sizes import resolve as resolve_planned
 from opd_gym.cli.train import complete_hyperparams
@@ -20,6 +23,17 @@ from opd_gym.policies.body import checkpoint_settings
 from opd_gym.policies.loading import load_policy
 
 WAYS = ("directory", "zip", "zip without its suffix", "run", "finished run", "zoo", "hub")
+
+
+def put_on_the_hub(cache: Path, hub_id: str, folder: Path, monkeypatch) -> None:
+    """A repository of the hub, as it lies in the cache after it was downloaded."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / "0123abc").symlink_to(folder)
 
 
 def parameters(of) -> th.Tensor:
@@ -59,13 +73,7 @@ def named(request, saved, tmp_path, monkeypatch) -> str:
         monkeypatch.setattr(registry, "REGISTRY_FILE", tmp_path / "checkpoints.yml")
         (tmp_path / "checkpoints.yml").write_text("vla: {description: for this test}\n")
         return "vla"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--somebody--vla"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0123abc")
-    (repository / "snapshots").mkdir()
-    (repository / "snapshots" / "0123abc").symlink_to(saved / "vla")
+    put_on_the_hub(tmp_path, "somebody/vla", saved / "vla", monkeypatch)
     return "somebody/vla"
 
 
@@ -113,6 +121,38 @@ def test_a_zip_of_another_class_of_policy_is_refused(saved, tmp_path):
         OPD("MlpPolicy", "CartPole-v1", policy_kwargs=dict(checkpoint=saved / "vla"))
     model = SFT("MlpPolicy", "CartPole-v1", policy_kwargs=dict(checkpoint=tmp_path / "mlp"), device="cpu")
     assert th.equal(parameters(model), parameters(PPO.load(tmp_path / "mlp.zip", device="cpu")))
+
+
+@pytest.mark.parametrize("zip_name", ["ppo-Pendulum-v1.zip", "best.zip"])
+def test_a_model_that_rl_zoo3_published(zip_name, tmp_path, monkeypatch):
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), training=False)
+    env.obs_rms.mean[:] = 0.5
+    model = PPO("MlpPolicy", env, n_steps=2, batch_size=2, device="cpu")
+    folder = tmp_path / "files"
+    model.save(folder / zip_name)
+    env.save(str(folder / "vec_normalize.pkl"))
+    for name in ("train_eval_metrics.zip", "README.md", "args.yml", "results.json", "replay.mp4"):
+        (folder / name).write_text("{}")
+    put_on_the_hub(tmp_path / "cache", "sb3/ppo-Pendulum-v1", folder, monkeypatch)
+    fetched = set(filter_repo_objects([file.name for file in folder.iterdir()], allow_patterns=HUB_FILES))
+    assert {zip_name, "vec_normalize.pkl"} <= fetched and "replay.mp4" not in fetched
+    for name in ("sb3/ppo-Pendulum-v1", folder):
+        teacher = OPD("MlpPolicy", "Pendulum-v1", teacher=name, device="cpu")._teacher
+        obs = th.rand(4, 3)
+        found = teacher.distribution(obs, th.empty(0)).mean
+        expected = model.policy.get_distribution(((obs - 0.5) / (1 + 1e-8) ** 0.5).float()).distribution.mean
+        assert th.allclose(found, expected, atol=1e-5)
+    # A second model: that of the repository's name, or nobody knows which
+    model.save(folder / "another.zip")
+    if zip_name == "best.zip":
+        with pytest.raises(ValueError, match=r"several models: another\.zip, best\.zip"):
+            resolve_checkpoint("sb3/ppo-Pendulum-v1")
+    else:
+        assert resolve_checkpoint("sb3/ppo-Pendulum-v1").name == zip_name
+    (tmp_path / "empty").mkdir()
+    put_on_the_hub(tmp_path / "cache", "sb3/empty", tmp_path / "empty", monkeypatch)
+    with pytest.raises(ValueError, match="'sb3/empty'.*holds no zip of a model"):
+        OPD("MlpPolicy", "Pendulum-v1", teacher="sb3/empty")
 
 
 def test_what_is_no_checkpoint(tmp_path):

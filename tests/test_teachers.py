@@ -2,6 +2,9 @@ import functools
 import os
 import pickle
 import re
+import sys
+import types
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -11,21 +14,26 @@ import sb3_contrib
 import stable_baselines3
 import torch as th
 from gymnasium import spaces
-from gymnasium.wrappers import RescaleAction
+from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.wrappers import NormalizeObservation, RescaleAction
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
-from toys import TINY_BODY, Match, Robot, cartpole_teacher, vec
+from toys import TINY_BODY, Match, Robot, cartpole_teacher, parameters, vec
 
 from opd_gym.algorithms.opd import OPD
 from opd_gym.algorithms.teachers import (
     ExpertTeacher,
     LabelSmoothing,
+    Teacher,
     check_statistics,
     make_teacher,
     observation_adapter,
+    try_teacher,
     unsquash,
 )
 from opd_gym.envs.make import make_vec
+from opd_gym.envs.registration import CHUNK_SIZES
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, PrivilegedObservation
 from opd_gym.policies.loading import read_vec_normalize
 from opd_gym.tokens import CategoricalTokens, GaussianTokens, token_spec, token_view
@@ -241,6 +249,90 @@ def test_labels_that_are_no_actions_are_refused(kind, label, message):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A look at the teacher before it teaches
+
+
+def learned(env, n_eval_episodes, **kwargs):
+    kwargs = {"teacher": cartpole_teacher(), "n_steps": 32, "device": "cpu", "seed": 0, **kwargs}
+    model = OPD("MlpPolicy", env, teacher_kwargs={"n_eval_episodes": n_eval_episodes}, **kwargs)
+    return model.learn(64)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("control", [False, True])
+def test_a_trial_changes_nothing_of_the_run(control, behind):
+    models = []
+    for n_eval_episodes in (0, 3):
+        env = vec(2, env="CartPole-v1", control=control)
+        models.append(learned(VecNormalize(env) if behind else env, n_eval_episodes))
+    assert th.equal(*map(parameters, models))
+    if behind:
+        assert np.array_equal(*(model.env.obs_rms.mean for model in models)) and models[1].env.training
+
+
+def test_a_good_teacher_is_reported_and_a_bad_one_is_doubted(tmp_path, capsys):
+    logger = configure(str(tmp_path), ["csv"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = OPD("MlpPolicy", "CartPole-v1", teacher=cartpole_teacher(), n_steps=32, device="cpu", seed=0, verbose=1)
+        model.set_logger(logger)
+        model.learn(64)
+    printed = capsys.readouterr().out
+    assert "the teacher has a mean reward of 500, the student has a mean reward of" in printed
+    rows = np.genfromtxt(tmp_path / "progress.csv", delimiter=",", names=True)
+    assert rows["teacherep_rew_mean"][0] == 500.0 and np.isnan(rows["teacherep_rew_mean"][1])
+    worst = cartpole_teacher()
+    with th.no_grad():
+        worst.policy.action_net.weight.neg_()
+    with pytest.warns(UserWarning, match="teacher does no better.*teacher has a mean reward of [89].*n_eval_episodes"):
+        learned("CartPole-v1", None, teacher=worst)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learned("CartPole-v1", 0, teacher=worst)
+        model.learn(64)  # the student has begun to learn
+
+
+def test_the_success_of_whoever_tells_it():
+    class Good(Teacher):
+        privileged = True
+
+        def label(self, env, indices):
+            return np.array(env.env_method("expert_action", indices=list(indices)))[:, None]
+
+        def distribution(self, observations, labels, actions=None):
+            return CategoricalTokens(th.log_softmax(9.0 * th.eye(4)[labels[:, 0].long()], dim=-1).unsqueeze(1))
+
+    env = vec(2)
+    for teacher in (Good(), make_teacher("expert", env, student_of(env))):
+        assert try_teacher(teacher, env, student_of(env)) == {}
+        assert try_teacher(teacher, env, student_of(env), 4) == {"success_rate": 1.0, "ep_rew_mean": 4.0}
+
+
+def test_a_trial_in_an_env_that_never_ends_or_is_slow_or_keeps_statistics(monkeypatch):
+    def tried(env, **kwargs):
+        return try_teacher(make_teacher(cartpole_teacher(), env, student_of(env)), env, student_of(env), **kwargs)
+
+    class Endless(CartPoleEnv):
+        def step(self, action):
+            obs, reward, *_ = super().step(action)
+            return np.zeros_like(obs), reward, False, False, {}
+
+    assert tried(vec(1, env=Endless)) == {}
+    assert tried(vec(1, env=lambda: NormalizeObservation(gym.make("CartPole-v1")))) == {}
+    env = vec(2, env="CartPole-v1")
+    assert tried(env, n_episodes=2) == {"ep_rew_mean": 500.0}
+    teacher = make_teacher(cartpole_teacher(), env, student_of(env))
+    teacher.policy.autoregressive = True
+    assert try_teacher(teacher, env, student_of(env)) == {}
+    with pytest.raises(ValueError, match="autoregressive"):
+        try_teacher(teacher, env, student_of(env), 1)
+    with pytest.raises(ValueError, match="n_eval_episodes.*at least 0"):
+        learned("CartPole-v1", -1)
+    monkeypatch.setitem(CHUNK_SIZES, "CartPole-v1", 8)
+    assert tried(env) == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 
 
@@ -363,6 +455,7 @@ def seen_by(teacher, env, **kwargs):
     policy = teacher.policy
     seen, forward = [], policy.get_distribution
     policy.get_distribution = lambda obs: (seen.append(obs), forward(obs))[1]
+    kwargs = dict(n_eval_episodes=0, **kwargs)
     model = OPD("MlpPolicy", env, teacher=teacher, n_steps=6, device="cpu", seed=0, teacher_kwargs=kwargs).learn(1)
     policy.get_distribution = forward
     return model, seen
@@ -656,3 +749,35 @@ def test_what_cannot_be_unpickled_is_named_and_can_be_given(tmp_path):
     with pytest.raises(ValueError, match="space.zip: its observation_space cannot be read.*custom_objects"):
         OPD("MlpPolicy", "CartPole-v1", **kwargs)
     OPD("MlpPolicy", "CartPole-v1", **kwargs, teacher_kwargs={"custom_objects": {"observation_space": space}})
+
+
+def of_old_gym(space, monkeypatch, **state):
+    """A space as ``gym`` 0.21 pickled it: other attributes, in modules that are not there any more."""
+    module = f"gym.spaces.{type(space).__module__.rpartition('.')[2]}"
+    name = type(space).__name__
+    old = type(name, (), {"__module__": module, "__qualname__": name})
+    for parent in ("gym", "gym.spaces", module):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    setattr(sys.modules[module], name, old)
+    sys.modules["gym"].__version__ = "0.21.0"  # Stable-Baselines3 asks when it saves
+    instance = old()
+    vars(instance).update(state)
+    return instance
+
+
+def test_a_zip_of_old_gym_teaches(tmp_path, monkeypatch):
+    env = vec(1, kind="multi_discrete")
+    model = stable_baselines3.PPO("MlpPolicy", env, n_steps=8, batch_size=8, device="cpu", seed=0)
+    box, choices = model.observation_space, model.action_space
+    with monkeypatch.context() as patch:
+        bounds = dict(low=box.low, high=box.high, bounded_below=box.low > -np.inf, bounded_above=box.high < np.inf)
+        rng = np.random.RandomState(0)
+        model.observation_space = of_old_gym(box, patch, dtype=box.dtype, shape=box.shape, np_random=rng, **bounds)
+        state = dict(nvec=choices.nvec, dtype=choices.dtype, _shape=choices.shape, _np_random=None)
+        model.action_space = of_old_gym(choices, patch, **state)
+        model.save(tmp_path / "old")
+    assert "gym" not in sys.modules
+    obs = np.random.default_rng(0).uniform(-1, 1, (5, 4)).astype(np.float32)
+    found = opinion(tmp_path / "old.zip", env, obs)
+    expected = token_view(model.policy.get_distribution(th.as_tensor(obs)))
+    assert th.equal(found.flatten(), expected.flatten())

@@ -29,7 +29,7 @@ from opd_gym.algorithms.losses import (
     exact_opd_loss,
     sampled_opd_loss,
 )
-from opd_gym.algorithms.teachers import Teacher, check_finite, make_teacher
+from opd_gym.algorithms.teachers import Teacher, check_finite, make_teacher, try_teacher
 from opd_gym.checks import check_at_least, check_at_least_one
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import is_autoregressive
@@ -87,7 +87,9 @@ class OPD(RolloutAlgorithm):
     :param weight_decay: Weight decay of the optimizer, unless ``optimizer_kwargs`` of ``policy_kwargs`` name one
     :param teacher_kwargs: How to read the teacher, see ``opd_gym.algorithms.teachers`` (``temperature`` for Q-values,
         ``std`` for deterministic continuous actions, ``smoothing`` and ``floor`` for labels, ``vec_normalize`` for the
-        statistics that it was trained with, ``obs_keys`` for the keys of a Dict observation that it sees)
+        statistics that it was trained with, ``obs_keys`` for the keys of a Dict observation that it sees).
+        ``n_eval_episodes`` is how many episodes it plays before training, for a comparison with the student: 5, but
+        none in this library's benchmarks and of an expert
     :param stats_window_size: Number of episodes that the reported success rate, length and reward are averaged over
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -164,6 +166,7 @@ class OPD(RolloutAlgorithm):
         self.augmentation = augmentation
         self.replay_buffer: StateReplay | None = None
         self._teacher: Teacher | None = None
+        self._n_eval_episodes: int | None = None
         super().__init__(
             policy,
             env,
@@ -202,7 +205,11 @@ class OPD(RolloutAlgorithm):
         assert self.env is not None
         if self.teacher is self.policy:
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
-        self._teacher = make_teacher(self.teacher, self.env, self.policy, **self.teacher_kwargs)
+        kwargs = dict(self.teacher_kwargs)
+        self._n_eval_episodes = kwargs.pop("n_eval_episodes", None)
+        if self._n_eval_episodes is not None and not self._n_eval_episodes >= 0:
+            raise ValueError(f"n_eval_episodes of teacher_kwargs must be at least 0, got {self._n_eval_episodes}.")
+        self._teacher = make_teacher(self.teacher, self.env, self.policy, **kwargs)
         self.rollout_buffer.label_size = self._teacher.label_size or self.rollout_buffer.spec.n_tokens
         if self.verbose >= 1 and self._teacher.sees:
             print(f"The teacher sees {self._teacher.sees}.")
@@ -223,7 +230,15 @@ class OPD(RolloutAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self._teacher is None and self.env is not None:
             self._setup_teacher()
-        return super()._setup_learn(*args, **kwargs)
+        results = {}
+        if self._n_updates == 0 and self._teacher is not None and self.env is not None:
+            results = try_teacher(self._teacher, self.env, self.policy, self._n_eval_episodes, self.verbose)
+            # Its episodes are none of the rollout's
+            self._last_obs = None if results else self._last_obs
+        learning = super()._setup_learn(*args, **kwargs)
+        for name, value in results.items():
+            self.logger.record(f"teacher/{name}", value)
+        return learning
 
     # ------------------------------------------------------------------------------------------------------ rollout
 

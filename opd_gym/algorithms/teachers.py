@@ -9,7 +9,7 @@ import random
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import NormalizeObservation
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
 from opd_gym.checkpoints import find_teacher, resolve_checkpoint
+from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.envs.wrappers import ActionTokens, EpisodeControl, PrivilegedObservation
 from opd_gym.observations import map_obs, obs_rows
 from opd_gym.policies.loading import find_vec_normalize, load_policy, read_vec_normalize
@@ -35,10 +39,15 @@ from opd_gym.tokens import (
     TokenView,
     action_distribution,
     check_starts,
+    env_actions,
     is_autoregressive,
     token_spec,
     token_view,
 )
+
+# How many episodes a teacher plays before it teaches, and how many steps of each env they may take
+TRIAL_EPISODES = 5
+TRIAL_STEPS = 1000
 
 
 class Teacher(ABC):
@@ -553,9 +562,9 @@ def make_teacher(
     Build a teacher and check that it fits the student: action space, bins, statistics, observations.
 
     :param spec: The directory of a VLA checkpoint or of a run; the zip of any model of Stable-Baselines3, sb3-contrib
-        or this library; the name of a checkpoint of the zoo; the id of a VLA on the Hugging Face hub; "expert" for the
-        env's scripted expert; a live policy or model; a :class:`Teacher`; None for the teacher that the zoo has for
-        this env
+        or this library; the name of a checkpoint of the zoo; the id of a VLA or of a model of Stable-Baselines3 on the
+        Hugging Face hub; "expert" for the env's scripted expert; a live policy or model; a :class:`Teacher`; None for
+        the teacher that the zoo has for this env
     :param env: The student's env
     :param student: The student's policy
     :param device: Device of a teacher that is read from files; None: the student's
@@ -647,12 +656,135 @@ def _load_teacher(
 def preserved_rng() -> Iterator[None]:
     """Leave the global random generators as they were."""
     states = random.getstate(), np.random.get_state(), th.get_rng_state()
+    on_gpus = th.cuda.get_rng_state_all() if th.cuda.is_initialized() else []
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         th.set_rng_state(states[2])
+        if on_gpus:
+            th.cuda.set_rng_state_all(on_gpus)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A look at the teacher before it teaches
+
+
+class _LongEnough(Exception):
+    pass
+
+
+class Trial:
+    """
+    Some episodes in the student's own env, by ``evaluate_policy`` of Stable-Baselines3.
+
+    The env has to be reset afterwards. Its seeds, the statistics of a ``VecNormalize`` and the global random generators
+    are left as they were.
+
+    :param env: The student's env
+    :param decide: From observations to actions
+    :param n_episodes: Number of episodes; fewer, if they take each env more than ``TRIAL_STEPS`` steps
+    """
+
+    def __init__(self, env: VecEnv, decide: Callable[[Any], np.ndarray], n_episodes: int):
+        self._decide = decide
+        self._steps = 0
+        self._rewards: list[float] = []
+        self._successes: list[float] = []
+        with preserved_rng(), _preserved_env(env), suppress(_LongEnough):
+            evaluate_policy(self, env, n_episodes, callback=self._take_note, warn=False)  # type: ignore[arg-type]
+
+    def predict(self, observation: Any, **_: Any) -> tuple[np.ndarray, None]:
+        """What ``evaluate_policy`` asks."""
+        self._steps += 1
+        if self._steps > TRIAL_STEPS:
+            raise _LongEnough
+        return self._decide(observation), None
+
+    def _take_note(self, variables: dict[str, Any], _: Any) -> None:
+        self._rewards = variables["episode_rewards"]
+        if variables["done"] and "is_success" in variables["info"]:
+            self._successes.append(float(variables["info"]["is_success"]))
+
+    @property
+    def results(self) -> dict[str, float]:
+        """``success_rate``, where the env tells, and ``ep_rew_mean``; empty if no episode ended."""
+        found = {"success_rate": self._successes, "ep_rew_mean": self._rewards}
+        return {name: float(np.mean(values)) for name, values in found.items() if values}
+
+
+@contextmanager
+def _preserved_env(env: VecEnv) -> Iterator[None]:
+    slots, vec_normalize = env.unwrapped, unwrap_vec_normalize(env)
+    # What the next reset is to be given
+    seeds, options = list(slots._seeds), list(slots._options)
+    if vec_normalize is not None:
+        training, norm_reward = vec_normalize.training, vec_normalize.norm_reward
+        vec_normalize.training = vec_normalize.norm_reward = False
+    try:
+        yield
+    finally:
+        slots._seeds, slots._options = seeds, options
+        if vec_normalize is not None:
+            vec_normalize.training, vec_normalize.norm_reward = training, norm_reward
+
+
+def try_teacher(
+    teacher: Teacher, env: VecEnv, student: BasePolicy, n_episodes: int | None = None, verbose: int = 0
+) -> dict[str, float]:
+    """
+    Let the teacher play before it teaches, and the student as well: a teacher that does no better is worth a warning.
+    The teacher takes its most likely actions, so what is tried is what is taught; the student acts as in a rollout.
+
+    :param teacher: The teacher
+    :param env: The student's env, which has to be reset afterwards
+    :param student: The student's policy
+    :param n_episodes: Number of episodes of each; 0: none. None: 5 for a policy in an env that is not one of this
+        library's benchmarks, which are slow; 0 for other teachers
+    :param verbose: 1 to say how well they did
+    :return: ``success_rate`` and ``ep_rew_mean`` of the teacher, as far as they are known
+    :raises ValueError: Episodes are asked of an autoregressive teacher
+    """
+    policy = teacher.policy if isinstance(teacher, PolicyTeacher) else None
+    if n_episodes is None:
+        slow = bare_id(_env_id(env) or "") in CHUNK_SIZES or is_autoregressive(policy)
+        # Each episode would leave its mark on running statistics
+        slow = slow or any(env.env_is_wrapped(NormalizeObservation))
+        n_episodes = 0 if policy is None or slow else TRIAL_EPISODES
+    if n_episodes == 0:
+        return {}
+    if is_autoregressive(policy):
+        raise ValueError("An autoregressive teacher is not tried before it teaches: leave out n_eval_episodes.")
+
+    def teach(observations: Any) -> np.ndarray:
+        labels = teacher.label(env, np.arange(env.num_envs)) if teacher.privileged else np.empty((env.num_envs, 0))
+        tensors = obs_as_tensor(observations, student.device)
+        tokens = teacher.distribution(tensors, th.as_tensor(labels, device=student.device)).mode()
+        actions = tokens.cpu().numpy().reshape(-1, *(env.action_space.shape or ()))
+        return env_actions(student, actions.astype(env.action_space.dtype, copy=False))
+
+    theirs = Trial(env, teach, n_episodes).results
+    # Sampled, as in a rollout: the mode of an untrained policy is one action for ever, or luck
+    ours = Trial(env, lambda observations: student.predict(observations)[0], n_episodes).results
+    if not theirs or not ours:
+        return theirs
+    said = [f"the {who} {_report(results)}" for who, results in (("teacher", theirs), ("student", ours))]
+    if verbose >= 1:
+        print(f"Before training, {said[0]}, {said[1]}.")
+    if [theirs[name] for name in ours if name in theirs] <= [ours[name] for name in ours if name in theirs]:
+        warnings.warn(
+            f"The teacher does no better than the student before training: {said[0]}, {said[1]}. Does it see what it "
+            "was trained on (normalisation, wrappers, order of the numbers)? teacher_kwargs={'n_eval_episodes': 0} "
+            "leaves this check out.",
+            stacklevel=2,
+        )
+    return theirs
+
+
+def _report(results: dict[str, float]) -> str:
+    success = f"succeeds in {results['success_rate']:.0%}, " if "success_rate" in results else ""
+    return f"{success}has a mean reward of {results['ep_rew_mean']:.4g}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -773,8 +905,8 @@ def observation_adapter(teacher: spaces.Space, env: spaces.Space) -> Callable[[A
         if missing:
             raise ValueError(
                 f"The teacher observes {sorted(teacher.spaces)}, of which the env does not give {missing} (it gives "
-                f"{sorted(env.spaces)}). Use an env that does, or another teacher. To keep keys from the student only, "
-                "wrap each env in opd_gym.envs.wrappers.PrivilegedObservation."
+                f"{sorted(env.spaces)}). Use an env that does, or another teacher. To keep keys from the student "
+                "alone, wrap each env in opd_gym.envs.wrappers.PrivilegedObservation."
             )
         adapters = {key: _array_adapter(space, env.spaces[key], f"`{key}`") for key, space in teacher.spaces.items()}
         return lambda obs: {key: adapt(obs[key]) for key, adapt in adapters.items()}
