@@ -72,8 +72,11 @@ def encode_actions(actions: np.ndarray, statistics: Statistics | None = None, n_
         middle bin, as in openvla's data loader
     :param n_bins: number of tokens of one action dimension
     :return: int64 array of the same shape, tokens in ``[0, n_bins - 1]``
+    :raises ValueError: an action is NaN or infinite, which is no bin's
     """
     x = np.asarray(actions, dtype=np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError(f"Actions must be finite numbers to become tokens, got {x[~np.isfinite(x)][0]}.")
     if statistics is not None:
         low, high, mask = normalisation_bounds(statistics, x.shape[-1])
         if statistics.get("gripper"):
@@ -96,7 +99,11 @@ def decode_tokens(tokens: np.ndarray, statistics: Statistics | None = None, n_bi
         q01``, and ``"gripper": "open_is_one"`` turns the last dimension into -1 (open) or 1 (closed)
     :param n_bins: number of tokens of one action dimension
     :return: float32 array of the same shape
+    :raises ValueError: there is no such token
     """
+    tokens = np.asarray(tokens)
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < n_bins:
+        raise ValueError(f"Tokens must be from 0 to {n_bins - 1}, got {tokens.min()} to {tokens.max()}.")
     x = bin_centers(n_bins)[np.minimum(np.asarray(tokens, dtype=np.int64), n_bins - 2)]
     if statistics is not None:
         low, high, mask = normalisation_bounds(statistics, x.shape[-1])

@@ -287,12 +287,12 @@ def ppo():
     return PPO("MlpPolicy", vec(), n_steps=16, batch_size=16, micro_batch_size=4, seed=0, device="cpu")
 
 
+MAKES = [opd, lambda: opd(state_replay=False), lambda: opd(estimator="sampled"), grpo, ppo, sft]
+NAMES = ["opd", "opd_without_replay", "opd_sampled", "grpo", "ppo", "sft"]
+
+
 @pytest.mark.parametrize("where", ["gradient", "step"])
-@pytest.mark.parametrize(
-    "make",
-    [opd, lambda: opd(state_replay=False), lambda: opd(estimator="sampled"), grpo, ppo, sft],
-    ids=["opd", "opd_without_replay", "opd_sampled", "grpo", "ppo", "sft"],
-)
+@pytest.mark.parametrize("make", MAKES, ids=NAMES)
 def test_learning_after_an_interrupt_begins_with_clean_gradients(make, where):
     results = []
     for clean in (False, True):
@@ -308,9 +308,10 @@ def test_learning_after_an_interrupt_begins_with_clean_gradients(make, where):
     assert th.equal(*results)
 
 
-def test_learning_after_gradients_that_were_not_finite():
+@pytest.mark.parametrize("make", MAKES, ids=NAMES)
+def test_learning_after_gradients_that_were_not_finite(make):
     """The error says to go on with a lower learning rate: what was NaN must not be there still."""
-    model = opd()
+    model = make()
     hook = model.policy.action_net.bias.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(FloatingPointError, match="gradients are NaN"):
         model.learn(32)

@@ -21,6 +21,7 @@ from opd_gym.demonstrations import (
     write_demonstrations,
 )
 from opd_gym.demonstrations.hdf5 import axis_angle_to_quat, quat_to_axis_angle, resize_images
+from opd_gym.envs.libero.experts.record import record_episode
 from opd_gym.instructions import decode_instruction, encode_instruction
 
 INSTRUCTION = "pick up the butter and place it in the basket"
@@ -478,6 +479,47 @@ def test_directory_addition_and_split(tmp_path):
     training, validation = both.split(0.34, seed=0)
     assert validation.n_episodes == 2 and len(training) + len(validation) == 18
     assert not set(training.episodes) & set(validation.episodes)
+
+
+def test_a_mask_outlives_an_addition():
+    """Labels of the other part, which has none, all count."""
+    actions, mask = np.zeros((2, 3, 1)), np.array([[True, False, False], [True, True, False]])
+    masked, plain = Demonstrations(np.zeros((2, 4)), actions, mask), Demonstrations(np.zeros((2, 4)), actions)
+    np.testing.assert_array_equal((masked + plain).mask, [*mask, [True] * 3, [True] * 3])
+    np.testing.assert_array_equal((plain + masked).mask, [[True] * 3, [True] * 3, *mask])
+    assert (plain + plain).mask is None
+
+
+@pytest.mark.parametrize("kind", ["action", "observation"])
+def test_spaces_that_do_not_count_from_0(kind):
+    """Labels would be those of the action next to them."""
+    space = {f"{kind}_space": spaces.Discrete(3, start=1)}
+    with pytest.raises(ValueError, match=f"demonstrations' {kind} space to count from 0"):
+        Demonstrations(np.zeros((2, 4), np.float32), np.array([1, 2]), **space)
+
+
+class Pushed:
+    """As much of a LIBERO env as a recording needs: an episode of 30 steps."""
+
+    def reset(self, seed, options):
+        self.t = 0
+
+    def current_observation(self):
+        return {"t": np.array([self.t])}
+
+    def expert_action(self):
+        return np.zeros(7, dtype=np.float32)
+
+    def step(self, action):
+        self.t += 1
+        return None, 0.0, self.t == 30, False, {"is_success": self.t == 30}
+
+
+def test_an_episode_without_a_state_to_record():
+    """The expert is pushed at once, and the next state to record would come after the episode."""
+    found = record_episode(Pushed(), seed=0, task_id=0, chunk_size=8, stride=100, perturbation=1.0)
+    assert found.success and found.action_chunks.shape == (0, 8, 7) and found.actions.shape == (0, 7)
+    assert record_episode(Pushed(), seed=0, task_id=0, chunk_size=8, stride=100).observations["t"].tolist() == [[0]]
 
 
 def test_plain_arrays():

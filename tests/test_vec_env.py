@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,8 @@ class Probe(gym.Env):
         return a + b
 
 
-def probes(n_envs: int = 4, n_workers: int = 2, **kwargs) -> WorkerVecEnv:
-    return WorkerVecEnv([lambda: EpisodeControl(Probe())] * n_envs, n_workers, **kwargs)
+def probes(n_envs: int = 4, n_workers: int = 2, cls=WorkerVecEnv, **kwargs) -> WorkerVecEnv:
+    return cls([lambda: EpisodeControl(Probe())] * n_envs, n_workers, **kwargs)
 
 
 @pytest.fixture
@@ -127,11 +128,29 @@ def go(n: int = 4, **others: int) -> np.ndarray:
     return np.array([others.get(f"env{i}", GO) for i in range(n)])
 
 
-def wait_for_the_end(*pids: int) -> None:
-    deadline = time.monotonic() + 60.0
-    while any(map(_alive, pids)):
-        assert time.monotonic() < deadline, "a worker has outlived its learner"
-        time.sleep(0.1)
+# Only against waiting for ever
+PATIENCE = 300.0
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.01)
+
+
+class Hasty(WorkerVecEnv):
+    """Once in a hurry it soon gives up, but on one worker only: those that are well have all the time they need."""
+
+    hurry = False
+
+    @property
+    def timeout(self):
+        return 0.5 if self.hurry and not self.deaths else PATIENCE
+
+    @timeout.setter
+    def timeout(self, value):
+        pass
 
 
 @pytest.fixture
@@ -142,7 +161,7 @@ def never_blocked():
         raise AssertionError("the learner was blocked")
 
     before = signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, 60.0, 10.0)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE, 10.0)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0.0)
     signal.signal(signal.SIGALRM, before)
@@ -270,12 +289,16 @@ def test_whoever_forgets_to_close_leaves_nothing_behind():
     assert not any(map(_alive, pids))
 
 
-def _alive(pid: int) -> bool:
+def _state(pid: int) -> str:
     try:
-        # A process that has ended and waits for its parent to notice is dead
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return "Z"
+
+
+def _alive(pid: int) -> bool:
+    # A process that has ended and waits for its parent to notice is dead
+    return _state(pid) != "Z"
 
 
 class Unlike(Probe):
@@ -406,11 +429,12 @@ def test_pipeline_below_transposed_images():
 
 def test_utilisation(env):
     env.reset()
+    began = time.perf_counter()
     env.reset_stats()
     for _ in range(4):
         env.step(go(env1=SLEEP))
     idle, busy = env.utilisation()
-    assert 0.0 < idle < busy <= 1.0
+    assert 0.0 < idle <= 1.0 and 4 * 0.05 / (time.perf_counter() - began) < busy <= 1.0
     env.reset_stats()
     assert env.utilisation().tolist() == [0.0, 0.0]
 
@@ -428,7 +452,7 @@ def test_utilisation(env):
     ],
 )
 def test_a_dead_worker_costs_its_episodes_and_no_more(action, exit_code, details):
-    env = probes(timeout=3.0 if action == HANG else 300.0)
+    env = probes(cls=Hasty)
     try:
         for i in range(4):
             env.announce(i, options={"episode": i}, tag=("first", i))
@@ -438,6 +462,7 @@ def test_a_dead_worker_costs_its_episodes_and_no_more(action, exit_code, details
             env.announce(i, seed=10 + i, tag=("second", i))
         before, *_ = env.step(go())
         pids = env.env_method("process")
+        env.hurry = action == HANG
         with pytest.warns(RuntimeWarning, match=r"worker 0 \(envs 0, 2\)"):
             obs, rewards, dones, infos = env.step(go(env0=action))
         # Envs 0 and 2 live in the same worker
@@ -771,18 +796,22 @@ def test_an_episode_that_the_env_says_it_lost_is_not_a_finished_one():
 
 @pytest.mark.parametrize("action", [GO, SEIZE])
 def test_the_timeout_holds_where_a_worker_does_not_read(never_blocked, action):
-    env = probes(2, 1, timeout=2.0)
+    env = probes(2, 1, cls=Hasty)
     try:
         env.seed(0)
         env.reset()
+        (pid,) = env.env_method("process", indices=[0])
         if action == GO:
-            os.kill(env.env_method("process", indices=[0])[0], signal.SIGSTOP)
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda: _state(pid) == "T", "the worker is stopped")
         env.send(go(1, env0=action), [0])
-        time.sleep(0.5)  # into the step
+        if action == SEIZE:
+            wait_until(lambda: env._memory.at_work[0], "the worker is in its step")
+        env.hurry = True
         for i in range(2):
             env.announce(i, options={"episode": 10 + i, "ballast": BALLAST}, tag=i)
         env.send(go(1), [1])
-        with pytest.warns(RuntimeWarning, match="no answer to 'step' for 2 s: killed"):
+        with pytest.warns(RuntimeWarning, match="no answer to 'step' for 0.5 s: killed"):
             obs, _, dones, _ = env.recv()
         # Env 0 was sent its step before the announcement
         assert dones.all() and obs.tolist() == [[-1, 0], [11, 0]]
@@ -849,7 +878,7 @@ def test_a_death_is_noticed_although_a_child_holds_the_socket(never_blocked):
 
 
 SCRIPT = """
-import os, signal, time
+import os, pathlib, signal, time
 import gymnasium as gym
 from opd_gym.envs.workers.vec_env import WorkerVecEnv
 
@@ -860,6 +889,7 @@ class Sleeper(gym.Env):
     def reset(self, *, seed=None, options=None):
         return 0, {{}}
     def step(self, action):
+        pathlib.Path(str(os.getpid())).touch()
         time.sleep(float(action))
         return 0, 0.0, False, False, {{}}
 
@@ -901,7 +931,8 @@ def test_workers_end_with_the_learner(tmp_path, end, stop):
     )
     pids = [int(pid) for pid in learner.stdout.readline().split()]
     assert len(pids) == 3 and all(map(_alive, pids))
-    time.sleep(0.5)  # into the step that hangs
+    # Of a worker that is stopped nothing will come
+    wait_until((tmp_path / str(pids[1 if stop else 0])).exists, "the learner has sent a step")
     if end == signal.SIGINT:
         # As the terminal does: to the learner and its workers
         os.killpg(learner.pid, end)
@@ -910,10 +941,10 @@ def test_workers_end_with_the_learner(tmp_path, end, stop):
     if stop:
         learner.wait()
         os.kill(pids[0], signal.SIGCONT)
-    out, err = learner.communicate(timeout=60)
+    out, err = learner.communicate(timeout=PATIENCE)
     if end == signal.SIGINT:
         assert "interrupted" in out and "Traceback" not in err
-    wait_for_the_end(*pids)
+    wait_until(lambda: not any(map(_alive, pids)), "the workers have ended")
 
 
 # ------------------------------------------------------------------------------------------------- how they start

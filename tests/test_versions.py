@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import pytest
@@ -280,6 +281,31 @@ def test_a_configuration_that_cannot_be_used(
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         runtime.require_libero()
     assert str(file) in str(caught.value)
+
+
+def test_a_folder_in_place_of_the_configuration(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original(tmp_path, monkeypatch)
+    file = home / ".libero" / "config.yaml"
+    file.mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"{file} cannot be read: .*`rm -r {file}`"):
+        runtime.require_libero()
+
+
+def test_a_download_that_failed_is_not_kept_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hf-libero prints it, and goes on without its meshes."""
+    from opd_gym.envs.libero.simulator import Simulator
+
+    runtime.import_libero()
+    from libero.libero.envs import TASK_MAPPING
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        print("Warning: Could not download assets from HuggingFace Hub: no network")
+        (Path("no such folder") / "scene.xml").read_text()
+
+    for domain in TASK_MAPPING.values():
+        monkeypatch.setattr(domain, "__init__", build)
+    with pytest.raises(FileNotFoundError, match=r"scene.xml\..*that failed \(Warning: .*: no network\)"):
+        Simulator(suites.tasks("libero_object")[0])
 
 
 def test_a_folder_without_a_configuration(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,17 @@ def test_tokens_round_trip_and_statistics():
         encode_actions(np.zeros(4), statistics)
 
 
+def test_what_is_no_action_becomes_no_token():
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match=f"finite numbers to become tokens, got {value}"):
+            encode_actions(np.array([[0.0, value]]))
+        with pytest.raises(ValueError, match="finite"):
+            ActionTokens(ActionChunk(Line(), 3)).encode(np.full((3, 2), value))
+    for token in (-1, 256):
+        with pytest.raises(ValueError, match=f"from 0 to 255, got .*{token}"):
+            decode_tokens(np.array([0, token]))
+
+
 def test_chunk_ends_with_the_episode():
     env = ActionChunk(Line(), 4)
     env.reset(seed=0, options={"x": 0.0})

@@ -425,7 +425,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: 
             assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
             time.sleep(0.05)
         process.send_signal(signum)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=600)
     finally:
         process.kill()
     if signum == signal.SIGTERM:

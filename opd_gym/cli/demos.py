@@ -66,14 +66,15 @@ def record_demonstrations(
             while len(episodes) < episodes_per_task:
                 if attempt >= MAX_ATTEMPTS_PER_EPISODE * episodes_per_task:
                     raise ValueError(
-                        f"The scripted expert solved only {len(episodes)} of {attempt} episodes of task {task_id}. "
-                        "Leave this task out with --task-ids."
+                        f"Only {len(episodes)} of {attempt} episodes of task {task_id} were solved by the scripted "
+                        "expert, with states to record. Leave this task out with --task-ids, or lower --perturbation "
+                        "and --stride."
                     )
                 recorded = record_episode(
                     env, seed + 1000 * task_id + attempt, task_id, chunk_size, stride, perturbation
                 )
                 attempt += 1
-                if not recorded.success:
+                if not recorded.success or not len(recorded.actions):
                     continue
                 episodes.append(
                     Episode(

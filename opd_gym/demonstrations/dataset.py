@@ -21,6 +21,7 @@ from opd_gym.demonstrations.hdf5 import (
 from opd_gym.demonstrations.untrusted import check_finite
 from opd_gym.instructions import encode_instruction
 from opd_gym.observations import join_obs, obs_rows
+from opd_gym.tokens import check_starts
 
 # Share of a dimension's actions outside the range of its tokens
 WARN_OUTSIDE, REFUSE_OUTSIDE = 0.05, 0.5
@@ -40,7 +41,8 @@ class Demonstrations:
     :param episodes: ``(N,)`` number of the episode of each row; by default each row is its own
     :param observation_space: by default inferred from the arrays
     :param action_space: by default inferred from the arrays; pass it for actions that are not chunks
-    :raises ValueError: no rows, arrays of different lengths, or numbers that are NaN or infinite
+    :raises ValueError: no rows, arrays of different lengths, numbers that are NaN or infinite, or a space that does not
+        count from 0
     """
 
     def __init__(
@@ -55,6 +57,9 @@ class Demonstrations:
         self.observations = dict(observations) if isinstance(observations, Mapping) else np.asarray(observations)
         self.actions = np.asarray(actions)
         self.mask = mask
+        for name, space in (("observation", observation_space), ("action", action_space)):
+            if space is not None:
+                check_starts(f"demonstrations' {name} space", space)
         n = len(self.actions)
         self.episodes = np.arange(n) if episodes is None else np.asarray(episodes)
         arrays = self.observations if isinstance(self.observations, dict) else {"observations": self.observations}
@@ -282,10 +287,13 @@ class Demonstrations:
         )
 
     def __add__(self, other: Demonstrations) -> Demonstrations:
-        """All rows of both, as DAgger aggregates data."""
+        """All rows of both, as DAgger aggregates data. Without a mask every label counts."""
         self._check_alike(other, "the other part")
         observations = join_obs([self.observations, other.observations])
-        mask = None if self.mask is None or other.mask is None else np.concatenate([self.mask, other.mask])
+        mask = None
+        if self.mask is not None or other.mask is not None:
+            parts = (self, other)
+            mask = np.concatenate([np.ones(p.actions.shape[:2], bool) if p.mask is None else p.mask for p in parts])
         episodes = np.concatenate([self.episodes, other.episodes + self.episodes.max() + 1])
         actions = np.concatenate([self.actions, other.actions])
         return Demonstrations(observations, actions, mask, episodes, self._observation_space, self._action_space)

@@ -118,18 +118,18 @@ def configured_folders() -> dict[str, Path]:
     :raises ValueError: the file cannot be read, or leaves out what LIBERO needs
     """
     file, pro = config_file(), is_libero_pro()
-    if not file.is_file():
+    mend = f"Correct the file, or run `{config_mend()}` for LIBERO's own folders."
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         # Other packages of LIBERO write the file themselves, or need none
         if "LIBERO_CONFIG_PATH" in os.environ and "input(" in _source():
             raise FileNotFoundError(
                 f"LIBERO_CONFIG_PATH names the folder {file.parent}, which has no {file.name}: LIBERO would ask on "
                 "stdin what to write into it. Name the folder that has the file, or run `unset LIBERO_CONFIG_PATH` for "
                 "LIBERO's own folders."
-            )
+            ) from None
         return {}
-    mend = f"Correct the file, or run `{config_mend()}` for LIBERO's own folders."
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"LIBERO's configuration file {file} cannot be read: {error}. {mend}") from error
     if values is None and pro:
@@ -157,7 +157,9 @@ def config_mend() -> str:
     """
     :return: the command after which LIBERO takes its own folders again
     """
-    return "unset LIBERO_CONFIG_PATH" if "LIBERO_CONFIG_PATH" in os.environ else f"rm {config_file()}"
+    file = config_file()
+    remove = "rm -r" if os.path.isdir(file) else "rm"
+    return "unset LIBERO_CONFIG_PATH" if "LIBERO_CONFIG_PATH" in os.environ else f"{remove} {file}"
 
 
 def config_note() -> str:
@@ -171,6 +173,21 @@ def config_note() -> str:
     if not elsewhere:
         return ""
     return f" LIBERO's configuration file {config_file()} chooses the folders it looks in ({', '.join(elsewhere)})."
+
+
+def download_note(printed: str) -> str:
+    """
+    :param printed: what LIBERO printed while it built a simulator
+    :return: for the end of a message on a missing file: the failure to download its meshes that some packages of LIBERO
+        only print; else nothing
+    """
+    failures = [line.strip() for line in printed.splitlines() if re.search("(?i)(could not|failed to) download", line)]
+    if not failures:
+        return ""
+    return (
+        f" It downloads its meshes when they are first needed, and that failed ({failures[0]}). Try again with a "
+        f"network, or install LIBERO with its meshes, in an environment without this one: {INSTALL_HINT}"
+    )
 
 
 def _avoid_first_import_prompt() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from opd_gym.envs.libero.models import Visuals, load_model
 from opd_gym.envs.libero.physics import ControllerState, OscStepper, copy_data
 from opd_gym.envs.libero.rendering import Renderer
-from opd_gym.envs.libero.runtime import config_note, import_libero
+from opd_gym.envs.libero.runtime import config_note, download_note, import_libero
 from opd_gym.envs.libero.suites import TaskSpec, load_init_states
 from opd_gym.files import cache_dir
 
@@ -76,8 +76,9 @@ class Simulator:
 
         # robosuite's constructor would compile the model
         self.domain._initialize_sim = lambda: self._load(visuals)
+        printed = io.StringIO()
         try:
-            with contextlib.redirect_stdout(io.StringIO()), _global_seed(0):
+            with contextlib.redirect_stdout(printed), _global_seed(0):
                 self.domain.__init__(
                     str(task.bddl_file),
                     robots=["Panda"],
@@ -95,7 +96,7 @@ class Simulator:
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"The installed LIBERO cannot build task {task.task_id} of {task.suite!r}: it does not ship "
-                f"{error.filename}.{config_note()}"
+                f"{error.filename}.{config_note()}{download_note(printed.getvalue())}"
             ) from error
         self.model: mujoco.MjModel = self.domain.sim.model._model
         self.data: mujoco.MjData = self.domain.sim.data._data

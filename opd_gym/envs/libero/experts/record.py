@@ -17,6 +17,8 @@ class RecordedEpisode:
     """
     One episode of demonstration.
 
+    T is 0 where no state could be recorded.
+
     :param observations: arrays ``(T, ...)`` by key
     :param action_chunks: float32 ``(T, K, D)``: the expert's actions in the K steps after each observation
     :param actions: float32 ``(T, D)``: the first of them
@@ -93,8 +95,9 @@ def record_episode(
     executed = np.stack(actions + [actions[-1]] * chunk_size)
     is_clean = np.array(clean + [True] * chunk_size)
     kept = [(step, obs) for step, obs in observations if is_clean[step : step + chunk_size].all()]
-    chunks = np.stack([executed[step : step + chunk_size] for step, _ in kept]).astype(np.float32)
-    keys: list[Any] = list(kept[0][1])
+    steps = np.array([step for step, _ in kept], dtype=np.int64)
+    chunks = executed[steps[:, None] + np.arange(chunk_size)].astype(np.float32)
+    keys: list[Any] = list(kept[0][1]) if kept else []
     return RecordedEpisode(
         observations={key: np.stack([obs[key] for _, obs in kept]) for key in keys},
         action_chunks=chunks,
