@@ -7,9 +7,8 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-import yaml
+from opd_gym.untrusted import read_yaml
 
 ZOO = Path(__file__).parent / "zoo"
 REGISTRY_FILE = ZOO / "checkpoints.yml"
@@ -50,7 +49,7 @@ def read_registry(path: Path | None = None) -> dict[str, Checkpoint]:
     :return: the checkpoints by name, in the order of the file
     """
     path = path or REGISTRY_FILE
-    values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must map names to checkpoints, got {type(values).__name__}.")
     registry = {}

@@ -400,11 +400,16 @@ def test_statistics_are_read_and_nothing_runs(tmp_path):
 
     env = normalised()
     for protocol in range(3, pickle.HIGHEST_PROTOCOL + 1):
-        env.bomb = Bomb()
         (tmp_path / "statistics.pkl").write_bytes(pickle.dumps(env, protocol))
         found = read_vec_normalize(tmp_path / "statistics.pkl")
         assert found.norm_obs is True and found.clip_obs == 2.0 and (found.obs_rms.mean == 0.2).all()
-    assert not (tmp_path / "ran").exists()
+        (tmp_path / "bomb.pkl").write_bytes(pickle.dumps([env, Bomb()], protocol))
+        with pytest.raises(ValueError, match=r"bomb\.pkl cannot be read.*trust=True"):
+            read_vec_normalize(tmp_path / "bomb.pkl")
+        assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="expected what"):
+        read_vec_normalize(tmp_path / "bomb.pkl", trust=True)
+    assert (tmp_path / "ran").exists()
     (tmp_path / "list.pkl").write_bytes(pickle.dumps([1]))
     (tmp_path / "cut.pkl").write_bytes(pickle.dumps(env.obs_rms)[:-20])
     for name, message in (("list", "VecNormalize.save"), ("cut", "cannot be read"), ("none", "no file")):

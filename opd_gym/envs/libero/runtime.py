@@ -23,9 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opd_gym.files import cache_dir, write_atomic
+from opd_gym.untrusted import read_yaml
 
 INSTALL_HINT = "pip install 'opd_gym[libero]'"
 
@@ -129,8 +128,8 @@ def configured_folders() -> dict[str, Path]:
         return {}
     mend = f"Correct the file, or run `{config_mend()}` for LIBERO's own folders."
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = read_yaml(file)
+    except (OSError, ValueError) as error:
         raise ValueError(f"LIBERO's configuration file {file} cannot be read: {error}. {mend}") from error
     if values is None and pro:
         return {}
