@@ -29,6 +29,7 @@ from opd_gym.algorithms.losses import (
     sampled_opd_loss,
 )
 from opd_gym.algorithms.teachers import Teacher, make_teacher
+from opd_gym.checkpoints import lasting_name
 from opd_gym.checks import check_at_least_one
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import is_autoregressive
@@ -150,7 +151,8 @@ class OPD(RolloutAlgorithm):
                 raise ValueError(
                     'estimator="sampled" scores the observations that were acted on: use augmentation=None.'
                 )
-        self.teacher = teacher
+        named = isinstance(teacher, (str, os.PathLike)) and teacher != "expert"
+        self.teacher = lasting_name(teacher) if named else teacher
         self.teacher_kwargs = teacher_kwargs or {}
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size

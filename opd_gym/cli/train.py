@@ -15,7 +15,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.checkpoints import resolve_checkpoint, run_checkpoints, student_for, teacher_for
+from opd_gym.checkpoints import lasting_name, resolve_checkpoint, run_checkpoints, student_for, teacher_for
 from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
     STATES_FILE,
@@ -207,12 +207,20 @@ def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
         statistics = read_statistics(values["demonstrations"], skip)
         if statistics is not None:
             policy_kwargs["body_kwargs"] = {"statistics": statistics, **(policy_kwargs.get("body_kwargs") or {})}
+    # For a run to be resumed from another folder. Names of the zoo and of the hub stay: a published configuration
+    # should not hold the user's paths
     if policy_kwargs.get("checkpoint") is not None:
-        # A name of the zoo or of the hub stays a name: a published configuration should not hold the user's paths
-        path = resolve_checkpoint(policy_kwargs["checkpoint"])
-        named = Path(policy_kwargs["checkpoint"]).expanduser()
-        if named.exists() or named.with_name(f"{named.name}.zip").exists():
-            policy_kwargs["checkpoint"] = str(path)
+        resolve_checkpoint(policy_kwargs["checkpoint"])
+        policy_kwargs["checkpoint"] = lasting_name(policy_kwargs["checkpoint"])
+    if isinstance(values.get("teacher"), str) and values["teacher"] != "expert":
+        values["teacher"] = lasting_name(values["teacher"])
+    vec_normalize = (values.get("teacher_kwargs") or {}).get("vec_normalize")
+    if isinstance(vec_normalize, str):
+        values["teacher_kwargs"] = {**values["teacher_kwargs"], "vec_normalize": lasting_name(vec_normalize)}
+    if values.get("demonstrations"):
+        given = values["demonstrations"]
+        given = [given] if isinstance(given, str) else given
+        values["demonstrations"] = [str(Path(path).expanduser().absolute()) for path in given]
     if policy_kwargs:
         values["policy_kwargs"] = policy_kwargs
     return values
