@@ -7,9 +7,8 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-import yaml
+from opd_gym.untrusted import read_yaml
 
 ZOO = Path(__file__).parent / "zoo"
 REGISTRY_FILE = ZOO / "checkpoints.yml"
@@ -21,6 +20,9 @@ HUB_FILES += ["*.zip", "*vec_normalize.pkl", "*vecnormalize.pkl"]
 # A zip that rl-zoo3 puts beside the model's
 _NO_MODEL = "train_eval_metrics.zip"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# What ends so is the name of a file, and not of a model on the hub
+_FILES = (".zip", ".safetensors", ".pt", ".pth", ".bin", ".json", ".pkl", ".yml", ".yaml")
+_POINTER = b"version https://git-lfs.github.com/"
 _RUN_CHECKPOINT = re.compile(r"model_(\d+)_steps\.zip")
 
 
@@ -52,7 +54,7 @@ def read_registry(path: Path | None = None) -> dict[str, Checkpoint]:
     :return: the checkpoints by name, in the order of the file
     """
     path = path or REGISTRY_FILE
-    values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must map names to checkpoints, got {type(values).__name__}.")
     registry = {}
@@ -111,31 +113,66 @@ def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
     Where the weights are that somebody names, wherever a checkpoint is named: as ``teacher=``, in
     ``policy_kwargs["checkpoint"]`` and on the command line.
 
-    :param spec: what exists wins, in this order: the directory of a VLA checkpoint; the directory of a run (its last
-        checkpoint) or of one model's zip; the zip of a model, with or without ``.zip``; a name of the zoo; the id of a
-        VLA, or of a model of Stable-Baselines3 as rl-zoo3 publishes it, on the Hugging Face hub (``owner/name``), which
-        is downloaded into the hub's cache
+    :param spec: one of these, the first that there is: the exact name of a checkpoint of the zoo, as a string (a file
+        or folder of that name is ``./name``); the directory of a VLA checkpoint; the directory of a run (its last
+        checkpoint) or of one model's zip; the zip of a model, with or without ``.zip``; the id of a VLA, or of a model
+        of Stable-Baselines3 as rl-zoo3 publishes it, on the Hugging Face hub (``owner/name``), which is downloaded into
+        the hub's cache
     :return: an existing directory with ``config.json``, or a zip file
     :raises FileNotFoundError: it is none of these
-    :raises ValueError: a directory with neither, or with several models
+    :raises ValueError: a directory with neither or with several models, or files that are only pointers of Git LFS
     """
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _in_directory(path)
-    for candidate in (path, path.with_name(f"{path.name}.zip")):
-        if candidate.is_file():
-            return candidate
     name = os.fspath(spec)
-    found = find_checkpoint(name)
+    found = find_checkpoint(name) if isinstance(spec, str) else None
     if found is not None:
         return found
-    if isinstance(spec, str) and _HUB_ID.fullmatch(spec):
+    path = _existing(spec)
+    if path is not None:
+        return _in_directory(path) if path.is_dir() else _with_content(path)
+    if isinstance(spec, str) and is_hub_id(spec):
         return _in_directory(_download(spec), spec)
     raise FileNotFoundError(
         f"There is no checkpoint {name!r}. Expected the directory of a VLA checkpoint or of a run, the zip of a model, "
         "the id on the Hugging Face hub (owner/name) of a VLA or of a model of Stable-Baselines3, or a name of the zoo "
         f"({', '.join(checkpoint_names())})."
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """
+    :param name: what may be the id of a model on the Hugging Face hub
+    :return: whether it has the form of one, ``owner/name``
+    """
+    return _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(_FILES)
+
+
+def lasting_name(spec: str | os.PathLike[str]) -> str:
+    """
+    How a checkpoint is to be written down, for other working directories to find it as well.
+
+    :param spec: see :func:`resolve_checkpoint`
+    :return: the absolute path of an existing file or directory; names of the zoo and of the hub stay as they are
+    """
+    name = os.fspath(spec)
+    path = None if isinstance(spec, str) and name in read_registry() else _existing(spec)
+    return name if path is None else str(path.absolute())
+
+
+def _existing(spec: str | os.PathLike[str]) -> Path | None:
+    path = Path(spec).expanduser()
+    candidates = (path, path.with_name(f"{path.name}.zip")) if path.name else (path,)
+    return next((candidate for candidate in candidates if candidate.exists()), None)
+
+
+def _with_content(path: Path) -> Path:
+    """The file itself, unless Git LFS has left its content elsewhere."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{path} is a pointer of Git LFS and not the file itself. Run `git lfs install && git lfs pull` in its "
+                "repository, or `hf download` for one of the Hugging Face hub."
+            )
+    return path
 
 
 def adapter_advice(directory: Path) -> str:
@@ -157,15 +194,18 @@ def adapter_advice(directory: Path) -> str:
 
 def _in_directory(path: Path, hub_id: str = "") -> Path:
     if (path / CONFIG_FILE).is_file():
+        for pattern in HUB_FILES:
+            for file in path.glob(pattern):
+                _with_content(file)
         return path
     # Of a repository, the model that has its name
     named = (path / f"{name}.zip" for name in (hub_id.partition("/")[2], "model") if name)
     for candidate in (*reversed(run_checkpoints(path)), *named):
         if candidate.is_file():
-            return candidate
+            return _with_content(candidate)
     models = sorted(found for found in path.glob("*.zip") if found.name != _NO_MODEL)
     if len(models) == 1:
-        return models[0]
+        return _with_content(models[0])
     if models:
         raise ValueError(f"{path} holds several models: {', '.join(model.name for model in models)}. Name one of them.")
     raise ValueError(

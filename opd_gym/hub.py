@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch as th
 from huggingface_hub import HfApi, ModelCardData
 
+from opd_gym.checkpoints import is_hub_id, lasting_name
 from opd_gym.files import write_atomic
 from opd_gym.version import __version__
 from opd_gym.versions import versions, write_versions
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from opd_gym.algorithms.base import RolloutAlgorithm
     from opd_gym.evaluation import EvaluationResult
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CARD_FILE = "README.md"
 
 
@@ -38,7 +38,7 @@ def model_card(model: RolloutAlgorithm, repo_id: str, result: EvaluationResult |
     data = ModelCardData(
         library_name="opd_gym",
         pipeline_tag="robotics",
-        base_model=base if base is not None and HUB_ID.fullmatch(base) else None,
+        base_model=base if base is not None and is_hub_id(base) else None,
         tags=["opd_gym", "vision-language-action", "robotics", algorithm.lower(), *([env_id] if env_id else [])],
     )
     facts = {
@@ -89,13 +89,12 @@ def _public_name(source: Any) -> str | None:
     """The name of a model without the path to it; None for what has none."""
     if source is None or not isinstance(source, (str, os.PathLike)):
         return None
-    text = os.fspath(source)
-    path = Path(text).expanduser()
-    if HUB_ID.fullmatch(text) and not path.exists():
+    text = lasting_name(source)
+    if is_hub_id(text):
         return text
     # In the hub's cache: models--owner--name/snapshots/<revision>
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", text)
-    return f"{cached[1]}/{cached[2]}" if cached else path.name
+    return f"{cached[1]}/{cached[2]}" if cached else Path(text).name
 
 
 def _env_id(model: RolloutAlgorithm) -> str | None:
@@ -126,7 +125,7 @@ def write_model_folder(
     policy: Any = model.policy
     if not hasattr(policy, "save_checkpoint"):
         raise ValueError(f"Only a VLAPolicy is published as a checkpoint, got {type(policy).__name__}.")
-    if not HUB_ID.fullmatch(repo_id):
+    if not is_hub_id(repo_id):
         raise ValueError(f"Expected the name on the hub as owner/name, got {repo_id!r}.")
     directory = Path(directory).expanduser()
     policy.save_checkpoint(directory, dtype=dtype)

@@ -1,5 +1,6 @@
 """Whatever names a checkpoint means the same everywhere: teacher, student, policy_kwargs, command line."""
 
+import re
 from pathlib import Path
 
 import gymnasium as gym
@@ -14,7 +15,8 @@ from toys import TINY_BODY, Robot
 
 from opd_gym import OPD, SFT
 from opd_gym import checkpoints as registry
-from opd_gym.checkpoints import HUB_FILES, resolve_checkpoint
+from opd_gym.checkpoints import HUB_FILES, lasting_name, resolve_checkpoint
+from opd_gym.cli.main import main
 from opd_gym.cli.options import TrainArgs
 from opd_gym.cli.sizes import resolve as resolve_planned
 from opd_gym.cli.train import complete_hyperparams
@@ -163,3 +165,67 @@ def test_what_is_no_checkpoint(tmp_path):
     for use in (lambda: OPD("MlpPolicy", "CartPole-v1", teacher="nothing"), lambda: resolve_planned("nothing")):
         with pytest.raises((FileNotFoundError, ValueError), match="There is no checkpoint 'nothing'"):
             use()
+
+
+def test_a_name_of_the_zoo_wins_over_files_of_that_name(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "libero-object-teacher"
+    (tmp_path / name).mkdir()
+    (tmp_path / f"{name}.zip").write_bytes((saved / "model.zip").read_bytes())
+    assert resolve_checkpoint(name) == registry.checkpoint_path(name) and lasting_name(name) == name
+    (tmp_path / name).rmdir()
+    for file in (f"./{name}", f"{name}.zip", Path(name)):
+        assert resolve_checkpoint(file).resolve() == tmp_path / f"{name}.zip"
+        assert lasting_name(file) == str(tmp_path / f"{name}.zip")
+    # Where the policy's own arguments are written down as well
+    policy_kwargs = dict(body_kwargs=TINY_BODY)
+    assert OPD("VLAPolicy", env(), teacher="expert", policy_kwargs=policy_kwargs).teacher == "expert"
+
+
+def test_the_name_of_a_file_is_not_looked_up_on_the_hub(monkeypatch):
+    def download(name):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(registry, "_download", download)
+    for name in ("t/typo.zip", "runs/model.safetensors", "a/b/c", "../model", "/model"):
+        with pytest.raises(FileNotFoundError, match=f"There is no checkpoint '{name}'"):
+            resolve_checkpoint(name)
+
+
+def test_pointers_of_git_lfs_and_adapters_are_named(tmp_path, capsys):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n"
+    (tmp_path / "vla").mkdir()
+    (tmp_path / "vla" / "config.json").write_text("{}")
+    (tmp_path / "vla" / "model-00001-of-00002.safetensors").write_text(pointer)
+    (tmp_path / "model.zip").write_text(pointer)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    message = {"vla": "safetensors is a pointer of Git LFS.*git lfs pull", "model.zip": "git lfs pull"}
+    message["adapter"] = "LoRA adapters.*merge_and_unload"
+    for name, said in message.items():
+        path = str(tmp_path / name)
+        with pytest.raises(ValueError, match=said):
+            resolve_checkpoint(path)
+        for words in (
+            ["eval", "--env", "CartPole-v1", "--checkpoint", path],
+            ["plan", "--student", path],
+            ["train", "--env", "CartPole-v1", "--teacher", path, "-f", str(tmp_path / "runs")],
+            ["train", "--env", "CartPole-v1", "--teacher", "expert", "--student", path, "-f", str(tmp_path / "runs")],
+        ):
+            assert main(words) == 2
+            assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["-n", "32", "--no-progress", "-P", "n_steps=32", "-P", "n_envs=1"]
+    assert main(["train", "--algo", "ppo", "--env", "CartPole-v1", *small]) == 0
+    start = "runs/ppo/CartPole-v1_1"
+    small += ["--teacher", start, "--student", "runs/ppo/CartPole-v1_1/model"]
+    assert main(["train", "--env", "CartPole-v1", *small]) == 0
+    run = tmp_path / "runs" / "opd" / "CartPole-v1_1"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", "--resume", str(run), "-n", "64", "--no-progress"]) == 0
+    # A saved model finds its teacher as well
+    assert OPD.load(run / "model.zip", env="CartPole-v1").learn(32, reset_num_timesteps=False).num_timesteps > 64

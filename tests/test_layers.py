@@ -16,6 +16,7 @@ LAYERS = (
         "opd_gym.instructions",
         "opd_gym.observations",
         "opd_gym.episodes",
+        "opd_gym.untrusted",
     ),
     ("opd_gym.checkpoints",),
     ("opd_gym.policies",),

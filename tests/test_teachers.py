@@ -419,8 +419,9 @@ def test_missing_and_broken_teachers(tmp_path):
     (tmp_path / "text.zip").write_text("not a zip")
     with pytest.raises(ValueError, match="not the zip of a Stable-Baselines3 model"):
         OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path / "text.zip")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither a VLA checkpoint"):
-        OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path)
+        OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path / "empty")
     with pytest.raises(ValueError, match="got int"):
         OPD("MlpPolicy", "CartPole-v1", teacher=3)
     recurrent = sb3_contrib.RecurrentPPO("MlpLstmPolicy", "CartPole-v1", device="cpu")
@@ -561,11 +562,16 @@ def test_statistics_are_read_and_nothing_runs(tmp_path):
 
     env = normalised()
     for protocol in range(3, pickle.HIGHEST_PROTOCOL + 1):
-        env.bomb = Bomb()
         (tmp_path / "statistics.pkl").write_bytes(pickle.dumps(env, protocol))
         found = read_vec_normalize(tmp_path / "statistics.pkl")
         assert found.norm_obs is True and found.clip_obs == 2.0 and (found.obs_rms.mean == 0.2).all()
-    assert not (tmp_path / "ran").exists()
+        (tmp_path / "bomb.pkl").write_bytes(pickle.dumps([env, Bomb()], protocol))
+        with pytest.raises(ValueError, match=r"bomb\.pkl cannot be read.*trust=True"):
+            read_vec_normalize(tmp_path / "bomb.pkl")
+        assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="expected what"):
+        read_vec_normalize(tmp_path / "bomb.pkl", trust=True)
+    assert (tmp_path / "ran").exists()
     (tmp_path / "list.pkl").write_bytes(pickle.dumps([1]))
     (tmp_path / "cut.pkl").write_bytes(pickle.dumps(env.obs_rms)[:-20])
     for name, message in (("list", "VecNormalize.save"), ("cut", "cannot be read"), ("none", "no file")):

@@ -23,7 +23,6 @@ from stable_baselines3.common.policies import (
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs
 
 from opd_gym.algorithms.buffers import micro_batches, random_shift
@@ -33,6 +32,7 @@ from opd_gym.envs.make import prepare_env, with_action_dim
 from opd_gym.files import replacing
 from opd_gym.policies.loading import start_from
 from opd_gym.tokens import TokenSpec, TokenView, action_distribution, distribution_and_values, token_spec, token_view
+from opd_gym.untrusted import read_attributes
 from opd_gym.zoo.hyperparams import ALGORITHMS, split_hyperparams, tuned_hyperparams
 
 SelfPolicyAlgorithm = TypeVar("SelfPolicyAlgorithm", bound="PolicyAlgorithm")
@@ -291,7 +291,10 @@ class PolicyAlgorithm(BaseAlgorithm):
     def _policy_is_built(self) -> None:
         """Load the weights that it starts from, and keep arguments that build it where its checkpoint is gone."""
         if self._start_state is not None:
-            self.policy.load_state_dict(self._start_state)
+            try:
+                self.policy.load_state_dict(self._start_state)
+            except RuntimeError as error:
+                raise ValueError(f"The weights of the checkpoint do not fit the policy to train: {error}") from error
             self._start_state = None
         portable_kwargs = getattr(self.policy, "portable_kwargs", None)
         if portable_kwargs is not None:
@@ -447,26 +450,40 @@ class PolicyAlgorithm(BaseAlgorithm):
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
         force_reset: bool = True,
+        trust: bool = False,
         **kwargs: Any,
     ) -> SelfPolicyAlgorithm:
         """
-        Load the model from a zip file.
+        Load the model from a zip file. No code that the file holds is run, see :func:`opd_gym.untrusted.unpickle`.
 
-        :param path: Path of the file, or a file object
+        :param path: Path of the file (``.zip`` may be left out), or a file object
         :param env: The environment to go on with (None if only predictions are needed); an id or a raw env is wrapped
             as in the constructor
         :param device: Device on which the code should run
         :param custom_objects: Objects to replace upon loading
         :param print_system_info: Whether to print system info of the saved model
         :param force_reset: Force a reset before training
+        :param trust: Open the file, and the teacher that it names, whatever they hold; code in them runs
         :param kwargs: Extra arguments to change the model when loading
         :return: New model with loaded parameters
+        :raises FileNotFoundError: There is no such file
+        :raises ValueError: It is not the zip of a model, or holds code such as a learning rate that is a function
         """
+        file: Any = path
+        if isinstance(path, (str, os.PathLike)):
+            file = pathlib.Path(path)
+            if not file.exists() and file.suffix != ".zip":
+                file = file.with_name(f"{file.name}.zip")
+        data = read_attributes(file, custom_objects, trust=trust)
+        if not data:
+            raise ValueError(f"{path} has no attributes of a model: expected what save() writes.")
+        if isinstance(data.get("teacher_kwargs"), dict):
+            # Whether to trust is not for the file to say
+            data["teacher_kwargs"] = {**data["teacher_kwargs"], "trust": trust}
+        if not isinstance(file, pathlib.Path):
+            file.seek(0)
         prepared: Any = env
         if env is not None:
-            data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
-            if isinstance(path, io.BufferedIOBase):
-                path.seek(0)
-            assert data is not None, "No data found in the saved file"
             prepared = cls._prepare_env(env, data["policy_class"], data["policy_kwargs"], data["verbose"], data["seed"])
-        return super().load(path, prepared, device, custom_objects, print_system_info, force_reset, **kwargs)
+        # With all attributes as custom objects Stable-Baselines3 unpickles nothing
+        return super().load(file, prepared, device, data, print_system_info, force_reset, **kwargs)

@@ -30,6 +30,7 @@ from opd_gym.algorithms.losses import (
     sampled_opd_loss,
 )
 from opd_gym.algorithms.teachers import Teacher, check_finite, make_teacher, try_teacher
+from opd_gym.checkpoints import lasting_name
 from opd_gym.checks import check_at_least, check_at_least_one
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import is_autoregressive
@@ -154,7 +155,8 @@ class OPD(RolloutAlgorithm):
                 )
         if not isinstance(state_replay, bool):
             check_at_least(0, state_replay=state_replay)
-        self.teacher = teacher
+        named = isinstance(teacher, (str, os.PathLike)) and teacher != "expert"
+        self.teacher = lasting_name(teacher) if named else teacher
         self.teacher_kwargs = teacher_kwargs or {}
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size

@@ -556,6 +556,7 @@ def make_teacher(
     dtype: str | th.dtype | None = None,
     custom_objects: dict[str, Any] | None = None,
     vec_normalize: Any = None,
+    trust: bool = False,
     **kwargs: Any,
 ) -> Teacher:
     """
@@ -575,6 +576,7 @@ def make_teacher(
     :param vec_normalize: The ``VecNormalize`` that the teacher was trained behind, or the file that its ``save()``
         wrote; False for a teacher of raw observations. None: the file beside a zip as ``CheckpointCallback``, rl-zoo3
         and the hub leave it, or the ``VecNormalize`` of a live model; a teacher without one sees raw observations
+    :param trust: Open a zip and its ``VecNormalize`` whatever they hold; code in them runs
     :param kwargs: Arguments of :class:`PolicyTeacher` or :class:`ExpertTeacher`
     :return: The teacher
     """
@@ -602,7 +604,7 @@ def make_teacher(
         vec_normalize = spec.get_vec_normalize_env() if vec_normalize is None else vec_normalize
         spec = spec.policy
     if isinstance(vec_normalize, (str, os.PathLike)):
-        vec_normalize = read_vec_normalize(vec_normalize)
+        vec_normalize = read_vec_normalize(vec_normalize, trust)
     if isinstance(spec, BasePolicy):
         return PolicyTeacher(spec, env, student, vec_normalize=vec_normalize or None, **kwargs)
     if spec is not None and not isinstance(spec, (str, os.PathLike)):
@@ -612,13 +614,13 @@ def make_teacher(
         )
     # Building networks draws random numbers; the student's run must not depend on the kind of its teacher
     with preserved_rng():
-        path, policy = _load_teacher(spec, env, dtype, custom_objects)
+        path, policy = _load_teacher(spec, env, dtype, custom_objects, trust)
     beside = find_vec_normalize(path, _env_id(env)) if vec_normalize is None and path.is_file() else None
     policy = policy.to(student.device if device is None else device)
     if beside is None:
         return PolicyTeacher(policy, env, student, vec_normalize=vec_normalize or None, **kwargs)
     try:
-        teacher = PolicyTeacher(policy, env, student, vec_normalize=read_vec_normalize(beside), **kwargs)
+        teacher = PolicyTeacher(policy, env, student, vec_normalize=read_vec_normalize(beside, trust), **kwargs)
     except ValueError as error:
         raise ValueError(f"Teacher {path}, with the VecNormalize in {beside}: {error}") from error
     if teacher.sees:
@@ -631,6 +633,7 @@ def _load_teacher(
     env: VecEnv,
     dtype: str | th.dtype | None,
     custom_objects: dict[str, Any] | None,
+    trust: bool,
 ) -> tuple[Path, BasePolicy]:
     """Where the teacher was found, and its policy."""
     if spec is None:
@@ -645,7 +648,7 @@ def _load_teacher(
     try:
         path = resolve_checkpoint(spec)
         space = raw_observation_space(env)
-        return path, load_policy(path, space, env.action_space, dtype, trainable=False, custom_objects=custom_objects)
+        return path, load_policy(path, space, env.action_space, dtype, False, custom_objects, trust)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'Teacher {os.fspath(spec)!r} not found: {error} Or "expert".') from error
     except ValueError as error:

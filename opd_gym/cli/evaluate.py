@@ -34,8 +34,8 @@ def run(args: Eval | Enjoy) -> int:
     before = args.before if isinstance(args, Enjoy) else None
     names = [args.checkpoint] if before is None else [before, args.checkpoint]
     paths = [resolve_checkpoint(name) for name in names]
-    settings = checkpoint_settings({"checkpoint": paths[-1]})
-    if checkpoint_settings({"checkpoint": paths[0]}) != settings:
+    settings = checkpoint_settings({"checkpoint": paths[-1]}, args.trust)
+    if checkpoint_settings({"checkpoint": paths[0]}, args.trust) != settings:
         raise ValueError(
             f"Both policies of a film act in one env, but {names[0]} and {names[1]} differ in what they were trained "
             "with (pictures, chunk or the statistics of their action tokens). Film them one by one."
@@ -76,7 +76,9 @@ def run(args: Eval | Enjoy) -> int:
             threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(env_id)
             return [
                 evaluate_success(
-                    load_policy(path, env.observation_space, env.action_space, trainable=False).to(device),
+                    load_policy(path, env.observation_space, env.action_space, trainable=False, trust=args.trust).to(
+                        device
+                    ),
                     env,
                     episodes[: args.episodes] if film else episodes,
                     deterministic=not args.stochastic,

@@ -92,6 +92,7 @@ class TrainArgs(Options):
     :param folder: where the directory of the run goes
     :param eval_episodes: held-out episodes to play at the end
     :param device: "auto", "cpu", "cuda", ...
+    :param trust: open teacher, student and run even where their files hold code, which then runs
     :param checkpoint_interval: seconds between two checkpoints, at least
     :param progress: a progress bar is shown unless --no-progress is given
     :param verbose: print the table of every iteration
@@ -109,6 +110,7 @@ class TrainArgs(Options):
     folder: Annotated[str, option("-f", metavar="DIR")] = "runs"
     eval_episodes: int = 0
     device: str = "auto"
+    trust: Flag = False
     checkpoint_interval: Annotated[float, option(metavar="SECONDS")] = 60.0
     progress: Flag = True
     verbose: Annotated[UseCounterAction[int], arg(aliases=["-v"])] = 0
@@ -146,6 +148,7 @@ class Play(Options):
     :param param: the same one at a time, spelt as in training: -P env_kwargs.visuals=exact
     :param seed: seed of the envs
     :param device: "auto", "cpu", "cuda", ...
+    :param trust: open checkpoints even where they hold code, which then runs
     :param progress: a progress bar is shown unless --no-progress is given
     """
 
@@ -163,6 +166,7 @@ class Play(Options):
     param: Assignments = field(default_factory=list)
     seed: int = 0
     device: str = "auto"
+    trust: Flag = False
     progress: Flag = True
 
 
@@ -334,6 +338,7 @@ class Quickstart(Options):
     :param param: likewise, one at a time
     :param seed: seed of everything
     :param device: "auto", "cpu", "cuda", ...
+    :param trust: open student and teacher even where they hold code, which then runs
     :param folder: where the results go
     """
 
@@ -348,6 +353,7 @@ class Quickstart(Options):
     param: Assignments = field(default_factory=list)
     seed: int = 0
     device: str = "auto"
+    trust: Flag = False
     folder: Annotated[Path, option("-f", metavar="DIR")] = Path("runs/quickstart")
 
 

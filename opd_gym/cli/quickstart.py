@@ -106,7 +106,7 @@ def run(args: Quickstart) -> int:
     :return: exit status
     """
     began = time.monotonic()
-    from opd_gym.cli.train import complete_hyperparams, default_episodes
+    from opd_gym.cli.train import complete_hyperparams, default_episodes, trusting
     from opd_gym.envs.make import build_env
     from opd_gym.policies.body import checkpoint_settings
     from opd_gym.zoo.hyperparams import algorithm_class, split_hyperparams
@@ -130,7 +130,8 @@ def run(args: Quickstart) -> int:
         wanted, n_envs = n_envs, fit_memory(n_envs, available_memory())
         if n_envs < wanted:
             print(f"Not enough memory for {wanted} parallel simulators: {n_envs}.", flush=True)
-    settings = checkpoint_settings({"checkpoint": student})
+    settings = checkpoint_settings({"checkpoint": student}, args.trust)
+    kwargs = trusting("opd", kwargs, args.trust)
     print(f"Student {Path(student).name}, teacher {teacher}, on {args.env} (LIBERO's own simulator)", flush=True)
     env = build_env(args.env, run_values, n_envs, args.seed, settings, **env_kwargs)
     try:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.checkpoints import resolve_checkpoint, run_checkpoints, student_for, teacher_for
+from opd_gym.checkpoints import lasting_name, resolve_checkpoint, run_checkpoints, student_for, teacher_for
 from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
     STATES_FILE,
@@ -30,6 +29,7 @@ from opd_gym.demonstrations import read_statistics
 from opd_gym.envs.make import build_env
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
+from opd_gym.untrusted import read_yaml
 from opd_gym.versions import versions, write_versions
 from opd_gym.zoo.hyperparams import (
     algorithm_class,
@@ -37,7 +37,6 @@ from opd_gym.zoo.hyperparams import (
     load_hyperparams,
     merge,
     parse_overrides,
-    parse_yaml,
     split_hyperparams,
 )
 
@@ -128,7 +127,7 @@ def _load_to_resume(
     load_kwargs: dict[str, Any] = {}
     if "demonstrations" in algorithm_parameters(cls):
         load_kwargs["demonstrations"] = kwargs.get("demonstrations")
-    model = cls.load(path, env=env, device=args.device, **load_kwargs)
+    model = cls.load(path, env=env, device=args.device, trust=args.trust, **load_kwargs)
     # Loading seeds the generators as at the start; the noise of the first iterations should not come again.
     model.set_random_seed((args.seed or 0) + model.num_timesteps)
     states = path.parent / STATES_FILE
@@ -164,8 +163,9 @@ def read_args(run_dir: Path) -> TrainArgs:
     path = run_dir / "args.yml"
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is not the directory of a run: {path.name} is missing.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {item.name for item in fields(TrainArgs)}
+    values = read_yaml(path)
+    # Whether to trust a run is not for the run to say
+    known = {item.name for item in fields(TrainArgs)} - {"trust"}
     return TrainArgs(**{key: value for key, value in values.items() if key in known})
 
 
@@ -207,15 +207,36 @@ def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
         statistics = read_statistics(values["demonstrations"], skip)
         if statistics is not None:
             policy_kwargs["body_kwargs"] = {"statistics": statistics, **(policy_kwargs.get("body_kwargs") or {})}
+    # For a run to be resumed from another folder. Names of the zoo and of the hub stay: a published configuration
+    # should not hold the user's paths
     if policy_kwargs.get("checkpoint") is not None:
-        # A name of the zoo or of the hub stays a name: a published configuration should not hold the user's paths
-        path = resolve_checkpoint(policy_kwargs["checkpoint"])
-        named = Path(policy_kwargs["checkpoint"]).expanduser()
-        if named.exists() or named.with_name(f"{named.name}.zip").exists():
-            policy_kwargs["checkpoint"] = str(path)
+        resolve_checkpoint(policy_kwargs["checkpoint"])
+        policy_kwargs["checkpoint"] = lasting_name(policy_kwargs["checkpoint"])
+    if isinstance(values.get("teacher"), str) and values["teacher"] != "expert":
+        values["teacher"] = lasting_name(values["teacher"])
+    vec_normalize = (values.get("teacher_kwargs") or {}).get("vec_normalize")
+    if isinstance(vec_normalize, str):
+        values["teacher_kwargs"] = {**values["teacher_kwargs"], "vec_normalize": lasting_name(vec_normalize)}
+    if values.get("demonstrations"):
+        given = values["demonstrations"]
+        given = [given] if isinstance(given, str) else given
+        values["demonstrations"] = [str(Path(path).expanduser().absolute()) for path in given]
     if policy_kwargs:
         values["policy_kwargs"] = policy_kwargs
     return values
+
+
+def trusting(algo: str, kwargs: Mapping[str, Any], trust: bool) -> dict[str, Any]:
+    """
+    :param algo: name of the algorithm
+    :param kwargs: its keyword arguments
+    :param trust: whether its teacher and its student are opened whatever their files hold
+    :return: the keyword arguments that say so
+    """
+    names = [
+        name for name in ("teacher_kwargs", "policy_kwargs") if name in algorithm_parameters(algorithm_class(algo))
+    ]
+    return {**kwargs, **{name: {**(kwargs.get(name) or {}), "trust": True} for name in names if trust}}
 
 
 def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
@@ -232,7 +253,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     if resume is None:
         values = complete_hyperparams(args)
     else:
-        values = parse_yaml((resume / "config.yml").read_text(encoding="utf-8"))
+        values = read_yaml(resume / "config.yml")
         if args.n_timesteps is not None:
             values["n_timesteps"] = args.n_timesteps
     run, kwargs = split_hyperparams(args.algo, values, cls)
@@ -240,7 +261,10 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
     saved = run_checkpoints(resume) if resume is not None else []
     source = saved[-1] if saved else start
-    settings = checkpoint_settings({"checkpoint": source} if source is not None else kwargs.get("policy_kwargs") or {})
+    kwargs = trusting(args.algo, kwargs, args.trust)
+    settings = checkpoint_settings(
+        {"checkpoint": source} if source is not None else kwargs.get("policy_kwargs") or {}, args.trust
+    )
     # Simulators that are never stepped are not started: SFT reads the spaces off one env
     slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, "n_workers": None}
     env = build_env(args.env, {**run, **slots}, seed=args.seed, settings=settings)
@@ -335,5 +359,5 @@ def run(args: Train) -> int:
         )
     if args.n_timesteps is not None:
         stored.n_timesteps = args.n_timesteps
-    stored.device, stored.progress, stored.verbose = args.device, args.progress, args.verbose
+    stored.device, stored.progress, stored.verbose, stored.trust = args.device, args.progress, args.verbose, args.trust
     return 0 if train(stored, resume=args.resume).finished else 130

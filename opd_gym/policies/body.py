@@ -16,7 +16,6 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from safetensors import SafetensorError, safe_open
-from stable_baselines3.common.save_util import load_from_zip_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
@@ -24,6 +23,7 @@ from opd_gym.checks import check_at_least
 from opd_gym.policies.adapters import (
     cast_parameters,
 )
+from opd_gym.untrusted import read_attributes
 
 WEIGHTS_FILE = "model.safetensors"
 # The weights that `save_pretrained` of any body writes
@@ -376,18 +376,19 @@ def get_body_class(name: str) -> type[VLABody]:
     return body
 
 
-def read_checkpoint_config(checkpoint: str | os.PathLike[str]) -> tuple[str, VLAConfig]:
+def read_checkpoint_config(checkpoint: str | os.PathLike[str], trust: bool = False) -> tuple[str, VLAConfig]:
     """
     Read what a checkpoint was made for, without its weights.
 
     :param checkpoint: directory with ``config.json`` and ``model.safetensors``, or the zip of an algorithm
+    :param trust: open a zip whatever it holds; code in it runs
     :return: name of the body and its configuration
     :raises FileNotFoundError: there is no ``config.json``
     :raises ValueError: it is not a VLA
     """
     path = Path(checkpoint)
     if path.is_file():
-        kwargs = _saved_policy_kwargs(path)
+        kwargs = _saved_policy_kwargs(path, trust)
         if "body_kwargs" not in kwargs:
             raise ValueError(f"{path} holds a policy that is not a VLA.")
         return kwargs["body"], get_body_class(kwargs["body"]).config_class(**kwargs["body_kwargs"])
@@ -480,12 +481,13 @@ def token_space(action_space: spaces.Space) -> tuple[int, int]:
     return int(n_bins[0]), len(action_space.nvec)
 
 
-def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_settings(policy_kwargs: Mapping[str, Any], trust: bool = False) -> dict[str, Any]:
     """
     What an env must be like for a token policy, as far as that is known before there is an env.
 
     :param policy_kwargs: Keyword arguments of the policy: its ``checkpoint`` (see ``resolve_checkpoint``), or the
         configuration of its body
+    :param trust: Open a zip whatever it holds; code in it runs
     :return: ``chunk_size``, ``n_bins``, ``statistics`` (arguments of ``make_vec``), ``image_size``, ``cameras`` and
         ``visuals`` (of the env), those that are known
     """
@@ -497,7 +499,7 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
             config = (
                 read_checkpoint_config(path)[1].to_dict()
                 if path.is_dir()
-                else _saved_policy_kwargs(path).get("body_kwargs") or {}
+                else _saved_policy_kwargs(path, trust).get("body_kwargs") or {}
             )
         except FileNotFoundError:
             # A saved algorithm has the arguments of its body, and goes without the checkpoint it once started from
@@ -517,10 +519,9 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _saved_policy_kwargs(path: Path) -> dict[str, Any]:
+def _saved_policy_kwargs(path: Path, trust: bool) -> dict[str, Any]:
     """Arguments of the policy in the zip of an algorithm; of a VLA ``body`` and ``body_kwargs`` are among them."""
-    data, _, _ = load_from_zip_file(path, device="cpu")
-    return (data or {}).get("policy_kwargs") or {}
+    return read_attributes(path, keys=("policy_kwargs",), trust=trust).get("policy_kwargs") or {}
 
 
 def remove_stale_weights(directory: Path, written: Iterable[str]) -> None:

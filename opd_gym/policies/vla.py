@@ -18,7 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
+from opd_gym.checkpoints import CONFIG_FILE, lasting_name, resolve_checkpoint
 from opd_gym.policies.adapters import (
     DTYPES,
     TrainedState,
@@ -267,11 +267,7 @@ class VLAPolicy(ActorCriticPolicy):
         )
 
     def _portable_reference(self) -> str | None:
-        # A directory by its absolute path; the name of the zoo or of the hub means the same everywhere
-        if self._reference is None:
-            return None
-        path = Path(self._reference).expanduser()
-        return str(path.absolute()) if path.exists() else os.fspath(self._reference)
+        return None if self._reference is None else lasting_name(self._reference)
 
     def _body_kwargs(self) -> dict[str, Any]:
         # What the configuration's classes take, without what transformers adds for itself.

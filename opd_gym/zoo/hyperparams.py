@@ -14,9 +14,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from opd_gym.envs.registration import ROBOTWIN_IDS, bare_id, training_defaults
+from opd_gym.untrusted import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -40,24 +39,6 @@ RUN_KEYS = {
 _RESERVED = {"self", "env", "policy", "seed", "device", "_init_setup_model"}
 # As in rl-zoo3: constants or, from a string like lin_5e-4, linear schedules.
 SCHEDULE_KEYS = ("learning_rate", "clip_range", "clip_range_high", "clip_range_vf")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes ``5e-4`` for a string; nobody who writes it means one."""
-
-
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """
-    :param text: YAML
-    :return: plain Python values; tags that would create anything else are refused
-    """
-    return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
 
 
 def algorithm_class(algo: str) -> type[BaseAlgorithm]:
@@ -95,7 +76,7 @@ def read_hyperparams(path: Path) -> dict[str, Any]:
     :param path: YAML file of one algorithm
     :return: its entries by environment id
     """
-    values = parse_yaml(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must map environment ids to hyperparameters, got {type(values).__name__}.")
     return values
@@ -182,8 +163,8 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
                 raise ValueError(f"{item!r}: {parent!r} was given a value before; it cannot be a mapping as well.")
         try:
             target[last] = parse_yaml(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{item!r}: expected YAML after {key!r}, got {value!r}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{item!r}: expected YAML after {key!r}: {error}") from None
     return values
 
 
@@ -240,7 +221,10 @@ def split_hyperparams(
         )
     run = {key: value for key, value in values.items() if key in RUN_KEYS}
     kwargs = {key: value for key, value in values.items() if key not in RUN_KEYS}
-    for key in ("env_kwargs", "policy_kwargs"):
+    for key in ("teacher_kwargs", "policy_kwargs"):
+        if isinstance(kwargs.get(key), Mapping) and "trust" in kwargs[key]:
+            raise ValueError(f"{key}.trust: a configuration does not say whom you trust. Pass --trust if you do.")
+    for key in ("env_kwargs", "policy_kwargs", "teacher_kwargs"):
         for part in (run, kwargs):
             if isinstance(part.get(key), str):
                 raise ValueError(

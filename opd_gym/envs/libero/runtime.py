@@ -23,9 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opd_gym.files import cache_dir, write_atomic
+from opd_gym.untrusted import read_yaml
 
 INSTALL_HINT = "pip install 'opd_gym[libero]'"
 
@@ -120,7 +119,7 @@ def configured_folders() -> dict[str, Path]:
     file, pro = config_file(), is_libero_pro()
     mend = f"Correct the file, or run `{config_mend()}` for LIBERO's own folders."
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = read_yaml(file)
     except (FileNotFoundError, NotADirectoryError):
         # Other packages of LIBERO write the file themselves, or need none
         if "LIBERO_CONFIG_PATH" in os.environ and "input(" in _source():
@@ -130,7 +129,7 @@ def configured_folders() -> dict[str, Path]:
                 "LIBERO's own folders."
             ) from None
         return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"LIBERO's configuration file {file} cannot be read: {error}. {mend}") from error
     if values is None and pro:
         return {}

@@ -29,6 +29,7 @@ import numpy as np
 
 from opd_gym.envs.robotwin.tasks import MESHLESS_TASKS, STAND_IN_TASKS
 from opd_gym.files import cache_dir
+from opd_gym.untrusted import read_yaml
 
 INSTALL_HINT = "opd-gym robotwin install"
 DOWNLOAD_HINT = "opd-gym robotwin assets --download"
@@ -135,8 +136,6 @@ def robots(assets_root: Path, embodiment: tuple[Any, ...]) -> list[tuple[Path, d
     :raises FileNotFoundError: there is no such robot
     :raises ValueError: it does not have two arms, or not six joints in each
     """
-    import yaml
-
     names = embodiment[:2]
     found = [assets_root / "assets" / "embodiments" / name for name in names]
     for folder in found:
@@ -145,10 +144,7 @@ def robots(assets_root: Path, embodiment: tuple[Any, ...]) -> list[tuple[Path, d
             raise FileNotFoundError(
                 f"There is no robot {folder.name!r} in {folder.parent}; there are: {', '.join(there) or 'none'}."
             )
-    both = [
-        (folder, yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8")))
-        for folder in (found[0], found[-1])
-    ]
+    both = [(folder, read_yaml(folder / "config.yml")) for folder in (found[0], found[-1])]
     if len(names) == 1 and not both[0][1].get("dual_arm", False):
         raise ValueError(
             f"Robot {names[0]!r} has one arm. Give two robots and their distance in m, "
