@@ -233,10 +233,9 @@ class OPD(RolloutAlgorithm):
         if self._teacher is None and self.env is not None:
             self._setup_teacher()
         results = {}
-        if self._n_updates == 0 and self._teacher is not None and self.env is not None:
+        # Between episodes, and before the student has learnt of it
+        if self._n_updates == 0 and self._last_obs is None and self._teacher is not None and self.env is not None:
             results = try_teacher(self._teacher, self.env, self.policy, self._n_eval_episodes, self.verbose)
-            # Its episodes are none of the rollout's
-            self._last_obs = None if results else self._last_obs
         learning = super()._setup_learn(*args, **kwargs)
         for name, value in results.items():
             self.logger.record(f"teacher/{name}", value)
