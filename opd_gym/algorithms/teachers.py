@@ -782,8 +782,8 @@ def try_teacher(
     if [theirs[name] for name in ours if name in theirs] <= [ours[name] for name in ours if name in theirs]:
         warnings.warn(
             f"The teacher does no better than the student before training: {said[0]}, {said[1]}. Does it see what it "
-            "was trained on (normalisation, wrappers, order of the numbers)? teacher_kwargs={'n_eval_episodes': 0} "
-            "leaves this check out.",
+            "was trained on (normalisation, wrappers, order of the numbers)? If the env's rewards mean nothing, "
+            "teacher_kwargs={'n_eval_episodes': 0} leaves this check out.",
             stacklevel=2,
         )
     return theirs
