@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,8 +18,6 @@ CONFIG_FILE = "config.json"
 # Of a repository on the hub, what a VLA is read from, or a model of Stable-Baselines3 and its VecNormalize
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors", "*checkpoint.pt"]
 HUB_FILES += ["*.zip", "*vec_normalize.pkl", "*vecnormalize.pkl"]
-# A zip that rl-zoo3 puts beside the model's
-_NO_MODEL = "train_eval_metrics.zip"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What ends so is the name of a file, and not of a model on the hub
 _FILES = (".zip", ".safetensors", ".pt", ".pth", ".bin", ".json", ".pkl", ".yml", ".yaml")
@@ -203,7 +202,7 @@ def _in_directory(path: Path, hub_id: str = "") -> Path:
     for candidate in (*reversed(run_checkpoints(path)), *named):
         if candidate.is_file():
             return _with_content(candidate)
-    models = sorted(found for found in path.glob("*.zip") if found.name != _NO_MODEL)
+    models = [found for found in sorted(path.glob("*.zip")) if _holds_a_model(found)]
     if len(models) == 1:
         return _with_content(models[0])
     if models:
@@ -212,6 +211,14 @@ def _in_directory(path: Path, hub_id: str = "") -> Path:
         f"{path} is neither a VLA checkpoint (it has no {CONFIG_FILE}) nor a run (it has no checkpoints/*.zip), and "
         "holds no zip of a model." + adapter_advice(path)
     )
+
+
+def _holds_a_model(path: Path) -> bool:
+    # rl-zoo3 puts a zip of measurements beside that of the model
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "policy.pth" in archive.namelist()
 
 
 def _download(hub_id: str) -> Path:

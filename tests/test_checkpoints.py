@@ -1,6 +1,7 @@
 """Whatever names a checkpoint means the same everywhere: teacher, student, policy_kwargs, command line."""
 
 import re
+import zipfile
 from pathlib import Path
 
 import gymnasium as gym
@@ -133,7 +134,9 @@ def test_a_model_that_rl_zoo3_published(zip_name, tmp_path, monkeypatch):
     folder = tmp_path / "files"
     model.save(folder / zip_name)
     env.save(str(folder / "vec_normalize.pkl"))
-    for name in ("train_eval_metrics.zip", "README.md", "args.yml", "results.json", "replay.mp4"):
+    with zipfile.ZipFile(folder / "train_eval_metrics.zip", "w") as archive:
+        archive.writestr("measurements", "{}")
+    for name in ("README.md", "args.yml", "results.json", "replay.mp4"):
         (folder / name).write_text("{}")
     put_on_the_hub(tmp_path / "cache", "sb3/ppo-Pendulum-v1", folder, monkeypatch)
     fetched = set(filter_repo_objects([file.name for file in folder.iterdir()], allow_patterns=HUB_FILES))

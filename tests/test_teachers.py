@@ -17,6 +17,7 @@ from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.wrappers import NormalizeObservation, RescaleAction
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 from toys import TINY_BODY, Match, Robot, cartpole_teacher, parameters, vec
@@ -319,6 +320,7 @@ def test_a_trial_in_an_env_that_never_ends_or_is_slow_or_keeps_statistics(monkey
 
     assert tried(vec(1, env=Endless)) == {}
     assert tried(vec(1, env=lambda: NormalizeObservation(gym.make("CartPole-v1")))) == {}
+    assert tried(DummyVecEnv([lambda: Monitor(gym.make("CartPole-v1"), allow_early_resets=False)])) == {}
     env = vec(2, env="CartPole-v1")
     assert tried(env, n_episodes=2) == {"ep_rew_mean": 500.0}
     teacher = make_teacher(cartpole_teacher(), env, student_of(env))
@@ -326,8 +328,9 @@ def test_a_trial_in_an_env_that_never_ends_or_is_slow_or_keeps_statistics(monkey
     assert try_teacher(teacher, env, student_of(env)) == {}
     with pytest.raises(ValueError, match="autoregressive"):
         try_teacher(teacher, env, student_of(env), 1)
-    with pytest.raises(ValueError, match="n_eval_episodes.*at least 0"):
-        learned("CartPole-v1", -1)
+    for wrong in (-1, "5", 2.5):
+        with pytest.raises(ValueError, match="n_eval_episodes.*at least 0"):
+            learned("CartPole-v1", wrong)
     monkeypatch.setitem(CHUNK_SIZES, "CartPole-v1", 8)
     assert tried(env) == {}
 
@@ -427,6 +430,18 @@ def test_missing_and_broken_teachers(tmp_path):
     recurrent = sb3_contrib.RecurrentPPO("MlpLstmPolicy", "CartPole-v1", device="cpu")
     with pytest.raises(ValueError, match="recurrent"):
         OPD("MlpPolicy", "CartPole-v1", teacher=recurrent)
+
+
+def test_arguments_that_no_teacher_takes():
+    env = vec(1)
+    student = student_of(env)
+    for spec, kwargs, message in (
+        ("expert", dict(obs_keys="a", std=0.1), r"\['obs_keys'\]: ExpertTeacher takes \['std', 'smoothing', 'floor'\]"),
+        (student_of(env), dict(stdd=0.1), r"\['stdd'\]: PolicyTeacher takes \['temperature', 'std'"),
+        (make_teacher("expert", env, student), dict(std=0.1), r"\['std'\]: ExpertTeacher takes none, it is ready"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_teacher(spec, env, student, **kwargs)
 
 
 def test_the_student_is_not_its_own_teacher():
@@ -603,7 +618,9 @@ def test_a_maskable_teacher_is_asked_with_the_masks_of_each_state(kind, behind):
     if behind:
         env = VecNormalize(env, training=False)
         env.obs_rms.mean[:] = 0.5
-    model = OPD("MlpPolicy", env, teacher=teacher, n_steps=16, device="cpu", seed=0).learn(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # what is ruled out is kept in half precision
+        model = OPD("MlpPolicy", env, teacher=teacher, n_steps=16, device="cpu", seed=0).learn(1)
     raw = model.rollout_buffer.observations + 0.5 * behind
     choices = {"discrete": 4, "multi_discrete": 5, "multi_binary": 6}[kind]
     masks = (np.arange(choices) % 2 == 0) | (raw[:, :1] > 0)

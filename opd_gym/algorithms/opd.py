@@ -209,8 +209,8 @@ class OPD(RolloutAlgorithm):
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
         kwargs = dict(self.teacher_kwargs)
         self._n_eval_episodes = kwargs.pop("n_eval_episodes", None)
-        if self._n_eval_episodes is not None and not self._n_eval_episodes >= 0:
-            raise ValueError(f"n_eval_episodes of teacher_kwargs must be at least 0, got {self._n_eval_episodes}.")
+        if not isinstance(self._n_eval_episodes, (int, np.integer, type(None))) or (self._n_eval_episodes or 0) < 0:
+            raise ValueError(f"n_eval_episodes of teacher_kwargs must be at least 0, got {self._n_eval_episodes!r}.")
         self._teacher = make_teacher(self.teacher, self.env, self.policy, **kwargs)
         self.rollout_buffer.label_size = self._teacher.label_size or self.rollout_buffer.spec.n_tokens
         if self.verbose >= 1 and self._teacher.sees:
@@ -233,10 +233,9 @@ class OPD(RolloutAlgorithm):
         if self._teacher is None and self.env is not None:
             self._setup_teacher()
         results = {}
-        if self._n_updates == 0 and self._teacher is not None and self.env is not None:
+        # Between episodes, and before the student has learnt of it
+        if self._n_updates == 0 and self._last_obs is None and self._teacher is not None and self.env is not None:
             results = try_teacher(self._teacher, self.env, self.policy, self._n_eval_episodes, self.verbose)
-            # Its episodes are none of the rollout's
-            self._last_obs = None if results else self._last_obs
         learning = super()._setup_learn(*args, **kwargs)
         for name, value in results.items():
             self.logger.record(f"teacher/{name}", value)

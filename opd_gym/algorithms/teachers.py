@@ -588,6 +588,12 @@ def make_teacher(
         }
         if given:
             raise ValueError(f"teacher_kwargs {given} are for a teacher that is read from files, got {spec!r}.")
+    kind: type = ExpertTeacher if isinstance(spec, str) and spec == "expert" else PolicyTeacher
+    known = [name for name in inspect.signature(kind).parameters if name not in ("policy", "env", "student")]
+    if isinstance(spec, Teacher):
+        kind, known = type(spec), []
+    if unknown := sorted(set(kwargs) - set(known)):
+        raise ValueError(f"Unknown teacher_kwargs {unknown}: {kind.__name__} takes {known or 'none, it is ready'}.")
     if isinstance(spec, Teacher):
         if isinstance(spec, PolicyTeacher) and spec.sees_raw != hides_raw_observations(env):
             raise ValueError(
@@ -752,9 +758,10 @@ def try_teacher(
     policy = teacher.policy if isinstance(teacher, PolicyTeacher) else None
     if n_episodes is None:
         slow = bare_id(_env_id(env) or "") in CHUNK_SIZES or is_autoregressive(policy)
-        # Each episode would leave its mark on running statistics
-        slow = slow or any(env.env_is_wrapped(NormalizeObservation))
-        n_episodes = 0 if policy is None or slow else TRIAL_EPISODES
+        # Each episode would leave its mark on running statistics, and a strict Monitor lets nobody break one off
+        strict = env.has_attr("allow_early_resets") and not all(env.get_attr("allow_early_resets"))
+        marked = strict or any(env.env_is_wrapped(NormalizeObservation))
+        n_episodes = 0 if policy is None or slow or marked else TRIAL_EPISODES
     if n_episodes == 0:
         return {}
     if is_autoregressive(policy):
@@ -778,8 +785,8 @@ def try_teacher(
     if [theirs[name] for name in ours if name in theirs] <= [ours[name] for name in ours if name in theirs]:
         warnings.warn(
             f"The teacher does no better than the student before training: {said[0]}, {said[1]}. Does it see what it "
-            "was trained on (normalisation, wrappers, order of the numbers)? teacher_kwargs={'n_eval_episodes': 0} "
-            "leaves this check out.",
+            "was trained on (normalisation, wrappers, order of the numbers)? If the env's rewards mean nothing, "
+            "teacher_kwargs={'n_eval_episodes': 0} leaves this check out.",
             stacklevel=2,
         )
     return theirs
