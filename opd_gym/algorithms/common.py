@@ -428,6 +428,7 @@ class PolicyAlgorithm(BaseAlgorithm):
         :param force_reset: Force a reset before training
         :param kwargs: Extra arguments to change the model when loading
         :return: New model with loaded parameters
+        :raises ValueError: Its weights are damaged, or it does not fit the env
         """
         prepared: Any = env
         if env is not None:
@@ -436,4 +437,9 @@ class PolicyAlgorithm(BaseAlgorithm):
                 path.seek(0)
             assert data is not None, "No data found in the saved file"
             prepared = cls._prepare_env(env, data["policy_class"], data["policy_kwargs"], data["verbose"], data["seed"])
-        return super().load(path, prepared, device, custom_objects, print_system_info, force_reset, **kwargs)
+        try:
+            return super().load(path, prepared, device, custom_objects, print_system_info, force_reset, **kwargs)
+        except ValueError as error:
+            if isinstance(path, io.BufferedIOBase) or str(path) in str(error):
+                raise
+            raise ValueError(f"{path}: {error}") from error
