@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -37,7 +38,8 @@ def check_range(interval: str, /, **values: Any) -> None:
     """
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     for name, value in values.items():
-        inside = not isinstance(value, bool) and isinstance(value, Real) and low <= float(value) <= high
+        number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        inside = low <= number <= high
         if not inside or (value == low and interval[0] == "(") or (value == high and interval[-1] == ")"):
             raise ValueError(f"{name} must be a number in {interval}, got {value!r:.80}.")
 

@@ -200,6 +200,27 @@ def test_base_that_is_gone_or_replaced(robot_base, tmp_path):
         OPD.load(tmp_path / "student.zip", device="cpu")
 
 
+@pytest.mark.parametrize("fault", ["missing", "integer", "shape", "nan"])
+def test_damaged_adapters_are_refused(base, fault):
+    policy = make(checkpoint=base, lora=LORA)
+    state = policy.state_dict()
+    name = next(name for name in state if ".lora_A" in name)
+    value = state.pop(name)
+    bad = {"integer": value.int(), "shape": value[:-1], "nan": value.clone().fill_(float("nan"))}
+    with pytest.raises(ValueError, match=name):
+        policy.load_state_dict(state if fault == "missing" else {**state, name: bad[fault]})
+
+
+def test_a_zip_with_damaged_adapters_is_named(robot_base, tmp_path):
+    model = opd(robot_base, policy_kwargs={"lora": LORA})
+    name, adapter = next((name, p) for name, p in model.policy.named_parameters() if ".lora_A" in name)
+    with th.no_grad():
+        adapter.fill_(float("nan"))
+    model.save(tmp_path / "student.zip")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'student.zip'}.*{name} is not finite"):
+        OPD.load(tmp_path / "student.zip", device="cpu")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [

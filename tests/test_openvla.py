@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import zlib
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import DummyVecEnv
 from transformers import AutoConfig, AutoModel
+from vlas import check_damaged, damaged_configurations, damaged_weights
 
 from opd_gym import OPD
 from opd_gym.actions import decode_tokens, encode_actions, to_positions
@@ -586,6 +588,91 @@ def test_statistics_are_chosen_and_missing_ones_named(tmp_path):
     (path / "dataset_statistics.json").unlink()
     with pytest.raises(ValueError, match="no statistics"):
         read_checkpoint_config(path)
+
+
+def test_whatever_a_damaged_checkpoint_holds(tmp_path):
+    path = tiny.write_checkpoint(tmp_path / SFT, proprio_inputs=8, image_keys=["agentview", "wrist"])
+    rng = np.random.default_rng(0)
+    config, index = path / "config.json", path / "model.safetensors.index.json"
+    weights = path / "model-00001-of-00002.safetensors"
+
+    def load():
+        OpenVLAModel.from_pretrained(path, config=read_checkpoint_config(path)[1])
+
+    check_damaged(config, damaged_configurations(json.loads(config.read_text()), rng, 40), load)
+    check_damaged(config, damaged_configurations(json.loads(config.read_text()), rng, 10),
+                  lambda: OpenVLAConfig.from_pretrained(path))  # fmt: skip
+    check_damaged(weights, damaged_weights(weights.read_bytes(), rng, 4), load)
+    check_damaged(index, damaged_configurations(json.loads(index.read_text()), rng, 4), load)
+    for name in ("dataset_statistics.json", "proprio_projector--150000_checkpoint.pt", "tokenizer.json"):
+        check_damaged(path / name, [b"", b"[1]", b"{", (path / name).read_bytes()[:-9]], load)
+    load()
+
+
+@pytest.mark.parametrize("part", ["text_config", "dino_config", "siglip_config"])
+@pytest.mark.parametrize("layers", [10**9, 9_999, 1e9, 0])
+def test_more_layers_than_there_are_weights(tmp_path, part, layers):
+    path = tiny.write_checkpoint(tmp_path / SFT)
+    values = json.loads((path / "config.json").read_text())
+    values[part]["num_hidden_layers"] = layers
+    (path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="layers") as error:
+        OpenVLAModel.from_pretrained(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("fault", ["missing", "integer", "shape", "nan"])
+def test_damaged_weights_are_refused(tmp_path, fault):
+    path = tiny.write_checkpoint(tmp_path / SFT)
+    shard = path / "model-00001-of-00002.safetensors"
+    with safe_open(shard, "np") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    # The unused weights of the last blocks may be missing
+    name = next(name for name in weights if "blocks.0." in name or "layers.0." in name)
+    if fault == "missing":
+        del weights[name]
+    elif fault == "integer":
+        weights[name] = weights[name].astype(np.int32)
+    elif fault == "shape":
+        weights[name] = weights[name][:-1].copy()
+    else:
+        weights[name] = np.full_like(weights[name], np.nan)
+    save_file(weights, shard, metadata={"format": "pt"})
+    said = r"bias has shape \(31,\), expected \(32,\)" if fault == "shape" else re.escape(name)
+    with pytest.raises(ValueError, match=said) as error:
+        OpenVLAModel.from_pretrained(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["../other/model.safetensors", "/etc/passwd", "config.json", 3])
+def test_an_index_that_names_files_elsewhere(tmp_path, file):
+    path = tiny.write_checkpoint(tmp_path / SFT)
+    index = path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"][next(iter(values["weight_map"]))] = file
+    index.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"{index} is damaged"):
+        OpenVLAModel.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("libero_images", "yes"),
+        ("gripper", 1),
+        ("proprio_inputs", -1),
+        ("pad_to_multiple_of", 10**6),
+        ("pad_token_id", 10**6),
+        ("pixel_stds", [[0.0] * 3] * 2),
+        ("pixel_means", [0.5] * 3),
+        ("norm_stats", [1]),
+    ],
+)
+def test_fields_that_make_no_sense(tmp_path, field, value):
+    path = broken(tmp_path, **{field: value})
+    with pytest.raises(ValueError) as error:
+        read_checkpoint_config(path)
+    assert str(path) in str(error.value)
 
 
 def test_film_is_refused(tmp_path):

@@ -11,7 +11,15 @@ from gymnasium import spaces
 from safetensors.torch import load_file, save_file
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import DummyVecEnv
-from vlas import SMALL, observation_space, sample, tensors
+from vlas import (
+    SMALL,
+    check_damaged,
+    damaged_configurations,
+    damaged_weights,
+    observation_space,
+    sample,
+    tensors,
+)
 
 from opd_gym.instructions import encode_instruction
 from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput, get_body_class, register_body
@@ -395,6 +403,37 @@ def test_damaged_configurations_are_refused(tmp_path):
         path.write_bytes(text)
         with pytest.raises(ValueError):
             make(checkpoint=tmp_path, body_kwargs=None)
+
+
+def test_whatever_a_damaged_checkpoint_holds(tmp_path):
+    make().save_checkpoint(tmp_path)
+    rng = np.random.default_rng(0)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+
+    def load():
+        make(checkpoint=tmp_path, body_kwargs=None)
+
+    check_damaged(config, damaged_configurations(json.loads(config.read_text()), rng, 60), load)
+    check_damaged(weights, damaged_weights(weights.read_bytes(), rng, 10), load)
+    load()
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "integer", "shape", "nan"])
+@pytest.mark.parametrize("name", ["value_net.weight", "body.bins.weight"])
+def test_damaged_weights_of_a_saved_policy_are_refused(name, fault):
+    """As they come from a zip; PyTorch would take integers, and a policy with NaN acts until it is looked at."""
+    policy = make(value_head=True)
+    state = dict(policy.state_dict())
+    value = state.pop(name)
+    bad = {
+        "unexpected": {name: value, f"{name}s": value},
+        "integer": {name: value.int()},
+        "shape": {name: value[:, :-1]},
+        "nan": {name: value.clone().fill_(float("nan"))},
+    }
+    with pytest.raises(ValueError, match=name):
+        policy.load_state_dict({**state, **bad.get(fault, {})})
+    policy.load_state_dict({**state, name: value})
 
 
 def test_saving_leaves_the_files_of_others(tmp_path):

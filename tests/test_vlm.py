@@ -8,7 +8,7 @@ import torch as th
 from gymnasium import spaces
 from toys import Robot, vec
 from transformers import AutoModelForImageTextToText, LlamaConfig
-from vlas import Recorder, logits, observation_space, sample, tensors, train
+from vlas import Recorder, check_damaged, damaged_configurations, logits, observation_space, sample, tensors, train
 from vlms import VOCAB_SIZE, smolvlm
 
 from opd_gym import OPD
@@ -209,3 +209,28 @@ def test_a_packed_processor_writes_only_plain_names(name):
     packed = th.frombuffer(bytearray(json.dumps({name: ""}).encode()), dtype=th.uint8)
     with pytest.raises(ValueError, match="not plain file names"):
         unpack_processor(packed, None)
+
+
+def test_whatever_a_damaged_checkpoint_holds(pretrained, tmp_path):
+    make(pretrained).save_checkpoint(tmp_path)
+    rng = np.random.default_rng(0)
+    config, processor = tmp_path / "config.json", tmp_path / "tokenizer.json"
+    values = json.loads(config.read_text())
+
+    def load():
+        VLAPolicy(SPACE, spaces.MultiDiscrete([256] * 14), lambda _: 1e-2, checkpoint=tmp_path)
+
+    check_damaged(config, damaged_configurations(values, rng, 20), load)
+    check_damaged(processor, [b"", b"[1]"], load)
+    for part in ("text_config", "vision_config"):
+        many = {**values, "vlm_config": {**values["vlm_config"], part: {**values["vlm_config"][part]}}}
+        many["vlm_config"][part].update(num_hidden_layers=10**9, depth=10**9)
+        config.write_text(json.dumps(many))
+        with pytest.raises(ValueError, match=f"{config} asks for more than 10000 layers"):
+            load()
+
+
+@pytest.mark.parametrize("prompt", ["do it", "{instruction} {robot}", "{instruction:>99999999}", "{instruction.upper}"])
+def test_prompts_with_other_things_in_braces(prompt):
+    with pytest.raises(ValueError, match="must contain {instruction}, and nothing else in braces"):
+        VLMConfig(prompt=prompt)

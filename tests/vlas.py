@@ -1,5 +1,7 @@
 """Small vision-language-action policies: what they see, what they think, and a few steps of training."""
 
+import json
+
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -57,3 +59,47 @@ class Recorder:
             return step(*args, **kwargs)
 
         model.policy.optimizer.step = record
+
+
+WRONG = [None, "word", 10**9, 10**400, -1, 0, 1.5, float("nan"), [], {}, [None], True, "../" * 3, {"a": [1e9]}]
+
+
+def damaged_configurations(values, rng, n):
+    """Copies of a configuration in which one value, at any depth, is another or missing."""
+    text = json.dumps(values)
+    for _ in range(n):
+        copy = json.loads(text)
+        part, key = copy, rng.choice(list(copy))
+        while isinstance(part[key], (dict, list)) and part[key] and rng.random() < 0.8:
+            part = part[key]
+            key = rng.choice(list(part)) if isinstance(part, dict) else rng.integers(len(part))
+        if rng.random() < 0.1:
+            del part[key]
+        else:
+            part[key] = WRONG[rng.integers(len(WRONG))]
+        yield json.dumps(copy).encode()
+
+
+def damaged_weights(data, rng, n):
+    """Copies of a safetensors file with a damaged header, of which one value is another, or one byte, or cut short."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    for text in damaged_configurations(header, rng, n):
+        yield len(text).to_bytes(8, "little") + text + data[8 + size :]
+        position = rng.integers(8 + size)
+        yield data[:position] + bytes([rng.integers(256)]) + data[position + 1 :]
+        yield data[: rng.integers(len(data))]
+
+
+def check_damaged(file, contents, load):
+    """Whatever a file holds, there is a result, or one error that names it or its folder."""
+    whole = file.read_bytes()
+    try:
+        for content in contents:
+            file.write_bytes(content)
+            try:
+                load()
+            except (ValueError, OSError) as error:
+                assert str(file.parent) in str(error), error
+    finally:
+        file.write_bytes(whole)

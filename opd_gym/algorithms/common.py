@@ -467,7 +467,8 @@ class PolicyAlgorithm(BaseAlgorithm):
         :param kwargs: Extra arguments to change the model when loading
         :return: New model with loaded parameters
         :raises FileNotFoundError: There is no such file
-        :raises ValueError: It is not the zip of a model, or holds code such as a learning rate that is a function
+        :raises ValueError: It is not the zip of a model, holds code such as a learning rate that is a function, has
+            damaged weights, or does not fit the env
         """
         file: Any = path
         if isinstance(path, (str, os.PathLike)):
@@ -485,5 +486,10 @@ class PolicyAlgorithm(BaseAlgorithm):
         prepared: Any = env
         if env is not None:
             prepared = cls._prepare_env(env, data["policy_class"], data["policy_kwargs"], data["verbose"], data["seed"])
-        # With all attributes as custom objects Stable-Baselines3 unpickles nothing
-        return super().load(file, prepared, device, data, print_system_info, force_reset, **kwargs)
+        try:
+            # With all attributes as custom objects Stable-Baselines3 unpickles nothing
+            return super().load(file, prepared, device, data, print_system_info, force_reset, **kwargs)
+        except ValueError as error:
+            if not isinstance(file, pathlib.Path) or str(path) in str(error):
+                raise
+            raise ValueError(f"{path}: {error}") from error

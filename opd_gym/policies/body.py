@@ -7,7 +7,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,20 @@ from opd_gym.policies.adapters import (
 from opd_gym.untrusted import read_attributes
 
 WEIGHTS_FILE = "model.safetensors"
+# So many layers are built in a moment, and so many noticed without
+FEW_LAYERS, MOST_LAYERS = 100, 10_000
 # The weights that `save_pretrained` of any body writes
 _OWN_WEIGHTS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|proprio_projector--\w+_checkpoint\.pt"
 )
+
+
+def is_weights_file(name: Any) -> bool:
+    """
+    :param name: what stands for a file of weights in a checkpoint's index
+    :return: whether it is the name of one, and no path to somewhere else
+    """
+    return isinstance(name, str) and name.endswith(".safetensors") and bool(_OWN_WEIGHTS.fullmatch(name))
 
 
 def is_image(space: spaces.Space) -> bool:
@@ -58,6 +69,70 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     if value is None or (isinstance(value, int) and value >= 2**31):
         raise ValueError(f"{name} must be an integer below 2**31, got {value!r:.80}.")
     check_at_least(least, **{name: value})
+
+
+@contextmanager
+def configuring(path: Path) -> Iterator[None]:
+    """
+    :param path: configuration that is read in the block; whatever is wrong with it is a ValueError that names it
+    """
+    try:
+        yield
+    except FileNotFoundError:  # names the file itself
+        raise
+    except Exception as error:  # what transformers raises for a wrong type differs by field
+        text = str(error) or repr(error)
+        named = str(path.parent) in text
+        raise ValueError(text if named else f"{path} is not a configuration of a VLA checkpoint: {text}") from error
+
+
+def read_json(path: Path) -> Any:
+    """
+    :param path: a file of JSON
+    :return: what it holds
+    :raises ValueError: it is damaged; names it
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON, or is damaged: {error}") from error
+
+
+def _most_layers(values: Any) -> float:
+    """The largest number of layers that a configuration asks for, in any of its parts."""
+    if not isinstance(values, Mapping):
+        return 0
+    named = (v if isinstance(v, list) else [v] for k, v in values.items() if re.search("layers|depth", str(k)))
+    numbers = (number for part in named for number in part if isinstance(number, (int, float)))
+    return max([0, *numbers, *map(_most_layers, values.values())])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """
+    :param path: a ``config.json``
+    :return: what it holds
+    :raises ValueError: it is damaged, or asks for so many layers that a look at it would take for ever; names it
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a configuration of a VLA checkpoint: expected a JSON object.")
+    if _most_layers(values) > MOST_LAYERS:
+        raise ValueError(f"{path} asks for more than {MOST_LAYERS} layers, which no model has.")
+    return values
+
+
+def check_weight(where: str, name: str, value: Any) -> None:
+    """
+    :param where: what it is a part of, for the message
+    :param name: its name
+    :param value: what was read
+    :raises ValueError: it is no tensor of floating point, or holds NaN or infinite numbers
+    """
+    if not isinstance(value, th.Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, th.Tensor) else type(value).__name__
+        raise ValueError(f"{where}: {name} is of type {kind}, expected floating point.")
+    if value.numel() and not bool(th.isfinite(th.stack(value.aminmax())).all()):
+        raise ValueError(f"{where}: {name} is not finite (NaN or infinite).")
 
 
 class VLAConfig(PretrainedConfig):
@@ -303,12 +378,13 @@ class VLABody(PreTrainedModel):
         directory = Path(pretrained_model_name_or_path)
         stored = read_weight_shapes(directory)
         if isinstance(kwargs.get("config"), VLAConfig):
-            _check_size(cls, kwargs["config"], directory, stored)
+            wanted = meta_body(cls, kwargs["config"], directory, len(stored)).named_parameters()
+            _check_size({name: tuple(value.shape) for name, value in wanted}, directory, stored)
         body: Any
         info: dict[str, Any]
         try:
             body, info = super().from_pretrained(directory, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        except RuntimeError as error:
+        except Exception as error:  # of torch, of safetensors, or of whatever transformers trips over
             raise ValueError(f"The weights in {directory} do not fit {CONFIG_FILE}: {error}") from error
         # Extra state is what a body stores by other means
         problems = {
@@ -320,9 +396,8 @@ class VLABody(PreTrainedModel):
             raise ValueError(
                 f"The weights in {directory} are not those that its {CONFIG_FILE} describes: {'; '.join(found)}."
             )
-        broken = [name for name, value in body.named_parameters() if not bool(th.isfinite(value).all())]
-        if broken:
-            raise ValueError(f"The weights in {directory} are not finite (NaN or infinite): {', '.join(broken[:3])}.")
+        for name, value in body.named_parameters():
+            check_weight(f"The weights in {directory}", name, value.detach())
         return body
 
     def decode(
@@ -388,46 +463,43 @@ def read_checkpoint_config(checkpoint: str | os.PathLike[str], trust: bool = Fal
     """
     path = Path(checkpoint)
     if path.is_file():
-        kwargs = _saved_policy_kwargs(path, trust)
-        if "body_kwargs" not in kwargs:
-            raise ValueError(f"{path} holds a policy that is not a VLA.")
-        return kwargs["body"], get_body_class(kwargs["body"]).config_class(**kwargs["body_kwargs"])
+        with configuring(path):
+            kwargs = _saved_policy_kwargs(path, trust)
+            if "body_kwargs" not in kwargs:
+                raise ValueError(f"{path} holds a policy that is not a VLA.")
+            return kwargs["body"], get_body_class(kwargs["body"]).config_class(**kwargs["body_kwargs"])
     config_path = path / CONFIG_FILE
     if not config_path.is_file():
         raise FileNotFoundError(
             f"{path} is not a VLA checkpoint: {CONFIG_FILE} is missing. Expected a directory with {CONFIG_FILE} and "
             f"{WEIGHTS_FILE}, as VLAPolicy.save_checkpoint() writes it."
         )
-    try:
-        values = json.loads(config_path.read_text(encoding="utf-8"))
-        model_type = values["model_type"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{config_path} is not a configuration of a VLA checkpoint: {error!r}.") from error
+    values = read_config(config_path)
+    model_type = values.get("model_type")
     for name in _BODIES:
         body_class = get_body_class(name)
         if body_class.config_class.model_type == model_type:
-            try:
+            with configuring(config_path):
                 return name, body_class.config_class.from_checkpoint(path, values)
-            except FileNotFoundError:  # names the file itself
-                raise
-            except Exception as error:  # what transformers raises for a wrong type differs by field
-                raise ValueError(f"{config_path} is not a configuration of a VLA checkpoint: {error}") from error
     raise ValueError(
         f"{config_path} is of model type {model_type!r}; known bodies: "
         f"{ {name: get_body_class(name).config_class.model_type for name in _BODIES} }."
     )
 
 
-def read_weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+def read_weight_shapes(directory: Path, files: Iterable[Path] | None = None) -> dict[str, tuple[int, ...]]:
     """
     Read from the headers of a checkpoint's safetensors files which weights there are, without reading them.
 
     :param directory: the checkpoint
+    :param files: its files of weights; None for all that have the name of one
     :return: shape of each tensor
     :raises ValueError: a file is damaged, or has tensors that are not of floating point
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(path for path in directory.glob("*.safetensors") if _OWN_WEIGHTS.fullmatch(path.name)):
+    if files is None:
+        files = sorted(path for path in directory.glob("*.safetensors") if _OWN_WEIGHTS.fullmatch(path.name))
+    for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
@@ -440,20 +512,29 @@ def read_weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_size(
-    body_class: type[VLABody], config: VLAConfig, directory: Path, stored: Mapping[str, tuple[int, ...]]
-) -> None:
-    # Before memory is taken: a configuration can ask for any amount
+def meta_body(body_class: type[VLABody], config: VLAConfig, directory: Path, n_stored: int) -> VLABody:
+    """
+    A body without memory for its weights, before any is taken: a configuration can ask for any amount.
+
+    :param body_class: its class
+    :param config: its configuration
+    :param directory: where that was read
+    :param n_stored: number of tensors that are there
+    :return: the body, on the meta device
+    :raises ValueError: there are too few weights for the layers, or there is no such body
+    """
     where = directory / CONFIG_FILE
-    layers = getattr(config, "num_hidden_layers", 0)
-    if layers > len(stored):
-        raise ValueError(f"{where}: num_hidden_layers is {layers}, but the weights are only {len(stored)} tensors.")
+    layers = _most_layers(config.to_dict())
+    if layers > max(n_stored, FEW_LAYERS):
+        raise ValueError(f"{where} asks for {layers} layers, but the weights are only {n_stored} tensors.")
     try:
         with th.device("meta"):
-            body = body_class(config)
-    except (RuntimeError, TypeError, OverflowError, ZeroDivisionError) as error:
-        raise ValueError(f"{where} describes a model that cannot be built: {error}") from error
-    wanted = {name: tuple(value.shape) for name, value in body.named_parameters()}
+            return body_class(config)
+    except Exception as error:  # which type it is depends on the field and on transformers
+        raise ValueError(f"{where} describes a model that cannot be built: {error!r}") from error
+
+
+def _check_size(wanted: Mapping[str, tuple[int, ...]], directory: Path, stored: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in wanted.items():
         if stored.get(name, shape) != shape:
             raise ValueError(f"{directory}: {name} has the shape {stored[name]}, {CONFIG_FILE} asks for {shape}.")

@@ -34,6 +34,7 @@ from opd_gym.policies.body import (
     VLAOutput,
     channels_first,
     check_own_checkpoint,
+    check_weight,
     get_body_class,
     read_checkpoint_config,
     remove_stale_weights,
@@ -147,7 +148,12 @@ class VLAPolicy(ActorCriticPolicy):
         if self._checkpoint is None:
             config_class = get_body_class(body).config_class
             self._config = config_class.from_spaces(observation_space, action_space, **(body_kwargs or {}))
-        self._config.check_spaces(observation_space, action_space)
+        try:
+            self._config.check_spaces(observation_space, action_space)
+        except ValueError as error:
+            if self._checkpoint is None:
+                raise
+            raise ValueError(f"{self._checkpoint}: {error}") from error
         if self._lora is not None and self._base_directory() is None:
             raise ValueError(
                 "LoRA adapts pretrained weights: pass checkpoint=... (or train all weights of a new body: lora=None)."
@@ -220,10 +226,17 @@ class VLAPolicy(ActorCriticPolicy):
         :param state_dict: what :meth:`state_dict` gave
         :param strict: whether a missing or unknown key is an error
         :param assign: see ``torch.nn.Module.load_state_dict``
+        :raises ValueError: a tensor is missing, unexpected, of another shape, not of floating point or not finite
         """
+        trained = dict(self.named_parameters())
+        for name in trained.keys() & state_dict.keys():
+            check_weight("The saved policy", name, state_dict[name])
         if self._trained_state is not None:
             state_dict = self._trained_state.complete(state_dict, super().state_dict())
-        return super().load_state_dict(state_dict, strict, assign)
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            raise ValueError(f"The saved weights are not those of this policy: {error}") from error
 
     @property
     def config(self) -> VLAConfig:

@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from transformers.utils import is_torchvision_available
 from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.instructions import decode_instruction
 from opd_gym.policies.adapters import cast_parameters
-from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput
+from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput, configuring
 
 PROMPT = "What action should the robot take to {instruction}?"
 # Which of a processor's files says what class it is, from the newest layout to the oldest
@@ -67,8 +68,11 @@ class VLMConfig(VLAConfig):
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
-        if "{instruction}" not in prompt:
-            raise ValueError(f"The prompt must contain {{instruction}}, got {prompt!r}.")
+        # Whatever else stands in braces is looked up, or padded, with every instruction
+        if {part[1:] for part in Formatter().parse(prompt) if part[1] is not None} != {("instruction", "", None)}:
+            raise ValueError(f"The prompt must contain {{instruction}}, and nothing else in braces, got {prompt!r}.")
+        if not isinstance(bidirectional, bool):
+            raise ValueError(f"bidirectional must be True or False, got {bidirectional!r:.80}.")
         if model is not None:
             path = Path(model).expanduser()
             model = str(path.absolute()) if path.exists() else os.fspath(model)
@@ -407,7 +411,8 @@ class VLMModel(VLABody):
         """
         body: VLMModel = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         assert body.config.vlm_config is not None
-        body.set_processor(load_processor(pretrained_model_name_or_path, body.config.vlm_config))
+        with configuring(Path(pretrained_model_name_or_path) / _PROCESSOR_FILES[0]):
+            body.set_processor(load_processor(pretrained_model_name_or_path, body.config.vlm_config))
         return body
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]

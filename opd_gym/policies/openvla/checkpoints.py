@@ -18,7 +18,15 @@ from torch import nn
 from opd_gym.checkpoints import CONFIG_FILE
 from opd_gym.checks import check_at_least_one
 from opd_gym.files import replacing, write_atomic
-from opd_gym.policies.body import WEIGHTS_FILE, remove_stale_weights
+from opd_gym.policies.body import (
+    WEIGHTS_FILE,
+    check_weight,
+    is_weights_file,
+    meta_body,
+    read_json,
+    read_weight_shapes,
+    remove_stale_weights,
+)
 from opd_gym.policies.openvla.configuration import OpenVLAConfig
 from opd_gym.policies.openvla.processing import PromptTokenizer
 from opd_gym.policies.openvla.published import (
@@ -165,7 +173,11 @@ def published_layout(model: OpenVLAModel) -> dict[str, Part]:
 def _shards(directory: Path) -> list[Path]:
     index = directory / INDEX_FILE
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        values = read_json(index)
+        weight_map = values.get("weight_map") if isinstance(values, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map or not all(map(is_weights_file, weight_map.values())):
+            raise ValueError(f"{index} is damaged: expected a `weight_map` from weights to files beside it.")
+        names = sorted(set(weight_map.values()))
     else:
         names = [WEIGHTS_FILE]
     missing = [name for name in names if not (directory / name).is_file()]
@@ -174,8 +186,8 @@ def _shards(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _published_tensors(directory: Path, with_proprio: bool) -> Iterator[tuple[str, th.Tensor]]:
-    for shard in _shards(directory):
+def _published_tensors(directory: Path, shards: list[Path], with_proprio: bool) -> Iterator[tuple[str, th.Tensor]]:
+    for shard in shards:
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 # timm's own name; the published files avoid it because transformers once renamed it
@@ -186,14 +198,14 @@ def _published_tensors(directory: Path, with_proprio: bool) -> Iterator[tuple[st
             yield f"proprio_projector.{name}", tensor
 
 
-def _assign(model: nn.Module, name: str, tensor: th.Tensor) -> None:
+def _assign(model: nn.Module, directory: Path, name: str, tensor: th.Tensor) -> None:
     """Replace a parameter or buffer without memory for the old one."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     old = getattr(module, attribute)
     if tuple(old.shape) != tuple(tensor.shape):
         raise ValueError(
-            f"The checkpoint's weights do not fit its configuration: {name} has shape {tuple(tensor.shape)}, expected "
+            f"The weights in {directory} do not fit {CONFIG_FILE}: {name} has shape {tuple(tensor.shape)}, expected "
             f"{tuple(old.shape)}."
         )
     if isinstance(old, nn.Parameter):
@@ -225,15 +237,16 @@ def load_model(
         raise FileNotFoundError(
             f"{directory} has no {TOKENIZER_FILE}: copy it from the checkpoint that this one was fine-tuned from."
         )
-    with th.device("meta"):
-        model = model_class(config)
+    shards = _shards(directory)
+    stored = read_weight_shapes(directory, shards)
+    model: OpenVLAModel = meta_body(model_class, config, directory, len(stored))  # type: ignore[assignment]
     layout = published_layout(model)
     if model.proprio_projector is not None:
         layout |= {name: Part((name,)) for name in model.proprio_projector.state_dict(prefix="proprio_projector.")}
     missing = set(layout)
     unknown = []
     dtypes = {dtype}
-    for name, tensor in _published_tensors(directory, model.proprio_projector is not None):
+    for name, tensor in _published_tensors(directory, shards, model.proprio_projector is not None):
         # Older versions of transformers saved what can be computed; RLinf saves the critic
         if name.endswith("rotary_emb.inv_freq") or name.startswith("value_head."):
             continue
@@ -241,16 +254,23 @@ def load_model(
             unknown.append(name)
             continue
         missing.discard(name)
+        check_weight(str(directory), name, tensor)
         part = layout[name]
         dtypes.add(tensor.dtype)
-        for ours, value in zip(part.names, part.split(tensor), strict=True):
+        try:
+            pairs = list(zip(part.names, part.split(tensor), strict=True))
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise ValueError(f"{directory}: {name} has a shape that does not fit, {tuple(tensor.shape)}.") from error
+        for ours, value in pairs:
             # A copy, or the memory of the file would be the model's
-            _assign(model, ours, value.to(device=device, dtype=dtype or value.dtype, copy=True).contiguous())
+            _assign(model, directory, ours, value.to(device=device, dtype=dtype or value.dtype, copy=True).contiguous())
     for name in sorted(missing):
         (ours, *_), unused = layout[name].names, ".unused."
         if unused in ours:  # no output depends on them
             missing.remove(name)
-            _assign(model, ours, th.zeros_like(model.get_buffer(ours), device=device, dtype=dtype or th.float32))
+            _assign(
+                model, directory, ours, th.zeros_like(model.get_buffer(ours), device=device, dtype=dtype or th.float32)
+            )
     if missing or unknown:
         raise ValueError(
             f"The weights of {directory} are not in OpenVLA's published layout: {len(missing)} missing "
@@ -259,9 +279,12 @@ def load_model(
     config.rounded_frequencies |= config.profile.rounded_frequencies and th.bfloat16 in dtypes
     model.reset_computed_buffers(device)
     sentencepiece = directory / SENTENCEPIECE_FILE
-    model.tokenizer = PromptTokenizer(
-        tokenizer.read_text(encoding="utf-8"), sentencepiece.read_bytes() if sentencepiece.is_file() else b""
-    )
+    try:
+        model.tokenizer = PromptTokenizer(
+            tokenizer.read_text(encoding="utf-8"), sentencepiece.read_bytes() if sentencepiece.is_file() else b""
+        )
+    except Exception as error:  # of the library, which has no type of its own
+        raise ValueError(f"{tokenizer} is damaged: {error}") from error
     return model.eval()
 
 

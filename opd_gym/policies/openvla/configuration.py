@@ -12,7 +12,9 @@ from gymnasium import spaces
 from transformers import Dinov2WithRegistersConfig, LlamaConfig, PretrainedConfig, SiglipVisionConfig
 
 from opd_gym.actions import statistics_of_positions
-from opd_gym.policies.body import VLAConfig
+from opd_gym.checkpoints import CONFIG_FILE
+from opd_gym.checks import check_range
+from opd_gym.policies.body import VLAConfig, check_count, configuring
 from opd_gym.policies.openvla.published import (
     MODEL_TYPE,
     InputProfile,
@@ -113,6 +115,29 @@ class OpenVLAConfig(VLAConfig):
         **kwargs: Any,
     ):
         profile = get_profile(input_profile)
+        flags = dict(
+            libero_images=libero_images, joint_positions=joint_positions, rounded_frequencies=rounded_frequencies
+        )
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, got {flag!r:.80}.")
+        if gripper not in (None, "open_is_one"):
+            raise ValueError(f'gripper must be "open_is_one" or None, got {gripper!r:.80}.')
+        if not isinstance(norm_stats or {}, Mapping) or not all(
+            isinstance(statistics_of, Mapping) for statistics_of in (norm_stats or {}).values()
+        ):
+            raise ValueError(f"norm_stats must map data sets to statistics, got {norm_stats!r:.80}.")
+        counts = dict(proprio_inputs=proprio_inputs, pad_to_multiple_of=pad_to_multiple_of, pad_token_id=pad_token_id)
+        for name, count in counts.items():
+            check_count(name, count, least=0)
+        for name, pixels, interval in (
+            ("pixel_means", pixel_means, "(-inf, inf)"),
+            ("pixel_stds", pixel_stds, "(0, inf)"),
+        ):
+            if np.shape(pixels) != (2, 3):
+                raise ValueError(f"{name} must be two rows of three numbers, got {pixels!r:.80}.")
+            for number in np.ravel(pixels):
+                check_range(interval, **{name: float(number)})
         if normalization not in ("bounds", "bounds_q99"):
             raise ValueError(f'normalization must be "bounds" or "bounds_q99", got {normalization!r}.')
         backbone = kwargs.get("vision_backbone_id", PUBLISHED_FIELDS["vision_backbone_id"])
@@ -133,6 +158,10 @@ class OpenVLAConfig(VLAConfig):
             SiglipVisionConfig, siglip_config, hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
             num_attention_heads=16, patch_size=14, image_size=224, hidden_act="gelu",
         )  # fmt: skip
+        for name, part in (("dino_config", self.dino_config), ("siglip_config", self.siglip_config)):
+            check_count(f"num_hidden_layers of {name}", part.num_hidden_layers)
+            check_count(f"patch_size of {name}", part.patch_size)
+            check_count(f"image_size of {name}", part.image_size, least=part.patch_size)
         self.norm_stats = norm_stats or {}
         self.unnorm_key = unnorm_key
         self.input_profile = input_profile
@@ -159,6 +188,13 @@ class OpenVLAConfig(VLAConfig):
             pad_token_id=pad_token_id,
             **kwargs,
         )
+        if self.action_ids.start < 0:
+            raise ValueError(
+                f"The vocabulary of {self.text_config.vocab_size} is too small for {self.n_bins} bins and "
+                f"{pad_to_multiple_of} rows of padding."
+            )
+        if pad_token_id >= self.text_config.vocab_size:
+            raise ValueError(f"pad_token_id {pad_token_id} is outside of {self.text_config.vocab_size} tokens.")
         if proprio_inputs and proprio_inputs != proprio_dim and (proprio_dim, proprio_inputs) != (9, 8):
             raise ValueError(
                 f"The proprioception projector has {proprio_inputs} inputs, the observation {proprio_dim} numbers. "
@@ -279,4 +315,6 @@ class OpenVLAConfig(VLAConfig):
         :return: its configuration
         """
         directory = locate(pretrained_model_name_or_path)
-        return cls.from_checkpoint(directory, read_values(directory), **fields)
+        values = read_values(directory)
+        with configuring(directory / CONFIG_FILE):
+            return cls.from_checkpoint(directory, values, **fields)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import torch as th
 
 from opd_gym.checkpoints import CONFIG_FILE, adapter_advice, resolve_checkpoint
+from opd_gym.policies.body import check_weight, read_config, read_json
 
 MODEL_TYPE = "openvla"
 INDEX_FILE = "model.safetensors.index.json"
@@ -122,11 +122,8 @@ def read_values(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not a checkpoint of OpenVLA: {CONFIG_FILE} is missing.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        model_type = values.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a configuration of OpenVLA: {error!r}.") from error
+    values = read_config(path)
+    model_type = values.get("model_type")
     if model_type != MODEL_TYPE:
         raise ValueError(f"{path} is of model type {model_type!r}, expected {MODEL_TYPE!r}.")
     return values
@@ -202,7 +199,9 @@ def complete_values(directory: Path, values: Mapping[str, Any], **fields: Any) -
     norm_stats = dict(values.get("norm_stats") or {})
     path = directory / STATISTICS_FILE
     if path.is_file():
-        fine_tuned = json.loads(path.read_text(encoding="utf-8"))
+        fine_tuned = read_json(path)
+        if not isinstance(fine_tuned, dict):
+            raise ValueError(f"{path} must map data sets to statistics.")
         norm_stats.update(fine_tuned)
         # config.json may still hold the statistics of all that the base model was trained on
         if len(fine_tuned) == 1:
@@ -234,13 +233,15 @@ def complete_values(directory: Path, values: Mapping[str, Any], **fields: Any) -
     values.setdefault("gripper", "open_is_one" if libero else None)
     path = directory / PREPROCESSOR_FILE
     if path.is_file():
-        preprocessor = json.loads(path.read_text(encoding="utf-8"))
+        preprocessor = read_json(path)
+        if not isinstance(preprocessor, dict):
+            raise ValueError(f"{path} must be a JSON object.")
         for name, field in (("pixel_means", "means"), ("pixel_stds", "stds")):
             if field in preprocessor:
                 values.setdefault(name, preprocessor[field])
     projector = proprio_file(directory)
     if projector is not None and "proprio_inputs" not in values:
-        values["proprio_inputs"] = load_proprio(projector)["fc1.weight"].shape[1]
+        values["proprio_inputs"] = load_proprio(projector)["fc1.weight"].shape[-1]
     if values.get("proprio_inputs"):
         values.setdefault("proprio_dim", 9 if values["proprio_inputs"] == 8 else values["proprio_inputs"])
     return values
@@ -262,6 +263,16 @@ def proprio_file(directory: Path) -> Path | None:
 
 
 def load_proprio(path: Path) -> dict[str, th.Tensor]:
-    state = th.load(path, map_location="cpu", weights_only=True)
-    # Written by a model that was wrapped for several GPUs
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    try:
+        # Written by a model that was wrapped for several GPUs
+        state = {
+            name.removeprefix("module."): tensor
+            for name, tensor in th.load(path, map_location="cpu", weights_only=True).items()
+        }
+    except Exception as error:  # a pickle that is damaged raises anything
+        raise ValueError(f"{path} is not a file of weights, or is damaged: {error!r}") from error
+    for name, tensor in state.items():
+        check_weight(str(path), name, tensor)
+    if "fc1.weight" not in state:
+        raise ValueError(f"{path} has no `fc1.weight`: it is not a projector of proprioception.")
+    return state
