@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
+from opd_gym.checks import check_seed
+
 
 @dataclass(frozen=True)
 class EpisodeSpec:
@@ -25,6 +27,9 @@ class EpisodeSpec:
     options: dict[str, Any] | None = None
     group: int = -1
     member: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", check_seed(self.seed))
 
 
 class Dispatcher:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
@@ -26,7 +25,7 @@ from opd_gym.cli.runs import (
     write_run_files,
 )
 from opd_gym.demonstrations import read_statistics
-from opd_gym.envs.make import build_env
+from opd_gym.envs.make import build_env, env_spec
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
 from opd_gym.untrusted import read_yaml
@@ -88,7 +87,7 @@ def default_threshold(env_id: str) -> float | None:
     """
     if bare_id(env_id) in CHUNK_SIZES:
         return None
-    return gym.spec(env_id).reward_threshold
+    return env_spec(env_id).reward_threshold
 
 
 class _Stop(BaseCallback):
@@ -163,10 +162,17 @@ def read_args(run_dir: Path) -> TrainArgs:
     path = run_dir / "args.yml"
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is not the directory of a run: {path.name} is missing.")
-    values = read_yaml(path)
+    values = _mapping(path)
     # Whether to trust a run is not for the run to say
     known = {item.name for item in fields(TrainArgs)} - {"trust"}
     return TrainArgs(**{key: value for key, value in values.items() if key in known})
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must map names to values, got {type(values).__name__}.")
+    return values
 
 
 def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
@@ -253,7 +259,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     if resume is None:
         values = complete_hyperparams(args)
     else:
-        values = read_yaml(resume / "config.yml")
+        values = _mapping(resume / "config.yml")
         if args.n_timesteps is not None:
             values["n_timesteps"] = args.n_timesteps
     run, kwargs = split_hyperparams(args.algo, values, cls)
@@ -272,7 +278,10 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
         if saved:
             model = _load_to_resume(cls, saved[-1], env, args, kwargs)
         else:
-            model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
+            try:
+                model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
+            except TypeError as error:  # a wrong name or type in policy_kwargs, teacher_kwargs, ...
+                raise ValueError(f"The hyperparameters do not fit {args.algo} with {policy}: {error}") from error
         run_dir = resume or new_run_dir(args.folder, args.algo, args.env)
         write_run_files(run_dir, asdict(args), values)
         print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
@@ -357,7 +366,8 @@ def run(args: Train) -> int:
             f"--resume goes on with the run's own {', '.join(changed)}. Leave out --{' --'.join(changed)}, or edit "
             f"{args.resume / 'config.yml'}, which is read again."
         )
-    if args.n_timesteps is not None:
-        stored.n_timesteps = args.n_timesteps
+    for name in ("n_timesteps", "eval_episodes", "checkpoint_interval"):
+        if given[name] != getattr(TrainArgs(), name):
+            setattr(stored, name, given[name])
     stored.device, stored.progress, stored.verbose, stored.trust = args.device, args.progress, args.verbose, args.trust
     return 0 if train(stored, resume=args.resume).finished else 130
