@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +17,8 @@ ZOO = Path(__file__).parent / "zoo"
 REGISTRY_FILE = ZOO / "checkpoints.yml"
 CHECKPOINTS = ZOO / "checkpoints"
 CONFIG_FILE = "config.json"
+# The whole of a checkpoint while its files take the places of older ones
+PENDING = ".opd_gym-new"
 # Of a repository on the hub, what a VLA is read from. A zip of Stable-Baselines3 is not among them: reading one runs
 # what it holds
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors", "*checkpoint.pt"]
@@ -171,6 +176,40 @@ def _with_content(path: Path) -> Path:
     return path
 
 
+def newest_intact(checkpoints: Sequence[Path]) -> Path | None:
+    """
+    The last of a run's checkpoints that can be read: a power cut may leave the newest in parts. Warns of those that
+    are passed over.
+
+    :param checkpoints: zips of models, oldest first
+    :return: the last that is whole; None if there are none at all
+    :raises ValueError: all are damaged
+    """
+    for path in reversed(checkpoints):
+        _with_content(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                # A zip that is cut off may end with a whole one, that of the weights in it
+                damaged = archive.testzip() if "data" in archive.namelist() else "its end is missing"
+        except Exception as error:  # a damaged file raises anything
+            damaged = str(error)
+        if damaged is None:
+            return path
+        warnings.warn(f"{path} is damaged ({damaged}): the checkpoint before it is taken.", stacklevel=2)
+    if checkpoints:
+        raise ValueError(f"Every checkpoint of the run is damaged: {', '.join(map(str, checkpoints))}.")
+    return None
+
+
+def whole_checkpoint(directory: Path) -> Path:
+    """
+    :param directory: directory of a VLA checkpoint
+    :return: where its files belong together: a save that was killed while it replaced them has left the new ones, all
+        of them, in a folder of their own
+    """
+    return directory / PENDING if (directory / PENDING / CONFIG_FILE).is_file() else directory
+
+
 def adapter_advice(directory: Path) -> str:
     """
     :param directory: what may be the folder of LoRA adapters that were not merged into their base, as peft and
@@ -189,14 +228,16 @@ def adapter_advice(directory: Path) -> str:
 
 
 def _in_directory(path: Path) -> Path:
+    path = whole_checkpoint(path)
     if (path / CONFIG_FILE).is_file():
         for pattern in HUB_FILES:
             for file in path.glob(pattern):
                 _with_content(file)
         return path
-    for candidate in (*reversed(run_checkpoints(path)), path / "model.zip"):
-        if candidate.is_file():
-            return _with_content(candidate)
+    finished = [path / "model.zip"] if (path / "model.zip").is_file() else []
+    found = newest_intact([*finished, *run_checkpoints(path)])
+    if found is not None:
+        return found
     raise ValueError(
         f"{path} is neither a VLA checkpoint (it has no {CONFIG_FILE}) nor a run (it has no checkpoints/*.zip)."
         + adapter_advice(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +15,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.checkpoints import lasting_name, resolve_checkpoint, run_checkpoints, student_for, teacher_for
+from opd_gym.checkpoints import (
+    lasting_name,
+    newest_intact,
+    resolve_checkpoint,
+    run_checkpoints,
+    student_for,
+    teacher_for,
+)
 from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
     STATES_FILE,
@@ -132,7 +140,10 @@ def _load_to_resume(
     states = path.parent / STATES_FILE
     if getattr(model, "replay_buffer", None) is not None:
         if states.is_file():
-            model.load_replay_buffer(states)  # type: ignore[attr-defined]
+            try:
+                model.load_replay_buffer(states)  # type: ignore[attr-defined]
+            except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+                print(f"{states} is damaged ({error}): its states are not replayed", flush=True)
         print(f"{model.replay_buffer.size} states to replay from {states}", flush=True)  # type: ignore[attr-defined]
     return model
 
@@ -265,8 +276,8 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     run, kwargs = split_hyperparams(args.algo, values, cls)
     policy = run.get("policy") or "MlpPolicy"
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
-    saved = run_checkpoints(resume) if resume is not None else []
-    source = saved[-1] if saved else start
+    saved = newest_intact(run_checkpoints(resume)) if resume is not None else None
+    source = saved or start
     kwargs = trusting(args.algo, kwargs, args.trust)
     settings = checkpoint_settings(
         {"checkpoint": source} if source is not None else kwargs.get("policy_kwargs") or {}, args.trust
@@ -275,8 +286,8 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, "n_workers": None}
     env = build_env(args.env, {**run, **slots}, seed=args.seed, settings=settings)
     try:
-        if saved:
-            model = _load_to_resume(cls, saved[-1], env, args, kwargs)
+        if saved is not None:
+            model = _load_to_resume(cls, saved, env, args, kwargs)
         else:
             try:
                 model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
