@@ -153,7 +153,7 @@ class PolicyAlgorithm(BaseAlgorithm):
     # ------------------------------------------------------------------------------------------------------ set-up
 
     def __init__(self, *args: Any, device: th.device | str = "auto", seed: int | None = None, **kwargs: Any):
-        super().__init__(*args, device=check_device(device), seed=check_seed(seed), **kwargs)
+        super().__init__(*args, device=check_device(device), seed=check_seed(seed), **kwargs)  # type: ignore[misc]
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         if policy_name == "VLAPolicy":
