@@ -37,6 +37,10 @@ if Path(getattr(sys, "argv", [""])[0]).name != "opd-gym":
     register_envs()
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         from importlib import import_module

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,6 +17,8 @@ ZOO = Path(__file__).parent / "zoo"
 REGISTRY_FILE = ZOO / "checkpoints.yml"
 CHECKPOINTS = ZOO / "checkpoints"
 CONFIG_FILE = "config.json"
+# The whole of a checkpoint while its files take the places of older ones
+PENDING = ".opd_gym-new"
 # Of a repository on the hub, what a VLA is read from, or a model of Stable-Baselines3 and its VecNormalize
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors", "*checkpoint.pt"]
 HUB_FILES += ["*.zip", "*vec_normalize.pkl", "*vecnormalize.pkl"]
@@ -174,6 +178,40 @@ def _with_content(path: Path) -> Path:
     return path
 
 
+def newest_intact(checkpoints: Sequence[Path]) -> Path | None:
+    """
+    The last of a run's checkpoints that can be read: a power cut may leave the newest in parts. Warns of those that
+    are passed over.
+
+    :param checkpoints: zips of models, oldest first
+    :return: the last that is whole; None if there are none at all
+    :raises ValueError: all are damaged
+    """
+    for path in reversed(checkpoints):
+        _with_content(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                # A zip that is cut off may end with a whole one, that of the weights in it
+                damaged = archive.testzip() if "data" in archive.namelist() else "its end is missing"
+        except Exception as error:  # a damaged file raises anything
+            damaged = str(error)
+        if damaged is None:
+            return path
+        warnings.warn(f"{path} is damaged ({damaged}): the checkpoint before it is taken.", stacklevel=2)
+    if checkpoints:
+        raise ValueError(f"Every checkpoint of the run is damaged: {', '.join(map(str, checkpoints))}.")
+    return None
+
+
+def whole_checkpoint(directory: Path) -> Path:
+    """
+    :param directory: directory of a VLA checkpoint
+    :return: where its files belong together: a save that was killed while it replaced them has left the new ones, all
+        of them, in a folder of their own
+    """
+    return directory / PENDING if (directory / PENDING / CONFIG_FILE).is_file() else directory
+
+
 def adapter_advice(directory: Path) -> str:
     """
     :param directory: what may be the folder of LoRA adapters that were not merged into their base, as peft and
@@ -192,17 +230,19 @@ def adapter_advice(directory: Path) -> str:
 
 
 def _in_directory(path: Path, hub_id: str = "") -> Path:
+    path = whole_checkpoint(path)
     if (path / CONFIG_FILE).is_file():
         for pattern in HUB_FILES:
             for file in path.glob(pattern):
                 _with_content(file)
         return path
     # Of a repository, the model that has its name
-    named = (path / f"{name}.zip" for name in (hub_id.partition("/")[2], "model") if name)
-    for candidate in (*reversed(run_checkpoints(path)), *named):
-        if candidate.is_file():
-            return _with_content(candidate)
-    models = [found for found in sorted(path.glob("*.zip")) if _holds_a_model(found)]
+    names = (hub_id.partition("/")[2], "model")
+    named = [file for file in (path / f"{name}.zip" for name in names if name) if file.is_file()]
+    found = newest_intact([*named[:1], *run_checkpoints(path)])
+    if found is not None:
+        return found
+    models = [model for model in sorted(path.glob("*.zip")) if _holds_a_model(model)]
     if len(models) == 1:
         return _with_content(models[0])
     if models:

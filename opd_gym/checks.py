@@ -56,3 +56,13 @@ def check_schedule(interval: str, /, **schedules: Any) -> None:
             continue
         for progress in (1.0, 0.5, 0.0):
             check_range(f"[{interval[1:]}", **{f"{name} at progress {progress}": value(progress)})
+
+
+def check_seed(seed: Any) -> int | None:
+    """
+    :param seed: an integer of Python or NumPy, at least 0; None for none
+    :return: it as an integer of Python, as Gymnasium and ``random`` need it
+    :raises ValueError: it is something else
+    """
+    check_at_least(0, seed=seed)
+    return None if seed is None else int(seed)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.checks import check_at_least
+from opd_gym.checks import check_seed
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class EpisodeSpec:
     member: int = 0
 
     def __post_init__(self) -> None:
-        if self.seed is not None:
-            check_at_least(0, seed=self.seed)
-            object.__setattr__(self, "seed", int(self.seed))  # Gymnasium takes no integer of NumPy's
+        object.__setattr__(self, "seed", check_seed(self.seed))
 
 
 class Dispatcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,14 +28,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """
+    Wait until a file, or the names of the files in a folder, are on the disk.
+
+    :param path: the file or folder
+    """
     if os.name != "posix":
         return  # Windows cannot open a folder, nor sync a file that is open for reading
     descriptor = os.open(path, os.O_RDONLY)
@@ -73,3 +79,40 @@ def cache_dir() -> Path:
             f"The cache folder {path} cannot be made ({error}). Set OPD_GYM_CACHE to a folder that can be written."
         ) from error
     return path
+
+
+def code_dir(name: str) -> Path:
+    """
+    Folder of the cache for compiled code. Who can write there decides what runs here, so it is the user's alone.
+
+    :param name: name of the folder
+    :return: the folder, created
+    :raises PermissionError: others can write to it, to what is in it, or to the cache folder
+    """
+    root = cache_dir()
+    folder = root / name
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if os.name == "posix":
+        for path in (root, folder, *folder.rglob("*")):
+            if path.exists() and _written_by_others(path.stat()):
+                raise PermissionError(
+                    f"{path} can be written by other users, and code that is compiled is run from {folder}. Run "
+                    f"`chmod -R go-w {root}` if you trust what is in it, remove {folder} if you do not, or set "
+                    "OPD_GYM_CACHE to a folder of your own."
+                )
+    return folder
+
+
+def _written_by_others(status: os.stat_result) -> bool:
+    import grp
+    import pwd
+
+    if status.st_uid not in (0, os.getuid()) or status.st_mode & stat.S_IWOTH:
+        return True
+    if not status.st_mode & stat.S_IWGRP:
+        return False
+    try:  # a group of the user alone, as many systems make it
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(status.st_gid)
+    except KeyError:
+        return True
+    return group.gr_name != user.pw_name or not set(group.gr_mem) <= {user.pw_name}

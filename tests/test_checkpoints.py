@@ -1,5 +1,6 @@
 """Whatever names a checkpoint means the same everywhere: teacher, student, policy_kwargs, command line."""
 
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -232,3 +233,84 @@ def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch):
     assert main(["train", "--resume", str(run), "-n", "64", "--no-progress"]) == 0
     # A saved model finds its teacher as well
     assert OPD.load(run / "model.zip", env="CartPole-v1").learn(32, reset_num_timesteps=False).num_timesteps > 64
+
+
+def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path, monkeypatch):
+    """Whatever call it is killed at: each of its files is in shards, and the shards of the two look alike."""
+    from opd_gym.policies.tiny import TinyVLAModel
+
+    save = TinyVLAModel.save_pretrained
+    monkeypatch.setattr(TinyVLAModel, "save_pretrained", lambda self, path: save(self, path, max_shard_size=60_000))
+    kwargs = dict(teacher="expert", policy_kwargs=dict(body_kwargs=TINY_BODY), device="cpu")
+    old, new = (OPD("VLAPolicy", env(), seed=seed, **kwargs).policy for seed in (1, 2))
+    calls = [(os, name) for name in ("replace", "link", "unlink", "rmdir", "fsync")]
+    found = []
+    for n in range(0, 10_000, 4):
+        place = tmp_path / str(n)
+        old.save_checkpoint(place)
+        assert len(list(place.glob("*.safetensors"))) > 1
+        child = os.fork()
+        if child == 0:
+            left = n
+
+            def killed(real):
+                def call(*args, **kwargs):
+                    nonlocal left
+                    left -= 1
+                    return os._exit(7) if left < 0 else real(*args, **kwargs)
+
+                return call
+
+            for module, name in calls:
+                setattr(module, name, killed(getattr(module, name)))
+            try:
+                new.save_checkpoint(place)
+            finally:
+                os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        read = parameters(load_policy(place, old.observation_space, old.action_space))
+        found.append(bool(th.equal(read, parameters(new))))
+        assert found[-1] or th.equal(read, parameters(old))
+        if status == 0:
+            break
+        old.save_checkpoint(place)
+        assert not list(place.glob(".opd_gym*")), "it can be written over"
+    assert n > 10 and found == sorted(found) and 0 < sum(found) < len(found)
+
+
+def damaged(path, way):
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes(
+        {"empty": b"", "cut": data[:middle], "overwritten": data[:middle] + b"x" * 99 + data[middle + 99 :]}[way]
+    )
+
+
+@pytest.mark.parametrize("way", ["empty", "cut", "overwritten"])
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(way, tmp_path, capsys):
+    small = ["-P", "n_steps=32", "-P", "n_envs=1", "--checkpoint-interval", "0", "--no-progress"]
+    assert main(["train", "--algo", "ppo", "--env", "CartPole-v1", "-n", "96", "-f", str(tmp_path), *small]) == 0
+    run = tmp_path / "ppo" / "CartPole-v1_1"
+    first, last = registry.run_checkpoints(run)
+    damaged(last, way)
+    with pytest.warns(UserWarning, match=f"{last.name} is damaged"):
+        assert resolve_checkpoint(run) == first
+    with pytest.warns(UserWarning, match=f"{last.name} is damaged"):
+        assert main(["train", "--resume", str(run), "-n", "128", "--no-progress"]) == 0
+    for path in registry.run_checkpoints(run):
+        damaged(path, way)
+    with pytest.warns(UserWarning):
+        assert main(["train", "--resume", str(run), "-n", "160"]) == 2
+    assert "Every checkpoint of the run is damaged" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_without_states_that_are_damaged(tmp_path, capsys):
+    small = ["-P", "n_steps=32", "-P", "n_envs=1", "--no-progress", "--teacher", str(tmp_path / "teacher.zip")]
+    PPO("MlpPolicy", "CartPole-v1", n_steps=2, batch_size=2, device="cpu").save(tmp_path / "teacher.zip")
+    assert main(["train", "--env", "CartPole-v1", "-n", "32", "-f", str(tmp_path), *small]) == 0
+    states = tmp_path / "opd" / "CartPole-v1_1" / "checkpoints" / "states.npz"
+    for way in ("empty", "cut"):
+        damaged(states, way)
+        timesteps = {"empty": "64", "cut": "96"}[way]
+        assert main(["train", "--resume", str(states.parent.parent), "-n", timesteps, "--no-progress"]) == 0
+        assert "states.npz is damaged" in capsys.readouterr().out

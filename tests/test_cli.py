@@ -152,6 +152,23 @@ def test_commands_can_be_carried_out() -> None:
         assert [item.name for item in fields(cls) if f":param {item.name}:" not in inherited] == []
 
 
+def test_public_names_are_shown() -> None:
+    import opd_gym
+
+    assert {"OPD", "GRPO", "PPO", "SFT", "VLAPolicy", "make_vec"} <= set(dir(opd_gym))
+
+
+def test_a_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(args: options.TrainArgs, resume: Path | None = None) -> Any:
+        raise OSError(28, "No space left on device", "runs/model.zip")
+
+    monkeypatch.setattr("opd_gym.cli.train.train", broken)
+    for verbose in ([], ["-v"]):
+        assert main(["train", "--env", "E", *verbose]) == 2
+        said = capsys.readouterr().err
+        assert "No space left on device: 'runs/model.zip'" in said and ("Traceback" in said) == bool(verbose)
+
+
 def test_overrides_have_two_spellings() -> None:
     given = ["policy_kwargs.checkpoint=a:b=c", "learning_rate=5e-4", "cameras=[head, wrist]", "note:x=1", "gamma="]
     assert parse_overrides(given) == {

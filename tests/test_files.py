@@ -1,8 +1,12 @@
 """Files that are replaced in one step."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from opd_gym.files import replacing
+from opd_gym.files import code_dir, replacing
 
 
 def test_a_file_is_replaced_only_once_the_new_one_is_complete(tmp_path):
@@ -25,3 +29,32 @@ def test_a_block_that_writes_nothing_leaves_the_old_file(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(path):
         pass
     assert path.read_text() == "old"
+
+
+def test_code_is_run_from_no_folder_that_others_can_write(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPD_GYM_CACHE", str(tmp_path / "cache"))
+    folder = code_dir("numba")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    index = folder / "abc" / "physics.nbi"
+    index.parent.mkdir(mode=0o755)
+    index.write_bytes(b"")
+    index.chmod(0o644)
+    assert code_dir("numba") == folder
+    for path in (tmp_path / "cache", folder, index.parent, index):
+        mode = path.stat().st_mode & 0o777
+        path.chmod(mode | 0o002)
+        with pytest.raises(PermissionError, match=f"{path} can be written by other users.*OPD_GYM_CACHE"):
+            code_dir("numba")
+        path.chmod(mode)
+    assert code_dir("numba") == folder
+
+
+def test_libero_does_not_run_code_that_others_can_have_put_into_the_cache(tmp_path):
+    pytest.importorskip("libero")
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba").chmod(0o777)
+    code = "from opd_gym.envs.libero.runtime import import_libero; import_libero()"
+    env = {**os.environ, "OPD_GYM_CACHE": str(tmp_path)}
+    env.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and "numba can be written by other users" in done.stderr

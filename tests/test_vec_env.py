@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -652,6 +653,15 @@ def test_an_announced_episode_that_began_in_a_dropped_step_is_still_to_come(env,
     assert len(env.deaths) == (death is not None)
     # Once
     assert env.reset()[:, 0].tolist() == [-1] * 4
+
+
+def test_every_death_is_shown(env):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")  # as without pytest: the same words once
+        for _ in range(2):
+            env.reset()
+            env.step(go(env0=DIE))
+    assert len([warning for warning in shown if "died" in str(warning.message)]) == 2
 
 
 def test_who_stands_still_goes_on_standing_still(env):

@@ -40,6 +40,7 @@ from opd_gym.cli.video import side_by_side, write_video
 from opd_gym.envs.make import wrapper_function
 from opd_gym.envs.registration import LIBERO_IDS
 from opd_gym.evaluation import EvaluationResult
+from opd_gym.untrusted import read_yaml
 from opd_gym.versions import read_versions, versions, write_versions
 from opd_gym.zoo import hyperparams as config
 from opd_gym.zoo import load_hyperparams
@@ -90,7 +91,7 @@ def test_nothing_is_evaluated(tmp_path: Path) -> None:
     path = tmp_path / "evil.yml"
     for text in ("default: !!python/object/apply:os.system ['true']\n", "default: !!python/name:os.system ''\n"):
         path.write_text(text)
-        with pytest.raises(yaml.YAMLError):
+        with pytest.raises(ValueError, match="not YAML that can be read"):
             load_hyperparams("opd", "CartPole-v1", path)
     with pytest.raises(ValueError, match=r"policy_kwargs: expected a mapping.*Nothing is evaluated"):
         config.split_hyperparams("opd", {"policy_kwargs": "dict(net_arch=[64])"})
@@ -451,12 +452,26 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: 
         (["train", "--resume", "/no/such/run"], "args.yml"),
         (["eval", "--env", "CartPole-v1", "--checkpoint", "nobody"], "nobody"),
         (["demos", "--env", "CartPole-v1"], "LIBERO"),
+        (["train", "--algo", "ppo", "--env", "CartPole-v1", "--device", "gpu"], "Unknown device 'gpu'"),
+        (["eval", "--env", "CartPole-v1", "--checkpoint", "libero-object-student", "--device", "x"], "Unknown device"),
+        (["train", "--algo", "ppo", "--env", "CartPole-v1", "-P", "env_kwargs.image_sze=3"], "image_sze"),
+        (["train", "--algo", "ppo", "--env", "CartPole-v1", "-P", "policy_kwargs.foo=3"], "argument 'foo'"),
+        (
+            ["train", "--algo", "ppo", "--env", "CartPole-v1", "-P", "n_steps=many"],
+            "n_steps must be an integer.*'many'",
+        ),
+        (["train", "--algo", "ppo", "--env", "CartPole-v1", "-P", "n_envs=1.5"], "n_envs: expected an integer"),
+        (["train", "--env", "CartPole-v1", "-P", "teacher_kwargs={a: [}"], "teacher_kwargs.*expected YAML"),
+        (["train", "--env", "CartPole-v1", "--config", __file__], "test_zoo.py is not YAML"),
+        (["train", "--env", "CartPole-v1", "--config", "/proc/self/mem"], "error"),
+        (["train", "--env", "nobody:CartPole-v1"], "No module named 'nobody'"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["-f", str(tmp_path), "--no-progress"] if arguments[0] == "train" else []
     assert main([*arguments, *more]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(message, said) and "Traceback" not in said
     assert not list(tmp_path.rglob("*.zip"))
 
 
@@ -667,6 +682,32 @@ def test_resume_says_what_it_does_not_take(teacher: Path, tmp_path: Path, capsys
     run = tmp_path / "opd" / "CartPole-v1_1"
     assert main(["train", "--resume", str(run), "--hyperparams", "learning_rate:1e-5"]) == 2
     assert "--hyperparams" in capsys.readouterr().err
+    # What it does take
+    more = ["-n", "128", "--eval-episodes", "2", "--checkpoint-interval", "0", "--no-progress"]
+    assert main(["train", "--resume", str(run), *more]) == 0
+    assert len(json.loads((run / "evaluation.json").read_text())["episodes"]) == 2
+    args = read_yaml(run / "args.yml")
+    assert args["eval_episodes"] == 2 and args["checkpoint_interval"] == 0.0
+    for name, content in (("args.yml", "- 1"), ("config.yml", "a: [")):
+        kept = (run / name).read_text()
+        (run / name).write_text(content)
+        assert main(["train", "--resume", str(run)]) == 2 and name in capsys.readouterr().err
+        (run / name).write_text(kept)
+
+
+def test_an_env_of_a_module_in_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_envs.py").write_text(
+        "import gymnasium\n"
+        "entry_point = 'gymnasium.envs.classic_control:CartPoleEnv'\n"
+        "gymnasium.register('Own-v0', entry_point, max_episode_steps=9, reward_threshold=9)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    small = ["-n", "32", "--no-progress", "-P", "n_steps=32", "-P", "n_envs=2", "-P", "n_workers=1"]
+    assert main(["train", "--algo", "ppo", "--env", "own_envs:Own-v0", *small, "--eval-episodes", "1"]) == 0
+    run = tmp_path / "runs" / "ppo" / "Own-v0_1"
+    assert json.loads((run / "evaluation.json").read_text())["episodes"][0]["steps"] == 9
+    assert main(["eval", "--env", "own_envs:Own-v0", "--checkpoint", str(run), "--episodes", "1", "--no-progress"]) == 0
 
 
 def test_python_trains_an_id_of_the_zoo_as_the_command_line_does(capsys):
@@ -682,3 +723,14 @@ def test_python_trains_an_id_of_the_zoo_as_the_command_line_does(capsys):
     plain = PPO("MlpPolicy", "Acrobot-v1", device="cpu")
     own = PPO("MlpPolicy", make_vec("CartPole-v1"), device="cpu")
     assert plain.n_envs == own.n_envs == 1 and plain.gamma == own.gamma == 0.99
+
+
+def test_seeds_of_numpy_are_seeds() -> None:
+    actions = [
+        PPO("MlpPolicy", "CartPole-v1", seed=seed, n_steps=8, device="cpu").learn(8).rollout_buffer.actions
+        for seed in (3, np.int64(3))
+    ]
+    assert np.array_equal(*actions)
+    assert make_vec("CartPole-v1", seed=np.uint32(3)).reset().shape == (1, 4)
+    with pytest.raises(ValueError, match="seed must be an integer or None, got 'x'"):
+        PPO("MlpPolicy", "CartPole-v1", seed="x")

@@ -27,10 +27,10 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 
 from opd_gym.algorithms.buffers import micro_batches, random_shift
 from opd_gym.algorithms.losses import Metrics, weighted_mean
-from opd_gym.checks import check_at_least, check_range, check_schedule
+from opd_gym.checks import check_at_least, check_range, check_schedule, check_seed
 from opd_gym.envs.make import prepare_env, with_action_dim
 from opd_gym.files import replacing
-from opd_gym.policies.loading import start_from
+from opd_gym.policies.loading import check_device, start_from
 from opd_gym.tokens import TokenSpec, TokenView, action_distribution, distribution_and_values, token_spec, token_view
 from opd_gym.untrusted import read_attributes
 from opd_gym.zoo.hyperparams import ALGORITHMS, split_hyperparams, tuned_hyperparams
@@ -206,6 +206,9 @@ class PolicyAlgorithm(BaseAlgorithm):
     _n_updates: int
 
     # ------------------------------------------------------------------------------------------------------ set-up
+
+    def __init__(self, *args: Any, device: th.device | str = "auto", seed: int | None = None, **kwargs: Any):
+        super().__init__(*args, device=check_device(device), seed=check_seed(seed), **kwargs)  # type: ignore[misc]
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         if policy_name == "VLAPolicy":

@@ -31,7 +31,7 @@ from opd_gym.checkpoints import find_teacher, resolve_checkpoint
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.envs.wrappers import ActionTokens, EpisodeControl, PrivilegedObservation
 from opd_gym.observations import map_obs, obs_rows
-from opd_gym.policies.loading import find_vec_normalize, load_policy, read_vec_normalize
+from opd_gym.policies.loading import check_device, find_vec_normalize, load_policy, read_vec_normalize
 from opd_gym.tokens import (
     CategoricalTokens,
     GaussianTokens,
@@ -622,7 +622,7 @@ def make_teacher(
     with preserved_rng():
         path, policy = _load_teacher(spec, env, dtype, custom_objects, trust)
     beside = find_vec_normalize(path, _env_id(env)) if vec_normalize is None and path.is_file() else None
-    policy = policy.to(student.device if device is None else device)
+    policy = policy.to(student.device if device is None else check_device(device))
     if beside is None:
         return PolicyTeacher(policy, env, student, vec_normalize=vec_normalize or None, **kwargs)
     try:

@@ -16,7 +16,7 @@ from opd_gym.envs.make import build_env
 from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
 from opd_gym.evaluation import EvaluationResult, evaluate_success
 from opd_gym.policies.body import checkpoint_settings
-from opd_gym.policies.loading import load_policy
+from opd_gym.policies.loading import check_device, load_policy
 from opd_gym.versions import differences, read_versions
 from opd_gym.zoo.hyperparams import merge, parse_overrides
 
@@ -29,7 +29,7 @@ def run(args: Eval | Enjoy) -> int:
     :return: exit status
     """
     film = isinstance(args, Enjoy)
-    device = get_device(args.device)
+    device = get_device(check_device(args.device))
     env_ids = [args.env] if isinstance(args, Enjoy) else args.env
     before = args.before if isinstance(args, Enjoy) else None
     names = [args.checkpoint] if before is None else [before, args.checkpoint]

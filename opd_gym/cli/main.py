@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -62,7 +64,9 @@ def errors() -> tuple[type[Exception], ...]:
     from opd_gym.envs.robotwin.install import InstallError
     from opd_gym.envs.robotwin.runtime import SimulatorError
 
-    return ValueError, FileNotFoundError, ImportError, ConnectionError, InstallError, SimulatorError, Error
+    # OSError: a full disk, no permission. RuntimeError: GL, CUDA, workers that died, compiled code without a cache
+    known = (ValueError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError)
+    return *known, InstallError, SimulatorError, Error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from opd_gym.envs.registration import register_envs
 
     register_envs()
+    env = getattr(given, "env", None) or ""
+    if any(":" in name for name in ([env] if isinstance(env, str) else env)):
+        # As `python script.py` does: the module may lie in this folder. Last, so that it hides nothing
+        sys.path.append(os.getcwd())
     module, _, function = dict(COMMANDS.values())[type(given)].partition(":")
     try:
         return getattr(import_module(module), function)(given)
@@ -84,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, errors()):
             raise
         # The message says what to do, a traceback would only hide it
+        if getattr(given, "verbose", 0):
+            traceback.print_exc()
         print(f"opd-gym: error: {error}", file=sys.stderr)
         return 2
 

@@ -294,19 +294,21 @@ def count_weights(model: str, lora_rank: int | None) -> Weights:
     :return: numbers of weights, adapters included
     :raises ValueError: a model of unknown kind that is too large to be measured
     """
-    from opd_gym.policies.adapters import add_lora, check_lora
+    from opd_gym.policies.adapters import linear_layers
     from opd_gym.policies.body import get_body_class
 
     name, config = resolve(model)
     body_class = get_body_class(name)
-    lora = check_lora({"r": lora_rank} if lora_rank else None)
     with th.device("meta"):
         body = body_class(config)
         layers, between = stacks(body)
-        if lora is not None:
-            add_lora(body, lora)
-    total = sum(p.numel() for p in body.parameters())
-    trained = sum(p.numel() for p in body.parameters() if p.requires_grad)
+    total = trained = sum(p.numel() for p in body.parameters())
+    if lora_rank:
+        # Two matrices beside each linear layer, counted here so that planning does not need peft
+        adapted: list[Any] = [body.get_submodule(name) for name in linear_layers(body)]
+        adapters = sum(lora_rank * (layer.in_features + layer.out_features) for layer in adapted)
+        in_full = (p for name in body.full_rank_modules for p in body.get_submodule(name).parameters())
+        total, trained = total + adapters, adapters + sum(p.numel() for p in in_full)
     if layers:
         flops = sum(stack.forward_flops() for stack in layers)
         return Weights(total, trained, layers, between, None, flops, config)

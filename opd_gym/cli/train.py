@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import signal
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.checkpoints import lasting_name, resolve_checkpoint, run_checkpoints, student_for, teacher_for
+from opd_gym.checkpoints import (
+    lasting_name,
+    newest_intact,
+    resolve_checkpoint,
+    run_checkpoints,
+    student_for,
+    teacher_for,
+)
 from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
     STATES_FILE,
@@ -26,7 +33,7 @@ from opd_gym.cli.runs import (
     write_run_files,
 )
 from opd_gym.demonstrations import read_statistics
-from opd_gym.envs.make import build_env
+from opd_gym.envs.make import build_env, env_spec
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
 from opd_gym.untrusted import read_yaml
@@ -88,7 +95,7 @@ def default_threshold(env_id: str) -> float | None:
     """
     if bare_id(env_id) in CHUNK_SIZES:
         return None
-    return gym.spec(env_id).reward_threshold
+    return env_spec(env_id).reward_threshold
 
 
 class _Stop(BaseCallback):
@@ -133,7 +140,10 @@ def _load_to_resume(
     states = path.parent / STATES_FILE
     if getattr(model, "replay_buffer", None) is not None:
         if states.is_file():
-            model.load_replay_buffer(states)  # type: ignore[attr-defined]
+            try:
+                model.load_replay_buffer(states)  # type: ignore[attr-defined]
+            except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+                print(f"{states} is damaged ({error}): its states are not replayed", flush=True)
         print(f"{model.replay_buffer.size} states to replay from {states}", flush=True)  # type: ignore[attr-defined]
     return model
 
@@ -163,10 +173,17 @@ def read_args(run_dir: Path) -> TrainArgs:
     path = run_dir / "args.yml"
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is not the directory of a run: {path.name} is missing.")
-    values = read_yaml(path)
+    values = _mapping(path)
     # Whether to trust a run is not for the run to say
     known = {item.name for item in fields(TrainArgs)} - {"trust"}
     return TrainArgs(**{key: value for key, value in values.items() if key in known})
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must map names to values, got {type(values).__name__}.")
+    return values
 
 
 def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
@@ -253,14 +270,14 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     if resume is None:
         values = complete_hyperparams(args)
     else:
-        values = read_yaml(resume / "config.yml")
+        values = _mapping(resume / "config.yml")
         if args.n_timesteps is not None:
             values["n_timesteps"] = args.n_timesteps
     run, kwargs = split_hyperparams(args.algo, values, cls)
     policy = run.get("policy") or "MlpPolicy"
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
-    saved = run_checkpoints(resume) if resume is not None else []
-    source = saved[-1] if saved else start
+    saved = newest_intact(run_checkpoints(resume)) if resume is not None else None
+    source = saved or start
     kwargs = trusting(args.algo, kwargs, args.trust)
     settings = checkpoint_settings(
         {"checkpoint": source} if source is not None else kwargs.get("policy_kwargs") or {}, args.trust
@@ -269,10 +286,13 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, "n_workers": None}
     env = build_env(args.env, {**run, **slots}, seed=args.seed, settings=settings)
     try:
-        if saved:
-            model = _load_to_resume(cls, saved[-1], env, args, kwargs)
+        if saved is not None:
+            model = _load_to_resume(cls, saved, env, args, kwargs)
         else:
-            model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
+            try:
+                model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
+            except TypeError as error:  # a wrong name or type in policy_kwargs, teacher_kwargs, ...
+                raise ValueError(f"The hyperparameters do not fit {args.algo} with {policy}: {error}") from error
         run_dir = resume or new_run_dir(args.folder, args.algo, args.env)
         write_run_files(run_dir, asdict(args), values)
         print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
@@ -357,7 +377,8 @@ def run(args: Train) -> int:
             f"--resume goes on with the run's own {', '.join(changed)}. Leave out --{' --'.join(changed)}, or edit "
             f"{args.resume / 'config.yml'}, which is read again."
         )
-    if args.n_timesteps is not None:
-        stored.n_timesteps = args.n_timesteps
+    for name in ("n_timesteps", "eval_episodes", "checkpoint_interval"):
+        if given[name] != getattr(TrainArgs(), name):
+            setattr(stored, name, given[name])
     stored.device, stored.progress, stored.verbose, stored.trust = args.device, args.progress, args.verbose, args.trust
     return 0 if train(stored, resume=args.resume).finished else 130

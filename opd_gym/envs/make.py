@@ -14,12 +14,13 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from opd_gym.actions import Statistics
-from opd_gym.checks import check_at_least
+from opd_gym.checks import check_at_least, check_seed
 from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, ROBOTWIN_IDS, bare_id, register_envs, training_defaults
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.tokens import check_starts
 
 if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
     from stable_baselines3.common.policies import BasePolicy
     from stable_baselines3.common.type_aliases import GymEnv
 
@@ -66,7 +67,10 @@ def make_env_fn(
 
     def build() -> gym.Env:
         register_envs()  # a fresh worker process has not registered them yet
-        env = gym.make(env_id, **kwargs)
+        try:
+            env = gym.make(env_id, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"{env_id} does not take its env_kwargs {kwargs}: {error}") from error
         if wrapper is not None:
             env = wrapper(env)
         if chunk:
@@ -143,13 +147,24 @@ def make_vec(
     except ValueError:
         env.close()
         raise
-    env.seed(None if seed is None else int(seed))
+    env.seed(check_seed(seed))
     return env
 
 
 def _check_spaces(env: GymEnv) -> None:
     check_starts("env's observation space", env.observation_space)
     check_starts("env's action space", env.action_space)
+
+
+def env_spec(env_id: str) -> EnvSpec:
+    """
+    :param env_id: registered id; of ``module:Id-v0`` the module is imported, as ``gymnasium.make`` does
+    :return: what is registered
+    """
+    module, _, bare = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    return gym.spec(bare)
 
 
 def _import_wrapper(path: str) -> Callable[..., gym.Env]:
@@ -206,7 +221,7 @@ def build_env(
     :param env_kwargs: keyword arguments of the env that win over the configuration's
     :return: the env
     """
-    gym.spec(env_id)  # an unknown id is reported here, not in the traceback of a worker process
+    env_spec(env_id)  # an unknown id is reported here, not in the traceback of a worker process
     run, settings = dict(run or {}), dict(settings or {})
     kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
     if bare_id(env_id) in CHUNK_SIZES:

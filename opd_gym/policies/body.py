@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +21,9 @@ from gymnasium import spaces
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
-from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
+from opd_gym.checkpoints import CONFIG_FILE, PENDING, resolve_checkpoint, whole_checkpoint
 from opd_gym.checks import check_at_least
+from opd_gym.files import replacing, sync
 from opd_gym.policies.adapters import (
     cast_parameters,
 )
@@ -375,7 +378,7 @@ class VLABody(PreTrainedModel):
         :return: the body
         :raises ValueError: a tensor is missing, unexpected, of another shape, not of floating point or not finite
         """
-        directory = Path(pretrained_model_name_or_path)
+        directory = whole_checkpoint(Path(pretrained_model_name_or_path))
         stored = read_weight_shapes(directory)
         if isinstance(kwargs.get("config"), VLAConfig):
             wanted = meta_body(cls, kwargs["config"], directory, len(stored)).named_parameters()
@@ -461,7 +464,7 @@ def read_checkpoint_config(checkpoint: str | os.PathLike[str], trust: bool = Fal
     :raises FileNotFoundError: there is no ``config.json``
     :raises ValueError: it is not a VLA
     """
-    path = Path(checkpoint)
+    path = whole_checkpoint(Path(checkpoint))
     if path.is_file():
         with configuring(path):
             kwargs = _saved_policy_kwargs(path, trust)
@@ -603,6 +606,32 @@ def checkpoint_settings(policy_kwargs: Mapping[str, Any], trust: bool = False) -
 def _saved_policy_kwargs(path: Path, trust: bool) -> dict[str, Any]:
     """Arguments of the policy in the zip of an algorithm; of a VLA ``body`` and ``body_kwargs`` are among them."""
     return read_attributes(path, keys=("policy_kwargs",), trust=trust).get("policy_kwargs") or {}
+
+
+def finish_save(directory: Path) -> None:
+    """
+    Put the files of a new checkpoint, which are all in the folder :data:`PENDING`, into the places of older ones. They
+    stay in that folder as well until the last one is in its place, see :func:`opd_gym.checkpoints.whole_checkpoint`:
+    whenever it is killed, one checkpoint is whole, and this is called again.
+
+    :param directory: of the checkpoint
+    """
+    pending = directory / PENDING
+    if not pending.is_dir():
+        return
+    # The configuration first: weights without one would be taken for another model's, and not be written over
+    written = sorted(pending.iterdir(), key=lambda path: path.name != CONFIG_FILE)
+    for path in written:
+        with replacing(directory / path.name) as temporary:
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)
+    remove_stale_weights(directory, [path.name for path in written])
+    sync(directory)
+    done = directory / f".tmp-{uuid.uuid4().hex}"
+    os.replace(pending, done)
+    shutil.rmtree(done, ignore_errors=True)
 
 
 def remove_stale_weights(directory: Path, written: Iterable[str]) -> None:

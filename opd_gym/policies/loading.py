@@ -87,6 +87,21 @@ def load_policy(
     return policy
 
 
+def check_device(device: str | th.device) -> str | th.device:
+    """
+    :param device: "auto", or a device of PyTorch
+    :return: the same
+    :raises ValueError: PyTorch does not know it, or there is none of this number
+    """
+    try:
+        found = th.device("cuda" if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(f'Unknown device {device!r}: expected "auto", "cpu", "cuda", "cuda:1", ...') from error
+    if found.type == "cuda" and 0 < th.cuda.device_count() <= (found.index or 0):
+        raise ValueError(f"There is no device {device}: PyTorch finds {th.cuda.device_count()}, counted from 0.")
+    return device
+
+
 def start_from(
     policy_class: type[BasePolicy], policy_kwargs: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from opd_gym.checkpoints import CONFIG_FILE, lasting_name, resolve_checkpoint
+from opd_gym.checkpoints import PENDING, lasting_name, resolve_checkpoint
+from opd_gym.files import sync
 from opd_gym.policies.adapters import (
     DTYPES,
     TrainedState,
@@ -35,9 +37,9 @@ from opd_gym.policies.body import (
     channels_first,
     check_own_checkpoint,
     check_weight,
+    finish_save,
     get_body_class,
     read_checkpoint_config,
-    remove_stale_weights,
     token_space,
 )
 from opd_gym.tokens import TokenDistribution, token_view
@@ -303,7 +305,8 @@ class VLAPolicy(ActorCriticPolicy):
         self, directory: str | os.PathLike[str], dtype: th.dtype | None = None, merge: bool = True
     ) -> None:
         """
-        Write ``config.json`` and ``model.safetensors``. Files that are not of a checkpoint stay as they are.
+        Write ``config.json`` and ``model.safetensors``. Files that are not of a checkpoint stay as they are. Whenever
+        it is killed, the old checkpoint or the new one is read from there, and never a part of each.
 
         :param directory: created if needed; ``VLAPolicy(..., checkpoint=directory)`` reads it
         :param dtype: type in which the weights are stored, for instance ``torch.float16``; None for their own
@@ -318,6 +321,7 @@ class VLAPolicy(ActorCriticPolicy):
             )
         directory = Path(directory).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
+        finish_save(directory)  # one that was killed
         check_own_checkpoint(directory)
         # Beside the target, because os.replace must not cross file systems.
         temporary = directory / f".tmp-{os.getpid()}"
@@ -325,17 +329,15 @@ class VLAPolicy(ActorCriticPolicy):
             with _no_progress_bars(), merged(self.body) as body:
                 body = body if dtype is None else copy.deepcopy(body).to(dtype=dtype)  # type: ignore[call-arg,arg-type]
                 body.save_pretrained(temporary)
-            # The configuration first: weights without one would be taken for another model's, and not be written over
-            written = sorted(temporary.iterdir(), key=lambda path: path.name != CONFIG_FILE)
-            for path in written:
+            for path in temporary.iterdir():
                 path.chmod(0o644)  # safetensors writes files that only their owner can read
-                os.replace(path, directory / path.name)
-            remove_stale_weights(directory, [path.name for path in written])
+                sync(path)
+            sync(temporary)
+            # From here on the new checkpoint is the one that is read
+            os.replace(temporary, directory / PENDING)
+            finish_save(directory)
         finally:
-            if temporary.exists():
-                for path in temporary.iterdir():
-                    path.unlink()
-                temporary.rmdir()
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def body_inputs(self, obs: PyTorchObs) -> dict[str, Any]:
         """

@@ -238,5 +238,7 @@ def split_hyperparams(
         if run.get(key) is not None:
             if not isinstance(run[key], (int, float)) or isinstance(run[key], bool):
                 raise ValueError(f"{key}: expected a number, got {run[key]!r}.")
+            if not float(run[key]).is_integer():
+                raise ValueError(f"{key}: expected an integer, got {run[key]!r}.")
             run[key] = int(run[key])
     return run, kwargs

@@ -21,7 +21,7 @@ import mujoco
 import numpy as np
 
 from opd_gym.envs.libero.runtime import import_libero
-from opd_gym.files import cache_dir
+from opd_gym.files import code_dir
 
 import_libero()  # first, because it tells numba where to keep compiled code and keeps robosuite quiet
 
@@ -95,7 +95,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
     sources = b"".join(Path(module.__file__).read_bytes() for module in (control_utils, transform_utils))
     folder = hashlib.sha256(key.encode() + sources).hexdigest()[:16]
     before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    numba.config.CACHE_DIR = str(cache_dir() / "numba" / folder)  # type: ignore[attr-defined]
+    numba.config.CACHE_DIR = str(code_dir("numba") / folder)  # type: ignore[attr-defined]
     try:
         return numba.njit(nogil=True, cache=True)(function)
     finally:

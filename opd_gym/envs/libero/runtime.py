@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opd_gym.files import cache_dir, write_atomic
+from opd_gym.files import cache_dir, code_dir, write_atomic
 from opd_gym.untrusted import read_yaml
 
 INSTALL_HINT = "pip install 'opd_gym[libero]'"
@@ -230,10 +230,12 @@ def import_libero() -> Any:
     :return: the module ``libero.libero``
     :raises ImportError: if LIBERO is not installed, with the command that installs it
     :raises FileNotFoundError: see :func:`require_libero`
+    :raises PermissionError: see :func:`opd_gym.files.code_dir`
     :raises RuntimeError: if MuJoCo has no GL library to render with, with what to install
     """
     require_libero()
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
+    if "NUMBA_CACHE_DIR" not in os.environ:
+        os.environ["NUMBA_CACHE_DIR"] = str(code_dir("numba"))
     _avoid_first_import_prompt()
     try:
         importlib.import_module("mujoco")

@@ -373,7 +373,9 @@ class WorkerVecEnv(VecEnv):
         for index in worker.envs:
             self._resume(index, [request for request in unanswered if request.index == index], str(death))
         # Last, because a filter may turn it into an exception
-        message = f"WorkerVecEnv: {death}. Its episodes are lost; it was started again.\n{details}".strip()
+        # With a number, because Python shows a warning of the same words only once
+        outcome = f"Its episodes are lost; it was started again (death {len(self.deaths)} of these workers)."
+        message = f"WorkerVecEnv: {death}. {outcome}\n{details}".strip()
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _episode_text(self, worker: _Worker, index: int) -> str:
