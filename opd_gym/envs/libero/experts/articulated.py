@@ -8,7 +8,7 @@ import numpy as np
 
 from opd_gym.envs.libero.experts.geometry import Array, yaw_of_closing_axis, yaw_rotation
 from opd_gym.envs.libero.experts.scene import Scene
-from opd_gym.envs.libero.experts.servo import CLOSE, OPEN, Target
+from opd_gym.envs.libero.experts.servo import CLOSE, OPEN, Target, rise_from
 
 
 def axis_rotation(axis: Array, angle: float) -> Array:
@@ -69,7 +69,7 @@ class OpenDrawer:
             self._handle = max(out, key=lambda g: out[g])
         return scene.geom_box(self._handle)[0]
 
-    def retreat(self, scene: Scene) -> Target | None:
+    def leave(self, scene: Scene) -> Target | None:
         """
         Let go of the handle and back off, or None where the gripper is clear of it.
 
@@ -141,6 +141,14 @@ class TurnKnob:
         self.hover = hover
         self.tilt = tilt
         self._ridge: int | None = None
+
+    def leave(self, scene: Scene) -> Target | None:
+        """
+        Let go of the knob and rise above it, or None where the gripper is clear of it.
+
+        :param scene: Current state
+        """
+        return rise_from(scene, scene.joint_axis(self.joint)[0])
 
     def __call__(self, scene: Scene) -> Target:
         """
