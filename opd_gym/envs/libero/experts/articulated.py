@@ -124,6 +124,90 @@ class OpenDrawer:
         return Target(goal, OPEN, None, rotation)
 
 
+class PushShut:
+    """
+    Stateless closing of a drawer or a door: push what is furthest out with closed fingers.
+
+    :param joint: Name of its slide or hinge joint
+    :param opening: Direction in which the joint opens, +1 or -1
+    :param closed: Joint position (times ``opening``) below which it counts as closed
+    :param slope: Angle in rad by which the gripper looks down, pi / 2 is straight down
+    :param below: How far in m below the top of what is pushed the fingers push; None for its middle
+    """
+
+    def __init__(
+        self, joint: str, opening: float, closed: float, slope: float = 0.7, below: float | None = None
+    ) -> None:
+        self.joint = joint
+        self.opening = opening
+        self.closed = closed
+        self.slope = slope
+        self.below = below
+        self._part: tuple[int, Array] | None = None
+
+    def is_closed(self, scene: Scene) -> bool:
+        """
+        Whether it is closed.
+
+        :param scene: Current state
+        """
+        return self.opening * scene.joint(self.joint) < self.closed
+
+    def _contact(self, scene: Scene) -> tuple[Array, Array]:
+        """Where to push and in which direction."""
+        body, axis, anchor = scene.joint_axis(self.joint)
+        if scene.is_hinge(self.joint):
+            points = scene.points(body, 0.012)
+            arms = np.linalg.norm(points[:, :2] - anchor[:2], axis=1)
+            edge = points[arms > arms.max() - 0.03].mean(axis=0)
+            edge[2] = points[:, 2].max()
+            inwards = -self.opening * np.cross(axis, edge - anchor)
+            inwards[2] = 0.0
+        else:
+            inwards = -self.opening * axis
+            points = scene.points(body)
+            out = points @ -inwards
+            edge = points[out > out.max() - 0.02]
+            edge = 0.5 * (edge.max(axis=0) + edge.min(axis=0))
+        return edge - np.array([0.0, 0.0, self.below or 0.0]), inwards / np.linalg.norm(inwards)
+
+    def leave(self, scene: Scene) -> Target | None:
+        """
+        Nothing is held, so nothing has to be let go of.
+
+        :param scene: Current state
+        """
+        return None
+
+    def __call__(self, scene: Scene) -> Target:
+        """
+        What to do in the current state.
+
+        :param scene: Current state
+        """
+        contact, inwards = self._contact(scene)
+        across = np.array([-inwards[1], inwards[0]])
+        # The fingers side by side, so that the hand is flat where it passes above and below other things.
+        rotation = axis_rotation(np.cross([0.0, 0.0, -1.0], inwards), pi / 2 - self.slope) @ yaw_rotation(
+            yaw_of_closing_axis(across)
+        )
+        offset = contact - scene.eef
+        before = float(offset @ inwards)
+        aside = abs(float(offset[:2] @ across))
+        turned = float(np.trace((rotation @ scene.rest_rotation).T @ scene.eef_rotation))
+        if turned > 2.8 and before > -0.01 and aside < 0.03 and abs(offset[2]) < 0.02 and scene.gap < 0.03:
+            return Target(scene.eef + offset + (0.06 - before) * inwards, CLOSE, None, rotation)
+        if turned > 2.6 and 0.03 < before < 0.14 and aside < 0.05:
+            return Target(contact - 0.05 * inwards, CLOSE, None, rotation)
+        # Over everything to the place in front.
+        front = contact - 0.09 * inwards
+        body = scene.joint_axis(self.joint)[0]
+        high = max(float(scene.points(body, 0.012)[:, 2].max()), float(contact[2])) + 0.12
+        freedom = float(np.clip(1.0 - (high - float(scene.eef[2]) - 0.03) / 0.06, 0.0, 1.0))
+        xy = scene.eef[:2] + freedom * (front - scene.eef)[:2]
+        return Target(np.array([xy[0], xy[1], high]), CLOSE, None, rotation)
+
+
 class TurnKnob:
     """
     Stateless turning of a knob with a ridge: grip the ridge from above, turn with the wrist.

@@ -113,7 +113,7 @@ class DrawerThenPlace:
         """
         holds = self.place.holds(scene)
         # With the object in the hand, a drawer that slid back a little is open enough.
-        if self.drawer.missing(scene) < (0.05 if holds else 0.0):
+        if self.drawer.missing(scene) < (0.05 if holds else 0.01):
             return self.drawer.leave(scene) or self.place(scene)
         here = scene.position(self.place.name)[None, :2]
         if holds or _nearest(here, self._opened(scene))[0] < self.room:
@@ -122,8 +122,8 @@ class DrawerThenPlace:
 
     def leave(self, scene: Scene) -> Target | None:
         """
-        Let go of the object and of the drawer, or None where the gripper is clear of both.
+        Let go of the object and rise above it, or None where the gripper is clear of it.
 
         :param scene: Current state
         """
-        return self.place.leave(scene) or self.drawer.leave(scene)
+        return self.place.leave(scene)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from opd_gym.envs.libero.experts.articulated import OpenDrawer, TurnKnob
+from opd_gym.envs.libero.experts.articulated import OpenDrawer, PushShut, TurnKnob
 from opd_gym.envs.libero.experts.compose import DrawerThenPlace, InTurn, Skill, Stage
 from opd_gym.envs.libero.experts.geometry import Array
 from opd_gym.envs.libero.experts.pick_place import PickPlace, Placement
@@ -90,14 +90,22 @@ def _onto_site(site: str, container: str) -> Callable[[Scene], Placement]:
     return placement
 
 
-def _into_drawer(site: str, container: str) -> Callable[[Scene], Placement]:
-    """Into an open drawer: its floor is the surface below the region."""
+def _into_drawer(drawer: OpenDrawer, site: str, container: str, depth: float) -> Callable[[Scene], Placement]:
+    """Into the middle of what is open of a drawer; its floor is the surface below the region."""
 
     def placement(scene: Scene) -> Placement:
         centre, _ = scene.site(site)
         points = [scene.points(body, spacing=0.012) for body in scene.bodies(container)]
         floor = max((_surface(p, centre[:2], 0.03, float(centre[2])) for p in points), default=-np.inf)
-        return Placement(centre[:2], max(floor, float(centre[2]) - 0.04) + 0.006, 0.1, 0.02, container)
+        # What is higher than the drawer may be above its inner end: the rest of the cabinet, other drawers' handles.
+        direction = drawer.direction(scene)
+        inner, outer = (float(centre @ direction) + side * depth for side in (-1.0, 1.0))
+        body = scene.joint_axis(drawer.joint)[0]
+        above = np.concatenate([p for b, p in zip(scene.bodies(container), points, strict=True) if b != body])
+        above = above[above[:, 2] > centre[2]] @ direction
+        inner = max(inner, float(above.max(initial=-np.inf)))
+        xy = (centre + (0.5 * (inner + outer) - float(centre @ direction)) * direction)[:2]
+        return Placement(xy, max(floor, float(centre[2]) - 0.04) + 0.006, 0.1, 0.02, container)
 
     return placement
 
@@ -108,6 +116,18 @@ def _drawer(domain: Any, site: str) -> OpenDrawer:
     # For LIBERO a drawer is open beyond the nearer end of the range. A little further is on the safe side.
     sign = float(np.sign(sum(opened)))
     return OpenDrawer(region.joints[0], sign, min(abs(v) for v in opened) + 0.002)
+
+
+def _push_shut(domain: Any, name: str) -> PushShut:
+    region = domain.object_sites_dict.get(name)
+    fixture = domain.get_object(name if region is None else region.parent_name)
+    ranges = fixture.object_properties["articulation"]
+    opening = float(np.sign(sum(ranges["default_open_ranges"])))
+    closed = max(opening * limit for limit in ranges["default_close_ranges"]) - 0.0005
+    if region is None:
+        # A door: straight down at its upper edge, where the hand stays above it.
+        return PushShut(fixture.joints[0], opening, closed, slope=np.pi / 2, below=0.02)
+    return PushShut(region.joints[0], opening, closed)
 
 
 def _on_table(site: str) -> Callable[[Scene], Placement]:
@@ -142,7 +162,7 @@ def _placement(domain: Any, predicate: str, place: str) -> Callable[[Scene], Pla
     if predicate == "in" and parent in objects and place.endswith("contain_region"):
         return _into_container(parent, place)
     if predicate == "in" and sites[place].joints:
-        return _into_drawer(place, parent)
+        return _into_drawer(_drawer(domain, place), place, parent, float(sites[place].size[1]))
     if predicate == "on" and (parent in domain.fixtures_dict or parent in objects):
         return _onto_site(place, parent)
     return None
@@ -202,6 +222,9 @@ def _stage(domain: Any, predicate: str, arguments: list[str], goal: list[list[st
         fixture = domain.fixtures_dict[arguments[0]]
         on = min(fixture.object_properties["articulation"]["default_turnon_ranges"])
         return Stage(TurnKnob(fixture.joints[0], on + 0.1), lambda scene: scene.joint(fixture.joints[0]) > on + 0.02)
+    if predicate == "close":
+        push = _push_shut(domain, arguments[0])
+        return Stage(push, push.is_closed)
     if predicate in ("in", "on"):
         neighbours = [other[1] for other in goal if other[0] == predicate and other[2] == arguments[1]]
         return _place_stage(domain, predicate, *arguments, neighbours)

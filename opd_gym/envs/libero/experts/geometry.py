@@ -387,7 +387,7 @@ def plan_rim_grasp(
         cost += 2.0 + 0.05 * min(hits, 40) if hits else 0.0
         for obstacles_there in there:
             hits = hand_hits(obstacles_there, point, yaw, gripper)
-            cost += 0.6 + 0.02 * min(hits, 40) if hits else 0.0
+            cost += 2.0 + 0.05 * min(hits, 40) if hits else 0.0
         if cost < best_cost:
             best_cost = cost
             best = Grasp(point, yaw, float(rim.thickness[j]), 0.012)
