@@ -192,7 +192,10 @@ def quantise(action: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.libero
-@pytest.mark.parametrize(("suite", "task_id"), [("libero_object", 2), ("libero_spatial", 2), ("libero_goal", 3)])
+@pytest.mark.parametrize(
+    ("suite", "task_id"),
+    [("libero_object", 2), ("libero_spatial", 2), ("libero_goal", 3), ("libero_10", 2), ("libero_10", 3)],
+)
 def test_expert_succeeds_with_tokens(suite: str, task_id: int) -> None:
     env = make_env(suite, task_id)
     env.reset(seed=3)
@@ -237,6 +240,20 @@ def test_expert_is_a_function_of_the_state_and_recovers() -> None:
         _, _, success, truncated, _ = env.step(env.expert_action())
     env.close()
     assert success
+
+
+@pytest.mark.libero
+def test_tasks_without_an_expert_are_named(tmp_path: Any) -> None:
+    pytest.importorskip("libero.libero", reason="pip install opd-gym[libero]")
+    from opd_gym.cli.demos import record_demonstrations
+    from opd_gym.envs.libero import LiberoEnv
+
+    env = LiberoEnv("libero_10", task_ids=[5, 7], cameras=(), visuals="light")
+    with pytest.raises(ValueError, match=r"tasks 5 \(pick up the book .*task_ids=\[7\]"):
+        env.has_expert  # noqa: B018
+    env.close()
+    with pytest.raises(ValueError, match=r"tasks 5 \(pick up the book"):
+        record_demonstrations("Libero10-v0", tmp_path, 1, task_ids=[5])
 
 
 def test_unknown_goal_is_refused() -> None:

@@ -126,28 +126,23 @@ class OpenDrawer:
 
 class PushShut:
     """
-    Stateless closing of a drawer or a door: push what is furthest out with closed fingers.
+    Stateless closing of a drawer: push its handle with closed fingers.
 
-    :param joint: Name of its slide or hinge joint
+    :param joint: Name of the drawer's slide joint
     :param opening: Direction in which the joint opens, +1 or -1
-    :param closed: Joint position (times ``opening``) below which it counts as closed
-    :param slope: Angle in rad by which the gripper looks down, pi / 2 is straight down
-    :param below: How far in m below the top of what is pushed the fingers push; None for its middle
+    :param closed: Joint position (times ``opening``) below which the drawer counts as closed
+    :param slope: Angle in rad by which the gripper looks down on the handle
     """
 
-    def __init__(
-        self, joint: str, opening: float, closed: float, slope: float = 0.7, below: float | None = None
-    ) -> None:
+    def __init__(self, joint: str, opening: float, closed: float, slope: float = 0.7) -> None:
         self.joint = joint
         self.opening = opening
         self.closed = closed
         self.slope = slope
-        self.below = below
-        self._part: tuple[int, Array] | None = None
 
     def is_closed(self, scene: Scene) -> bool:
         """
-        Whether it is closed.
+        Whether the drawer is closed.
 
         :param scene: Current state
         """
@@ -155,21 +150,12 @@ class PushShut:
 
     def _contact(self, scene: Scene) -> tuple[Array, Array]:
         """Where to push and in which direction."""
-        body, axis, anchor = scene.joint_axis(self.joint)
-        if scene.is_hinge(self.joint):
-            points = scene.points(body, 0.012)
-            arms = np.linalg.norm(points[:, :2] - anchor[:2], axis=1)
-            edge = points[arms > arms.max() - 0.03].mean(axis=0)
-            edge[2] = points[:, 2].max()
-            inwards = -self.opening * np.cross(axis, edge - anchor)
-            inwards[2] = 0.0
-        else:
-            inwards = -self.opening * axis
-            points = scene.points(body)
-            out = points @ -inwards
-            edge = points[out > out.max() - 0.02]
-            edge = 0.5 * (edge.max(axis=0) + edge.min(axis=0))
-        return edge - np.array([0.0, 0.0, self.below or 0.0]), inwards / np.linalg.norm(inwards)
+        body, axis, _ = scene.joint_axis(self.joint)
+        inwards = -self.opening * axis
+        points = scene.points(body)
+        depths = points @ inwards
+        handle = points[depths < depths.min() + 0.02]
+        return 0.5 * (handle.max(axis=0) + handle.min(axis=0)), inwards
 
     def leave(self, scene: Scene) -> Target | None:
         """
@@ -196,7 +182,7 @@ class PushShut:
         aside = abs(float(offset[:2] @ across))
         turned = float(np.trace((rotation @ scene.rest_rotation).T @ scene.eef_rotation))
         if turned > 2.8 and before > -0.01 and aside < 0.03 and abs(offset[2]) < 0.02 and scene.gap < 0.03:
-            return Target(scene.eef + offset + (0.06 - before) * inwards, CLOSE, None, rotation)
+            return Target(contact + (0.06 - before) * inwards, CLOSE, None, rotation)
         if turned > 2.6 and 0.03 < before < 0.14 and aside < 0.05:
             return Target(contact - 0.05 * inwards, CLOSE, None, rotation)
         # Over everything to the place in front.

@@ -118,16 +118,11 @@ def _drawer(domain: Any, site: str) -> OpenDrawer:
     return OpenDrawer(region.joints[0], sign, min(abs(v) for v in opened) + 0.002)
 
 
-def _push_shut(domain: Any, name: str) -> PushShut:
-    region = domain.object_sites_dict.get(name)
-    fixture = domain.get_object(name if region is None else region.parent_name)
-    ranges = fixture.object_properties["articulation"]
-    opening = float(np.sign(sum(ranges["default_open_ranges"])))
-    closed = max(opening * limit for limit in ranges["default_close_ranges"]) - 0.0005
-    if region is None:
-        # A door: straight down at its upper edge, where the hand stays above it.
-        return PushShut(fixture.joints[0], opening, closed, slope=np.pi / 2, below=0.02)
-    return PushShut(region.joints[0], opening, closed)
+def _push_shut(domain: Any, site: str) -> PushShut:
+    region = domain.object_sites_dict[site]
+    ranges = domain.get_object(region.parent_name).object_properties["articulation"]
+    sign = float(np.sign(sum(ranges["default_open_ranges"])))
+    return PushShut(region.joints[0], sign, max(sign * limit for limit in ranges["default_close_ranges"]) - 0.0005)
 
 
 def _on_table(site: str) -> Callable[[Scene], Placement]:
@@ -222,7 +217,7 @@ def _stage(domain: Any, predicate: str, arguments: list[str], goal: list[list[st
         fixture = domain.fixtures_dict[arguments[0]]
         on = min(fixture.object_properties["articulation"]["default_turnon_ranges"])
         return Stage(TurnKnob(fixture.joints[0], on + 0.1), lambda scene: scene.joint(fixture.joints[0]) > on + 0.02)
-    if predicate == "close":
+    if predicate == "close" and arguments[0] in sites and sites[arguments[0]].joints:
         push = _push_shut(domain, arguments[0])
         return Stage(push, push.is_closed)
     if predicate in ("in", "on"):

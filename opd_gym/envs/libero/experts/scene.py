@@ -121,15 +121,6 @@ class Scene:
             raise KeyError(f"The simulation has no joint {name!r}.")
         return float(self.data.qpos[self.model.jnt_qposadr[index]])
 
-    def is_hinge(self, name: str) -> bool:
-        """
-        Whether a joint turns; otherwise it slides.
-
-        :param name: Name of the joint
-        """
-        index = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_JOINT, name)
-        return int(self.model.jnt_type[index]) == int(mujoco.mjtJoint.mjJNT_HINGE)
-
     def joint_axis(self, name: str) -> tuple[int, Array, Array]:
         """
         Where a hinge or slide joint is.
