@@ -14,7 +14,7 @@ from opd_gym.envs.libero.experts.compose import DrawerThenPlace, InTurn, Skill, 
 from opd_gym.envs.libero.experts.geometry import Array
 from opd_gym.envs.libero.experts.pick_place import PickPlace, Placement
 from opd_gym.envs.libero.experts.scene import Scene
-from opd_gym.envs.libero.experts.servo import Servo
+from opd_gym.envs.libero.experts.servo import Servo, Target
 from opd_gym.envs.libero.experts.slide import Slide
 
 
@@ -27,7 +27,7 @@ class Expert:
     :param servo: Turns it into an action
     """
 
-    def __init__(self, domain: Any, skill: Skill, servo: Servo | None = None) -> None:
+    def __init__(self, domain: Any, skill: Callable[[Scene], Target], servo: Servo | None = None) -> None:
         self.scene = Scene(domain)
         self.skill = skill
         self.servo = servo or Servo()
@@ -222,11 +222,11 @@ def _stage(domain: Any, predicate: str, arguments: list[str], goal: list[list[st
         return Stage(push, push.is_closed)
     if predicate in ("in", "on"):
         neighbours = [other[1] for other in goal if other[0] == predicate and other[2] == arguments[1]]
-        return _place_stage(domain, predicate, *arguments, neighbours)
+        return _place_stage(domain, predicate, arguments[0], arguments[1], neighbours)
     return None
 
 
-def _skill(domain: Any) -> Skill | None:
+def _skill(domain: Any) -> Callable[[Scene], Target] | None:
     goal = domain.parsed_problem["goal_state"]
     # First what must be open or on, last what must be closed.
     order = {"open": 0, "turnon": 0, "in": 1, "on": 1, "close": 2}
