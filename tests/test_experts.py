@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from opd_gym.envs.libero.experts.articulated import axis_rotation
+from opd_gym.envs.libero.experts.compose import InTurn, Stage
 from opd_gym.envs.libero.experts.geometry import (
     Gripper,
     box_points,
@@ -71,7 +72,7 @@ def test_box_points_lie_on_the_surface_and_reach_the_corners() -> None:
 
 def test_grasp_height() -> None:
     flat = grasp_height(0.0, 0.018, GRIPPER)
-    assert GRIPPER.pad_below < flat < 0.012, "flat things are gripped in the middle, the pads above the table"
+    assert GRIPPER.tip_below <= flat < 0.012, "flat things are gripped low, but the fingers do not rub on the table"
     assert grasp_height(0.0, 0.15, GRIPPER) == pytest.approx(0.15 - GRIPPER.depth), "tall ones as deep as the hand goes"
 
 
@@ -173,6 +174,39 @@ def test_yaw_takes_the_nearer_of_two_equal_grips() -> None:
     servo = Servo()
     assert servo.rotation_error(scene_at(yaw_rotation(1.4)), -pi / 2)[2] == pytest.approx(pi / 2 - 1.4)
     assert servo.rotation_error(scene_at(yaw_rotation(2.0)), 0.9 - pi)[2] < 0, "never beyond the wrist's limit"
+
+
+# ---------------------------------------------------------------- several skills
+
+
+class Named:
+    """A skill whose target tells it from others."""
+
+    def __init__(self, x: float, at: bool = False) -> None:
+        self.x, self.at = x, at
+
+    def __call__(self, scene: Any) -> Target:
+        return Target(np.array([self.x, 0.0, 0.0]), CLOSE)
+
+    def leave(self, scene: Any) -> Target | None:
+        return Target(np.array([self.x, 0.0, 1.0]), OPEN) if self.at else None
+
+
+def test_first_thing_not_done_comes_next_once_the_gripper_is_clear_of_the_others() -> None:
+    first, second = Named(1.0), Named(2.0)
+    done = {first: False, second: False}
+    stages = [Stage(first, lambda scene: done[first]), Stage(second, lambda scene: done[second])]
+    expert = InTurn(stages)
+    scene: Any = None
+    assert expert(scene).position.tolist() == [1.0, 0.0, 0.0]
+    done[first] = first.at = True
+    assert expert(scene).position.tolist() == [1.0, 0.0, 1.0], "let go of the first"
+    first.at = False
+    assert expert(scene).position.tolist() == [2.0, 0.0, 0.0]
+    done[first] = False
+    assert expert(scene).position.tolist() == [1.0, 0.0, 0.0], "no memory: what came undone is done again"
+    done.update({first: True, second: True})
+    assert expert(scene).position.tolist() == [2.0, 0.0, 0.0]
 
 
 # ---------------------------------------------------------------- the real simulator
