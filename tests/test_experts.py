@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from opd_gym.envs.libero.experts.articulated import axis_rotation
+from opd_gym.envs.libero.experts.compose import InTurn, Stage
 from opd_gym.envs.libero.experts.geometry import (
     Gripper,
     box_points,
@@ -71,7 +72,7 @@ def test_box_points_lie_on_the_surface_and_reach_the_corners() -> None:
 
 def test_grasp_height() -> None:
     flat = grasp_height(0.0, 0.018, GRIPPER)
-    assert GRIPPER.pad_below < flat < 0.012, "flat things are gripped in the middle, the pads above the table"
+    assert GRIPPER.tip_below <= flat < 0.012, "flat things are gripped low, but the fingers do not rub on the table"
     assert grasp_height(0.0, 0.15, GRIPPER) == pytest.approx(0.15 - GRIPPER.depth), "tall ones as deep as the hand goes"
 
 
@@ -175,6 +176,39 @@ def test_yaw_takes_the_nearer_of_two_equal_grips() -> None:
     assert servo.rotation_error(scene_at(yaw_rotation(2.0)), 0.9 - pi)[2] < 0, "never beyond the wrist's limit"
 
 
+# ---------------------------------------------------------------- several skills
+
+
+class Named:
+    """A skill whose target tells it from others."""
+
+    def __init__(self, x: float, at: bool = False) -> None:
+        self.x, self.at = x, at
+
+    def __call__(self, scene: Any) -> Target:
+        return Target(np.array([self.x, 0.0, 0.0]), CLOSE)
+
+    def leave(self, scene: Any) -> Target | None:
+        return Target(np.array([self.x, 0.0, 1.0]), OPEN) if self.at else None
+
+
+def test_first_thing_not_done_comes_next_once_the_gripper_is_clear_of_the_others() -> None:
+    first, second = Named(1.0), Named(2.0)
+    done = {first: False, second: False}
+    stages = [Stage(first, lambda scene: done[first]), Stage(second, lambda scene: done[second])]
+    expert = InTurn(stages)
+    scene: Any = None
+    assert expert(scene).position.tolist() == [1.0, 0.0, 0.0]
+    done[first] = first.at = True
+    assert expert(scene).position.tolist() == [1.0, 0.0, 1.0], "let go of the first"
+    first.at = False
+    assert expert(scene).position.tolist() == [2.0, 0.0, 0.0]
+    done[first] = False
+    assert expert(scene).position.tolist() == [1.0, 0.0, 0.0], "no memory: what came undone is done again"
+    done.update({first: True, second: True})
+    assert expert(scene).position.tolist() == [2.0, 0.0, 0.0]
+
+
 # ---------------------------------------------------------------- the real simulator
 
 
@@ -192,7 +226,10 @@ def quantise(action: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.libero
-@pytest.mark.parametrize(("suite", "task_id"), [("libero_object", 2), ("libero_spatial", 2), ("libero_goal", 3)])
+@pytest.mark.parametrize(
+    ("suite", "task_id"),
+    [("libero_object", 2), ("libero_spatial", 2), ("libero_goal", 3), ("libero_10", 2), ("libero_10", 3)],
+)
 def test_expert_succeeds_with_tokens(suite: str, task_id: int) -> None:
     env = make_env(suite, task_id)
     env.reset(seed=3)
@@ -237,6 +274,20 @@ def test_expert_is_a_function_of_the_state_and_recovers() -> None:
         _, _, success, truncated, _ = env.step(env.expert_action())
     env.close()
     assert success
+
+
+@pytest.mark.libero
+def test_tasks_without_an_expert_are_named(tmp_path: Any) -> None:
+    pytest.importorskip("libero.libero", reason="pip install opd-gym[libero]")
+    from opd_gym.cli.demos import record_demonstrations
+    from opd_gym.envs.libero import LiberoEnv
+
+    env = LiberoEnv("libero_10", task_ids=[5, 7], cameras=(), visuals="light")
+    with pytest.raises(ValueError, match=r"tasks 5 \(pick up the book .*task_ids=\[7\]"):
+        env.has_expert  # noqa: B018
+    env.close()
+    with pytest.raises(ValueError, match=r"tasks 5 \(pick up the book"):
+        record_demonstrations("Libero10-v0", tmp_path, 1, task_ids=[5])
 
 
 def test_unknown_goal_is_refused() -> None:

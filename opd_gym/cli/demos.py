@@ -44,6 +44,7 @@ def record_demonstrations(
     :param visuals: see ``LiberoEnv``
     :param progress: show a progress bar
     :return: the files
+    :raises ValueError: no scripted expert can play one of the tasks, or it fails too often
     """
     if bare_id(env_id) not in LIBERO_IDS:
         raise ValueError(f"Demonstrations are recorded on LIBERO environments, got {env_id!r}. See `opd-gym list`.")
@@ -58,6 +59,7 @@ def record_demonstrations(
     assert isinstance(env, LiberoEnv)
     files = []
     tasks = list(task_ids) if task_ids else env.task_ids
+    env.check_expert(tasks)
     bar = tqdm(total=len(tasks) * episodes_per_task, desc="recording", unit="episode", disable=not progress)
     try:
         for task_id in tasks:

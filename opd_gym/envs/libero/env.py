@@ -324,12 +324,32 @@ class LiberoEnv(gym.Env):
             return None
         return self.simulator.render(("agentview",), RENDER_SIZE)[0]
 
+    def check_expert(self, task_ids: Sequence[int]) -> None:
+        """
+        Refuse tasks that no scripted expert can play; builds their simulators, which stay in memory.
+
+        :param task_ids: numbers of tasks
+        :raises ValueError: there are such tasks; the error names them
+        """
+        able = [task_id for task_id in task_ids if self._use(task_id).has_expert]
+        unable = [f"{i} ({self._task(i).instruction})" for i in task_ids if i not in able]
+        if unable:
+            raise ValueError(
+                f"{self.suite!r} has no scripted expert for the tasks {', '.join(unable)}. Leave them out: "
+                f"task_ids={able} (--task-ids)."
+            )
+
     @property
     def has_expert(self) -> bool:
         """
-        Whether scripted experts can play all the tasks of this env; builds their simulators, which stay in memory.
+        Whether scripted experts can play the tasks of this env; builds their simulators, which stay in memory.
+
+        :raises ValueError: they can play some of the tasks but not all; the error names the others
         """
-        return all(self._use(task_id).has_expert for task_id in self.task_ids)
+        if not any(self._use(task_id).has_expert for task_id in self.task_ids):
+            return False
+        self.check_expert(self.task_ids)
+        return True
 
     def expert_action(self) -> np.ndarray:
         """

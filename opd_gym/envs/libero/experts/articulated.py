@@ -8,7 +8,7 @@ import numpy as np
 
 from opd_gym.envs.libero.experts.geometry import Array, yaw_of_closing_axis, yaw_rotation
 from opd_gym.envs.libero.experts.scene import Scene
-from opd_gym.envs.libero.experts.servo import CLOSE, OPEN, Target
+from opd_gym.envs.libero.experts.servo import CLOSE, OPEN, Target, rise_from
 
 
 def axis_rotation(axis: Array, angle: float) -> Array:
@@ -69,7 +69,7 @@ class OpenDrawer:
             self._handle = max(out, key=lambda g: out[g])
         return scene.geom_box(self._handle)[0]
 
-    def retreat(self, scene: Scene) -> Target | None:
+    def leave(self, scene: Scene) -> Target | None:
         """
         Let go of the handle and back off, or None where the gripper is clear of it.
 
@@ -124,6 +124,76 @@ class OpenDrawer:
         return Target(goal, OPEN, None, rotation)
 
 
+class PushShut:
+    """
+    Stateless closing of a drawer: push its handle with closed fingers.
+
+    :param joint: Name of the drawer's slide joint
+    :param opening: Direction in which the joint opens, +1 or -1
+    :param closed: Joint position (times ``opening``) below which the drawer counts as closed
+    :param slope: Angle in rad by which the gripper looks down on the handle
+    """
+
+    def __init__(self, joint: str, opening: float, closed: float, slope: float = 0.7) -> None:
+        self.joint = joint
+        self.opening = opening
+        self.closed = closed
+        self.slope = slope
+
+    def is_closed(self, scene: Scene) -> bool:
+        """
+        Whether the drawer is closed.
+
+        :param scene: Current state
+        """
+        return self.opening * scene.joint(self.joint) < self.closed
+
+    def _contact(self, scene: Scene) -> tuple[Array, Array]:
+        """Where to push and in which direction."""
+        body, axis, _ = scene.joint_axis(self.joint)
+        inwards = -self.opening * axis
+        points = scene.points(body)
+        depths = points @ inwards
+        handle = points[depths < depths.min() + 0.02]
+        return 0.5 * (handle.max(axis=0) + handle.min(axis=0)), inwards
+
+    def leave(self, scene: Scene) -> Target | None:
+        """
+        Nothing is held, so nothing has to be let go of.
+
+        :param scene: Current state
+        """
+        return None
+
+    def __call__(self, scene: Scene) -> Target:
+        """
+        What to do in the current state.
+
+        :param scene: Current state
+        """
+        contact, inwards = self._contact(scene)
+        across = np.array([-inwards[1], inwards[0]])
+        # The fingers side by side, so that the hand is flat where it passes above and below other things.
+        rotation = axis_rotation(np.cross([0.0, 0.0, -1.0], inwards), pi / 2 - self.slope) @ yaw_rotation(
+            yaw_of_closing_axis(across)
+        )
+        offset = contact - scene.eef
+        before = float(offset @ inwards)
+        aside = abs(float(offset[:2] @ across))
+        turned = float(np.trace((rotation @ scene.rest_rotation).T @ scene.eef_rotation))
+        if turned > 2.8 and before > -0.01 and aside < 0.03 and abs(offset[2]) < 0.02 and scene.gap < 0.03:
+            return Target(contact + (0.06 - before) * inwards, CLOSE, None, rotation)
+        if turned > 2.6 and 0.03 < before < 0.14 and aside < 0.05:
+            return Target(contact - 0.05 * inwards, CLOSE, None, rotation)
+        # Over everything to the place in front.
+        front = contact - 0.09 * inwards
+        body = scene.joint_axis(self.joint)[0]
+        high = max(float(scene.points(body, 0.012)[:, 2].max()), float(contact[2])) + 0.12
+        freedom = float(np.clip(1.0 - (high - float(scene.eef[2]) - 0.03) / 0.06, 0.0, 1.0))
+        xy = scene.eef[:2] + freedom * (front - scene.eef)[:2]
+        return Target(np.array([xy[0], xy[1], high]), CLOSE, None, rotation)
+
+
 class TurnKnob:
     """
     Stateless turning of a knob with a ridge: grip the ridge from above, turn with the wrist.
@@ -141,6 +211,14 @@ class TurnKnob:
         self.hover = hover
         self.tilt = tilt
         self._ridge: int | None = None
+
+    def leave(self, scene: Scene) -> Target | None:
+        """
+        Let go of the knob and rise above it, or None where the gripper is clear of it.
+
+        :param scene: Current state
+        """
+        return rise_from(scene, scene.joint_axis(self.joint)[0])
 
     def __call__(self, scene: Scene) -> Target:
         """

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from opd_gym.envs.libero.experts.articulated import OpenDrawer, TurnKnob
+from opd_gym.envs.libero.experts.articulated import OpenDrawer, PushShut, TurnKnob
+from opd_gym.envs.libero.experts.compose import DrawerThenPlace, InTurn, Skill, Stage
 from opd_gym.envs.libero.experts.geometry import Array
 from opd_gym.envs.libero.experts.pick_place import PickPlace, Placement
 from opd_gym.envs.libero.experts.scene import Scene
 from opd_gym.envs.libero.experts.servo import Servo, Target
 from opd_gym.envs.libero.experts.slide import Slide
-
-Skill = Callable[[Scene], Target]
 
 
 class Expert:
@@ -27,7 +27,7 @@ class Expert:
     :param servo: Turns it into an action
     """
 
-    def __init__(self, domain: Any, skill: Skill, servo: Servo | None = None) -> None:
+    def __init__(self, domain: Any, skill: Callable[[Scene], Target], servo: Servo | None = None) -> None:
         self.scene = Scene(domain)
         self.skill = skill
         self.servo = servo or Servo()
@@ -40,60 +40,6 @@ class Expert:
         """
         self.scene.update()
         return self.servo(self.scene, self.skill(self.scene))
-
-
-class DrawerThenPlace:
-    """
-    Put an object into a drawer: move it out of the drawer's way, open the drawer, let go of it, put the object in.
-
-    :param drawer: Opens the drawer
-    :param place: Puts the object there
-    :param room: Horizontal distance in m that the middle of the object needs from the open drawer: less, and the hand
-        would hit the drawer when it grasps the object
-    """
-
-    def __init__(self, drawer: OpenDrawer, place: PickPlace, room: float = 0.055) -> None:
-        self.drawer = drawer
-        self.place = place
-        self.room = room
-        self.aside = PickPlace(place.name, self._free_spot)
-
-    def _opened(self, scene: Scene) -> Array:
-        """Points (x, y) of the drawer as it will be when open; it is pulled a little further than it must be."""
-        points = scene.points(scene.joint_axis(self.drawer.joint)[0], 0.012)
-        return np.asarray((points + (self.drawer.missing(scene) + 0.02) * self.drawer.direction(scene))[:, :2])
-
-    def _free_spot(self, scene: Scene) -> Placement:
-        """The spot on the table with the most room around it, if possible not far away."""
-        here = scene.position(self.place.name)[:2]
-        angles = np.linspace(0.0, 2.0 * np.pi, 16, endpoint=False)
-        ways = np.linspace(0.0, 0.2, 11)[:, None, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        spots = here + ways.reshape(-1, 2)
-        taken = np.concatenate([self._opened(scene), scene.obstacles(self.place.name)[:, :2]])
-        room = np.minimum(_nearest(spots, taken), self.room + 0.03)
-        spot = spots[int(np.argmax(room - 0.1 * np.linalg.norm(spots - here, axis=1)))]
-        return Placement(spot, scene.table + 0.004, 0.03, 0.015)
-
-    def __call__(self, scene: Scene) -> Target:
-        """
-        What to do in the current state.
-
-        :param scene: Current state
-        """
-        holds = self.place.holds(scene)
-        # With the object in the hand, a drawer that slid back a little is open enough.
-        if self.drawer.missing(scene) < (0.05 if holds else 0.0):
-            return self.drawer.retreat(scene) or self.place(scene)
-        here = scene.position(self.place.name)[None, :2]
-        if holds or _nearest(here, self._opened(scene))[0] < self.room:
-            return self.aside(scene)
-        return self.place.leave(scene) or self.drawer(scene)
-
-
-def _nearest(spots: Array, taken: Array, grid: float = 0.01) -> Array:
-    """Horizontal distance of each spot from the nearest of many points, which are thinned out to a grid."""
-    taken = np.unique(np.round(taken / grid), axis=0) * grid
-    return np.asarray(np.linalg.norm(spots[:, None] - taken, axis=2).min(axis=1))
 
 
 def _surface(points: Array, xy: Array, radius: float, below: float = np.inf) -> float:
@@ -144,14 +90,22 @@ def _onto_site(site: str, container: str) -> Callable[[Scene], Placement]:
     return placement
 
 
-def _into_drawer(site: str, container: str) -> Callable[[Scene], Placement]:
-    """Into an open drawer: its floor is the surface below the region."""
+def _into_drawer(drawer: OpenDrawer, site: str, container: str, depth: float) -> Callable[[Scene], Placement]:
+    """Into the middle of what is open of a drawer; its floor is the surface below the region."""
 
     def placement(scene: Scene) -> Placement:
         centre, _ = scene.site(site)
         points = [scene.points(body, spacing=0.012) for body in scene.bodies(container)]
         floor = max((_surface(p, centre[:2], 0.03, float(centre[2])) for p in points), default=-np.inf)
-        return Placement(centre[:2], max(floor, float(centre[2]) - 0.04) + 0.006, 0.1, 0.02, container)
+        # What is higher than the drawer may be above its inner end: the rest of the cabinet, other drawers' handles.
+        direction = drawer.direction(scene)
+        inner, outer = (float(centre @ direction) + side * depth for side in (-1.0, 1.0))
+        body = scene.joint_axis(drawer.joint)[0]
+        above = np.concatenate([p for b, p in zip(scene.bodies(container), points, strict=True) if b != body])
+        above = above[above[:, 2] > centre[2]] @ direction
+        inner = max(inner, float(above.max(initial=-np.inf)))
+        xy = (centre + (0.5 * (inner + outer) - float(centre @ direction)) * direction)[:2]
+        return Placement(xy, max(floor, float(centre[2]) - 0.04) + 0.006, 0.1, 0.02, container)
 
     return placement
 
@@ -164,37 +118,126 @@ def _drawer(domain: Any, site: str) -> OpenDrawer:
     return OpenDrawer(region.joints[0], sign, min(abs(v) for v in opened) + 0.002)
 
 
-def _skill(domain: Any) -> Skill | None:
-    goal = domain.parsed_problem["goal_state"]
-    if len(goal) != 1:
-        return None
-    predicate, *arguments = goal[0]
+def _push_shut(domain: Any, site: str) -> PushShut:
+    region = domain.object_sites_dict[site]
+    ranges = domain.get_object(region.parent_name).object_properties["articulation"]
+    sign = float(np.sign(sum(ranges["default_open_ranges"])))
+    return PushShut(region.joints[0], sign, max(sign * limit for limit in ranges["default_close_ranges"]) - 0.0005)
+
+
+def _on_table(site: str) -> Callable[[Scene], Placement]:
+    """Onto a region of the table."""
+
+    def placement(scene: Scene) -> Placement:
+        return Placement(scene.site(site)[0][:2], scene.table + 0.004, 0.03, 0.015)
+
+    return placement
+
+
+def _beside(placement: Callable[[Scene], Placement], offset: float) -> Callable[[Scene], Placement]:
+    """Off the middle, so that there is room for more."""
+
+    def moved(scene: Scene) -> Placement:
+        middle = placement(scene)
+        return replace(middle, xy=middle.xy + np.array([offset, 0.0]))
+
+    return moved
+
+
+def _placement(domain: Any, predicate: str, place: str) -> Callable[[Scene], Placement] | None:
+    """Where an object must be put so that a predicate comes true."""
     objects, sites = domain.objects_dict, domain.object_sites_dict
-    if predicate == "open" and arguments[0] in sites and sites[arguments[0]].joints:
-        return _drawer(domain, arguments[0])
-    if predicate == "turnon" and arguments[0] in domain.fixtures_dict:
-        fixture = domain.fixtures_dict[arguments[0]]
-        wanted = min(fixture.object_properties["articulation"]["default_turnon_ranges"]) + 0.1
-        return TurnKnob(fixture.joints[0], wanted)
-    if predicate not in ("in", "on") or arguments[0] not in objects:
-        return None
-    name, place = arguments
     if place in objects:
-        return PickPlace(name, _onto_object(place)) if predicate == "on" else None
+        return _onto_object(place) if predicate == "on" else None
     if place not in sites:
         return None
     parent = getattr(sites[place], "parent_name", None)
     if parent is None:
-        if objects[name].category_name == "plate":
-            return Slide(name, lambda scene: scene.site(place)[0][:2])
-        return None
+        return _on_table(place)
     if predicate == "in" and parent in objects and place.endswith("contain_region"):
-        return PickPlace(name, _into_container(parent, place))
+        return _into_container(parent, place)
     if predicate == "in" and sites[place].joints:
-        return DrawerThenPlace(_drawer(domain, place), PickPlace(name, _into_drawer(place, parent)))
+        return _into_drawer(_drawer(domain, place), place, parent, float(sites[place].size[1]))
     if predicate == "on" and (parent in domain.fixtures_dict or parent in objects):
-        return PickPlace(name, _onto_site(place, parent))
+        return _onto_site(place, parent)
     return None
+
+
+def _is_at(domain: Any, predicate: str, name: str, place: str) -> Callable[[Scene], bool]:
+    """LIBERO's predicates "in" and "on" of where an object is, apart from contact."""
+
+    def is_at(scene: Scene) -> bool:
+        position = scene.position(name)
+        if place in domain.objects_dict:
+            apart = position - scene.position(place)
+            return bool(apart[2] >= 0.0 and np.linalg.norm(apart[:2]) < 0.03)
+        site = domain.object_sites_dict[place]
+        return bool((site.in_box if predicate == "in" else site.under)(*scene.site(place), position))
+
+    return is_at
+
+
+def _place_stage(domain: Any, predicate: str, name: str, place: str, neighbours: list[str]) -> Stage | None:
+    placement = _placement(domain, predicate, place)
+    if placement is None or name not in domain.objects_dict:
+        return None
+    site = domain.object_sites_dict.get(place)
+    if len(neighbours) > 1:
+        span = 1.1 * float(min(site.size[:2])) if site is not None else 0.0
+        placement = _beside(placement, span * (neighbours.index(name) / (len(neighbours) - 1) - 0.5))
+    pick_place = PickPlace(name, placement)
+    is_at = _is_at(domain, predicate, name, place)
+
+    def done(scene: Scene) -> bool:
+        if pick_place.holds(scene) or not is_at(scene):
+            return False
+        # An object that is put on something must touch it.
+        bottom = float(scene.points(scene.body(name))[:, 2].min())
+        return predicate == "in" or bottom < pick_place.placement(scene).height + 0.006
+
+    skill: Skill = pick_place
+    if site is not None and predicate == "in" and site.joints:
+        skill = DrawerThenPlace(_drawer(domain, place), pick_place)
+    elif (
+        site is not None
+        and getattr(site, "parent_name", None) is None
+        and domain.objects_dict[name].category_name == "plate"
+    ):
+        skill = Slide(name, lambda scene: scene.site(place)[0][:2])
+    return Stage(skill, done)
+
+
+def _stage(domain: Any, predicate: str, arguments: list[str], goal: list[list[str]]) -> Stage | None:
+    """How to bring about one predicate of a goal, None where that is unknown."""
+    sites = domain.object_sites_dict
+    if predicate == "open" and arguments[0] in sites and sites[arguments[0]].joints:
+        drawer = _drawer(domain, arguments[0])
+        return Stage(drawer, lambda scene: drawer.missing(scene) < 0.0)
+    if predicate == "turnon" and arguments[0] in domain.fixtures_dict:
+        fixture = domain.fixtures_dict[arguments[0]]
+        on = min(fixture.object_properties["articulation"]["default_turnon_ranges"])
+        return Stage(TurnKnob(fixture.joints[0], on + 0.1), lambda scene: scene.joint(fixture.joints[0]) > on + 0.02)
+    if predicate == "close" and arguments[0] in sites and sites[arguments[0]].joints:
+        push = _push_shut(domain, arguments[0])
+        return Stage(push, push.is_closed)
+    if predicate in ("in", "on"):
+        neighbours = [other[1] for other in goal if other[0] == predicate and other[2] == arguments[1]]
+        return _place_stage(domain, predicate, arguments[0], arguments[1], neighbours)
+    return None
+
+
+def _skill(domain: Any) -> Callable[[Scene], Target] | None:
+    goal = domain.parsed_problem["goal_state"]
+    # First what must be open or on, last what must be closed.
+    order = {"open": 0, "turnon": 0, "in": 1, "on": 1, "close": 2}
+    stages = [
+        _stage(domain, predicate, arguments, goal)
+        for predicate, *arguments in sorted(goal, key=lambda g: order.get(g[0], 3))
+    ]
+    known = [stage for stage in stages if stage is not None]
+    if len(known) < len(stages):
+        return None
+    return known[0].skill if len(known) == 1 else InTurn(known)
 
 
 def supports(domain: Any) -> bool:

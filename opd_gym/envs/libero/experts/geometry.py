@@ -95,6 +95,7 @@ class Gripper:
 
     :param stroke: Largest gap between the pads
     :param pad_below: How far the pads reach below the grip site
+    :param tip_below: How far the fingers reach below the grip site
     :param pad_above: How far the pads reach above the grip site
     :param pad_half_width: Half the width of a pad
     :param depth: How deep an object may reach up between the fingers, measured from the grip site
@@ -108,6 +109,7 @@ class Gripper:
 
     stroke: float = 0.078
     pad_below: float = 0.005
+    tip_below: float = 0.0095
     pad_above: float = 0.012
     pad_half_width: float = 0.008
     depth: float = 0.021
@@ -149,7 +151,7 @@ def grasp_height(bottom: float, top: float, gripper: Gripper) -> float:
     :return: Height in m
     """
     middle = 0.5 * (bottom + top) - 0.5 * (gripper.pad_above - gripper.pad_below)
-    return max(min(middle, top - 0.008), top - gripper.depth, bottom + gripper.pad_below + 0.002)
+    return max(min(middle, top - 0.008), top - gripper.depth, bottom + gripper.tip_below)
 
 
 def hand_hits(obstacles: Array, position: Array, yaw: float, gripper: Gripper) -> int:
@@ -385,7 +387,7 @@ def plan_rim_grasp(
         cost += 2.0 + 0.05 * min(hits, 40) if hits else 0.0
         for obstacles_there in there:
             hits = hand_hits(obstacles_there, point, yaw, gripper)
-            cost += 0.6 + 0.02 * min(hits, 40) if hits else 0.0
+            cost += 2.0 + 0.05 * min(hits, 40) if hits else 0.0
         if cost < best_cost:
             best_cost = cost
             best = Grasp(point, yaw, float(rim.thickness[j]), 0.012)

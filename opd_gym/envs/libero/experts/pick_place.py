@@ -18,7 +18,7 @@ from opd_gym.envs.libero.experts.geometry import (
     plan_top_grasp,
 )
 from opd_gym.envs.libero.experts.scene import Scene
-from opd_gym.envs.libero.experts.servo import CLOSE, OPEN, Target
+from opd_gym.envs.libero.experts.servo import CLOSE, OPEN, Target, rise_from
 
 GraspPlanner = Callable[[Scene, int], Grasp]
 
@@ -93,10 +93,12 @@ class PickPlace:
         return plan_top_grasp(scene.points(body), scene.yaw, self.gripper, obstacles)
 
     def _travel_height(self, scene: Scene, grasp: Grasp) -> float:
-        """Height of the grip site at which the hand clears everything on its way to the grasp."""
+        """Height of the grip site at which the hand and the open fingers clear everything on the way to the grasp."""
         way = grasp.position[:2] - scene.eef[:2]
-        highest = highest_on_way(scene.obstacles(self.name), scene.eef[:2], way, self.gripper.hand_along)
-        return max(float(grasp.position[2]) + self.hover, highest - 0.005)
+        obstacles = scene.obstacles(self.name)
+        below_hand = highest_on_way(obstacles, scene.eef[:2], way, self.gripper.hand_along) - 0.005
+        below_fingers = highest_on_way(obstacles, scene.eef[:2], way, 0.5 * self.gripper.stroke + 0.016) + 0.015
+        return max(float(grasp.position[2]) + self.hover, below_hand, below_fingers)
 
     def holds(self, scene: Scene) -> bool:
         """
@@ -112,11 +114,7 @@ class PickPlace:
 
         :param scene: Current state
         """
-        body = scene.body(self.name)
-        above = float(scene.eef[2] - scene.points(body)[:, 2].max())
-        if above > 0.03 or max(scene.finger_distances(body, self.gripper.stroke)) > 0.5 * self.gripper.stroke:
-            return None
-        return Target(scene.eef + np.array([0.0, 0.0, 0.06 if scene.gap > 0.03 else 0.0]), OPEN)
+        return rise_from(scene, scene.body(self.name))
 
     def __call__(self, scene: Scene) -> Target:
         """

@@ -24,8 +24,6 @@ class Scene:
 
     def __init__(self, domain: Any) -> None:
         self.domain = domain
-        #: Height of the table's top
-        self.table = float(domain.workspace_offset[2])
         self._sim: Any = None
         self.update()
 
@@ -93,6 +91,12 @@ class Scene:
         :param name: Name of the instance
         """
         return np.asarray(self.data.xpos[self.body(name)].copy())
+
+    @property
+    def table(self) -> float:
+        """Height of the table: the lowest object stands on it."""
+        lowest = min(float(self.points(self.body(name), 0.012)[:, 2].min()) for name in self.domain.objects_dict)
+        return max(lowest, float(self.domain.workspace_offset[2]))
 
     def site(self, name: str) -> tuple[Array, Array]:
         """

@@ -30,6 +30,23 @@ class Target:
     rotation: Array | None = None
 
 
+def rise_from(scene: Scene, body: int, reach: float = 0.039, clear: float = 0.03) -> Target | None:
+    """
+    Let go of a body and rise above it, or None where it is not between the fingers.
+
+    :param scene: Current state
+    :param body: Body id
+    :param reach: Distance in m within which a finger counts as being at the body: half of what the gripper can open
+    :param clear: How far in m above the body the gripper is clear of it
+    """
+    distances = scene.finger_distances(body, 2.0 * reach)
+    if max(distances) > reach or float(scene.eef[2] - scene.points(body)[:, 2].max()) > clear:
+        return None
+    # Rising with a finger at the body would take it along.
+    rise = 0.06 if max(distances) > 0.002 else 0.0
+    return Target(scene.eef + np.array([0.0, 0.0, rise]), OPEN)
+
+
 class Servo:
     """
     Proportional position and dead-band orientation control on top of robosuite's OSC_POSE with delta actions.

@@ -8,7 +8,7 @@ import numpy as np
 
 from opd_gym.envs.libero.experts.geometry import Array, Gripper
 from opd_gym.envs.libero.experts.scene import Scene
-from opd_gym.envs.libero.experts.servo import CLOSE, Target
+from opd_gym.envs.libero.experts.servo import CLOSE, Target, rise_from
 
 
 class Slide:
@@ -30,6 +30,14 @@ class Slide:
         self.hover = hover
         self.pressure = pressure
         self.gripper = Gripper()
+
+    def leave(self, scene: Scene) -> Target | None:
+        """
+        Rise from the object, or None where the gripper is clear of it.
+
+        :param scene: Current state
+        """
+        return rise_from(scene, scene.body(self.name))
 
     def __call__(self, scene: Scene) -> Target:
         """
