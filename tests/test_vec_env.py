@@ -1345,7 +1345,7 @@ def test_configurations_may_say_how_many_workers():
     from opd_gym.envs.make import build_env
     from opd_gym.zoo.hyperparams import split_hyperparams
 
-    run, _ = split_hyperparams("opd", {"n_envs": 3, "n_workers": 2})
+    run, _ = split_hyperparams("opd", {"n_envs": 3, "n_workers": 2}, OPD)
     env = build_env("CartPole-v1", run)
     try:
         assert isinstance(env, WorkerVecEnv) and env.n_workers == 2

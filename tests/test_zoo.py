@@ -23,8 +23,9 @@ from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 import opd_gym
-from opd_gym import PPO, make_vec
+from opd_gym import OPD, PPO, make_vec
 from opd_gym import checkpoints as registry
+from opd_gym.algorithms import algorithm_class
 from opd_gym.checkpoints import run_checkpoints
 from opd_gym.cli import quickstart
 from opd_gym.cli.main import main
@@ -53,12 +54,12 @@ def test_every_entry_of_every_file_is_valid(algo: str) -> None:
     entries = config.read_hyperparams(config.HYPERPARAMS / f"{algo}.yml")
     assert "default" in entries and "LiberoObject-v0" in entries
     for env_id in entries:
-        run, kwargs = config.split_hyperparams(algo, load_hyperparams(algo, env_id))
+        run, kwargs = config.split_hyperparams(algo, load_hyperparams(algo, env_id), algorithm_class(algo))
         assert isinstance(run["policy"], str)
         if env_id not in ("default", config.suite_id("RoboTwinTurnSwitch-v0")):
             gym.spec(env_id)
         # The keywords are accepted by the algorithm's constructor itself.
-        inspect.signature(config.algorithm_class(algo)).bind_partial(run["policy"], None, **kwargs)
+        inspect.signature(algorithm_class(algo)).bind_partial(run["policy"], None, **kwargs)
 
 
 def test_tasks_of_robotwin_share_hyperparameters() -> None:
@@ -94,7 +95,7 @@ def test_nothing_is_evaluated(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not YAML that can be read"):
             load_hyperparams("opd", "CartPole-v1", path)
     with pytest.raises(ValueError, match=r"policy_kwargs: expected a mapping.*Nothing is evaluated"):
-        config.split_hyperparams("opd", {"policy_kwargs": "dict(net_arch=[64])"})
+        config.split_hyperparams("opd", {"policy_kwargs": "dict(net_arch=[64])"}, OPD)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,9 @@ def test_numbers_without_a_dot_are_numbers(text: str, value: Any) -> None:
 
 
 def test_schedules() -> None:
-    _, kwargs = config.split_hyperparams("ppo", {"learning_rate": "lin_5e-4", "clip_range": 0.1})
+    _, kwargs = config.split_hyperparams(
+        "ppo", {"learning_rate": "lin_5e-4", "clip_range": 0.1}, algorithm_class("ppo")
+    )
     rate = kwargs["learning_rate"]
     assert isinstance(rate, LinearSchedule)
     assert [rate(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([5e-4, 2.5e-4, 0.0])
@@ -131,7 +134,9 @@ def test_unknown_keys_name_the_valid_ones() -> None:
     with pytest.raises(
         ValueError, match=r"(?s)Unknown hyperparameters of opd: learning_rat, seed\..*n_envs.*learning_rate"
     ):
-        config.split_hyperparams("opd", {"learning_rat": 1, "learning_rate": 1, "n_envs": 2, "seed": 3})
+        config.split_hyperparams(
+            "opd", {"learning_rat": 1, "learning_rate": 1, "n_envs": 2, "seed": 3}, algorithm_class("opd")
+        )
 
 
 def test_keywords_that_are_passed_on_to_a_base_class_are_known() -> None:
@@ -149,10 +154,10 @@ def test_keywords_that_are_passed_on_to_a_base_class_are_known() -> None:
 
 
 def test_numbers_of_the_run() -> None:
-    run, _ = config.split_hyperparams("opd", {"n_timesteps": 2e4, "n_envs": 2})
+    run, _ = config.split_hyperparams("opd", {"n_timesteps": 2e4, "n_envs": 2}, OPD)
     assert run == {"n_timesteps": 20000, "n_envs": 2} and isinstance(run["n_timesteps"], int)
     with pytest.raises(ValueError, match="n_envs: expected a number"):
-        config.split_hyperparams("opd", {"n_envs": "two"})
+        config.split_hyperparams("opd", {"n_envs": "two"}, OPD)
 
 
 def test_overrides() -> None:
@@ -712,7 +717,7 @@ def test_an_env_of_a_module_in_this_folder(tmp_path: Path, monkeypatch: pytest.M
 
 def test_python_trains_an_id_of_the_zoo_as_the_command_line_does(capsys):
     model = PPO("MlpPolicy", "CartPole-v1", gamma=0.9, policy_kwargs={"net_arch": [8]}, verbose=1, device="cpu")
-    run, tuned = config.split_hyperparams("ppo", load_hyperparams("ppo", "CartPole-v1"))
+    run, tuned = config.split_hyperparams("ppo", load_hyperparams("ppo", "CartPole-v1"), PPO)
     assert (model.n_envs, model.default_total_timesteps) == (run["n_envs"], run["n_timesteps"])
     assert (model.n_steps, model.n_epochs) == (tuned["n_steps"], tuned["n_epochs"])
     assert model.lr_schedule(0.5) == tuned["learning_rate"](0.5) != 3e-4
@@ -732,5 +737,5 @@ def test_seeds_of_numpy_are_seeds() -> None:
     ]
     assert np.array_equal(*actions)
     assert make_vec("CartPole-v1", seed=np.uint32(3)).reset().shape == (1, 4)
-    with pytest.raises(ValueError, match="seed must be an integer or None, got 'x'"):
+    with pytest.raises(ValueError, match="seed must be an integer, got 'x'"):
         PPO("MlpPolicy", "CartPole-v1", seed="x")

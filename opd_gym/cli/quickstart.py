@@ -106,10 +106,11 @@ def run(args: Quickstart) -> int:
     :return: exit status
     """
     began = time.monotonic()
+    from opd_gym.algorithms.opd import OPD
     from opd_gym.cli.train import complete_hyperparams, default_episodes, trusting
     from opd_gym.envs.make import build_env
     from opd_gym.policies.body import checkpoint_settings
-    from opd_gym.zoo.hyperparams import algorithm_class, split_hyperparams
+    from opd_gym.zoo.hyperparams import split_hyperparams
 
     overrides = [*args.hyperparams, *args.param]
     train_args = TrainArgs(
@@ -121,7 +122,7 @@ def run(args: Quickstart) -> int:
     if student is None or teacher is None:
         role = "student" if student is None else "teacher"
         raise ValueError(f"The zoo has no {role} for {args.env}. Pass --{role} with a checkpoint.")
-    run_values, kwargs = split_hyperparams("opd", values)
+    run_values, kwargs = split_hyperparams("opd", values, OPD)
     env_kwargs: dict[str, Any] = {"render_mode": "rgb_array"}
     if args.task_ids:
         env_kwargs["task_ids"] = tuple(args.task_ids)
@@ -135,9 +136,7 @@ def run(args: Quickstart) -> int:
     print(f"Student {Path(student).name}, teacher {teacher}, on {args.env} (LIBERO's own simulator)", flush=True)
     env = build_env(args.env, run_values, n_envs, args.seed, settings, **env_kwargs)
     try:
-        model = algorithm_class("opd")(  # type: ignore[call-arg]
-            run_values.get("policy", "VLAPolicy"), env, seed=args.seed, device=args.device, **kwargs
-        )
+        model = OPD(run_values.get("policy", "VLAPolicy"), env, seed=args.seed, device=args.device, **kwargs)
         args.folder.mkdir(parents=True, exist_ok=True)
         return _distil(model, env, default_episodes(env, args.eval_episodes, suite_horizon=True), args, began)
     finally:

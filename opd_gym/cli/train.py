@@ -15,6 +15,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from opd_gym.algorithms import algorithm_class
 from opd_gym.checkpoints import (
     lasting_name,
     newest_intact,
@@ -39,7 +40,6 @@ from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult,
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import versions, write_versions
 from opd_gym.zoo.hyperparams import (
-    algorithm_class,
     algorithm_parameters,
     load_hyperparams,
     merge,

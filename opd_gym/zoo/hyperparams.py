@@ -6,19 +6,15 @@ Unlike there nothing is evaluated: ``policy_kwargs`` is a mapping, and a wrapper
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opd_gym.envs.registration import ROBOTWIN_IDS, bare_id, training_defaults
 from opd_gym.untrusted import parse_yaml, read_yaml
-
-if TYPE_CHECKING:
-    from stable_baselines3.common.base_class import BaseAlgorithm
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 ALGORITHMS = ("opd", "grpo", "ppo", "sft")
@@ -39,16 +35,6 @@ RUN_KEYS = {
 _RESERVED = {"self", "env", "policy", "seed", "device", "_init_setup_model"}
 # As in rl-zoo3: constants or, from a string like lin_5e-4, linear schedules.
 SCHEDULE_KEYS = ("learning_rate", "clip_range", "clip_range_high", "clip_range_vf")
-
-
-def algorithm_class(algo: str) -> type[BaseAlgorithm]:
-    """
-    :param algo: "opd", "grpo", "ppo" or "sft"
-    :return: its class
-    """
-    if algo.lower() not in ALGORITHMS:
-        raise ValueError(f"Unknown algorithm {algo!r}. Known: {', '.join(ALGORITHMS)}.")
-    return getattr(importlib.import_module(f"opd_gym.algorithms.{algo.lower()}"), algo.upper())
 
 
 def algorithm_parameters(cls: type) -> dict[str, inspect.Parameter]:
@@ -201,18 +187,16 @@ def schedule(value: Any, key: str) -> Any:
     return LinearSchedule(start, 0.0, 1.0)
 
 
-def split_hyperparams(
-    algo: str, values: Mapping[str, Any], cls: type | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     Check a configuration and part it.
 
-    :param algo: name of the algorithm, for its class and for errors
+    :param algo: name of the algorithm, for errors
     :param values: hyperparameters, as :func:`load_hyperparams` gives them
-    :param cls: class of the algorithm; None for the one of that name
+    :param cls: class of the algorithm
     :return: what concerns the environment and the run, and the algorithm's keyword arguments with schedules resolved
     """
-    parameters = algorithm_parameters(cls or algorithm_class(algo))
+    parameters = algorithm_parameters(cls)
     unknown = [key for key in values if key not in RUN_KEYS and key not in parameters]
     if unknown:
         raise ValueError(
