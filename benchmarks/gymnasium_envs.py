@@ -2,11 +2,11 @@
 Does OPD with its defaults reach an SB3 teacher on ordinary Gymnasium envs, beside BC and DAgger of ``imitation``?
 
 ``imitation`` 1.0.1 asks for older versions of Gymnasium and SB3 than this library does, and runs with ours. Put it in a
-folder of its own, with what it imports and Box2D for LunarLander; nothing in the environment changes. (The folder has to
-be called ``site-packages``: dill goes by that.) ::
+folder of its own, with what it imports and Box2D for LunarLander; nothing in the environment changes. (dill wants
+the folder to be called ``site-packages``.) ::
 
-    pip install --no-deps --target SIDE/site-packages imitation==1.0.1 datasets pyarrow pandas dill multiprocess xxhash jsonpickle \
-        huggingface-sb3 pytz python-dateutil wasabi box2d==2.3.10 pygame-ce
+    pip install --no-deps --target SIDE/site-packages imitation==1.0.1 datasets pyarrow pandas dill multiprocess \
+        xxhash jsonpickle huggingface-sb3 pytz python-dateutil wasabi box2d==2.3.10 pygame-ce
 
     PYTHONPATH=SIDE/site-packages python benchmarks/gymnasium_envs.py --work ~/teachers              # what is published
     PYTHONPATH=SIDE/site-packages python benchmarks/gymnasium_envs.py --work ~/teachers --methods opd --set group_size=1
@@ -18,6 +18,7 @@ Teachers are trained once and kept in ``--work``. Each run writes one JSON file,
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import itertools
 import json
@@ -40,6 +41,7 @@ import torch as th
 import yaml
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import BasePolicy
 from tqdm import tqdm
@@ -52,6 +54,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "gymnasium_envs"
 N_EVAL_EPISODES = 20
 # Training seeds are 0, 1, 2, ... and what OPD draws from them; evaluations begin here
 EVAL_SEED = 1_000_000
+# A teacher is evaluated this often while it is trained, in episodes of its own
+N_TEACHER_EVALS, TEACHER_EVAL_SEED = 12, 2_000_000
 METHODS = ("opd", "dagger", "bc")
 LABELS = {"opd": "OPD", "dagger": "DAgger (imitation)", "bc": "BC (imitation)"}
 # Passes of BC over the demonstrations: imitation has a default for DAgger's rounds (4) and none for BC alone
@@ -99,6 +103,9 @@ ENVS: dict[str, str | type[gym.Env]] = {
 # Env steps of each method: what DAgger needs, rounded to a power of two
 BUDGETS = {"CartPole": 4096, "Acrobot": 4096, "LunarLander": 32768, "Pendulum": 8192, "Thrusters": 4096}
 
+# Mean return of ten episodes at which a teacher's training ends
+GOOD_ENOUGH = {"CartPole": 500.0, "Acrobot": -85.0, "LunarLander": 240.0, "Pendulum": -150.0, "Thrusters": 90.0}
+
 
 def made(env_name: str) -> gym.Env:
     """
@@ -138,6 +145,8 @@ class Recipe:
         return getattr(stable_baselines3, self.algo, None) or getattr(sb3_contrib, self.algo)
 
 
+# Enough for these envs, at a third of the time
+SMALL = {"net_arch": [64, 64]}
 RECIPES = [
     Recipe(
         "CartPole",
@@ -168,21 +177,16 @@ RECIPES = [
             gradient_steps=128,
             exploration_fraction=0.16,
             exploration_final_eps=0.04,
-            policy_kwargs=dict(net_arch=[256, 256]),
+            policy_kwargs=SMALL,
         ),
     ),
     Recipe("CartPole", "ARS", 50_000, kwargs=dict(n_delta=2, policy="LinearPolicy")),
     Recipe("Thrusters", "PPO", 60_000, 8, dict(n_steps=128, batch_size=256, learning_rate=1e-3, gamma=0.95)),
     Recipe("Pendulum", "PPO", 100_000, 4, dict(n_steps=1024, gae_lambda=0.95, gamma=0.9, learning_rate=1e-3)),
-    Recipe("Pendulum", "SAC", 8_000, kwargs=dict(learning_rate=1e-3)),
-    Recipe("Acrobot", "PPO", 200_000, 16, dict(n_steps=256, gae_lambda=0.94, n_epochs=4, batch_size=128)),
-    Recipe(
-        "Pendulum",
-        "TD3",
-        8_000,
-        kwargs=dict(learning_rate=1e-3, gamma=0.98, learning_starts=1000, buffer_size=200_000),
-    ),
-    Recipe("Pendulum", "TQC", 8_000, kwargs=dict(learning_rate=1e-3)),
+    Recipe("Pendulum", "SAC", 6_000, kwargs=dict(learning_rate=1e-3, policy_kwargs=SMALL)),
+    Recipe("Acrobot", "PPO", 150_000, 16, dict(n_steps=256, gae_lambda=0.94, n_epochs=4, batch_size=128)),
+    Recipe("Pendulum", "TD3", 6_000, kwargs=dict(learning_rate=1e-3, gamma=0.98, policy_kwargs=SMALL)),
+    Recipe("Pendulum", "TQC", 6_000, kwargs=dict(learning_rate=1e-3, policy_kwargs=SMALL)),
     Recipe(
         "LunarLander",
         "PPO",
@@ -197,6 +201,8 @@ def trained(recipe: Recipe, work: Path) -> tuple[Path, BaseAlgorithm]:
     """
     Train a teacher with seed 0, or load it where that has been done.
 
+    As rl-zoo3 does, it keeps the best of some evaluations; and stops once a teacher is good enough.
+
     :param recipe: Which
     :param work: Folder of the teachers
     :return: its zip, and the model
@@ -204,21 +210,23 @@ def trained(recipe: Recipe, work: Path) -> tuple[Path, BaseAlgorithm]:
     path = work / f"{recipe.name}.zip"
     if not path.exists():
         env = make_vec_env(ENVS[recipe.env], recipe.n_envs, seed=0)
-        model = recipe.cls(**{"policy": "MlpPolicy", "env": env, "seed": 0, "device": "cpu", **recipe.kwargs})
-        with tqdm(
-            total=recipe.n_timesteps, desc=f"teacher {recipe.name}", unit="step", mininterval=5, leave=False
-        ) as bar:
-
-            def advance(found: dict[str, Any], _: dict[str, Any]) -> bool:
-                bar.update(found["self"].num_timesteps - bar.n)
-                return True
-
-            started = time.process_time()
-            model.learn(recipe.n_timesteps, callback=advance)
-        partial = path.with_suffix(".partial.zip")
-        model.save(partial)
-        write_atomic(path.with_suffix(".json"), json.dumps({"cpu_s": round(time.process_time() - started, 1)}))
-        partial.rename(path)
+        # SB3 writes into policy_kwargs
+        model = recipe.cls(
+            **{"policy": "MlpPolicy", "env": env, "seed": 0, "device": "cpu", **copy.deepcopy(recipe.kwargs)}
+        )
+        best = EvalCallback(
+            make_vec_env(ENVS[recipe.env], 1, seed=TEACHER_EVAL_SEED),
+            StopTrainingOnRewardThreshold(GOOD_ENOUGH[recipe.env], verbose=0),
+            n_eval_episodes=10,
+            eval_freq=recipe.n_timesteps // N_TEACHER_EVALS // recipe.n_envs,
+            best_model_save_path=str(path.with_suffix("")),
+            verbose=0,
+        )
+        started = time.process_time()
+        model.learn(recipe.n_timesteps, callback=best, progress_bar=True)
+        cost = {"cpu_s": round(time.process_time() - started, 1), "env_steps": model.num_timesteps}
+        write_atomic(path.with_suffix(".json"), json.dumps(cost))
+        (path.with_suffix("") / "best_model.zip").rename(path)
     return path, recipe.cls.load(path, device="cpu")
 
 
@@ -374,10 +382,10 @@ def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, 
     lines = [
         "# OPD, DAgger and BC on Gymnasium envs",
         "",
-        f"Mean return of {N_EVAL_EPISODES} deterministic episodes, by training seed; env steps, updates and CPU seconds",
+        f"Mean return of {N_EVAL_EPISODES} deterministic episodes, by training seed. Env steps, updates and CPU time",
         "are means over the seeds. See benchmarks/README.md.",
         "",
-        "| teacher | its return | method | return, by seed | mean | env steps | updates | CPU s | CPU of DAgger |",
+        "| teacher | its return | method | return, seed by seed | mean | env steps | updates | CPU s | CPU of DAgger |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, teacher in teachers.items():
@@ -496,7 +504,7 @@ def run_all(args: argparse.Namespace, settings: dict[str, Any]) -> None:
             path = args.output / f"{recipe.name}.json"
             if not path.exists():
                 cost = json.loads(teacher.with_suffix(".json").read_text())
-                record = {"teacher": recipe.name, "method": "teacher", "env_steps": recipe.n_timesteps, **cost}
+                record = {"teacher": recipe.name, "method": "teacher", **cost}
                 write_results(path, {**record, "returns": returns(model, recipe.env)})
             for seed in args.seeds:
                 # Each method is first as often as any other
