@@ -185,7 +185,7 @@ RECIPES = [
     Recipe("Pendulum", "PPO", 100_000, 4, dict(n_steps=1024, gae_lambda=0.95, gamma=0.9, learning_rate=1e-3)),
     Recipe("Pendulum", "SAC", 6_000, kwargs=dict(learning_rate=1e-3, policy_kwargs=SMALL)),
     Recipe("Acrobot", "PPO", 150_000, 16, dict(n_steps=256, gae_lambda=0.94, n_epochs=4, batch_size=128)),
-    Recipe("Pendulum", "TD3", 6_000, kwargs=dict(learning_rate=1e-3, gamma=0.98, policy_kwargs=SMALL)),
+    Recipe("Pendulum", "TD3", 12_000, kwargs=dict(learning_rate=1e-3, gamma=0.98, policy_kwargs=SMALL)),
     Recipe("Pendulum", "TQC", 6_000, kwargs=dict(learning_rate=1e-3, policy_kwargs=SMALL)),
     Recipe(
         "LunarLander",
