@@ -453,7 +453,9 @@ def report(output: Path) -> None:
     order = [recipe.name for recipe in RECIPES]
     teachers = {name: teachers[name] for name in sorted(teachers, key=order.index)}
     records = [r for r in found if r["method"] != "teacher"]
-    records.sort(key=lambda r: (METHODS.index(r["method"]), r["n_envs"], str(r["settings"]), r["seed"]))
+    records.sort(
+        key=lambda r: (METHODS.index(r["method"]), r["n_envs"], len(r["settings"]), str(r["settings"]), r["seed"])
+    )
     write_atomic(output / "results.md", results_md(teachers, records))
     if records:
         plot(teachers, records, output / "results.png")
