@@ -18,6 +18,7 @@ pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gymnasium_envs  # noqa: E402
 import libero_throughput  # noqa: E402
 import light_visuals  # noqa: E402
 import report  # noqa: E402
@@ -233,3 +234,19 @@ def test_report_keeps_the_seeds_of_earlier_results(tmp_path, monkeypatch):
     assert "OPD, seed 0: 90 % of the teacher's success while training after 9 episodes" in text
     assert "OPD, seed 1: 90 % of the teacher's success while training did not reach it" in text
     assert cells(run(2, {"opd": 7}), "student + OPD")[0][3:5] == ["", "10"]
+
+
+def test_students_of_gymnasium_envs_beside_their_teacher(tmp_path, monkeypatch):
+    short = gymnasium_envs.Recipe("Thrusters", "PPO", 64, kwargs=dict(n_steps=64))
+    monkeypatch.setattr(gymnasium_envs, "RECIPES", [short])
+    monkeypatch.setattr(gymnasium_envs, "N_TEACHER_EVALS", 1)
+    arguments = ["--work", str(tmp_path / "work"), "--output", str(tmp_path), "--teachers", short.name]
+    for more in ([], ["--set", "group_size=1"]):
+        gymnasium_envs.main([*arguments, "--methods", "opd", "--seeds", "0", "--steps", "64", *more])
+    record = json.loads((tmp_path / "Thrusters-PPO_opd_seed0.json").read_text())
+    assert (record["env_steps"], record["updates"], len(record["returns"])) == (64, 16, 20)
+    assert len(set(record["returns"])) == 20 and record["versions"] == versions()
+    rows = cells((tmp_path / "results.md").read_text(), "Thrusters-PPO")
+    assert [row[2] for row in rows] == ["OPD", "OPD, group_size=1"]
+    assert rows[0][4:7] == [f"{np.mean(record['returns']):.1f}", "64", "16"]
+    assert (tmp_path / "results.png").stat().st_size > 0
