@@ -114,7 +114,7 @@ def table(records: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suites", nargs="+", default=["libero_object", "libero_spatial", "libero_goal"])
+    parser.add_argument("--suites", nargs="+", default=["libero_object", "libero_spatial", "libero_goal", "libero_10"])
     parser.add_argument("--task-ids", nargs="+", type=int, default=list(range(10)))
     parser.add_argument("--episodes", type=int, default=20, help="episodes of each task")
     parser.add_argument("--seed", type=int, default=0, help="seed of each task's first episode")
