@@ -290,6 +290,7 @@ def test_a_good_teacher_is_reported_and_a_bad_one_is_doubted(tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         learned("CartPole-v1", 0, teacher=worst)
+        OPD("MlpPolicy", "CartPole-v1", teacher=worst, n_steps=8).learn(8)  # over sooner than the trial
         model.learn(64)  # the student has begun to learn
 
 

@@ -35,6 +35,8 @@ from opd_gym.checks import check_at_least, check_at_least_one
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import is_autoregressive
 
+# Unasked the teacher plays before runs of so many decisions: a shorter one is over sooner than that
+TRIED_FROM = 64
 # What `state_replay=True` may take of the memory
 REPLAY_BYTES = 2**30
 # What `gradient_steps="auto"` means: minibatches for each decision collected, whatever n_envs and n_steps are
@@ -235,7 +237,10 @@ class OPD(RolloutAlgorithm):
         results = {}
         # Between episodes, and before the student has learnt of it
         if self._n_updates == 0 and self._last_obs is None and self._teacher is not None and self.env is not None:
-            results = try_teacher(self._teacher, self.env, self.policy, self._n_eval_episodes, self.verbose)
+            n_episodes = self._n_eval_episodes
+            if n_episodes is None and kwargs.get("total_timesteps", args[0] if args else TRIED_FROM) < TRIED_FROM:
+                n_episodes = 0
+            results = try_teacher(self._teacher, self.env, self.policy, n_episodes, self.verbose)
         learning = super()._setup_learn(*args, **kwargs)
         for name, value in results.items():
             self.logger.record(f"teacher/{name}", value)
