@@ -38,7 +38,6 @@ import numpy as np
 import sb3_contrib
 import stable_baselines3
 import torch as th
-import yaml
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
@@ -48,6 +47,7 @@ from tqdm import tqdm
 
 from opd_gym import OPD
 from opd_gym.files import write_atomic
+from opd_gym.untrusted import parse_yaml
 from opd_gym.versions import write_results
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gymnasium_envs"
@@ -482,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.work.mkdir(parents=True, exist_ok=True)
         args.output.mkdir(parents=True, exist_ok=True)
         th.set_num_threads(1)
-        settings = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in args.set)}
+        settings = {name: parse_yaml(value) for name, _, value in (pair.partition("=") for pair in args.set)}
         run_all(args, settings)
     report(args.output)
 

@@ -1,6 +1,6 @@
 # What GRPO can do from the student of LIBERO-Object: a sweep, and a long run of the best setting.
 #
-#   make -f benchmarks/libero_grpo.mk -j2          the sweep, 12,000 decisions each (about two and a half hours on two cores)
+#   make -f benchmarks/libero_grpo.mk -j2          the sweep, 12,000 decisions each (by a rough count, two and a half hours on two cores)
 #   make -f benchmarks/libero_grpo.mk long BEST="learning_rate:3e-5 temperature:1.0"
 #   make -f benchmarks/libero_grpo.mk report
 include $(dir $(firstword $(MAKEFILE_LIST)))common.mk

@@ -1,7 +1,7 @@
 # Which parts of OPD matter on LIBERO-Object: the divergence, the estimator, the group size, the replay of states, the number
 # of gradient steps. Student and teacher are the zoo's.
 #
-#   make -f benchmarks/libero_objectives.mk -j2                    33 runs of 12,000 decisions: about 11 hours on two cores
+#   make -f benchmarks/libero_objectives.mk -j2                    33 runs of 12,000 decisions, by a rough count 11 hours
 #   make -f benchmarks/libero_objectives.mk divergence SEEDS=0
 #   make -f benchmarks/libero_objectives.mk report
 include $(dir $(firstword $(MAKEFILE_LIST)))common.mk

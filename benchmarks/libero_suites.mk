@@ -1,6 +1,6 @@
 # OPD against GRPO, SFT and its teacher on the four suites of LIBERO, with every command behind the results.
 #
-#   make -f benchmarks/libero_suites.mk                      everything (about two days on two cores), one thing after another
+#   make -f benchmarks/libero_suites.mk                      everything, one thing after another; by a rough count two days on two cores
 #   make -f benchmarks/libero_suites.mk -j2 spatial SEEDS=0  one suite, one seed, two things at once
 #   make -f benchmarks/libero_suites.mk -n object            print the commands
 #

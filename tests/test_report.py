@@ -142,8 +142,12 @@ def test_refused(results, tmp_path, capsys):
         ([str(results), "--reference", "nobody"], "one of grpo, opd, teacher"),
         ([str(results), "--label", "eval/*"], "NAME=VALUE"),
         ([str(results), "--tasks", "seen=a-b"], "0-5 or 0,3,7"),
+        ([str(results), "--keep", str(results / "kept")], "Name another folder"),
     ):
         assert main(["report", *words, "-o", str(tmp_path / "page.html")]) == 2
         assert told in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
     assert np.isnan(Policy("x", ENV).success()[0])
+    (results / "grpo" / f"{ENV}_1" / "evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluation\.json is damaged"):
+        find_policies([results], {})

@@ -98,7 +98,7 @@ def test_q_values_become_a_softmax(tmp_path):
     q_values = model.q_net(th.as_tensor(obs)).detach()
     view = opinion(model, vec(1, env="CartPole-v1"), obs, temperature=0.1)
     assert th.allclose(view.log_probs[:, 0], th.log_softmax(q_values / 0.1, dim=-1))
-    with pytest.raises(ValueError, match="positive temperature"):
+    with pytest.raises(ValueError, match=r"temperature must be a number in \(0, inf\)"):
         opinion(model, vec(1, env="CartPole-v1"), obs, temperature=0.0)
 
 
@@ -209,7 +209,7 @@ def test_continuous_labels_become_gaussians():
     assert th.equal(plain.mean, labels) and th.allclose(plain.log_std.exp(), th.full((2, 1), 0.2))
     squashed = LabelSmoothing(token_spec(space, squashed=True), space, False, std=0.1)(labels)
     assert squashed.squashed and th.allclose(squashed.mode() * 2, labels, atol=0.05)
-    with pytest.raises(ValueError, match="std > 0"):
+    with pytest.raises(ValueError, match=r"std must be a number in \(0, inf\)"):
         LabelSmoothing(token_spec(space), space, False, std=0.0)
 
 
@@ -329,8 +329,8 @@ def test_a_trial_in_an_env_that_never_ends_or_is_slow_or_keeps_statistics(monkey
     assert try_teacher(teacher, env, student_of(env)) == {}
     with pytest.raises(ValueError, match="autoregressive"):
         try_teacher(teacher, env, student_of(env), 1)
-    for wrong in (-1, "5", 2.5):
-        with pytest.raises(ValueError, match="n_eval_episodes.*at least 0"):
+    for wrong, told in ((-1, "at least 0"), ("5", "an integer"), (2.5, "an integer")):
+        with pytest.raises(ValueError, match=f"n_eval_episodes must be {told}"):
             learned("CartPole-v1", wrong)
     monkeypatch.setitem(CHUNK_SIZES, "CartPole-v1", 8)
     assert tried(env) == {}
@@ -338,6 +338,14 @@ def test_a_trial_in_an_env_that_never_ends_or_is_slow_or_keeps_statistics(monkey
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"temperature": np.inf}, {"std": np.inf}, {"smoothing": np.inf}, {"smoothing": -1.0}, {"floor": 1.0}]
+)
+def test_numbers_of_the_teacher_that_make_no_sense(kwargs):
+    with pytest.raises(ValueError, match=f"{next(iter(kwargs))} must be a number in"):
+        OPD("MlpPolicy", "CartPole-v1", teacher=cartpole_teacher(), teacher_kwargs=kwargs)
 
 
 class Other(gym.Env):

@@ -211,8 +211,7 @@ class OPD(RolloutAlgorithm):
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
         kwargs = dict(self.teacher_kwargs)
         self._n_eval_episodes = kwargs.pop("n_eval_episodes", None)
-        if not isinstance(self._n_eval_episodes, (int, np.integer, type(None))) or (self._n_eval_episodes or 0) < 0:
-            raise ValueError(f"n_eval_episodes of teacher_kwargs must be at least 0, got {self._n_eval_episodes!r}.")
+        check_at_least(0, n_eval_episodes=self._n_eval_episodes)
         self._teacher = make_teacher(self.teacher, self.env, self.policy, **kwargs)
         self.rollout_buffer.label_size = self._teacher.label_size or self.rollout_buffer.spec.n_tokens
         if self.verbose >= 1 and self._teacher.sees:

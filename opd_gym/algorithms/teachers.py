@@ -28,6 +28,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
 from opd_gym.checkpoints import find_teacher, resolve_checkpoint
+from opd_gym.checks import check_range
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.envs.wrappers import ActionTokens, EpisodeControl, PrivilegedObservation
 from opd_gym.observations import map_obs, obs_rows
@@ -131,8 +132,7 @@ class PolicyTeacher(Teacher):
     ):
         if policy is student:
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
-        if not temperature > 0.0:
-            raise ValueError(f"Expected a positive temperature of the teacher, got {temperature}.")
+        check_range("(0, inf)", temperature=temperature)
         check_starts("teacher's observation space", policy.observation_space)
         check_starts("teacher's action space", policy.action_space)
         check_action_spaces(policy.action_space, env.action_space)
@@ -381,11 +381,9 @@ class LabelSmoothing:
         smoothing: float = 1.0,
         floor: float = 0.01,
     ):
-        if not std > 0.0 or not smoothing >= 0.0 or not 0.0 < floor < 1.0:
-            raise ValueError(
-                "Expected std > 0, smoothing >= 0 and 0 < floor < 1, "
-                f"got std={std}, smoothing={smoothing}, floor={floor}."
-            )
+        check_range("(0, inf)", std=std)
+        check_range("[0, inf)", smoothing=smoothing)
+        check_range("(0, 1)", floor=floor)
         self.spec = spec
         #: Number of bins of each token; None for continuous tokens
         self.n_bins: np.ndarray | None = None

@@ -204,7 +204,9 @@ def _find(folder: Path) -> list[_Found]:
         item.settings = {key: value for key, value in _flat(config).items() if not key.startswith(INCIDENTAL)}
         item.rows = read_progress(run)
         item.command = command.read_text(encoding="utf-8").strip() if command.is_file() else ""
-        item.result = EvaluationResult.load(result) if result.is_file() else None
+        item.result = _evaluation(result)
+        if item.result is None and result.is_file():
+            raise ValueError(f"{result} is damaged: expected what `opd-gym eval -o` or `train --eval-episodes` writes.")
         found.append(item)
     files = [folder] if folder.suffix == ".json" else sorted(folder.rglob("*.json"))
     for path in files:
@@ -221,10 +223,10 @@ def _find(folder: Path) -> list[_Found]:
 
 
 def _evaluation(path: Path) -> EvaluationResult | None:
-    """None for another JSON file."""
+    """None for another JSON file, or none."""
     try:
         return EvaluationResult.load(path)
-    except (ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -452,7 +454,7 @@ def keep(folders: Iterable[Path], target: Path) -> None:
     :param target: folder to write, which keeps what else it has
     """
     for folder in folders:
-        for path in list(folder.rglob("*")):
+        for path in folder.rglob("*"):
             inside = path.relative_to(folder)
             wanted = path.name in KEPT or path.match("progress*.csv") or path.suffix in FILMS
             wanted = wanted or (path.suffix == ".json" and _evaluation(path) is not None)
@@ -472,6 +474,9 @@ def report(args: Report) -> None:
 
     labels = {pattern: text for pattern, text in map(_named, args.label)}
     groups = {name: _task_ids(text) for name, text in map(_named, args.tasks)}
+    for folder in args.results:
+        if args.keep is not None and args.keep.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--keep {args.keep} lies in {folder}, which it is to copy. Name another folder.")
     policies = find_policies(args.results, labels)
     names = list(dict.fromkeys(policy.label for policy in policies))
     if args.reference is not None and args.reference not in names:
