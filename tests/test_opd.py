@@ -19,6 +19,7 @@ from opd_gym.algorithms.ppo import PPO
 from opd_gym.algorithms.teachers import Teacher
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.tokens import CategoricalTokens, GaussianTokens
+from opd_gym.zoo.hyperparams import split_hyperparams
 
 FAST = dict(learning_rate=5e-3, n_steps=32, batch_size=64, gradient_steps=20, device="cpu", seed=0)
 
@@ -463,6 +464,26 @@ def test_updates_follow_from_the_decisions_alone():
         assert model._n_updates == 64 // 4
     with pytest.raises(ValueError, match='a number or "auto"'):
         OPD("MlpPolicy", vec(1), teacher="expert", gradient_steps="many")
+    with pytest.raises(ValueError, match=r'gradient_steps to be a number or "auto", got None'):
+        OPD("MlpPolicy", vec(1), teacher="expert", gradient_steps=None)
+
+
+def test_the_learning_rate_follows_from_the_observations(tmp_path):
+    model = OPD("MlpPolicy", vec(1), teacher="expert", n_steps=4, device="cpu").learn(8)
+    assert model.learning_rate == 3e-3 and model.policy.optimizer.param_groups[0]["lr"] == 3e-3
+    model.save(tmp_path / "model")
+    assert OPD.load(tmp_path / "model").learning_rate == 3e-3
+    body = {key: value for key, value in TINY_BODY.items() if key != "action_dim"}
+    pictures = OPD("VLAPolicy", Robot(), teacher="expert", policy_kwargs={"body_kwargs": body}, n_steps=4)
+    assert pictures.learning_rate == 5e-4
+    assert OPD("MlpPolicy", vec(1), teacher="expert", learning_rate=0.0).learning_rate == 0.0
+    # The word is OPD's alone, on the command line as well
+    values = {"learning_rate": "auto"}
+    assert split_hyperparams("opd", values, OPD)[1] == values
+    with pytest.raises(ValueError, match="learning_rate: expected a number or a schedule"):
+        split_hyperparams("grpo", values, GRPO)
+    with pytest.raises(ValueError, match="learning_rate must be a number"):
+        GRPO("MlpPolicy", vec(1), learning_rate="auto")
 
 
 def test_a_falling_rate_is_never_zero():

@@ -113,6 +113,19 @@ def test_a_squashed_teacher_has_the_same_moments_for_a_gaussian_student():
     assert th.allclose(gaussian.log_std.exp(), actions.std(0), atol=0.01)
 
 
+def test_a_saturated_teacher_keeps_the_std_of_a_deterministic_one(tmp_path):
+    space = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
+    saturated = GaussianTokens(th.tensor([[4.0, -4.0]]), th.tensor([[-1.0, -1.0]]), squashed=True)
+    assert th.allclose(unsquash(saturated, space).log_std.exp(), th.tensor([[0.2, 0.05]]))
+    assert th.allclose(unsquash(saturated, space, 0.3).log_std.exp(), th.tensor([[0.6, 0.15]]))
+    # and a teacher passes its `std` on
+    sac = stable_baselines3.SAC("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", policy_kwargs=dict(net_arch=[8]))
+    with th.no_grad():
+        sac.actor.log_std.bias.fill_(-10.0), sac.actor.log_std.weight.zero_()
+    views = [opinion(sac, vec(1, env="Pendulum-v1"), np.zeros((3, 3), np.float32), **kw) for kw in ({}, {"std": 0.4})]
+    assert [float(view.log_std.exp()[0]) for view in views] == pytest.approx([0.2, 0.8])
+
+
 def test_squashed_student_and_squashed_teacher_are_compared_before_squashing():
     env = vec(1, env="Pendulum-v1")
     sac = stable_baselines3.SAC("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", policy_kwargs=dict(net_arch=[8]))

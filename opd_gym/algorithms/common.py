@@ -159,12 +159,15 @@ def zoo_hyperparams(init: _Init) -> _Init:
     hyperparameters for, what is not passed is the zoo's, as on the command line. Another policy than the zoo's is
     another matter.
     """
-    names = list(inspect.signature(init).parameters)[1:]
+    parameters = inspect.signature(init).parameters
+    names = list(parameters)[1:]
+    # "auto", for instance
+    words = {name: item.default for name, item in parameters.items() if isinstance(item.default, str)}
 
     @functools.wraps(init)
     def with_zoo(self: PolicyAlgorithm, *args: Any, **kwargs: Any) -> None:
         passed = {**dict(zip(names, args, strict=False)), **kwargs}
-        check_hyperparams(passed)
+        check_hyperparams({k: v for k, v in passed.items() if not (isinstance(v, str) and v == words.get(k))})
         env_id, policy = passed.get("env"), passed.get("policy")
         if not isinstance(env_id, str) or policy is None or len(args) > len(names):
             return init(self, *args, **kwargs)

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
 from opd_gym.algorithms.base import RolloutAlgorithm
@@ -41,6 +43,19 @@ TRIED_FROM = 64
 REPLAY_BYTES = 2**30
 # What `gradient_steps="auto"` means: minibatches for each decision collected, whatever n_envs and n_steps are
 UPDATES_PER_DECISION = 0.25
+# What `learning_rate="auto"` means, for observations with and without images. Small networks on numbers begin at random
+# weights and want more (benchmarks/gymnasium_envs.py)
+LEARNING_RATE_OF_IMAGES, LEARNING_RATE_OF_NUMBERS = 5e-4, 3e-3
+
+
+def has_images(space: spaces.Space) -> bool:
+    """
+    :param space: Space of observations
+    :return: Whether it is an image, or a Dict with one
+    """
+    if isinstance(space, spaces.Dict):
+        return any(map(has_images, space.spaces.values()))
+    return is_image_space(space)
 
 
 class OPD(RolloutAlgorithm):
@@ -67,7 +82,8 @@ class OPD(RolloutAlgorithm):
     :param teacher: The directory of a VLA checkpoint, the zip of any model of Stable-Baselines3 or sb3-contrib, a name
         in the zoo, "expert" for the env's scripted expert, or a live policy; None: the teacher that the zoo has for
         this env
-    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
+    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0);
+        "auto": 5e-4 where an observation has images, 3e-3 where it has only numbers
     :param n_steps: Number of decisions of each env per iteration
     :param batch_size: Minibatch size
     :param micro_batch_size: Number of decisions that go through student or teacher at once; gradients are accumulated
@@ -75,8 +91,8 @@ class OPD(RolloutAlgorithm):
     :param divergence: "reverse_kl" (the paper's), "forward_kl", "hard_ce" (cross-entropy on the teacher's mode) or
         "jsd"
     :param estimator: "exact" or "sampled" ("sampled" estimates the reverse KL only)
-    :param group_size: Number of consecutive episodes that start from the same state (where envs can be told): the paper
-        has 8, 1 visits the most initial states
+    :param group_size: Number of consecutive episodes that start from the same state (where envs can be told). 1 visits
+        the most initial states; the paper has 8
     :param state_replay: Whether to keep all states visited so far, or how many at most; True: as many as fit in 1 GiB;
         None: with the exact estimator, and not with the sampled one
     :param gradient_steps: Minibatches per iteration, with state replay; "auto": one for every four decisions of the
@@ -108,13 +124,13 @@ class OPD(RolloutAlgorithm):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str | None,
         teacher: Any = None,
-        learning_rate: float | Schedule = 5e-4,
+        learning_rate: float | Schedule | Literal["auto"] = "auto",
         n_steps: int = 32,
         batch_size: int = 128,
         micro_batch_size: int | None = None,
         divergence: Divergence = "reverse_kl",
         estimator: Literal["exact", "sampled"] = "exact",
-        group_size: int = 8,
+        group_size: int = 1,
         state_replay: bool | int | None = None,
         gradient_steps: int | Literal["auto"] = "auto",
         n_epochs: int = 2,
@@ -137,7 +153,7 @@ class OPD(RolloutAlgorithm):
             raise ValueError(f'Expected estimator to be "exact" or "sampled", got {estimator!r}.')
         check_augmentation(augmentation)
         if gradient_steps != "auto":
-            if isinstance(gradient_steps, str):
+            if gradient_steps is None or isinstance(gradient_steps, str):
                 raise ValueError(f'Expected gradient_steps to be a number or "auto", got {gradient_steps!r}.')
             check_at_least_one(gradient_steps=gradient_steps)
         if estimator == "sampled":
@@ -174,7 +190,7 @@ class OPD(RolloutAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate=learning_rate,
+            learning_rate=learning_rate,  # type: ignore[arg-type]
             n_steps=n_steps,
             max_grad_norm=max_grad_norm,
             temperature=temperature,
@@ -193,6 +209,9 @@ class OPD(RolloutAlgorithm):
             self._setup_teacher()
 
     def _setup_model(self) -> None:
+        if self.learning_rate == "auto":
+            images = has_images(self.observation_space)
+            self.learning_rate = LEARNING_RATE_OF_IMAGES if images else LEARNING_RATE_OF_NUMBERS
         super()._setup_model()
         self.replay_buffer = None
         if self.state_replay:

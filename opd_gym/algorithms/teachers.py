@@ -97,7 +97,9 @@ class PolicyTeacher(Teacher):
     An autoregressive policy gives its distribution of each token after the student's own tokens before it, also where
     it would not have chosen those tokens itself. The student may be autoregressive or not.
 
-    A student that does not squash its Gaussian gets a squashed teacher as the Gaussian of the same mean and variance.
+    A student that does not squash its Gaussian gets a squashed teacher as the Gaussian of the same mean and variance,
+    the standard deviation at least ``std``: near a bound the tanh leaves hardly any, and since the divergence of means
+    counts by its inverse square, a few such states would outweigh all others.
 
     It sees observations as it was trained on them: raw, or normalised by its own statistics. Where the student's env is
     a ``VecNormalize``, or keeps keys from the student (``PrivilegedObservation``), it is privileged, for the raw
@@ -110,7 +112,8 @@ class PolicyTeacher(Teacher):
     :param env: The student's env
     :param student: The student's policy
     :param temperature: Of the softmax over Q-values
-    :param std: Standard deviation given to deterministic continuous actions, as a fraction of half the action's range
+    :param std: Standard deviation given to deterministic continuous actions, and the smallest that a squashed teacher
+        keeps for a student that does not squash; as a fraction of half the action's range
     :param smoothing: See :class:`LabelSmoothing`
     :param floor: See :class:`LabelSmoothing`
     :param obs_keys: Keys of the env's Dict observation that it sees. A teacher of a plain observation gets the value of
@@ -171,6 +174,7 @@ class PolicyTeacher(Teacher):
         self.sees = " and ".join(seen) or None
         self.policy = policy
         self.temperature = temperature
+        self.std = std
         self.action_space = env.action_space
         self.spec = token_spec(env.action_space, squashed=student.squash_output)
         self._smooth = LabelSmoothing(self.spec, env.action_space, False, std, smoothing, floor)
@@ -272,7 +276,7 @@ class PolicyTeacher(Teacher):
                 raise
             raise _nan_teacher() from error
         if isinstance(view, GaussianTokens) and view.squashed and not self.spec.squashed:
-            return unsquash(view, self.action_space)
+            return unsquash(view, self.action_space, self.std)
         return view.detach()
 
 
@@ -521,22 +525,22 @@ def raw_observations(env: VecEnv, indices: np.ndarray) -> Any:
     return obs_rows(vec_normalize.get_original_obs(), indices)
 
 
-def unsquash(view: GaussianTokens, action_space: spaces.Space) -> GaussianTokens:
+def unsquash(view: GaussianTokens, action_space: spaces.Space, least_std: float = 0.1) -> GaussianTokens:
     """
     The Gaussian with the mean and the variance of a squashed Gaussian, in the units of the action space.
 
-    Of all Gaussians it is the closest to the squashed one in forward KL. Moments by Gauss-Hermite quadrature; the
-    standard deviation is at least 1 % of half the range, for a saturated tanh has none left.
+    Of all Gaussians it is the closest to the squashed one in forward KL. Moments by Gauss-Hermite quadrature.
 
     :param view: Squashed Gaussian over [-1, 1]
     :param action_space: The env's action space
+    :param least_std: Smallest standard deviation, as a fraction of half the range: a saturated tanh has none left
     :return: Gaussian over actions
     """
     assert isinstance(action_space, spaces.Box)
     nodes, weights = hermite_nodes(view.mean)
     samples = th.tanh(view.mean.unsqueeze(-1) + view.log_std.exp().unsqueeze(-1) * nodes)
     mean = (samples * weights).sum(dim=-1)
-    std = ((samples - mean.unsqueeze(-1)) ** 2 * weights).sum(dim=-1).sqrt().clamp(min=0.01)
+    std = ((samples - mean.unsqueeze(-1)) ** 2 * weights).sum(dim=-1).sqrt().clamp(min=least_std)
     low, high = (mean.new_tensor(bound).flatten() for bound in (action_space.low, action_space.high))
     half_range = 0.5 * (high - low)
     return GaussianTokens(low + (mean + 1.0) * half_range, (std * half_range).log())

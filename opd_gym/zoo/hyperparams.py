@@ -216,7 +216,7 @@ def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[
                     "dict(a=1) as {a: 1}."
                 )
     for key in SCHEDULE_KEYS:
-        if key in kwargs and "Schedule" in str(parameters[key].annotation):
+        if key in kwargs and "Schedule" in str(parameters[key].annotation) and kwargs[key] != parameters[key].default:
             kwargs[key] = schedule(kwargs[key], key)
     for key in ("n_timesteps", "n_envs", "n_workers", "chunk_size", "n_bins"):
         if run.get(key) is not None:
