@@ -52,8 +52,8 @@ from opd_gym.versions import write_results
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gymnasium_envs"
 N_EVAL_EPISODES = 20
-# Training seeds are 0, 1, 2, ... and what OPD draws from them; evaluations begin here. OPD's defaults were chosen on other
-# episodes (from 1,000,000), and on other training seeds (10 to 24)
+# Training seeds are 0, 1, ... and what OPD draws from them; evaluations begin here. OPD's defaults are from others:
+# episodes from 1,000,000, training seeds from 10
 EVAL_SEED = 3_000_000
 # A teacher is evaluated this often while it is trained, in episodes of its own
 N_TEACHER_EVALS, TEACHER_EVAL_SEED = 12, 2_000_000

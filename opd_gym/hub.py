@@ -12,6 +12,7 @@ import torch as th
 from huggingface_hub import HfApi, ModelCardData
 
 from opd_gym.checkpoints import is_hub_id, lasting_name
+from opd_gym.envs.make import env_id_of
 from opd_gym.files import write_atomic
 from opd_gym.version import __version__
 from opd_gym.versions import versions, write_versions
@@ -34,7 +35,7 @@ def model_card(model: RolloutAlgorithm, repo_id: str, result: EvaluationResult |
     config = policy.config
     algorithm = type(model).__name__
     base, teacher = (_public_name(source) for source in (policy.base_model, getattr(model, "teacher", None)))
-    env_id = _env_id(model)
+    env_id = None if model.env is None else env_id_of(model.env)
     data = ModelCardData(
         library_name="opd_gym",
         pipeline_tag="robotics",
@@ -95,13 +96,6 @@ def _public_name(source: Any) -> str | None:
     # In the hub's cache: models--owner--name/snapshots/<revision>
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", text)
     return f"{cached[1]}/{cached[2]}" if cached else Path(text).name
-
-
-def _env_id(model: RolloutAlgorithm) -> str | None:
-    if model.env is None or not model.env.has_attr("spec"):
-        return None
-    spec = model.env.get_attr("spec")[0]
-    return None if spec is None else str(spec.id)
 
 
 def write_model_folder(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import numpy as np
@@ -267,6 +268,13 @@ def test_planning_adapters_does_not_need_peft(monkeypatch):
     expected = sizes.count_weights("smolvlm-256m", 32)
     monkeypatch.setitem(sys.modules, "peft", None)
     assert sizes.count_weights("smolvlm-256m", 32).trained == expected.trained > 10**6
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json"))):
+            sizes.resolve(str(tmp_path))
 
 
 def test_this_machine():

@@ -23,16 +23,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTrans
 from toys import TINY_BODY, Match, Robot, cartpole_teacher, parameters, vec
 
 from opd_gym.algorithms.opd import OPD
-from opd_gym.algorithms.teachers import (
-    ExpertTeacher,
-    LabelSmoothing,
-    Teacher,
-    check_statistics,
-    make_teacher,
-    observation_adapter,
-    try_teacher,
-    unsquash,
-)
+from opd_gym.algorithms.teacher_inputs import check_statistics, observation_adapter
+from opd_gym.algorithms.teacher_trial import try_teacher
+from opd_gym.algorithms.teachers import ExpertTeacher, LabelSmoothing, Teacher, make_teacher, unsquash
 from opd_gym.envs.make import make_vec
 from opd_gym.envs.registration import CHUNK_SIZES
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, PrivilegedObservation

@@ -204,7 +204,7 @@ class PolicyAlgorithm(BaseAlgorithm):
     progress_bar_class: ClassVar[type[BaseCallback]] = DecisionProgressBar
 
     policy: ActorCriticPolicy
-    _start_state: dict[str, Any] | None = None
+    _start_state: tuple[pathlib.Path, dict[str, Any]] | None = None
     max_grad_norm: float
     _n_updates: int
 
@@ -297,10 +297,11 @@ class PolicyAlgorithm(BaseAlgorithm):
     def _policy_is_built(self) -> None:
         """Load the weights that it starts from, and keep arguments that build it where its checkpoint is gone."""
         if self._start_state is not None:
+            path, state = self._start_state
             try:
-                self.policy.load_state_dict(self._start_state)
+                self.policy.load_state_dict(state)
             except RuntimeError as error:
-                raise ValueError(f"The weights of the checkpoint do not fit the policy to train: {error}") from error
+                raise ValueError(f"The weights of {path} do not fit the policy to train: {error}") from error
             self._start_state = None
         portable_kwargs = getattr(self.policy, "portable_kwargs", None)
         if portable_kwargs is not None:

@@ -31,7 +31,8 @@ from opd_gym.algorithms.losses import (
     exact_opd_loss,
     sampled_opd_loss,
 )
-from opd_gym.algorithms.teachers import Teacher, check_finite, make_teacher, try_teacher
+from opd_gym.algorithms.teacher_trial import try_teacher
+from opd_gym.algorithms.teachers import Teacher, check_finite, make_teacher
 from opd_gym.checkpoints import lasting_name
 from opd_gym.checks import check_at_least, check_at_least_one
 from opd_gym.observations import obs_rows

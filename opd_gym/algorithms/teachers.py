@@ -9,7 +9,7 @@ import random
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,28 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from gymnasium.wrappers import NormalizeObservation
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import PyTorchObs
-from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
+from opd_gym.algorithms.teacher_inputs import (
+    Normalisation,
+    check_action_spaces,
+    check_statistics,
+    hides_raw_observations,
+    key_selector,
+    observation_adapter,
+    raw_observation_space,
+    raw_observations,
+    unchanged,
+)
 from opd_gym.checkpoints import find_teacher, resolve_checkpoint
 from opd_gym.checks import check_range
-from opd_gym.envs.registration import CHUNK_SIZES, bare_id
-from opd_gym.envs.wrappers import ActionTokens, EpisodeControl, PrivilegedObservation
-from opd_gym.observations import map_obs, obs_rows
+from opd_gym.envs.make import env_id_of
+from opd_gym.envs.wrappers import ActionTokens, EpisodeControl
+from opd_gym.observations import map_obs
 from opd_gym.policies.loading import check_device, find_vec_normalize, load_policy, read_vec_normalize
 from opd_gym.tokens import (
     CategoricalTokens,
@@ -40,15 +47,10 @@ from opd_gym.tokens import (
     TokenView,
     action_distribution,
     check_starts,
-    env_actions,
     is_autoregressive,
     token_spec,
     token_view,
 )
-
-# How many episodes a teacher plays before it teaches, and how many steps of each env they may take
-TRIAL_EPISODES = 5
-TRIAL_STEPS = 1000
 
 
 class Teacher(ABC):
@@ -149,10 +151,10 @@ class PolicyTeacher(Teacher):
                 stacklevel=2,
             )
         space = raw_observation_space(env)
-        select: Callable[[Any], Any] = _unchanged
+        select: Callable[[Any], Any] = unchanged
         if obs_keys is not None:
             select, space = key_selector(obs_keys, space, isinstance(policy.observation_space, spaces.Dict))
-        normalise: Callable[[Any], Any] = _unchanged
+        normalise: Callable[[Any], Any] = unchanged
         if vec_normalize is not None and vec_normalize.norm_obs:
             normalise = Normalisation(vec_normalize, space)
             space = normalise.space
@@ -166,9 +168,9 @@ class PolicyTeacher(Teacher):
                 "the env without."
             )
         seen = []
-        if normalise is not _unchanged or self.sees_raw:
+        if normalise is not unchanged or self.sees_raw:
             own = "observations normalised by its own statistics"
-            seen.append("raw observations" if normalise is _unchanged else own)
+            seen.append("raw observations" if normalise is unchanged else own)
         if self._masked:
             seen.append("the env's action masks")
         self.sees = " and ".join(seen) or None
@@ -319,7 +321,7 @@ class ExpertTeacher(Teacher):
                 'teacher="expert" needs an env with a scripted expert: a method expert_action() that returns the '
                 "action to take in the present state, or, for chunks of more than one action, a method "
                 "expert_chunk(chunk_size) that returns that many of them. "
-                f"{_env_id(env) or 'This env'} has none."
+                f"{env_id_of(env) or 'This env'} has none."
             )
         # Only our wrappers bring a label through others, which may change actions
         ours = [env.env_is_wrapped(wrapper) for wrapper in (EpisodeControl, ActionTokens)]
@@ -427,104 +429,6 @@ class LabelSmoothing:
         return GaussianTokens(th.atanh(squashed), (self.std / (1.0 - squashed**2)).log(), squashed=True)
 
 
-class Normalisation:
-    """
-    Observations as a ``VecNormalize`` gives them, with its statistics of this moment.
-
-    :param vec_normalize: The ``VecNormalize``, or what was read of it from a file
-    :param observation_space: Space of the raw observations
-    :raises ValueError: Statistics and observations differ in their shape
-    """
-
-    def __init__(self, vec_normalize: Any, observation_space: spaces.Space):
-        self.clip = float(vec_normalize.clip_obs)
-        # Either both are of Dict observations or neither is; the key of a plain observation is None
-        known: dict[Any, spaces.Space] = {None: observation_space}
-        if isinstance(observation_space, spaces.Dict):
-            known = dict(observation_space.spaces)
-        statistics: dict[Any, Any] = (
-            vec_normalize.obs_rms if isinstance(vec_normalize.obs_rms, dict) else {None: vec_normalize.obs_rms}
-        )
-        self.statistics: dict[Any, tuple[th.Tensor, th.Tensor]] = {}
-        normalised = dict(known)
-        for key, rms in statistics.items():
-            mean, var = (np.array(getattr(rms, name), np.float64) for name in ("mean", "var"))
-            if key is None and None not in known:
-                raise ValueError(f"The teacher's VecNormalize is of {mean.shape}, the env gives {observation_space}.")
-            if key not in known:
-                continue  # the teacher's own space says whether it misses something
-            if mean.shape != known[key].shape:
-                raise ValueError(
-                    f"The teacher's VecNormalize has statistics of the shape {mean.shape}, the observation is "
-                    f"{known[key]}. Give those that belong to the teacher, or, if it was trained on raw observations, "
-                    'teacher_kwargs={"vec_normalize": False}.'
-                )
-            std = np.sqrt(var + float(vec_normalize.epsilon))
-            self.statistics[key] = th.as_tensor(mean), th.as_tensor(std)
-            if is_image_space(known[key]):
-                normalised[key] = spaces.Box(-self.clip, self.clip, mean.shape, np.float32)
-        #: Space of the normalised observations, as the teacher's policy was given it
-        self.space = normalised[None] if None in normalised else spaces.Dict(normalised)
-
-    def __call__(self, obs: Any) -> Any:
-        if isinstance(obs, dict):
-            return {key: self._normalise(key, array) for key, array in obs.items()}
-        return self._normalise(None, obs)
-
-    def _normalise(self, key: str | None, array: th.Tensor) -> th.Tensor:
-        if key not in self.statistics:
-            return array
-        mean, std = (x.to(array.device) for x in self.statistics[key])
-        return ((array - mean) / std).clamp(-self.clip, self.clip).float()
-
-
-def _unchanged(obs: Any) -> Any:
-    return obs
-
-
-def _normalises(env: VecEnv) -> bool:
-    vec_normalize = unwrap_vec_normalize(env)
-    return vec_normalize is not None and vec_normalize.norm_obs
-
-
-def _keeps_keys(env: VecEnv) -> bool:
-    return all(env.env_is_wrapped(PrivilegedObservation))
-
-
-def hides_raw_observations(env: VecEnv) -> bool:
-    """
-    :param env: A vectorised env
-    :return: Whether its observations are other ones than a teacher was trained on, or not all of them
-    """
-    return _normalises(env) or _keeps_keys(env)
-
-
-def raw_observation_space(env: VecEnv) -> spaces.Space:
-    """
-    :param env: A vectorised env
-    :return: Space of its observations before a ``VecNormalize`` has changed them, or a ``PrivilegedObservation`` has
-        taken keys away
-    """
-    if _keeps_keys(env):
-        return env.get_attr("full_observation_space", indices=0)[0]
-    vec_normalize = unwrap_vec_normalize(env)
-    return vec_normalize.venv.observation_space if vec_normalize and vec_normalize.norm_obs else env.observation_space
-
-
-def raw_observations(env: VecEnv, indices: np.ndarray) -> Any:
-    """
-    :param env: A vectorised env that hides them
-    :param indices: Numbers of the envs to ask
-    :return: Present observations of these envs, in :func:`raw_observation_space`
-    """
-    if _keeps_keys(env):
-        rows = env.env_method("full_observation", indices=[int(index) for index in indices])
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    vec_normalize = unwrap_vec_normalize(env)
-    assert vec_normalize is not None
-    return obs_rows(vec_normalize.get_original_obs(), indices)
-
-
 def unsquash(view: GaussianTokens, action_space: spaces.Space, least_std: float = 0.1) -> GaussianTokens:
     """
     The Gaussian with the mean and the variance of a squashed Gaussian, in the units of the action space.
@@ -623,7 +527,7 @@ def make_teacher(
     # Building networks draws random numbers; the student's run must not depend on the kind of its teacher
     with preserved_rng():
         path, policy = _load_teacher(spec, env, dtype, custom_objects, trust)
-    beside = find_vec_normalize(path, _env_id(env)) if vec_normalize is None and path.is_file() else None
+    beside = find_vec_normalize(path, env_id_of(env)) if vec_normalize is None and path.is_file() else None
     policy = policy.to(student.device if device is None else check_device(device))
     if beside is None:
         return PolicyTeacher(policy, env, student, vec_normalize=vec_normalize or None, **kwargs)
@@ -645,7 +549,7 @@ def _load_teacher(
 ) -> tuple[Path, BasePolicy]:
     """Where the teacher was found, and its policy."""
     if spec is None:
-        env_id = _env_id(env)
+        env_id = env_id_of(env)
         spec = find_teacher(env_id) if env_id else None
         if spec is None:
             raise ValueError(
@@ -676,280 +580,3 @@ def preserved_rng() -> Iterator[None]:
         th.set_rng_state(states[2])
         if on_gpus:
             th.cuda.set_rng_state_all(on_gpus)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A look at the teacher before it teaches
-
-
-class _LongEnough(Exception):
-    pass
-
-
-class Trial:
-    """
-    Some episodes in the student's own env, by ``evaluate_policy`` of Stable-Baselines3.
-
-    The env has to be reset afterwards. Its seeds, the statistics of a ``VecNormalize`` and the global random generators
-    are left as they were.
-
-    :param env: The student's env
-    :param decide: From observations to actions
-    :param n_episodes: Number of episodes; fewer, if they take each env more than ``TRIAL_STEPS`` steps
-    """
-
-    def __init__(self, env: VecEnv, decide: Callable[[Any], np.ndarray], n_episodes: int):
-        self._decide = decide
-        self._steps = 0
-        self._rewards: list[float] = []
-        self._successes: list[float] = []
-        with preserved_rng(), _preserved_env(env), suppress(_LongEnough):
-            evaluate_policy(self, env, n_episodes, callback=self._take_note, warn=False)  # type: ignore[arg-type]
-
-    def predict(self, observation: Any, **_: Any) -> tuple[np.ndarray, None]:
-        """What ``evaluate_policy`` asks."""
-        self._steps += 1
-        if self._steps > TRIAL_STEPS:
-            raise _LongEnough
-        return self._decide(observation), None
-
-    def _take_note(self, variables: dict[str, Any], _: Any) -> None:
-        self._rewards = variables["episode_rewards"]
-        if variables["done"] and "is_success" in variables["info"]:
-            self._successes.append(float(variables["info"]["is_success"]))
-
-    @property
-    def results(self) -> dict[str, float]:
-        """``success_rate``, where the env tells, and ``ep_rew_mean``; empty if no episode ended."""
-        found = {"success_rate": self._successes, "ep_rew_mean": self._rewards}
-        return {name: float(np.mean(values)) for name, values in found.items() if values}
-
-
-@contextmanager
-def _preserved_env(env: VecEnv) -> Iterator[None]:
-    slots, vec_normalize = env.unwrapped, unwrap_vec_normalize(env)
-    # What the next reset is to be given
-    seeds, options = list(slots._seeds), list(slots._options)
-    if vec_normalize is not None:
-        training, norm_reward = vec_normalize.training, vec_normalize.norm_reward
-        vec_normalize.training = vec_normalize.norm_reward = False
-    try:
-        yield
-    finally:
-        slots._seeds, slots._options = seeds, options
-        if vec_normalize is not None:
-            vec_normalize.training, vec_normalize.norm_reward = training, norm_reward
-
-
-def try_teacher(
-    teacher: Teacher, env: VecEnv, student: BasePolicy, n_episodes: int | None = None, verbose: int = 0
-) -> dict[str, float]:
-    """
-    Let the teacher play before it teaches, and the student as well: a teacher that does no better is worth a warning.
-    The teacher takes its most likely actions, so what is tried is what is taught; the student acts as in a rollout.
-
-    :param teacher: The teacher
-    :param env: The student's env, which has to be reset afterwards
-    :param student: The student's policy
-    :param n_episodes: Number of episodes of each; 0: none. None: 5 for a policy in an env that is not one of this
-        library's benchmarks, which are slow; 0 for other teachers
-    :param verbose: 1 to say how well they did
-    :return: ``success_rate`` and ``ep_rew_mean`` of the teacher, as far as they are known
-    :raises ValueError: Episodes are asked of an autoregressive teacher
-    """
-    policy = teacher.policy if isinstance(teacher, PolicyTeacher) else None
-    if n_episodes is None:
-        slow = bare_id(_env_id(env) or "") in CHUNK_SIZES or is_autoregressive(policy)
-        # Each episode would leave its mark on running statistics, and a strict Monitor lets nobody break one off
-        strict = env.has_attr("allow_early_resets") and not all(env.get_attr("allow_early_resets"))
-        marked = strict or any(env.env_is_wrapped(NormalizeObservation))
-        n_episodes = 0 if policy is None or slow or marked else TRIAL_EPISODES
-    if n_episodes == 0:
-        return {}
-    if is_autoregressive(policy):
-        raise ValueError("An autoregressive teacher is not tried before it teaches: leave out n_eval_episodes.")
-
-    def teach(observations: Any) -> np.ndarray:
-        labels = teacher.label(env, np.arange(env.num_envs)) if teacher.privileged else np.empty((env.num_envs, 0))
-        tensors = obs_as_tensor(observations, student.device)
-        tokens = teacher.distribution(tensors, th.as_tensor(labels, device=student.device)).mode()
-        actions = tokens.cpu().numpy().reshape(-1, *(env.action_space.shape or ()))
-        return env_actions(student, actions.astype(env.action_space.dtype, copy=False))
-
-    theirs = Trial(env, teach, n_episodes).results
-    # Sampled, as in a rollout: the mode of an untrained policy is one action for ever, or luck
-    ours = Trial(env, lambda observations: student.predict(observations)[0], n_episodes).results
-    if not theirs or not ours:
-        return theirs
-    said = [f"the {who} {_report(results)}" for who, results in (("teacher", theirs), ("student", ours))]
-    if verbose >= 1:
-        print(f"Before training, {said[0]}, {said[1]}.")
-    if [theirs[name] for name in ours if name in theirs] <= [ours[name] for name in ours if name in theirs]:
-        warnings.warn(
-            f"The teacher does no better than the student before training: {said[0]}, {said[1]}. Does it see what it "
-            "was trained on (normalisation, wrappers, order of the numbers)? If the env's rewards mean nothing, "
-            "teacher_kwargs={'n_eval_episodes': 0} leaves this check out.",
-            stacklevel=2,
-        )
-    return theirs
-
-
-def _report(results: dict[str, float]) -> str:
-    success = f"succeeds in {results['success_rate']:.0%}, " if "success_rate" in results else ""
-    return f"{success}has a mean reward of {results['ep_rew_mean']:.4g}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Compatibility
-
-
-def check_action_spaces(teacher: spaces.Space, student: spaces.Space) -> None:
-    """
-    Refuse a teacher whose tokens do not mean what the student's mean.
-
-    :param teacher: Teacher's action space
-    :param student: Student's action space
-    """
-    remedy = (
-        "Teacher and student must act in the same space: train one of them again, or wrap the env as the teacher's was."
-    )
-    if type(teacher) is not type(student):
-        raise ValueError(f"The teacher's action space is {teacher}, the student's {student}. {remedy}")
-    same = teacher == student
-    if isinstance(teacher, spaces.MultiDiscrete) and isinstance(student, spaces.MultiDiscrete) and not same:
-        if teacher.nvec.shape != student.nvec.shape:
-            raise ValueError(
-                f"The teacher acts with {teacher.nvec.size} tokens, the student with {student.nvec.size}: chunk size "
-                f"or number of action dimensions differ. {remedy}"
-            )
-        raise ValueError(
-            f"The teacher's tokens have {_summary(teacher.nvec)} bins, the student's {_summary(student.nvec)}. {remedy}"
-        )
-    if isinstance(teacher, spaces.Box) and isinstance(student, spaces.Box):
-        # Bounds, not types: float32 and float64 boxes of one robot are the same actions
-        same = teacher.shape == student.shape and bool(
-            np.allclose(teacher.low, student.low) and np.allclose(teacher.high, student.high)
-        )
-    if not same:
-        raise ValueError(f"The teacher's action space is {teacher}, the student's {student}. {remedy}")
-
-
-def check_statistics(teacher: BasePolicy, env: VecEnv, student: BasePolicy) -> None:
-    """
-    Refuse a teacher whose action tokens are un-normalised by other statistics than the student's.
-
-    :param teacher: Teacher's policy
-    :param env: The student's env
-    :param student: Student's policy
-    """
-    if not hasattr(teacher, "statistics"):
-        return
-    others = {}
-    if hasattr(student, "statistics"):
-        others["the student"] = student.statistics
-    if env.has_attr("statistics"):
-        others["the env (ActionTokens)"] = env.get_attr("statistics")[0]
-    for name, statistics in others.items():
-        if not _same_statistics(teacher.statistics, statistics):
-            raise ValueError(
-                f"The teacher's action tokens are un-normalised by other statistics than those of {name}, so one token "
-                f"means two actions. Teacher: {teacher.statistics}; {name}: {statistics}. Build env and student with "
-                "the teacher's statistics (ActionTokens(env, statistics=...))."
-            )
-
-
-def _same_statistics(a: Any, b: Any) -> bool:
-    if not a or not b:
-        return not a and not b
-    mask = np.ones_like(a["q01"], dtype=bool)
-    return a.get("gripper") == b.get("gripper") and all(
-        np.shape(a.get(key, mask)) == np.shape(b.get(key, mask)) and np.allclose(a.get(key, mask), b.get(key, mask))
-        for key in ("q01", "q99", "mask")
-    )
-
-
-def _summary(nvec: np.ndarray) -> str:
-    return str(nvec.flat[0]) if len(set(nvec.flat)) == 1 else str(nvec.tolist())
-
-
-def key_selector(
-    keys: str | Sequence[str], space: spaces.Space, as_dict: bool
-) -> tuple[Callable[[Any], Any], spaces.Space]:
-    """
-    What a teacher sees that was trained on some keys of a Dict observation.
-
-    :param keys: The keys
-    :param space: Space of the Dict observations
-    :param as_dict: Whether the teacher sees a Dict; else the value of one key, or of several, flattened, in this order
-    :return: Function from these observations to what it sees, and the space of that
-    :raises ValueError: There are no such keys, or they cannot be joined
-    """
-    names = [keys] if isinstance(keys, str) else list(keys)
-    if not isinstance(space, spaces.Dict) or not names or not set(names) <= set(space.spaces):
-        raise ValueError(f"The teacher's obs_keys are {names}, the env's observation is {space}.")
-    parts = {name: space.spaces[name] for name in names}
-    if as_dict:
-        return lambda obs: {name: obs[name] for name in names}, spaces.Dict(parts)
-    if len(names) == 1:
-        return lambda obs: obs[names[0]], parts[names[0]]
-    boxes = [part for part in parts.values() if isinstance(part, spaces.Box)]
-    if len(boxes) < len(names):
-        raise ValueError(f"The teacher's obs_keys {names} cannot be joined: expected Box spaces, got {parts}.")
-    low, high = (np.concatenate([getattr(box, bound).flatten() for box in boxes]) for bound in ("low", "high"))
-    joined = spaces.Box(low, high, dtype=low.dtype.type)
-    return lambda obs: th.cat([obs[name].flatten(1) for name in names], dim=1), joined
-
-
-def observation_adapter(teacher: spaces.Space, env: spaces.Space) -> Callable[[Any], Any]:
-    """
-    How to turn the student's observations into the teacher's: only the keys that it knows, images in its own layout.
-
-    :param teacher: Teacher's observation space
-    :param env: Observation space of the student's env
-    :return: Function from the student's to the teacher's observations
-    """
-    if isinstance(teacher, spaces.Dict):
-        if not isinstance(env, spaces.Dict):
-            raise ValueError(
-                f"The teacher expects a Dict observation of {sorted(teacher.spaces)}, the env gives {env}."
-            )
-        missing = sorted(set(teacher.spaces) - set(env.spaces))
-        if missing:
-            raise ValueError(
-                f"The teacher observes {sorted(teacher.spaces)}, of which the env does not give {missing} (it gives "
-                f"{sorted(env.spaces)}). Use an env that does, or another teacher. To keep keys from the student "
-                "alone, wrap each env in opd_gym.envs.wrappers.PrivilegedObservation."
-            )
-        adapters = {key: _array_adapter(space, env.spaces[key], f"`{key}`") for key, space in teacher.spaces.items()}
-        return lambda obs: {key: adapt(obs[key]) for key, adapt in adapters.items()}
-    return _array_adapter(teacher, env, "the observation")
-
-
-def _array_adapter(teacher: spaces.Space, env: spaces.Space, name: str) -> Callable[[Any], Any]:
-    if isinstance(env, spaces.Dict):
-        raise ValueError(
-            f"The teacher expects {name} as {teacher}, the student's env gives a Dict of {sorted(env.spaces)}. Say "
-            'which of its keys the teacher sees: teacher_kwargs={"obs_keys": [...]}.'
-        )
-    # Bounds are not compared: they do not change what the numbers mean
-    if type(teacher) is type(env) and teacher.shape == env.shape and teacher.dtype == env.dtype:
-        if isinstance(teacher, spaces.Box) or teacher == env:
-            return lambda array: array
-    elif (
-        isinstance(teacher, spaces.Box)
-        and isinstance(env, spaces.Box)
-        and is_image_space(teacher)
-        and is_image_space(env)
-    ):
-        source, target = (1, -1) if is_image_space_channels_first(env) else (-1, 1)
-        if np.moveaxis(np.empty((1, *env.shape)), source, target).shape[1:] == teacher.shape:
-            return lambda array: array.movedim(source, target)
-    raise ValueError(
-        f"The teacher expects {name} as {teacher}, the student's env gives {env}. Build the env as the teacher's was "
-        "(image size, frame stack, wrappers), or use another teacher."
-    )
-
-
-def _env_id(env: VecEnv) -> str | None:
-    spec = env.get_attr("spec")[0] if env.has_attr("spec") else None
-    return None if spec is None else spec.id

@@ -122,7 +122,7 @@ class Train(TrainArgs):
     Train a policy, or go on with a run.
 
     :param param: the same as --hyperparams, one at a time: -P learning_rate=5e-4 -P env_kwargs.image_size=64
-    :param resume: go on with this run from its last checkpoint
+    :param resume: go on with the run of this directory from its last checkpoint
     """
 
     param: Assignments = field(default_factory=list)
@@ -282,8 +282,8 @@ class Run:
     :param dtype: of the student's frozen weights and computations
     :param teacher_dtype: likewise of the teacher
     :param teacher_elsewhere: the teacher has a device of its own
-    :param gradient_checkpointing: compute layers a second time in the backward pass; not with
-        --no-gradient-checkpointing
+    :param gradient_checkpointing: layers are computed a second time in the backward pass, unless
+        --no-gradient-checkpointing is given
     :param micro_batch_size: observations that go through the student at once, in training
     :param batch_size: observations of a gradient step
     :param gradient_steps: gradient steps of an iteration
@@ -362,7 +362,7 @@ class Doctor(Options):
     """
     What is installed, what is wrong, the command that mends it, and whether LIBERO is as published.
 
-    :param self_check: also play scenes of LIBERO; not with --no-self-check
+    :param self_check: scenes of LIBERO are played as well, unless --no-self-check is given
     :param json: the same as JSON, for a bug report
     """
 

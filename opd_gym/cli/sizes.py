@@ -20,7 +20,6 @@ small body without transformers is run once instead: torch says what it keeps an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ def resolve(model: str) -> tuple[str, Any]:
     :raises ValueError: it is none of these
     """
     from opd_gym.checkpoints import CONFIG_FILE, resolve_checkpoint
-    from opd_gym.policies.body import get_body_class, read_checkpoint_config
+    from opd_gym.policies.body import get_body_class, read_checkpoint_config, read_config
     from opd_gym.policies.vlm import VLMConfig
 
     if model in PUBLISHED:
@@ -99,9 +98,7 @@ def resolve(model: str) -> tuple[str, Any]:
         return read_checkpoint_config(path)
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    if json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type") in (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    ):
+    if read_config(path / CONFIG_FILE).get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return "vlm", VLMConfig(model=path)
     return read_checkpoint_config(path)
 

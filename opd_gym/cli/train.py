@@ -370,7 +370,7 @@ def run(args: Train) -> int:
             raise ValueError("Which environment? Pass --env, for instance --env LiberoObject-v0, or --resume DIR.")
         return 0 if train(TrainArgs(**given)).finished else 130
     stored = read_args(args.resume)
-    kept = ("algo", "env", "seed", "hyperparams", "config", "teacher", "student", "demonstrations")
+    kept = ("algo", "env", "seed", "hyperparams", "config", "teacher", "student", "demonstrations", "folder")
     changed = [name for name in kept if given[name] != getattr(TrainArgs(), name)]
     if changed:
         raise ValueError(

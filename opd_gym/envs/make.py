@@ -167,6 +167,15 @@ def env_spec(env_id: str) -> EnvSpec:
     return gym.spec(bare)
 
 
+def env_id_of(env: VecEnv) -> str | None:
+    """
+    :param env: A vectorised env
+    :return: Id that its envs are registered with; None if they are not
+    """
+    spec = env.get_attr("spec")[0] if env.has_attr("spec") else None
+    return None if spec is None else str(spec.id)
+
+
 def _import_wrapper(path: str) -> Callable[..., gym.Env]:
     module, _, name = path.replace(":", ".").rpartition(".")
     try:

@@ -104,7 +104,7 @@ def check_device(device: str | th.device) -> str | th.device:
 
 def start_from(
     policy_class: type[BasePolicy], policy_kwargs: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+) -> tuple[dict[str, Any], tuple[Path, dict[str, Any]] | None]:
     """
     What a policy is built with whose ``checkpoint`` may be the zip of a model or a run: its own arguments, and the
     weights that are loaded into it. The directory of a VLA checkpoint is the policy's own affair.
@@ -112,7 +112,7 @@ def start_from(
     :param policy_class: Class of the policy
     :param policy_kwargs: Its keyword arguments; those beside ``checkpoint`` win over what the zip says. ``trust`` among
         them is for the zip, see :func:`load_policy`
-    :return: Keyword arguments, and the state of the policy to load, or None
+    :return: Keyword arguments, and the zip and the state of the policy to load, or None
     :raises FileNotFoundError: There is no such checkpoint
     :raises ValueError: It holds another class of policy
     """
@@ -143,7 +143,7 @@ def start_from(
             "they have to be of the same class."
         )
     del kwargs["checkpoint"]
-    return {**(data.get("policy_kwargs") or {}), **kwargs}, state
+    return {**(data.get("policy_kwargs") or {}), **kwargs}, (path, state)
 
 
 def _read_zip(
