@@ -453,7 +453,7 @@ def test_utilisation(env):
     ],
 )
 def test_a_dead_worker_costs_its_episodes_and_no_more(action, exit_code, details, monkeypatch):
-    # On a busy machine an interpreter takes its time to end, and one that is not waited for is killed: another exit code
+    # On a busy machine an interpreter takes its time to end, and if nobody waits it is killed: another exit code
     monkeypatch.setattr("opd_gym.envs.workers.vec_env.CLOSE_SECONDS", PATIENCE)
     env = probes(cls=Hasty)
     try:
