@@ -290,6 +290,32 @@ def test_tasks_without_an_expert_are_named(tmp_path: Any) -> None:
         record_demonstrations("Libero10-v0", tmp_path, 1, task_ids=[5])
 
 
+@pytest.mark.libero
+def test_recording_goes_on_where_it_was(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("libero.libero", reason="pip install opd-gym[libero]")
+    from opd_gym.cli.demos import record_demonstrations
+    from opd_gym.envs.libero.experts import record
+
+    recorded = []
+    original = record.record_episode
+
+    def note(env: Any, seed: int, task_id: int, *rest: Any) -> Any:
+        recorded.append(task_id)
+        return original(env, seed, task_id, *rest)
+
+    monkeypatch.setattr(record, "record_episode", note)
+    kwargs: dict[str, Any] = dict(stride=16, image_size=16, progress=False)
+    (first,) = record_demonstrations("LiberoObject-v0", tmp_path, task_ids=[0], **kwargs)
+    before = first.read_bytes()
+    files = record_demonstrations("LiberoObject-v0", tmp_path, task_ids=[0, 1], **kwargs)
+    assert recorded == [0, 1] and files[0] == first and first.read_bytes() == before and files[1].is_file()
+    # Other arguments, or half a file, and it is recorded again
+    files[1].write_bytes(files[1].read_bytes()[:5000])
+    record_demonstrations("LiberoObject-v0", tmp_path, task_ids=[1], **kwargs)
+    record_demonstrations("LiberoObject-v0", tmp_path, task_ids=[0], **{**kwargs, "seed": 1})
+    assert recorded == [0, 1, 1, 0] and first.read_bytes() != before
+
+
 def test_unknown_goal_is_refused() -> None:
     from opd_gym.envs.libero.experts import make_expert, supports
 

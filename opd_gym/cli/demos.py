@@ -30,7 +30,8 @@ def record_demonstrations(
     progress: bool = True,
 ) -> list[Path]:
     """
-    Record successful episodes of the scripted expert in sampled initial states, in LIBERO's HDF5 format.
+    Record successful episodes of the scripted expert in sampled initial states, in LIBERO's HDF5 format. A task whose
+    file is there, recorded with the same arguments, is not recorded again.
 
     :param env_id: LIBERO environment id
     :param folder: where the files go, ``<task>_demo.hdf5``
@@ -51,7 +52,8 @@ def record_demonstrations(
     check_at_least_one(episodes_per_task=episodes_per_task, chunk_size=chunk_size, stride=stride, image_size=image_size)
     check_range("[0, 1]", perturbation=perturbation)
     check_at_least(0, seed=seed)
-    from opd_gym.demonstrations import Episode, write_demonstrations
+    from opd_gym.demonstrations import Episode, was_recorded, write_demonstrations
+    from opd_gym.envs.libero import suites
     from opd_gym.envs.libero.env import LiberoEnv
     from opd_gym.envs.libero.experts.record import record_episode
 
@@ -60,9 +62,26 @@ def record_demonstrations(
     files = []
     tasks = list(task_ids) if task_ids else env.task_ids
     env.check_expert(tasks)
+    recipe = {
+        "env_name": env_id,
+        "episodes_per_task": episodes_per_task,
+        "seed": seed,
+        "chunk_size": chunk_size,
+        "stride": stride,
+        "perturbation": perturbation,
+        "image_size": image_size,
+        "visuals": visuals,
+    }
     bar = tqdm(total=len(tasks) * episodes_per_task, desc="recording", unit="episode", disable=not progress)
     try:
         for task_id in tasks:
+            task = suites.tasks(env.suite)[task_id]
+            path = Path(folder).expanduser() / f"{task.name}_demo.hdf5"
+            files.append(path)
+            if was_recorded(path, recipe):
+                bar.write(f"{path} is there already")
+                bar.update(episodes_per_task)
+                continue
             episodes: list[Episode] = []
             attempt = 0
             while len(episodes) < episodes_per_task:
@@ -88,16 +107,13 @@ def record_demonstrations(
                     )
                 )
                 bar.update(1)
-            task = env.simulator.task
-            path = Path(folder) / f"{task.name}_demo.hdf5"
             write_demonstrations(
                 path,
                 episodes,
                 task.instruction,
-                env_args={"env_name": env_id, "stride": stride, "perturbation": perturbation},
+                env_args=recipe,
                 bddl_file_name=task.bddl_file.name,
             )
-            files.append(path)
     finally:
         bar.close()
         env.close()

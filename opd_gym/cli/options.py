@@ -233,7 +233,7 @@ class Report(Options):
 @dataclass(kw_only=True)
 class Demos(Options):
     """
-    Record demonstrations with the scripted expert (HDF5).
+    Record demonstrations with the scripted expert (HDF5). Run again, it goes on with the tasks that have no file yet.
 
     :param env: LIBERO environment id, for instance LiberoObject-v0
     :param task_ids: tasks; default: all of the env

@@ -7,6 +7,7 @@ from opd_gym.demonstrations.hdf5 import (
     find_files,
     read_demonstrations,
     read_statistics,
+    was_recorded,
     write_demonstrations,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "find_files",
     "read_demonstrations",
     "read_statistics",
+    "was_recorded",
     "write_demonstrations",
 ]

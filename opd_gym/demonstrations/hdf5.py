@@ -371,6 +371,19 @@ def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
     return files
 
 
+def was_recorded(path: PathLike, env_args: Mapping[str, Any]) -> bool:
+    """
+    :param path: a file, which need not be there
+    :param env_args: as they were passed to :func:`write_demonstrations`
+    :return: whether it is a whole file that was written with these
+    """
+    try:
+        with opened(Path(path)) as data:
+            return json_attribute(data, "env_args") == dict(env_args)
+    except (OSError, ValueError):
+        return False
+
+
 def read_statistics(paths: PathLike | Sequence[PathLike], skip: bool = False) -> dict[str, Any] | None:
     """
     Statistics stored with demonstrations: with them, action tokens cover the demonstrated actions.
