@@ -63,12 +63,12 @@ def masked_mean(values: th.Tensor, mask: th.Tensor) -> th.Tensor:
     """
     Mean over the tokens that count.
 
-    :param values: (batch, T)
+    :param values: (..., batch, T)
     :param mask: 1 for tokens that count, 0 for the others, (batch, T)
-    :return: A scalar; 0 if no token counts
+    :return: One mean for each leading index, (...); 0 if no token counts
     """
     # Multiplying by the mask would let a NaN or an infinity of a masked token through
-    return values.masked_fill(mask == 0, 0.0).sum() / mask.sum().clamp(min=1.0)
+    return values.masked_fill(mask == 0, 0.0).sum(dim=(-2, -1)) / mask.sum().clamp(min=1.0)
 
 
 def weighted_mean(parts: Sequence[tuple[float, Metrics]]) -> Metrics:
@@ -150,7 +150,8 @@ def exact_opd_loss(
     :return: Mean divergence per token, and metrics
     :raises ValueError: The student rules out what the teacher does, where the divergence is infinite
     """
-    loss = masked_mean(token_divergence(student, teacher, divergence), mask)
+    divergences = token_divergence(student, teacher, divergence)
+    loss = masked_mean(divergences, mask)
     if bool(th.isposinf(loss)) and isinstance(student, CategoricalTokens) and student.padding is not None:
         raise ValueError(
             f"{divergence} is infinite: the student rules out (log-probability -inf) an action that the teacher takes "
@@ -158,17 +159,14 @@ def exact_opd_loss(
         )
     with th.no_grad():
         detached, teacher = student.detach(), teacher.detach()
-        mode = detached.mode()
-        kl = (
-            loss if divergence == "reverse_kl" else masked_mean(token_divergence(detached, teacher, "reverse_kl"), mask)
+        kl = divergences if divergence == "reverse_kl" else token_divergence(detached, teacher, "reverse_kl")
+        log_prob = teacher.log_prob(detached.mode()).clamp(min=MIN_LOG_PROB)
+        # Together: for a small policy each mean of its own takes as long as a layer
+        per_token = th.stack([kl, detached.entropy(), log_prob, _agreement(detached, teacher)])
+        means = dict(
+            zip(("kl", "entropy", "teacher_log_prob", "agreement"), masked_mean(per_token, mask).tolist(), strict=True)
         )
-        metrics = DistillationMetrics(
-            loss=loss.item(),
-            kl=kl.item(),
-            entropy=masked_mean(detached.entropy(), mask).item(),
-            teacher_log_prob=masked_mean(teacher.log_prob(mode).clamp(min=MIN_LOG_PROB), mask).item(),
-            agreement=masked_mean(_agreement(detached, teacher), mask).item(),
-        )
+        metrics = DistillationMetrics(loss=loss.item(), **means)
     return loss, metrics
 
 
