@@ -509,7 +509,7 @@ def test_weight_decay_is_not_lost_among_the_optimizers_arguments(algorithm):
 
     betas = (0.5, 0.9)
     found = group(optimizer_kwargs=dict(betas=betas))
-    assert found["weight_decay"] == 0.25 and found["betas"] == betas
+    assert found["weight_decay"] == 0.25 and found["betas"] == betas and found["fused"]
     assert group(optimizer_kwargs=dict(weight_decay=0.5))["weight_decay"] == 0.5
     assert group()["weight_decay"] == 0.25
     assert group(optimizer_class=th.optim.SGD, optimizer_kwargs=dict(momentum=0.5))["weight_decay"] == 0.25

@@ -180,6 +180,9 @@ def test_optimizer_is_adamw_and_can_be_overridden():
     assert isinstance(make().optimizer, th.optim.AdamW)
     policy = make(optimizer_class=th.optim.SGD, optimizer_kwargs={"momentum": 0.5})
     assert isinstance(policy.optimizer, th.optim.SGD) and policy.optimizer.defaults["momentum"] == 0.5
+    # PyTorch refuses two implementations at once
+    policy = make(optimizer_kwargs={"foreach": True})
+    assert policy.optimizer.defaults["foreach"] and not policy.optimizer.defaults["fused"]
 
 
 # -------------------------------------------------------------------------------------------------------------- saving

@@ -31,6 +31,7 @@ from opd_gym.checks import check_at_least, check_range, check_schedule, check_se
 from opd_gym.envs.make import prepare_env, with_action_dim
 from opd_gym.files import replacing
 from opd_gym.policies.loading import check_device, start_from
+from opd_gym.policies.optimizer import fused_by_default
 from opd_gym.tokens import TokenSpec, TokenView, action_distribution, distribution_and_values, token_spec, token_view
 from opd_gym.untrusted import read_attributes
 from opd_gym.zoo.hyperparams import ALGORITHMS, split_hyperparams, tuned_hyperparams
@@ -91,6 +92,8 @@ def policy_kwargs_over(
     kwargs = {**defaults, **(policy_kwargs or {})}
     parts = [kwargs_.get("optimizer_kwargs") or {} for kwargs_ in (defaults, policy_kwargs or {})]
     kwargs["optimizer_kwargs"] = {**parts[0], **parts[1]}
+    if "optimizer_class" in kwargs:
+        kwargs["optimizer_kwargs"] = fused_by_default(kwargs["optimizer_class"], kwargs["optimizer_kwargs"])
     if weight_decay is not None and "weight_decay" in inspect.signature(kwargs["optimizer_class"]).parameters:
         kwargs["optimizer_kwargs"].setdefault("weight_decay", weight_decay)
     return kwargs

@@ -42,6 +42,7 @@ from opd_gym.policies.body import (
     read_checkpoint_config,
     token_space,
 )
+from opd_gym.policies.optimizer import fused_by_default
 from opd_gym.tokens import TokenDistribution, token_view
 
 
@@ -162,15 +163,12 @@ class VLAPolicy(ActorCriticPolicy):
             )
         self._body_name = body
         self._has_value_head = bool(value_head)
-        if optimizer_class in (th.optim.Adam, th.optim.AdamW):
-            # One pass over each parameter instead of ten: on a CPU a tenth of the training step.
-            optimizer_kwargs = {"fused": True, **(optimizer_kwargs or {})}
         super().__init__(
             observation_space,
             action_space,
             lr_schedule,
             optimizer_class=optimizer_class,
-            optimizer_kwargs=optimizer_kwargs,
+            optimizer_kwargs=fused_by_default(optimizer_class, optimizer_kwargs),
             **sb3_kwargs,
         )
 
