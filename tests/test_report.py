@@ -125,8 +125,11 @@ def test_bootstrap_draws_seeds_anew_for_each_task():
     assert (low, high) == pytest.approx((0.0, 1.0))
 
 
-def test_page(results, tmp_path, capsys):
+def test_page(results, tmp_path, capsys, monkeypatch):
     (results / "opd.gif").write_bytes(b"GIF89a")
+    monkeypatch.chdir(tmp_path)
+    command = results / "opd" / f"{ENV}_1" / "command.txt"
+    command.write_text(f"opd-gym train --student {tmp_path}/runs/student")
     page, table = tmp_path / "page.html", tmp_path / "results.md"
     words = ["report", str(results), "-o", str(page), "--title", "A <b>", "--reference", "teacher"]
     words += ["--markdown", str(table), "--pictures", str(tmp_path / "png"), "--keep", str(tmp_path / "kept")]
@@ -139,6 +142,9 @@ def test_page(results, tmp_path, capsys):
     assert (tmp_path / "png" / f"{ENV}.png").read_bytes().startswith(b"\x89PNG")
     # What is kept is enough for the same page, and holds no weights
     assert not list((tmp_path / "kept").rglob("*.zip"))
+    # And nothing of where it was run
+    kept = tmp_path / "kept" / command.relative_to(results)
+    assert kept.read_text(encoding="utf-8") == "opd-gym train --student runs/student"
     assert main([*words[:1], str(tmp_path / "kept"), "-o", str(tmp_path / "again.html"), "--reference", "teacher"]) == 0
     again = (tmp_path / "again.html").read_text(encoding="utf-8")
     assert "70.9 to 92.9 %" in again and "data:image/gif" in again

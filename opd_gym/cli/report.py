@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -451,7 +452,8 @@ def markdown(table: Table) -> str:
 
 def keep(folders: Iterable[Path], target: Path) -> None:
     """
-    Copy what a report is made from, without weights and checkpoints.
+    Copy what a report is made from, without weights and checkpoints. In copies of what was run, paths below the current
+    folder begin there: nobody's home folder is published.
 
     :param folders: what is reported
     :param target: folder to write, which keeps what else it has
@@ -463,7 +465,11 @@ def keep(folders: Iterable[Path], target: Path) -> None:
             wanted = wanted or (path.suffix == ".json" and _evaluation(path) is not None)
             if wanted and "policy" not in inside.parts:
                 (target / inside).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target / inside)
+                if path.suffix in (".yml", ".txt"):
+                    text = path.read_text(encoding="utf-8").replace(f"{Path.cwd()}{os.sep}", "")
+                    (target / inside).write_text(text, encoding="utf-8")
+                else:
+                    shutil.copyfile(path, target / inside)
 
 
 def report(args: Report) -> None:
