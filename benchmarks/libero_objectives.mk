@@ -1,7 +1,7 @@
 # Which parts of OPD matter on LIBERO-Object: the divergence, the estimator, the group size, the replay of states, the number
-# of gradient steps. Student and teacher are the zoo's.
+# of gradient steps, how often and how precisely the teacher is asked. Student and teacher are the zoo's.
 #
-#   make -f benchmarks/libero_objectives.mk -j2                    33 runs of 12,000 decisions, by a rough count 11 hours
+#   make -f benchmarks/libero_objectives.mk -j2                    42 runs of 12,000 decisions, by a rough count 14 hours
 #   make -f benchmarks/libero_objectives.mk divergence SEEDS=0
 #   make -f benchmarks/libero_objectives.mk report
 include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
@@ -10,7 +10,7 @@ ENV = LiberoObject-v0
 SEEDS ?= 0 1 2
 
 # One thing at a time is changed of the zoo's setting: reverse KL, exact, groups of 8, replay, 40 gradient steps
-STUDIES = zoo divergence estimator group_size state_replay gradient_steps
+STUDIES = zoo divergence estimator group_size state_replay gradient_steps teacher
 zoo = divergence:reverse_kl
 divergence = divergence:forward_kl divergence:jsd divergence:hard_ce
 # The paper's letter: sampled tokens of the last rollout, seen once
@@ -20,6 +20,8 @@ group_size = group_size:1 group_size:2 group_size:4
 state_replay = state_replay:false
 with_false = gradient_steps:auto
 gradient_steps = gradient_steps:10 gradient_steps:80
+# Of the seconds that it takes, time/teacher_seconds in progress.csv is the teacher's part
+teacher = teacher_interval:2 teacher_interval:4 teacher_kwargs.dtype:bfloat16
 
 # $(call study,NAME)
 define study

@@ -17,6 +17,7 @@ from opd_gym.algorithms.grpo import GRPO
 from opd_gym.algorithms.opd import OPD
 from opd_gym.algorithms.ppo import PPO
 from opd_gym.algorithms.teachers import Teacher
+from opd_gym.envs.workers.vec_env import WorkerVecEnv
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.tokens import CategoricalTokens, GaussianTokens
 from opd_gym.zoo.hyperparams import split_hyperparams
@@ -258,6 +259,44 @@ def test_workers_in_processes():
     assert th.equal(parameters(here), parameters(there))
 
 
+@pytest.mark.parametrize("privileged", [True, False])
+def test_the_teacher_labels_every_other_decision(privileged, tmp_path):
+    kwargs = {**FAST, "n_steps": 5, "teacher_interval": 2}
+    teacher = "expert" if privileged else OPD("MlpPolicy", vec(), teacher="expert", **FAST).policy
+    env = WorkerVecEnv([lambda: EpisodeControl(Match())] * 4, n_workers=2)
+    try:
+        model = OPD("MlpPolicy", env, teacher=teacher, **kwargs)
+        log = recorded(model, tmp_path)
+        model.learn(20)
+    finally:
+        env.close()
+    buffer = model.rollout_buffer
+    labelled = np.tile([True, False] * 2 + [True], 4)
+    assert buffer.valid_rows().tolist() == np.flatnonzero(labelled).tolist()
+    assert model.num_timesteps == 20 and model.replay_buffer.size == 12
+    if privileged:
+        np.testing.assert_array_equal(buffer.teacher_actions[labelled, 0], buffer.observations[labelled].argmax(axis=1))
+        assert np.isnan(buffer.teacher_actions[~labelled]).all()
+    else:
+        assert (buffer.teacher_log_probs[:, 0] != 0.0).tolist() == labelled.tolist()
+    assert "timeteacher_seconds" in log().dtype.names
+
+
+def test_a_rollout_that_was_lost_teaches_nothing():
+    class Lost(Match):
+        def step(self, action):
+            *rest, info = super().step(action)
+            return *rest, {**info, "episode_lost": True}
+
+    for estimator in ("exact", "sampled"):
+        kwargs = dict(teacher="expert", estimator=estimator, n_steps=8, batch_size=8, seed=0, device="cpu")
+        model = OPD("MlpPolicy", vec(env=Lost), **kwargs)
+        before = parameters(model)
+        model.collect_rollouts(model.env, *model._setup_learn(64)[1:], model.rollout_buffer, 8)
+        model.train()
+        assert model._n_updates == model.num_timesteps == 0 and th.equal(parameters(model), before)
+
+
 def test_masks_tokens_that_were_not_executed():
     class Chunked(Match):
         def step(self, action):
@@ -394,6 +433,7 @@ def test_nan_in_the_gradient_leaves_the_weights():
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(n_steps=0), "n_steps must be at least 1"),
         (dict(group_size=0), "group_size must be at least 1"),
+        (dict(teacher_interval=0), "teacher_interval must be at least 1"),
     ],
 )
 def test_bad_arguments_are_refused(kwargs, message):

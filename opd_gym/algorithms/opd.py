@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -96,8 +98,8 @@ class OPD(RolloutAlgorithm):
         the most initial states; the paper has 8
     :param state_replay: Whether to keep all states visited so far, or how many at most; True: as many as fit in 1 GiB;
         None: with the exact estimator, and not with the sampled one
-    :param gradient_steps: Minibatches per iteration, with state replay; "auto": one for every four decisions of the
-        rollout, so that the number of updates depends on the decisions alone
+    :param gradient_steps: Minibatches per iteration, with state replay; "auto": one for every four labelled decisions
+        of the rollout, so that the number of updates depends on the decisions alone
     :param n_epochs: Passes over the rollout per iteration, with the exact estimator and no state replay
     :param temperature: Temperature of the student's actions while it collects. The sampled estimator compares student
         and teacher at this temperature (the actions must be the policy's own), the exact one at temperature 1
@@ -110,6 +112,8 @@ class OPD(RolloutAlgorithm):
         statistics that it was trained with, ``obs_keys`` for the keys of a Dict observation that it sees).
         ``n_eval_episodes`` is how many episodes it plays before training, for a comparison with the student: 5, but
         none in this library's benchmarks and of an expert
+    :param teacher_interval: The teacher labels every so-manieth decision of each env, beginning with the first of a
+        rollout; nothing is learned from the others. For a teacher that costs more than acting does
     :param stats_window_size: Number of episodes that the reported success rate, length and reward are averaged over
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -140,6 +144,7 @@ class OPD(RolloutAlgorithm):
         augmentation: Literal["random_shift", "random_shift_batch"] | None = None,
         weight_decay: float = 1e-4,
         teacher_kwargs: dict[str, Any] | None = None,
+        teacher_interval: int = 1,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -177,6 +182,7 @@ class OPD(RolloutAlgorithm):
         named = isinstance(teacher, (str, os.PathLike)) and teacher != "expert"
         self.teacher = lasting_name(teacher) if named else teacher
         self.teacher_kwargs = teacher_kwargs or {}
+        self.teacher_interval = teacher_interval
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.divergence = divergence
@@ -188,6 +194,7 @@ class OPD(RolloutAlgorithm):
         self.replay_buffer: StateReplay | None = None
         self._teacher: Teacher | None = None
         self._n_eval_episodes: int | None = None
+        self._teacher_seconds = 0.0
         super().__init__(
             policy,
             env,
@@ -253,6 +260,7 @@ class OPD(RolloutAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self._teacher is None and self.env is not None:
             self._setup_teacher()
+        self._teacher_seconds = 0.0
         results = {}
         # Between episodes, and before the student has learnt of it
         if self._n_updates == 0 and self._last_obs is None and self._teacher is not None and self.env is not None:
@@ -267,15 +275,36 @@ class OPD(RolloutAlgorithm):
 
     # ------------------------------------------------------------------------------------------------------ rollout
 
+    def _begin_rollout(self) -> None:
+        super()._begin_rollout()
+        # One half of the envs may be a row ahead of the other
+        self._next_row = np.zeros(self.n_envs, dtype=np.int64)
+
     def _label_step(self, envs: np.ndarray) -> np.ndarray | None:
         assert self._teacher is not None and self.env is not None
-        if not self._teacher.privileged:
+        row = self._next_row[envs[0]]
+        self._next_row[envs] += 1
+        if not self._teacher.privileged or row % self.teacher_interval:
             return None
         # All envs simulate ahead at once: a vectorised env sends to all of them before it waits for the first
-        return self._teacher.label(self.env, envs)
+        with self._teacher_timed():
+            return self._teacher.label(self.env, envs)
 
     def _end_rollout(self) -> None:
-        """The teacher labels every state of the rollout, in large batches."""
+        """The teacher labels the states of the rollout, in large batches."""
+        buffer = self.rollout_buffer
+        # Rows are flattened env by env
+        buffer.token_mask[np.arange(len(buffer.token_mask)) % buffer.buffer_size % self.teacher_interval != 0] = 0.0
+        with self._teacher_timed():
+            self._label_rollout()
+        if self.replay_buffer is not None:
+            rows = buffer.valid_rows()
+            observations = obs_rows(buffer.observations, rows)
+            self.replay_buffer.add(
+                observations, buffer.teacher_distributions[rows], buffer.token_mask[rows], buffer.actions[rows]
+            )
+
+    def _label_rollout(self) -> None:
         assert self._teacher is not None
         buffer = self.rollout_buffer
         for samples in buffer.get(self.micro_batch_size or self.batch_size, rows=buffer.valid_rows()):
@@ -288,12 +317,21 @@ class OPD(RolloutAlgorithm):
             buffer.set_teacher(
                 samples.rows, teacher.log_prob(tokens), teacher.flatten() if buffer.store_distribution else None
             )
-        if self.replay_buffer is not None:
-            rows = buffer.valid_rows()
-            observations = obs_rows(buffer.observations, rows)
-            self.replay_buffer.add(
-                observations, buffer.teacher_distributions[rows], buffer.token_mask[rows], buffer.actions[rows]
-            )
+
+    @contextmanager
+    def _teacher_timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._teacher_seconds += time.perf_counter() - started
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """
+        Write log.
+
+        :param iteration: Current logging iteration
+        """
+        self.logger.record("time/teacher_seconds", round(self._teacher_seconds, 1), exclude="tensorboard")
+        super().dump_logs(iteration)
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -305,6 +343,9 @@ class OPD(RolloutAlgorithm):
         # An update that was interrupted, or refused, has left its gradients
         self.policy.optimizer.zero_grad()
         self._update_learning_rate(self.policy.optimizer)
+        if not len(self.rollout_buffer.valid_rows()):
+            # All its episodes were lost
+            return
         if self.estimator == "sampled":
             metrics, grad_norms = self._train_sampled()
         else:
