@@ -11,6 +11,7 @@ LAYERS = (
         "opd_gym.version",
         "opd_gym.checks",
         "opd_gym.files",
+        "opd_gym.ranks",
         "opd_gym.tokens",
         "opd_gym.actions",
         "opd_gym.instructions",

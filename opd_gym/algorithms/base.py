@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,8 +18,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
+from opd_gym import ranks
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, outcome_of_step
 from opd_gym.algorithms.common import PolicyAlgorithm, check_hyperparams
 from opd_gym.envs.workers.pipeline import Pipeline
@@ -105,6 +107,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         self._n_iterations, self._timesteps_before = 0, 0
         self._n_finished = self._n_lost = self._n_announced = self._group_seed = 0
         self._lost_episodes: set[int] = set()
+        self._statistics: ranks.SharedStatistics | None = None
         self._episode_rng = np.random.default_rng(seed)
         no_critic = dict(gamma=0.99, gae_lambda=0.95, ent_coef=0.0, vf_coef=0.0, use_sde=False, sde_sample_freq=-1)
         super().__init__(
@@ -135,6 +138,9 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         check_hyperparams(vars(self))  # load() does not go through __init__
+        if not ranks.is_main():
+            # The episodes of each rank are its own, also where all load the generator that the first one saved
+            self._episode_rng = np.random.default_rng((int(self._episode_rng.integers(MAX_SEED)), ranks.rank()))
         super()._setup_model()
         self._policy_is_built()
 
@@ -175,6 +181,10 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         resets = reset_num_timesteps or self._last_obs is None
         if reset_num_timesteps:
             self.num_env_steps = 0
+        self._join_ranks()
+        vec_normalize = unwrap_vec_normalize(self.env)
+        several = ranks.world_size() > 1 and vec_normalize is not None and vec_normalize.training
+        self._statistics = ranks.SharedStatistics(vec_normalize) if several and vec_normalize is not None else None
         if resets:
             self._before_reset()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
@@ -236,6 +246,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         self.policy.set_training_mode(False)
         self._n_iterations += 1
         self._timesteps_before = self.num_timesteps
+        before = self._counters()
         rollout_buffer.reset()
         self._lost_episodes.clear()
         self._begin_rollout()
@@ -251,7 +262,8 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             if not complete:
                 # Envs are somewhere in the middle of a step: the next learn() starts with a reset
                 self._last_obs = None
-        if not complete:
+        self._count_all_ranks(before)
+        if not ranks.agree(complete):
             return False
 
         rollout_buffer.finish(self._last_values(), np.asarray(self._last_episode_starts))
@@ -260,6 +272,19 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _counters(self) -> np.ndarray:
+        return np.array([self.num_timesteps, self.num_env_steps, self._n_finished, self._n_lost])
+
+    def _count_all_ranks(self, before: np.ndarray) -> None:
+        """Add what the other ranks have done since the counters stood like this, and what their VecNormalize saw."""
+        if ranks.world_size() == 1:
+            return
+        (added,) = ranks.total(self._counters() - before)
+        counters = (before + added.astype(np.int64)).tolist()
+        self.num_timesteps, self.num_env_steps, self._n_finished, self._n_lost = counters
+        if self._statistics is not None:
+            self._statistics.share()
 
     def _collect_rows(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: TeacherRolloutBuffer, n_rollout_steps: int
@@ -407,7 +432,15 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         self.logger.record("time/episodes", self._n_finished)
         if self._n_lost:
             self.logger.record("rollout/episodes_lost", self._n_lost)
-        super().dump_logs(iteration)
+        own = self.ep_info_buffer, self.ep_success_buffer
+        try:
+            # Success and return are those of all ranks
+            self.ep_info_buffer, self.ep_success_buffer = (
+                deque(item for buffer in ranks.gather(buffer) for item in buffer or ()) for buffer in own
+            )
+            super().dump_logs(iteration)
+        finally:
+            self.ep_info_buffer, self.ep_success_buffer = own
 
     def learn(
         self: SelfRolloutAlgorithm,
@@ -438,11 +471,12 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             progress_bar=progress_bar,
         )
         # Stable-Baselines3 logs before it trains: the last iteration's training would never be written
-        if self.logger.name_to_value:
+        if ranks.largest(len(self.logger.name_to_value)):
             self.dump_logs()
         return self
 
     def _excluded_save_params(self) -> list[str]:
         # Observations hold images, and the envs' episodes end with the process
         runtime = ["_last_obs", "_last_original_obs", "_last_episode_starts", "_episodes", "_lost_episodes"]
+        runtime += ["_statistics"]
         return [*super()._excluded_save_params(), *runtime]

@@ -16,6 +16,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
@@ -25,6 +26,7 @@ from stable_baselines3.common.policies import (
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs
 
+from opd_gym import ranks
 from opd_gym.algorithms.buffers import micro_batches, random_shift
 from opd_gym.algorithms.losses import Metrics, weighted_mean
 from opd_gym.checks import check_at_least, check_range, check_schedule, check_seed
@@ -126,7 +128,8 @@ def accumulate_gradients(
 ) -> Metrics:
     """
     Add the gradient of a minibatch's loss, a mean over its tokens, to what the parameters hold; a part of the
-    minibatch at a time, for memory.
+    minibatch at a time, for memory. The minibatches of all ranks are one: the mean is over the tokens of all of them,
+    and the gradients of the ranks are still to be added up.
 
     :param mask: 1 for tokens that count, (batch, T)
     :param micro_batch_size: Number of rows of a part; None: all of them at once
@@ -134,9 +137,10 @@ def accumulate_gradients(
     :return: Metrics of the minibatch
     """
     parts = []
+    of_all_ranks = ranks.share(mask.sum())
     for rows, share in micro_batches(mask, micro_batch_size):
         loss, metrics = loss_of(rows)
-        (share * loss).backward()
+        (of_all_ranks * share * loss).backward()
         parts.append((share, metrics))
     return weighted_mean(parts)
 
@@ -215,7 +219,10 @@ class PolicyAlgorithm(BaseAlgorithm):
     # ------------------------------------------------------------------------------------------------------ set-up
 
     def __init__(self, *args: Any, device: th.device | str = "auto", seed: int | None = None, **kwargs: Any):
-        super().__init__(*args, device=check_device(device), seed=check_seed(seed), **kwargs)  # type: ignore[misc]
+        device = check_device(ranks.local_device(device))
+        if not ranks.is_main():
+            kwargs.update(verbose=0, tensorboard_log=None)
+        super().__init__(*args, device=device, seed=check_seed(seed), **kwargs)  # type: ignore[misc]
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         if policy_name == "VLAPolicy":
@@ -260,6 +267,7 @@ class PolicyAlgorithm(BaseAlgorithm):
     ) -> Any:
         """See :func:`prepare_env`."""
         entry = cls._zoo_entry(env, policy_class) if isinstance(env, str) else None
+        seed = ranks.rank_seed(check_seed(seed))
         return prepare_env(env, policy_class, policy_kwargs, verbose, seed, None if cls.steps_env else 1, entry)
 
     @classmethod
@@ -287,11 +295,19 @@ class PolicyAlgorithm(BaseAlgorithm):
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
-        Set the seed of the pseudo-random generators (Python, NumPy, PyTorch, Gymnasium).
+        Set the seed of the pseudo-random generators (Python, NumPy, PyTorch, Gymnasium); each rank has one of its own.
 
         :param seed: The seed; Python's generator takes no integer of NumPy's
         """
-        super().set_random_seed(None if seed is None else int(seed))
+        super().set_random_seed(ranks.rank_seed(None if seed is None else int(seed)))
+
+    def set_logger(self, logger: Logger) -> None:
+        """
+        Log to this logger from now on; of several ranks the first one alone.
+
+        :param logger: The logger
+        """
+        super().set_logger(logger if ranks.is_main() else Logger(None, []))
 
     @property
     def token_spec(self) -> TokenSpec:
@@ -318,9 +334,18 @@ class PolicyAlgorithm(BaseAlgorithm):
         check_at_least(1, log_interval=log_interval)
         return total_timesteps
 
+    def _join_ranks(self) -> None:
+        """Before a training: all ranks begin with the weights of the first one, which alone talks."""
+        ranks.join()
+        if not ranks.is_main():
+            self.verbose, self.tensorboard_log = 0, None
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        ranks.copy_from_main([*trained, *self.policy.buffers()])
+
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        hybrid = super()._init_callback(callback, progress_bar=False)
-        if progress_bar:
+        # Checkpoints, evaluations and the decision to stop are the first rank's affair
+        hybrid = super()._init_callback(callback if ranks.is_main() else None, progress_bar=False)
+        if progress_bar and ranks.is_main():
             hybrid = CallbackList([hybrid, self.progress_bar_class()])
             hybrid.init_callback(self)
         return hybrid
@@ -400,11 +425,12 @@ class PolicyAlgorithm(BaseAlgorithm):
 
     def _gradient_step(self) -> float:
         """
-        Clip the accumulated gradients, take an optimiser step, and clear them.
+        Add up the gradients of all ranks, clip them, take an optimiser step, and clear them.
 
         :return: Norm of the gradients before clipping
         """
         check_range("[0, inf)", learning_rate=self.policy.optimizer.param_groups[0]["lr"])  # of a schedule
+        ranks.add_gradients(self.policy.parameters())
         grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if not bool(th.isfinite(grad_norm)):
             # Before the step: the weights are still good
@@ -413,6 +439,15 @@ class PolicyAlgorithm(BaseAlgorithm):
         self.policy.optimizer.zero_grad()
         self._n_updates += 1
         return grad_norm.item()
+
+    def _idle_step(self) -> float:
+        """
+        Take part in an update for which this rank has no minibatch left.
+
+        :return: Norm of the gradients of the others before clipping
+        """
+        ranks.share(0.0)
+        return self._gradient_step()
 
     def _record_metrics(self, metrics: list[Any]) -> None:
         """
@@ -437,7 +472,8 @@ class PolicyAlgorithm(BaseAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save the model in a zip file. A file of that name is replaced only once the new one is complete.
+        Save the model in a zip file. A file of that name is replaced only once the new one is complete. Of several
+        ranks the first one alone writes it.
 
         :param path: Path of the file (``.zip`` is added where there is no suffix), or a file object
         :param exclude: Names of parameters that should be excluded in addition to the default ones
@@ -445,6 +481,8 @@ class PolicyAlgorithm(BaseAlgorithm):
         """
         if not isinstance(path, (str, os.PathLike)):
             super().save(path, exclude=exclude, include=include)
+            return
+        if not ranks.is_main():
             return
         target = pathlib.Path(path)
         if target.suffix == "":

@@ -10,6 +10,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
+from opd_gym import ranks
 from opd_gym.algorithms.base import MAX_SEED, RolloutAlgorithm
 from opd_gym.algorithms.common import policy_kwargs_over, zoo_hyperparams
 from opd_gym.algorithms.losses import (
@@ -213,7 +214,7 @@ class GRPO(RolloutAlgorithm):
         self.policy.optimizer.zero_grad()
         self._update_learning_rate(self.policy.optimizer)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if not self._trajectories:
+        if not ranks.largest(len(self._trajectories)):
             if self.verbose >= 1:
                 print(
                     f"GRPO, iteration {self._n_iterations}: all {self.n_groups} groups were dropped (success rates "
@@ -224,22 +225,36 @@ class GRPO(RolloutAlgorithm):
         metrics: list[PolicyGradientMetrics] = []
         for _ in range(self.n_epochs):
             order = np.random.permutation(len(self._trajectories))
-            for start in range(0, len(order), self.trajectories_per_batch):
+            starts = range(0, len(order), self.trajectories_per_batch)
+            for start in ranks.in_step(starts, len(starts)):
+                if start is None:
+                    grad_norms.append(self._idle_step())
+                    continue
                 trajectories = [self._trajectories[i] for i in order[start : start + self.trajectories_per_batch]]
-                batch_metrics, batch_entropies = self._accumulate_gradients(np.concatenate(trajectories))
+                of_all_ranks = ranks.share(len(trajectories))
+                batch_metrics, batch_entropies = self._accumulate_gradients(np.concatenate(trajectories), of_all_ranks)
                 grad_norms.append(self._gradient_step())
                 # Micro-batches add up to the loss of the minibatch
                 losses.append(sum(m.loss for m in batch_metrics))
                 metrics += batch_metrics
                 entropies += batch_entropies
-        self._record_metrics(metrics)
-        self.logger.record("train/loss", float(np.mean(losses)))
-        self.logger.record("train/entropy", float(np.mean(entropies)))
+        if metrics:
+            self._record_metrics(metrics)
+            self.logger.record("train/loss", float(np.mean(losses)))
+            self.logger.record("train/entropy", float(np.mean(entropies)))
         self.logger.record("train/grad_norm", float(np.mean(grad_norms)))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _accumulate_gradients(self, rows: np.ndarray) -> tuple[list[PolicyGradientMetrics], list[float]]:
-        """Gradients of the surrogate over whole trajectories, a few decisions at a time."""
+    def _accumulate_gradients(
+        self, rows: np.ndarray, of_all_ranks: float
+    ) -> tuple[list[PolicyGradientMetrics], list[float]]:
+        """
+        Gradients of the surrogate over whole trajectories, a few decisions at a time.
+
+        :param rows: Rows of the trajectories of a minibatch
+        :param of_all_ranks: Which part they are of the trajectories of all ranks
+        :return: Metrics and entropies of the parts
+        """
         buffer = self.rollout_buffer
         weights = np.zeros_like(buffer.token_mask)
         weights[rows] = trajectory_weights(
@@ -256,7 +271,7 @@ class GRPO(RolloutAlgorithm):
                 self.clip_range,
                 self.clip_range_high,
             )
-            loss.backward()
+            (of_all_ranks * loss).backward()
             metrics.append(micro_metrics)
             entropies.append(masked_mean(policy.entropy().detach(), samples.token_mask).item())
         return metrics, entropies

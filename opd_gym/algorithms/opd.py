@@ -17,6 +17,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
+from opd_gym import ranks
 from opd_gym.algorithms.base import RolloutAlgorithm
 from opd_gym.algorithms.buffers import ReplayedStates, StateReplay
 from opd_gym.algorithms.common import (
@@ -263,7 +264,8 @@ class OPD(RolloutAlgorithm):
         self._teacher_seconds = 0.0
         results = {}
         # Between episodes, and before the student has learnt of it
-        if self._n_updates == 0 and self._last_obs is None and self._teacher is not None and self.env is not None:
+        fresh = self._n_updates == 0 and self._last_obs is None and ranks.is_main()
+        if fresh and self._teacher is not None and self.env is not None:
             n_episodes = self._n_eval_episodes
             if n_episodes is None and kwargs.get("total_timesteps", args[0] if args else TRIED_FROM) < TRIED_FROM:
                 n_episodes = 0
@@ -343,7 +345,7 @@ class OPD(RolloutAlgorithm):
         # An update that was interrupted, or refused, has left its gradients
         self.policy.optimizer.zero_grad()
         self._update_learning_rate(self.policy.optimizer)
-        if not len(self.rollout_buffer.valid_rows()):
+        if not ranks.largest(len(self.rollout_buffer.valid_rows())):
             # All its episodes were lost
             return
         if self.estimator == "sampled":
@@ -359,8 +361,11 @@ class OPD(RolloutAlgorithm):
     def _train_exact(self) -> tuple[list[DistillationMetrics], list[float]]:
         """Descend the divergence of the two distributions, on replayed states or on those of this rollout."""
         metrics, grad_norms = [], []
-        for observations, distributions, mask, actions in self._exact_batches():
-            metrics.append(self._descend(observations, distributions, mask, actions))
+        for states in self._exact_batches():
+            if states is None:
+                grad_norms.append(self._idle_step())
+                continue
+            metrics.append(self._descend(*states))
             grad_norms.append(self._gradient_step())
         return metrics, grad_norms
 
@@ -376,25 +381,28 @@ class OPD(RolloutAlgorithm):
 
         return accumulate_gradients(mask, self.micro_batch_size, loss_of)
 
-    def _exact_batches(self) -> Iterator[ReplayedStates]:
+    def _exact_batches(self) -> Iterator[ReplayedStates | None]:
+        """Minibatches of this rank; None where only others have one."""
+        n_rows = len(self.rollout_buffer.valid_rows())
         if self.replay_buffer is not None:
             if self.gradient_steps == "auto":
-                steps = max(round(UPDATES_PER_DECISION * len(self.rollout_buffer.valid_rows())), 1)
+                (of_all_ranks,) = ranks.total(n_rows)
+                steps = max(round(UPDATES_PER_DECISION * of_all_ranks / ranks.world_size()), 1)
             else:
                 steps = self.gradient_steps
             for _ in range(steps):
-                yield self.replay_buffer.sample(self.batch_size)
+                yield self.replay_buffer.sample(self.batch_size) if self.replay_buffer.size else None
         else:
             for _ in range(self.n_epochs):
-                for samples in self.rollout_buffer.get(self.batch_size):
-                    yield ReplayedStates(
+                for samples in ranks.in_step(self.rollout_buffer.get(self.batch_size), -(-n_rows // self.batch_size)):
+                    yield samples and ReplayedStates(
                         samples.observations, samples.teacher_distribution, samples.token_mask, samples.actions
                     )
 
     def _train_sampled(self) -> tuple[list[DistillationMetrics], list[float]]:
         """One update (Algorithm 1 of the paper), its gradient accumulated over minibatches."""
         buffer = self.rollout_buffer
-        n_trajectories = len(np.unique(buffer.episode_ids[buffer.valid_rows()]))
+        (n_trajectories,) = ranks.total(len(np.unique(buffer.episode_ids[buffer.valid_rows()])))
         metrics: list[DistillationMetrics] = []
         for samples in buffer.get(self.micro_batch_size or self.batch_size):
             student = self._student(samples.observations, samples.actions, self.temperature)
@@ -417,13 +425,14 @@ class OPD(RolloutAlgorithm):
 
     def save_replay_buffer(self, path: str | os.PathLike[str]) -> None:
         """
-        Save the states visited so far, which ``save()`` leaves out.
+        Save the states visited so far, which ``save()`` leaves out; of several ranks those of the first one.
 
         :param path: File to write
         """
         if self.replay_buffer is None:
             raise ValueError("This model keeps no states: it was made with state_replay=False.")
-        self.replay_buffer.save(path)
+        if ranks.is_main():
+            self.replay_buffer.save(path)
 
     def load_replay_buffer(self, path: str | os.PathLike[str]) -> None:
         """

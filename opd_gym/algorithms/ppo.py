@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 from torch.nn import functional as F
 
+from opd_gym import ranks
 from opd_gym.algorithms.base import RolloutAlgorithm
 from opd_gym.algorithms.buffers import TeacherRolloutSamples
 from opd_gym.algorithms.common import accumulate_gradients, zoo_hyperparams
@@ -193,10 +194,14 @@ class PPO(RolloutAlgorithm):
         continue_training = True
 
         for epoch in range(self.n_epochs):
-            for samples in buffer.get(self.batch_size):
+            n_minibatches = -(-len(buffer.valid_rows()) // self.batch_size)
+            for samples in ranks.in_step(buffer.get(self.batch_size), n_minibatches):
                 self.policy.optimizer.zero_grad()
-                metrics.append(self._accumulate_gradients(samples, clip_range))
-                approx_kl = metrics[-1].approx_kl
+                if samples is None:
+                    self._stand_by()
+                else:
+                    metrics.append(self._accumulate_gradients(samples, clip_range))
+                approx_kl = self._approx_kl(samples, metrics)
                 if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
                     # Known only when all parts of the minibatch have gone through: their gradients are dropped
                     self.policy.optimizer.zero_grad()
@@ -209,7 +214,8 @@ class PPO(RolloutAlgorithm):
                 break
 
         self._record_metrics(metrics)
-        self.logger.record("train/loss", metrics[-1].loss)
+        if metrics:
+            self.logger.record("train/loss", metrics[-1].loss)
         if grad_norms:
             self.logger.record("train/grad_norm", float(np.mean(grad_norms)))
         self.logger.record("train/explained_variance", explained_variance(buffer.values, buffer.returns))
@@ -220,17 +226,16 @@ class PPO(RolloutAlgorithm):
 
     def _accumulate_gradients(self, samples: TeacherRolloutSamples, clip_range: float) -> PPOMetrics:
         """Gradients of the loss of a minibatch, a part of it at a time."""
-        if self.normalize_advantage and len(samples.advantages) > 1:
-            advantages = samples.advantages
-            samples = samples._replace(advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8))
-        # Policy loss and entropy are means over tokens, or over decisions
-        counts = samples.token_mask if self._per_token else th.ones_like(samples.advantages).unsqueeze(1)
+        if self.normalize_advantage:
+            samples = samples._replace(advantages=self._normalised(samples.advantages))
+        counts = self._counts(samples)
+        n_decisions, n_counted = ranks.total(len(samples.rows), counts.sum())
 
         def loss_of(rows: slice) -> tuple[th.Tensor, PPOMetrics]:
             part = TeacherRolloutSamples(*(obs_rows(field, rows) for field in samples))
             policy_loss, policy_metrics, entropy, values = self._evaluate(part, clip_range)
             # The value loss is a mean over decisions, and the part will be weighed by its tokens
-            rate = (len(part.rows) / len(samples.rows)) / (counts[rows].sum() / counts.sum())
+            rate = (len(part.rows) / n_decisions) / (counts[rows].sum() / n_counted)
             value_loss = rate * self._value_loss(part, values)
             loss = policy_loss - self.ent_coef * entropy + self.vf_coef * value_loss
             return loss, PPOMetrics(
@@ -243,6 +248,36 @@ class PPO(RolloutAlgorithm):
             )
 
         return accumulate_gradients(counts, self.micro_batch_size, loss_of)
+
+    def _counts(self, samples: TeacherRolloutSamples) -> th.Tensor:
+        """What policy loss and entropy are means over: 1 for tokens that were executed, or 1 for each decision."""
+        return samples.token_mask if self._per_token else th.ones_like(samples.advantages).unsqueeze(1)
+
+    def _approx_kl(self, samples: TeacherRolloutSamples | None, metrics: list[PPOMetrics]) -> float:
+        """That of the last minibatch, or of the minibatches of all ranks: all stop early, or none."""
+        if ranks.world_size() == 1:
+            return metrics[-1].approx_kl
+        n = 0.0 if samples is None else float(self._counts(samples).sum())
+        added, everywhere = ranks.total(n * metrics[-1].approx_kl if n else 0.0, n)
+        return added / everywhere
+
+    @staticmethod
+    def _normalised(advantages: th.Tensor) -> th.Tensor:
+        """Advantages of a minibatch, with mean 0 and standard deviation 1 over those of all ranks."""
+        if ranks.world_size() == 1:
+            return (advantages - advantages.mean()) / (advantages.std() + 1e-8) if len(advantages) > 1 else advantages
+        exact = advantages.double()
+        n, added, squares = ranks.total(len(exact), exact.sum().item(), exact.square().sum().item())
+        mean = added / n
+        std = (max(squares - n * mean**2, 0.0) / (n - 1)) ** 0.5 if n > 1 else 1.0
+        return (advantages - mean) / (std + 1e-8)
+
+    def _stand_by(self) -> None:
+        """The part that a rank without a minibatch has in what is computed from the minibatches of all."""
+        if self.normalize_advantage:
+            self._normalised(th.zeros(0))
+        ranks.total(0.0, 0.0)
+        ranks.share(0.0)
 
     def _evaluate(
         self, samples: TeacherRolloutSamples, clip_range: float

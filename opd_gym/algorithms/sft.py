@@ -19,6 +19,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 
+from opd_gym import ranks
 from opd_gym.algorithms.common import (
     PolicyAlgorithm,
     accumulate_gradients,
@@ -470,6 +471,7 @@ class SFT(PolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        self._join_ranks()
         # As Stable-Baselines3's, without an env that is reset
         self.start_time = time.time_ns()
         if self.ep_info_buffer is None or reset_num_timesteps:
@@ -528,7 +530,7 @@ class SFT(PolicyAlgorithm):
                 if self.num_timesteps % log_interval == 0 or done:
                     self.dump_logs()
                 callback.update_locals(locals())
-                if not callback.on_step():
+                if not ranks.agree(callback.on_step()):
                     break
         finally:
             callback.on_training_end()

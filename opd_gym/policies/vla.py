@@ -19,6 +19,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from opd_gym import ranks
 from opd_gym.checkpoints import PENDING, lasting_name, resolve_checkpoint
 from opd_gym.files import sync
 from opd_gym.policies.adapters import (
@@ -304,7 +305,8 @@ class VLAPolicy(ActorCriticPolicy):
     ) -> None:
         """
         Write ``config.json`` and ``model.safetensors``. Files that are not of a checkpoint stay as they are. Whenever
-        it is killed, the old checkpoint or the new one is read from there, and never a part of each.
+        it is killed, the old checkpoint or the new one is read from there, and never a part of each. Of several ranks
+        the first one alone writes.
 
         :param directory: created if needed; ``VLAPolicy(..., checkpoint=directory)`` reads it
         :param dtype: type in which the weights are stored, for instance ``torch.float16``; None for their own
@@ -317,6 +319,8 @@ class VLAPolicy(ActorCriticPolicy):
                 "A checkpoint has no place for LoRA adapters: merge=True adds them to the weights; save() stores them "
                 "apart, with a reference to the checkpoint that they adapt."
             )
+        if not ranks.is_main():
+            return
         directory = Path(directory).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
         finish_save(directory)  # one that was killed
