@@ -99,7 +99,8 @@ def total(*values: Any) -> list[Any]:
     """
     if world_size() == 1:
         return list(values)
-    arrays = [np.asarray(value, dtype=np.float64) for value in values]
+    on_cpu = (value.detach().cpu() if isinstance(value, th.Tensor) else value for value in values)
+    arrays = [np.asarray(value, dtype=np.float64) for value in on_cpu]
     flat = th.from_numpy(np.concatenate([array.ravel() for array in arrays]))
     dist.all_reduce(flat)
     parts = np.split(flat.numpy(), np.cumsum([array.size for array in arrays])[:-1])
