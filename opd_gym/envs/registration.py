@@ -66,7 +66,8 @@ def training_defaults(env_id: str) -> dict[str, Any]:
         return {"n_envs": 2, "env_kwargs": env_kwargs}
     if env_id in LIBERO_IDS:
         env_kwargs = {"visuals": "light", "image_size": 64}
-        if LIBERO_IDS[env_id]["suite"].startswith("libero_object"):
-            env_kwargs["horizon"] = 160  # a solved episode takes about 90 of the 280 steps, a lost one is lost early
+        if LIBERO_IDS[env_id]["suite"].startswith(("libero_object", "libero_spatial")):
+            # A solved episode takes about 90 of the 280 steps, or 70 of 220; a lost one is lost early
+            env_kwargs["horizon"] = 160
         return {"n_envs": 2, "env_kwargs": env_kwargs}
     return {}
