@@ -69,6 +69,46 @@ class Dispatcher:
             for index in range(self.env.num_envs):
                 self._announce_next(index)
 
+    def so_far(self) -> dict[str, Any] | None:
+        """
+        For a training that is interrupted.
+
+        :return: which episodes are played and announced, and what was played of them: plain values and arrays; None
+            where envs choose for themselves, or stand still
+        """
+        if not self.controlled or self.standing_still.any():
+            return None
+        return {
+            "playing": [vars(episode) for episode in self.playing if episode is not None],
+            "announced": [episode and vars(episode) for episode in self._announced],
+            "numbers": self.numbers.copy(),
+            "n_begun": self._n_begun,
+            "played": self.env.env_method("episode_so_far"),
+        }
+
+    def announce_again(self, so_far: dict[str, Any]) -> None:
+        """
+        Announce the episodes of an interrupted training, before the vectorised env is reset.
+
+        :param so_far: what :meth:`so_far` gave
+        """
+        self.env.unwrapped._reset_seeds()
+        for index, episode in enumerate(so_far["playing"]):
+            self._announce(index, EpisodeSpec(**episode))
+
+    def replay(self, so_far: dict[str, Any]) -> bool:
+        """
+        After the reset, play again what was played of these episodes.
+
+        :param so_far: what :meth:`so_far` gave
+        :return: whether all envs are where they were; if not, they have to be reset
+        """
+        for index, episode in enumerate(so_far["announced"]):
+            self.playing[index] = self._announced[index]
+            self._announce(index, episode and EpisodeSpec(**episode))
+        self.numbers[:], self._n_begun = so_far["numbers"], so_far["n_begun"]
+        return all(self.env.env_method("replay", {tag: tuple(played) for tag, *played in so_far["played"]}))
+
     def begun(self, index: int) -> None:
         """
         Take note that the announced episode of an env has begun, and announce the one after it.
@@ -89,7 +129,10 @@ class Dispatcher:
             self.begun(index)
 
     def _announce_next(self, index: int) -> None:
-        episode = self._announced[index] = self.next_episode(index)
+        self._announce(index, self.next_episode(index))
+
+    def _announce(self, index: int, episode: EpisodeSpec | None) -> None:
+        self._announced[index] = episode
         if episode is None:
             announce(self.env, index, frozen=True)
         else:

@@ -18,11 +18,12 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, is_vecenv_wrapped, unwrap_vec_normalize
 
 from opd_gym import ranks
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, outcome_of_step
 from opd_gym.algorithms.common import PolicyAlgorithm, check_hyperparams
+from opd_gym.algorithms.randomness import set_rng_states
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
@@ -108,6 +109,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         self._n_finished = self._n_lost = self._n_announced = self._group_seed = 0
         self._lost_episodes: set[int] = set()
         self._statistics: ranks.SharedStatistics | None = None
+        self._between_iterations = True
         self._episode_rng = np.random.default_rng(seed)
         no_critic = dict(gamma=0.99, gae_lambda=0.95, ent_coef=0.0, vf_coef=0.0, use_sde=False, sde_sample_freq=-1)
         super().__init__(
@@ -185,12 +187,49 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         vec_normalize = unwrap_vec_normalize(self.env)
         several = ranks.world_size() > 1 and vec_normalize is not None and vec_normalize.training
         self._statistics = ranks.SharedStatistics(vec_normalize) if several and vec_normalize is not None else None
-        if resets:
+        interrupted, self._interrupted = self._interrupted, None
+        if reset_num_timesteps or ranks.world_size() > 1:
+            # Several ranks would all go on as the first one
+            interrupted = None
+        so_far = self._episodes_to_go_on_with(interrupted)
+        if resets and so_far is None:
             self._before_reset()
+        elif resets:
+            self._episodes = Dispatcher(self.env, self._next_episode)
+            self._episodes.announce_again(so_far)
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if resets:
+        if resets and so_far is not None:
+            if self._episodes.replay(so_far):
+                self._last_obs, self._last_episode_starts = so_far["obs"], so_far["episode_starts"]
+            else:
+                # A simulator that does not repeat itself
+                so_far = None
+                self._before_reset()
+                self._last_obs = self.env.reset()  # type: ignore[assignment]
+        if resets and so_far is None:
             self._episodes.all_begun()
+        if interrupted is not None:
+            set_rng_states(interrupted["rng"])
         return result
+
+    def _episodes_to_go_on_with(self, interrupted: dict[str, Any] | None) -> Any:
+        """What an interrupted training played, where these envs can play it again; None where they cannot."""
+        so_far = None if interrupted is None else interrupted.get("episodes")
+        if so_far is None or self.env is None or not can_announce(self.env):
+            return None
+        # The frames before the last one are not known to an env that plays an episode again
+        fits = len(so_far["playing"]) == self.n_envs and not is_vecenv_wrapped(self.env, VecFrameStack)
+        return so_far if fits else None
+
+    def _interruption(self) -> dict[str, Any] | None:
+        if not self._between_iterations:
+            return None
+        interruption = super()._interruption() or {}
+        so_far = self._episodes.so_far() if self._last_obs is not None else None
+        if so_far is not None:
+            so_far.update(obs=self._last_obs, episode_starts=self._last_episode_starts)
+            interruption["episodes"] = so_far
+        return interruption
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # SB3's is that after the rollout: a linear schedule is at 0 in the last iteration, which may be the only one
@@ -244,6 +283,10 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         """
         assert isinstance(rollout_buffer, TeacherRolloutBuffer)
         self.policy.set_training_mode(False)
+        # The callback at which a saved model can go on as if it had not been interrupted
+        self._between_iterations = True
+        callback.on_rollout_start()
+        self._between_iterations = False
         self._n_iterations += 1
         self._timesteps_before = self.num_timesteps
         before = self._counters()
@@ -252,7 +295,6 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         self._begin_rollout()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
-        callback.on_rollout_start()
         assert self._last_obs is not None and self._last_episode_starts is not None, "No previous observation"
 
         complete = False
@@ -271,6 +313,8 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
 
         callback.update_locals(locals())
         callback.on_rollout_end()
+        # The update follows, with no callback
+        self._between_iterations = True
         return True
 
     def _counters(self) -> np.ndarray:

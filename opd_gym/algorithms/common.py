@@ -29,6 +29,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from opd_gym import ranks
 from opd_gym.algorithms.buffers import micro_batches, random_shift
 from opd_gym.algorithms.losses import Metrics, weighted_mean
+from opd_gym.algorithms.randomness import rng_states
 from opd_gym.checks import check_at_least, check_range, check_schedule, check_seed
 from opd_gym.envs.make import prepare_env, with_action_dim
 from opd_gym.files import replacing
@@ -212,6 +213,8 @@ class PolicyAlgorithm(BaseAlgorithm):
     progress_bar_class: ClassVar[type[BaseCallback]] = DecisionProgressBar
 
     policy: ActorCriticPolicy
+    # What a saved model needs to go on as if it had not been interrupted
+    _interrupted: dict[str, Any] | None = None
     _start_state: tuple[pathlib.Path, dict[str, Any]] | None = None
     max_grad_norm: float
     _n_updates: int
@@ -484,11 +487,23 @@ class PolicyAlgorithm(BaseAlgorithm):
             return
         if not ranks.is_main():
             return
+        self._interrupted = self._interruption()
         target = pathlib.Path(path)
         if target.suffix == "":
             target = target.with_name(f"{target.name}.zip")
-        with replacing(target) as temporary:
-            super().save(temporary, exclude=exclude, include=include)
+        try:
+            with replacing(target) as temporary:
+                super().save(temporary, exclude=exclude, include=include)
+        finally:
+            self._interrupted = None
+
+    def _interruption(self) -> dict[str, Any] | None:
+        """
+        Hook: what it takes to go on later as if nothing had been, beside weights, counters and settings.
+
+        :return: Plain values and arrays; None in the middle of an iteration
+        """
+        return {"rng": rng_states()}
 
     @classmethod
     def load(

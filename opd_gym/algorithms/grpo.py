@@ -276,5 +276,10 @@ class GRPO(RolloutAlgorithm):
             entropies.append(masked_mean(policy.entropy().detach(), samples.token_mask).item())
         return metrics, entropies
 
+    def _interruption(self) -> dict[str, Any] | None:
+        # An iteration begins with new groups: between two there are no episodes to go on with
+        interruption = super()._interruption()
+        return interruption and {"rng": interruption["rng"]}
+
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_trajectories", "_queue"]

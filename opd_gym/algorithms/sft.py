@@ -29,6 +29,7 @@ from opd_gym.algorithms.common import (
     zoo_hyperparams,
 )
 from opd_gym.algorithms.losses import masked_mean, smoothed_labels
+from opd_gym.algorithms.randomness import set_rng_states
 from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.demonstrations import Demonstrations, PathLike
 from opd_gym.observations import obs_rows
@@ -516,6 +517,9 @@ class SFT(PolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
         )
+        interrupted, self._interrupted = self._interrupted, None
+        if interrupted is not None and not reset_num_timesteps and ranks.world_size() == 1:
+            set_rng_states(interrupted["rng"])
         callback.on_training_start(locals(), globals())
         try:
             while self.num_timesteps < total_timesteps:

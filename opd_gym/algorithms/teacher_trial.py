@@ -15,7 +15,8 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from opd_gym.algorithms.teachers import PolicyTeacher, Teacher, preserved_rng
+from opd_gym.algorithms.randomness import preserved_rng
+from opd_gym.algorithms.teachers import PolicyTeacher, Teacher
 from opd_gym.envs.make import env_id_of
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.tokens import env_actions, is_autoregressive

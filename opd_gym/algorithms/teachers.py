@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import random
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
+from opd_gym.algorithms.randomness import preserved_rng
 from opd_gym.algorithms.teacher_inputs import (
     Normalisation,
     check_action_spaces,
@@ -565,18 +564,3 @@ def _load_teacher(
         raise FileNotFoundError(f'Teacher {os.fspath(spec)!r} not found: {error} Or "expert".') from error
     except ValueError as error:
         raise ValueError(f"Teacher {os.fspath(spec)!r}: {error}") from error
-
-
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Leave the global random generators as they were."""
-    states = random.getstate(), np.random.get_state(), th.get_rng_state()
-    on_gpus = th.cuda.get_rng_state_all() if th.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        th.set_rng_state(states[2])
-        if on_gpus:
-            th.cuda.set_rng_state_all(on_gpus)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
@@ -297,6 +298,7 @@ class EpisodeControl(_ExpertThrough):
         self._draws_end = False
         self._tag: Any = None
         self._obs: Any = None
+        self._actions: list[Any] = []
 
     @property
     def frozen(self) -> bool:
@@ -350,14 +352,38 @@ class EpisodeControl(_ExpertThrough):
             self._next = None
         else:
             self._tag = None
+        self._actions = []
         self._obs, info = self.env.reset(seed=seed, options=options)
         info["episode_tag"] = self._tag
         return self._obs, info
+
+    def episode_so_far(self) -> tuple[Any, np.ndarray, int]:
+        """
+        For a training that is interrupted: what it takes to bring another env of the kind to the same state.
+
+        :return: tag of the present episode, the actions played in it, and a checksum of what the env shows
+        """
+        return self._tag, np.array(self._actions), _checksum(self._obs)
+
+    def replay(self, episodes: dict[Any, tuple[np.ndarray, int]]) -> bool:
+        """
+        Play again what was played of the episode that has just begun.
+
+        :param episodes: by tag, actions and checksum that :meth:`episode_so_far` gave
+        :return: whether that led to the same state
+        """
+        actions, checksum = episodes[self._tag]
+        for action in actions:
+            _, _, terminated, truncated, _ = self.step(action)
+            if terminated or truncated:
+                return False
+        return _checksum(self._obs) == checksum
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """As the wrapped env's; a no-op while frozen."""
         if self._frozen:
             return self._obs, 0.0, False, False, {"frozen": True, "episode_tag": None}
+        self._actions.append(np.array(action))
         self._obs, reward, terminated, truncated, info = self.env.step(action)
         info["episode_tag"] = self._tag
         if self._draws_end and (terminated or truncated):
@@ -371,3 +397,9 @@ class EpisodeControl(_ExpertThrough):
         if self._frozen:
             return np.zeros(self.action_space.shape, dtype=self.action_space.dtype)
         return self._label()
+
+
+def _checksum(obs: Any) -> int:
+    if isinstance(obs, dict):
+        return zlib.crc32(repr([(key, _checksum(obs[key])) for key in sorted(obs)]).encode())
+    return zlib.crc32(np.ascontiguousarray(obs).tobytes())

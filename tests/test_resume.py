@@ -1,0 +1,129 @@
+"""A training that was interrupted and resumed is the one that was not, to the bit."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecFrameStack
+from toys import TINY_BODY, Match, Robot, parameters, vec
+
+from opd_gym import GRPO, OPD, PPO, SFT
+from opd_gym.demonstrations import Demonstrations
+from opd_gym.envs.workers.vec_env import WorkerVecEnv
+from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
+
+# 7 steps: in the middle of episodes of 4
+COMMON = dict(seed=3, device="cpu", learning_rate=5e-3)
+CASES = {
+    "opd": (OPD, dict(teacher="expert", n_steps=7, batch_size=16, gradient_steps=3)),
+    "opd_groups": (OPD, dict(teacher="expert", n_steps=7, batch_size=16, gradient_steps=3, group_size=3)),
+    "sampled": (OPD, dict(teacher="expert", n_steps=7, estimator="sampled")),
+    "grpo": (GRPO, dict(n_groups=2, group_size=3, dynamic_sampling=None, trajectories_per_batch=2)),
+    "ppo": (PPO, dict(n_steps=7, batch_size=8, n_epochs=2)),
+    "ppo_sde": (PPO, dict(n_steps=7, batch_size=8, n_epochs=2, use_sde=True, sde_sample_freq=3)),
+}
+
+
+class SavesOnce(BaseCallback):
+    """Saves before an iteration, with what is replayed."""
+
+    def __init__(self, folder, iteration):
+        super().__init__()
+        self.folder, self.iteration, self.n = folder, iteration, 0
+
+    def _on_rollout_start(self):
+        self.n += 1
+        if self.n == self.iteration:
+            self.model.save(self.folder / "model")
+            if getattr(self.model, "replay_buffer", None) is not None:
+                self.model.save_replay_buffer(self.folder / "states.npz")
+
+    def _on_step(self):
+        return True
+
+
+def workers(n_envs):
+    return WorkerVecEnv([lambda: EpisodeControl(Match())] * n_envs, n_workers=1)
+
+
+def resumed(cls, folder, env, total):
+    model = cls.load(folder / "model", env=env, device="cpu")
+    if getattr(model, "replay_buffer", None) is not None:
+        model.load_replay_buffer(folder / "states.npz")
+    # Whatever was drawn in between
+    th.rand(3), np.random.rand(5)
+    return model.learn(total - model.num_timesteps, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize(("case", "make_env"), [*((case, vec) for case in CASES), ("opd", workers), ("grpo", workers)])
+def test_same_as_without_the_interruption(case, make_env, tmp_path):
+    cls, kwargs = CASES[case]
+    make = (lambda: vec(2, kind="box")) if case == "ppo_sde" else lambda: make_env(2)
+    env, again = make(), make()
+    try:
+        whole = cls("MlpPolicy", env, **COMMON, **kwargs).learn(70, callback=SavesOnce(tmp_path, 3))
+        model = resumed(cls, tmp_path, again, 70)
+    finally:
+        env.close(), again.close()
+    assert model.num_timesteps == whole.num_timesteps and model._n_updates == whole._n_updates > 3
+    assert model.num_env_steps == whole.num_env_steps and model._n_finished == whole._n_finished
+    assert th.equal(parameters(model), parameters(whole))
+    assert [info["r"] for info in model.ep_info_buffer] == [info["r"] for info in whole.ep_info_buffer]
+
+
+def test_a_vla_goes_on_in_the_middle_of_an_episode(tmp_path):
+    def env():
+        return vec(2, lambda: ActionTokens(ActionChunk(Robot(horizon=40), 8)))
+
+    kwargs = dict(teacher="expert", n_steps=3, batch_size=8, gradient_steps=2, augmentation="random_shift_batch")
+    model = OPD("VLAPolicy", env(), policy_kwargs=dict(body_kwargs=TINY_BODY), **COMMON, **kwargs)
+    whole = model.learn(24, callback=SavesOnce(tmp_path, 3))
+    assert th.equal(parameters(resumed(OPD, tmp_path, env(), 24)), parameters(whole))
+
+
+def test_supervised(tmp_path):
+    obs = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    space = spaces.Box(-9, 9, (4,))
+    data = Demonstrations(obs, obs.argmax(1), observation_space=space, action_space=spaces.Discrete(4))
+
+    class Saves(SavesOnce):
+        def _on_step(self):
+            self._on_rollout_start()
+            return True
+
+    whole = SFT("MlpPolicy", demonstrations=data, **COMMON).learn(9, callback=Saves(tmp_path, 4))
+    model = SFT.load(tmp_path / "model", device="cpu")
+    assert model.num_timesteps == 4
+    model.set_demonstrations(data)
+    th.rand(3)
+    model.learn(5, reset_num_timesteps=False)
+    assert th.equal(parameters(model), parameters(whole))
+
+
+class Noisy(Match):
+    """A simulator that does not repeat itself."""
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs + np.random.default_rng().normal(size=obs.shape).astype(np.float32), *rest
+
+
+@pytest.mark.parametrize(
+    "env", [lambda: vec(2, Noisy), lambda: vec(3), lambda: vec(2, control=False), lambda: VecFrameStack(vec(2), 1)]
+)
+def test_new_episodes_where_the_old_ones_cannot_be_played_again(env, tmp_path):
+    kwargs = dict(teacher="expert", n_steps=7, batch_size=16, gradient_steps=3)
+    first = vec(2, Noisy) if isinstance(env().envs[0].unwrapped, Noisy) else vec(2)
+    OPD("MlpPolicy", first, **COMMON, **kwargs).learn(42, callback=SavesOnce(tmp_path, 3))
+    model = resumed(OPD, tmp_path, env(), 70)
+    assert model.num_timesteps >= 70 and (model.rollout_buffer.episode_starts.reshape(-1)[0] in (0.0, 1.0))
+
+
+def test_learning_anew_begins_anew(tmp_path):
+    kwargs = dict(teacher="expert", n_steps=7, batch_size=16, gradient_steps=3)
+    OPD("MlpPolicy", vec(2), **COMMON, **kwargs).learn(42, callback=SavesOnce(tmp_path, 3))
+    model = OPD.load(tmp_path / "model", env=vec(2), device="cpu").learn(14)
+    assert model.num_timesteps == 14 and model.rollout_buffer.episode_starts[0] == 1.0
+    assert isinstance(model.env.envs[0], gym.Env) and model._interrupted is None
