@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -297,6 +298,25 @@ def test_run_checkpoint_keeps_the_last(tmp_path: Path) -> None:
         RunCheckpoint(tmp_path, keep_last=0)
 
 
+def test_a_table_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    logger = make_logger(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, hard))
+    try:
+        with pytest.warns(UserWarning) as caught:
+            for step in range(100):
+                logger.record("time/total_timesteps", step)
+                logger.dump(step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    logger.record("time/total_timesteps", 100)
+    logger.dump(100)
+    texts = {str(warning.message) for warning in caught}
+    assert any(f"{tmp_path}/progress.csv could not be written" in text and "too large" in text for text in texts)
+    assert any(f"{tmp_path} could not be written" in text for text in texts)  # TensorBoard's
+    assert read_progress(tmp_path)[-1]["time/total_timesteps"] == 100
+
+
 def test_progress_of_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
     for steps in ((10, 20, 30), (20, 30, 40)):
         logger = make_logger(tmp_path)
@@ -405,6 +425,25 @@ def test_two_runs_with_one_seed_are_identical(teacher: Path, tmp_path: Path) -> 
             rows = list(csv.DictReader(file))
         tables.append([{k: v for k, v in row.items() if k not in ("time/fps", "time/time_elapsed")} for row in rows])
     assert tables[0] == tables[1]
+
+
+def test_what_a_run_can_do_without_does_not_end_it(teacher: Path, tmp_path: Path) -> None:
+    small = ["n_envs:1", "n_steps:1024", "gradient_steps:1", "policy_kwargs.net_arch:[2]"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Enough for the model, too little for its states and the picture, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (35_000, hard))
+    try:
+        with pytest.warns(UserWarning) as caught:
+            assert _train(teacher, tmp_path, "-n", "2048", "--hyperparams", *small) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run = tmp_path / "opd" / "CartPole-v1_1"
+    texts = [str(warning.message) for warning in caught]
+    for path in (run / "checkpoints" / STATES_FILE, run / "curve.png"):
+        assert any(f"{path} could not be written" in text and "File too large" in text for text in texts)
+        assert not path.exists()
+    assert opd_gym.OPD.load(run / "model.zip").num_timesteps == 2048
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["model_2048_steps.zip"]
 
 
 def test_a_student_from_a_zip(teacher: Path, tmp_path: Path) -> None:

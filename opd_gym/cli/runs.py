@@ -7,7 +7,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,21 @@ def write_run_files(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping
     write_versions(run_dir, versions())
 
 
+@contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """
+    For what a run can do without: if it cannot be written, on a full disk for instance, a warning says so and the run
+    goes on.
+
+    :param path: the file, or the folder it is in
+    """
+    try:
+        yield
+    except Exception as error:  # numpy and zipfile raise others than OSError when a write fails
+        warnings.warn(f"{path} could not be written ({type(error).__name__}: {error}). The run goes on.", stacklevel=3)
+        error.__traceback__ = None  # TensorBoard raises the same one at every row, and it would grow
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -98,12 +115,8 @@ class RunCheckpoint(BaseCallback):
         self._saved_at = -1
         self._rolls_out = False
 
-    def save(self, states: bool = True) -> None:
-        """
-        Save the model now.
-
-        :param states: the states that OPD replays as well
-        """
+    def save(self) -> None:
+        """Save the model now, without the states that OPD replays."""
         if self.model.num_timesteps == self._saved_at:
             return
         folder = self.run_dir / "checkpoints"
@@ -111,16 +124,24 @@ class RunCheckpoint(BaseCallback):
         self.model.save(folder / f"model_{self.model.num_timesteps}_steps.zip")
         for old in run_checkpoints(self.run_dir)[: -self.keep_last]:
             old.unlink(missing_ok=True)
-        if states and getattr(self.model, "replay_buffer", None) is not None:
-            self.model.save_replay_buffer(folder / STATES_FILE)  # type: ignore[attr-defined]
-            self._last_states = time.monotonic()
         self._last_save = time.monotonic()
         self._saved_at = self.model.num_timesteps
+
+    def save_states(self) -> None:
+        """Save the states that OPD replays, if there are any. A run can do without: see :func:`optional`."""
+        if getattr(self.model, "replay_buffer", None) is None:
+            return
+        path = self.run_dir / "checkpoints" / STATES_FILE
+        with optional(path):
+            self.model.save_replay_buffer(path)  # type: ignore[attr-defined]
+        self._last_states = time.monotonic()
 
     def _save_if_due(self) -> None:
         now = time.monotonic()
         if now - self._last_save >= self.interval:
-            self.save(states=now - self._last_states >= STATES_INTERVAL)
+            self.save()
+            if now - self._last_states >= STATES_INTERVAL:
+                self.save_states()
 
     def _on_rollout_start(self) -> None:
         # Between two iterations: a checkpoint within one would count decisions that are lost with it.
@@ -149,16 +170,27 @@ def make_logger(run_dir: Path, verbose: int = 0) -> Logger:
     if table.exists():
         number = 1 + len(list(run_dir.glob("progress.*.csv")))
         os.replace(table, run_dir / f"progress.{number}.csv")
-    formats: list[KVWriter] = [CSVOutputFormat(str(table))]
+    formats: list[KVWriter] = [_optional_writer(CSVOutputFormat(str(table)), table)]
     try:
         from stable_baselines3.common.logger import TensorBoardOutputFormat
 
-        formats.append(TensorBoardOutputFormat(str(run_dir)))
+        formats.append(_optional_writer(TensorBoardOutputFormat(str(run_dir)), run_dir))
     except (ImportError, AssertionError):
         pass  # tensorboard is optional
     if verbose:
         formats.append(HumanOutputFormat(sys.stdout))
     return Logger(folder=str(run_dir), output_formats=formats)
+
+
+def _optional_writer(writer: KVWriter, path: Path) -> KVWriter:
+    write = writer.write
+
+    def write_if_possible(*args: Any, **kwargs: Any) -> None:
+        with optional(path):
+            write(*args, **kwargs)
+
+    writer.write = write_if_possible  # type: ignore[method-assign]
+    return writer
 
 
 def read_progress(run_dir: Path) -> list[dict[str, float]]:

@@ -30,6 +30,7 @@ from opd_gym.cli.runs import (
     RunCheckpoint,
     make_logger,
     new_run_dir,
+    optional,
     plot_learning_curve,
     write_run_files,
 )
@@ -296,19 +297,25 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
         run_dir = resume or new_run_dir(args.folder, args.algo, args.env)
         write_run_files(run_dir, asdict(args), values)
         print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
-        finished = _learn(model, run_dir, run.get("n_timesteps"), args)
-        plot_learning_curve(run_dir, title=f"{args.algo} on {args.env}")
+        checkpoint = RunCheckpoint(run_dir, args.checkpoint_interval)
+        learned, finished = _learn(model, checkpoint, run.get("n_timesteps"), args)
+        if finished:
+            model.save(run_dir / "model.zip")
+            # Once more: now it is known what draws the pictures
+            used = versions(env)
+            write_versions(run_dir, used)
+            save_checkpoint = getattr(model.policy, "save_checkpoint", None)
+            if save_checkpoint is not None:
+                save_checkpoint(run_dir / "policy")
+                write_versions(run_dir / "policy", used)
+        # Last, because a run can do without
+        if learned:
+            checkpoint.save_states()
+        with optional(run_dir / "curve.png"):
+            plot_learning_curve(run_dir, title=f"{args.algo} on {args.env}")
         if not finished:
             print(f"Stopped. Go on with: opd-gym train --resume {run_dir}", flush=True)
             return TrainResult(run_dir, model, False)
-        # Once more: now it is known what draws the pictures
-        used = versions(env)
-        write_versions(run_dir, used)
-        model.save(run_dir / "model.zip")
-        save_checkpoint = getattr(model.policy, "save_checkpoint", None)
-        if save_checkpoint is not None:
-            save_checkpoint(run_dir / "policy")
-            write_versions(run_dir / "policy", used)
         result = None
         if args.eval_episodes > 0:
             if slots:
@@ -328,16 +335,18 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
         env.close()
 
 
-def _learn(model: BaseAlgorithm, run_dir: Path, n_timesteps: int | None, args: TrainArgs) -> bool:
+def _learn(
+    model: BaseAlgorithm, checkpoint: RunCheckpoint, n_timesteps: int | None, args: TrainArgs
+) -> tuple[bool, bool]:
+    """Whether anything was learned, and whether the run has all its timesteps."""
     stop = _Stop()
-    checkpoint = RunCheckpoint(run_dir, args.checkpoint_interval)
     total = n_timesteps if n_timesteps is not None else getattr(model, "default_total_timesteps", None)
     if total is not None and model.num_timesteps > 0:
         total -= model.num_timesteps
         if total <= 0:
             print(f"The run has its {n_timesteps} timesteps already. Ask for more with --n-timesteps.")
-            return True
-    model.set_logger(make_logger(run_dir, args.verbose))
+            return False, True
+    model.set_logger(make_logger(checkpoint.run_dir, args.verbose))
     began = time.monotonic()
     with stop.on_signals():
         try:
@@ -353,7 +362,7 @@ def _learn(model: BaseAlgorithm, run_dir: Path, n_timesteps: int | None, args: T
                 raise
             checkpoint.save()
     print(f"{model.num_timesteps} timesteps, {time.monotonic() - began:.0f} s", flush=True)
-    return not stop.asked
+    return True, not stop.asked
 
 
 def run(args: Train) -> int:
