@@ -277,6 +277,7 @@ def test_new_run_dir_counts_up(tmp_path: Path) -> None:
 
 class _Model:
     num_timesteps = 0
+    replay_buffer = None
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,6 +297,18 @@ def test_run_checkpoint_keeps_the_last(tmp_path: Path) -> None:
     assert run_checkpoints(tmp_path)[-1].read_text() == "100"
     with pytest.raises(ValueError, match="keep_last"):
         RunCheckpoint(tmp_path, keep_last=0)
+
+
+def test_states_come_with_the_first_checkpoint_and_take_a_small_share_of_the_time(tmp_path: Path) -> None:
+    callback = RunCheckpoint(tmp_path, interval=0.0)
+    model: Any = _Model()
+    model.replay_buffer = written = []
+    model.save_replay_buffer = lambda path: written.append(model.num_timesteps)
+    callback.model = model
+    for model.num_timesteps, seconds in ((8, 0.0), (16, 1000.0), (24, 0.0)):
+        callback._states_seconds = seconds
+        callback.on_step()
+    assert written == [8, 24]
 
 
 def test_a_table_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.files import replacing, write_atomic
 from opd_gym.versions import differences, read_versions, versions, write_versions
 
-# States to replay, beside the checkpoints: large, so they are written less often.
+# States to replay, beside the checkpoints: they may be large, and are then written less often, to take at most this
+# share of the time, but at least so often
 STATES_FILE = "states.npz"
+STATES_SHARE = 0.02
 STATES_INTERVAL = 300.0
 
 
@@ -112,6 +114,7 @@ class RunCheckpoint(BaseCallback):
         self.interval = interval
         self.keep_last = keep_last
         self._last_save = self._last_states = time.monotonic()
+        self._states_seconds = 0.0  # what it took to write the states: the first come with the first checkpoint
         self._saved_at = -1
         self._rolls_out = False
 
@@ -132,15 +135,17 @@ class RunCheckpoint(BaseCallback):
         if getattr(self.model, "replay_buffer", None) is None:
             return
         path = self.run_dir / "checkpoints" / STATES_FILE
+        began = time.monotonic()
         with optional(path):
             self.model.save_replay_buffer(path)  # type: ignore[attr-defined]
         self._last_states = time.monotonic()
+        self._states_seconds = self._last_states - began
 
     def _save_if_due(self) -> None:
         now = time.monotonic()
         if now - self._last_save >= self.interval:
             self.save()
-            if now - self._last_states >= STATES_INTERVAL:
+            if now - self._last_states >= min(STATES_INTERVAL, self._states_seconds / STATES_SHARE):
                 self.save_states()
 
     def _on_rollout_start(self) -> None:
