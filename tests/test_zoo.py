@@ -752,6 +752,20 @@ def test_resume_says_what_it_does_not_take(teacher: Path, tmp_path: Path, capsys
         (run / name).write_text(kept)
 
 
+def test_a_run_killed_before_its_first_checkpoint_goes_on(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "killed before it began: args.yml is missing" in capsys.readouterr().err
+    # All that there is before config.yml
+    hyperparams = [*SMALL, "n_timesteps:32"]
+    args = {"algo": "opd", "env": "CartPole-v1", "teacher": str(teacher), "hyperparams": hyperparams}
+    (tmp_path / "args.yml").write_text(yaml.safe_dump(args))
+    assert main(["train", "--resume", str(tmp_path), "--no-progress", "--device", "cpu"]) == 0
+    assert read_yaml(tmp_path / "config.yml")["n_timesteps"] == 32
+    assert opd_gym.OPD.load(tmp_path / "model.zip").num_timesteps == 32
+
+
 def test_an_env_of_a_module_in_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_envs.py").write_text(
         "import gymnasium\n"

@@ -173,7 +173,9 @@ def read_args(run_dir: Path) -> TrainArgs:
     """
     path = run_dir / "args.yml"
     if not path.is_file():
-        raise FileNotFoundError(f"{run_dir} is not the directory of a run: {path.name} is missing.")
+        raise FileNotFoundError(
+            f"{run_dir} is not the directory of a run, or the run was killed before it began: {path.name} is missing."
+        )
     values = _mapping(path)
     # Whether to trust a run is not for the run to say
     known = {item.name for item in fields(TrainArgs)} - {"trust"}
@@ -268,7 +270,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     from opd_gym.policies.body import checkpoint_settings
 
     cls = algorithm_class(args.algo)
-    if resume is None:
+    if resume is None or not (resume / "config.yml").exists():  # killed right after args.yml was written
         values = complete_hyperparams(args)
     else:
         values = _mapping(resume / "config.yml")
