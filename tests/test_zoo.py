@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,11 +34,13 @@ from opd_gym.cli.main import main
 from opd_gym.cli.runs import (
     STATES_FILE,
     RunCheckpoint,
+    locked,
     make_logger,
     new_run_dir,
     plot_learning_curve,
     read_progress,
 )
+from opd_gym.cli.train import TrainArgs, train
 from opd_gym.cli.video import side_by_side, write_video
 from opd_gym.envs.make import wrapper_function
 from opd_gym.envs.registration import LIBERO_IDS
@@ -471,7 +474,9 @@ def test_a_student_from_a_zip(teacher: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: Path, signum: int) -> None:
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    teacher: Path, tmp_path: Path, signum: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [sys.executable, "-m", "opd_gym.cli", "train", "--algo", "opd", "--env", "CartPole-v1"]
     command += ["--teacher", str(teacher), "-f", str(tmp_path), "-n", "1000000", "--no-progress", "--device", "cpu"]
     command += ["--checkpoint-interval", "0.05", "--hyperparams", *SMALL]
@@ -482,6 +487,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: 
         while len(run_checkpoints(run)) < 2:
             assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
             time.sleep(0.05)
+        assert main(["train", "--resume", str(run)]) == 2
+        assert f"Process {process.pid} on {socket.gethostname()} is training into {run}" in capsys.readouterr().err
         process.send_signal(signum)
         output, _ = process.communicate(timeout=600)
     finally:
@@ -764,6 +771,15 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on(
     assert main(["train", "--resume", str(tmp_path), "--no-progress", "--device", "cpu"]) == 0
     assert read_yaml(tmp_path / "config.yml")["n_timesteps"] == 32
     assert opd_gym.OPD.load(tmp_path / "model.zip").num_timesteps == 32
+
+
+def test_two_processes_do_not_train_into_one_directory(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("Process 1 on another machine")  # left by a process that was killed
+    for _ in range(2):
+        with locked(tmp_path):
+            holder = f"Process {os.getpid()} on {socket.gethostname()} is training into {tmp_path}"
+            with pytest.raises(RuntimeError, match=holder):
+                train(TrainArgs(), resume=tmp_path)
 
 
 def test_an_env_of_a_module_in_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shlex
+import socket
 import sys
 import time
 import warnings
@@ -27,6 +28,7 @@ from opd_gym.versions import differences, read_versions, versions, write_version
 STATES_FILE = "states.npz"
 STATES_SHARE = 0.02
 STATES_INTERVAL = 300.0
+LOCK_FILE = ".lock"
 
 
 def new_run_dir(folder: str | os.PathLike[str], algo: str, env_id: str) -> Path:
@@ -49,6 +51,33 @@ def new_run_dir(folder: str | os.PathLike[str], algo: str, env_id: str) -> Path:
         except FileExistsError:
             continue  # another run took this number
         return parent / f"{name}_{number}"
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """
+    Keep other processes from training into a directory meanwhile. The system gives the lock back whenever this process
+    ends. On Windows and on file systems without locks there is none.
+
+    :param run_dir: directory of the run
+    :raises RuntimeError: somebody trains into it; names the process
+    """
+    with (run_dir / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RuntimeError(
+                f"{file.read() or 'Another process'} is training into {run_dir}. Wait until it has ended, or stop it."
+            ) from None
+        except (ImportError, OSError):
+            pass
+        file.truncate(0)
+        file.write(f"Process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def write_run_files(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping[str, Any]) -> None:

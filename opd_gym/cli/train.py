@@ -6,7 +6,7 @@ import signal
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
     STATES_FILE,
     RunCheckpoint,
+    locked,
     make_logger,
     new_run_dir,
     optional,
@@ -266,7 +267,15 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     :param args: what to run
     :param resume: directory of a run to go on with; ``args`` are then those of :func:`read_args`
     :return: the outcome
+    :raises RuntimeError: another process trains into that directory
     """
+    with ExitStack() as held:
+        if resume is not None:
+            held.enter_context(locked(resume))
+        return _train(args, resume, held)
+
+
+def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult:
     from opd_gym.policies.body import checkpoint_settings
 
     cls = algorithm_class(args.algo)
@@ -296,7 +305,10 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
                 model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
             except TypeError as error:  # a wrong name or type in policy_kwargs, teacher_kwargs, ...
                 raise ValueError(f"The hyperparameters do not fit {args.algo} with {policy}: {error}") from error
-        run_dir = resume or new_run_dir(args.folder, args.algo, args.env)
+        run_dir = resume
+        if run_dir is None:
+            run_dir = new_run_dir(args.folder, args.algo, args.env)
+            held.enter_context(locked(run_dir))
         write_run_files(run_dir, asdict(args), values)
         print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
         checkpoint = RunCheckpoint(run_dir, args.checkpoint_interval)
