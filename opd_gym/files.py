@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
+import re
+import shutil
+import socket
 import stat
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# Machine, process and a random number; in earlier versions the number alone
+_TEMPORARY = re.compile(r"\.tmp-(?:([0-9a-f]{12})-(\d+)-)?[0-9a-f]{32}(?:\..*)?")
+# What another machine has not written to for so long is left over
+_STALE_SECONDS = 24 * 3600.0
 
 
 @contextmanager
@@ -24,8 +35,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, so that readers of the folder pass over it; there, because os.replace must not cross file systems
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix}")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         sync(temporary)
@@ -33,6 +43,49 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """
+    A name for a file or folder that will take the place of another one. What killed processes have left in that folder
+    under such names is removed.
+
+    :param path: what is to be replaced
+    :return: a path of the same suffix in the same folder, at which there is nothing
+    """
+    with suppress(OSError):
+        for other in path.parent.iterdir():
+            name = _TEMPORARY.fullmatch(other.name)
+            if name and _is_stale(other, name[1], name[2]):
+                if other.is_dir():
+                    shutil.rmtree(other, ignore_errors=True)
+                else:
+                    other.unlink(missing_ok=True)
+    # Hidden, so that readers of the folder pass over it; there, because os.replace must not cross file systems
+    return path.with_name(f".tmp-{_machine()}-{os.getpid()}-{uuid.uuid4().hex}{path.suffix}")
+
+
+@functools.cache
+def _machine() -> str:
+    """Where a number of a process means one process: a machine since it was started, or a container on it."""
+    where = [socket.gethostname()]
+    with suppress(OSError):  # only Linux has these
+        where += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256(" ".join(where).encode()).hexdigest()[:12]
+
+
+def _is_stale(path: Path, machine: str | None, pid: str | None) -> bool:
+    if machine != _machine() or pid is None or os.name != "posix":  # os.kill() of Windows would end the process
+        with suppress(FileNotFoundError):
+            return time.time() - path.stat().st_mtime > _STALE_SECONDS
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # somebody else's
+        pass
+    return False
 
 
 def sync(path: Path) -> None:

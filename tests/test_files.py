@@ -23,6 +23,32 @@ def test_a_file_is_replaced_only_once_the_new_one_is_complete(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["model.zip"]
 
 
+def test_the_next_write_removes_what_killed_processes_left(tmp_path):
+    path = tmp_path / "model.zip"
+    code = (
+        "import os, signal, sys; from opd_gym.files import replacing\n"
+        "with replacing(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half'); temporary.with_suffix('').mkdir()\n"
+        "    print(flush=True); sys.stdin.read(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    # What another machine, or an earlier version, writes or has left
+    names = [f".tmp-0123456789ab-{other.pid}-{'0' * 32}.zip", f".tmp-{'0' * 32}.zip", f".tmp-{'1' * 32}", ".tmp-mine"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    with replacing(path) as temporary:
+        temporary.write_text("whole")
+        # Those of two living processes, and what may be of others
+        assert len(list(tmp_path.iterdir())) == 3 + len(names)
+    other.communicate()
+    for name in names[1:]:
+        os.utime(tmp_path / name, (0, 0))
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [names[0], ".tmp-mine", "model.zip"]
+
+
 def test_a_block_that_writes_nothing_leaves_the_old_file(tmp_path):
     path = tmp_path / "model.zip"
     path.write_text("old")
