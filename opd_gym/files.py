@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -43,6 +44,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str], is_folder: bool = False) -> None:
+    """
+    Find out whether something can be written before the work is done that it is to hold. Nothing is left behind.
+
+    :param path: a file, or a folder for files; neither it nor the folders above it need to be there
+    :param is_folder: whether it is a folder
+    :raises OSError: it cannot be written; says why
+    """
+    path = Path(path).expanduser().absolute()
+    if path.is_dir() and not is_folder:
+        raise IsADirectoryError(f"{path} cannot be written: it is a folder. Name a file.")
+    folder = next(parent for parent in (path, *path.parents)[not is_folder :] if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}: {folder}") from error
 
 
 def temporary_beside(path: Path) -> Path:

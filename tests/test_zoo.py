@@ -529,10 +529,21 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
         (["train", "--env", "CartPole-v1", "--config", __file__], "test_zoo.py is not YAML"),
         (["train", "--env", "CartPole-v1", "--config", "/proc/self/mem"], "error"),
         (["train", "--env", "nobody:CartPole-v1"], "No module named 'nobody'"),
+        # Before anything is loaded or played
+        (
+            ["eval", "--env", "E-v0", "--checkpoint", "nobody", "-o", "/proc/no/file.json"],
+            "file.json cannot be written",
+        ),
+        (["eval", "--env", "E-v0", "--checkpoint", "nobody", "-o", "/"], "/ cannot be written: it is a folder"),
+        (["video", "--env", "E-v0", "--checkpoint", "nobody", "-o", "/proc/film.mp4"], "/proc/film.mp4 cannot be"),
+        (["video", "--env", "E-v0", "--checkpoint", "nobody", "-o", "film.avi"], "mp4 or a .gif, got 'film.avi'"),
+        (["demos", "--env", "LiberoObject-v0", "-o", "/dev/null/demos"], "/dev/null/demos cannot be"),
+        (["report", "nothing", "-o", "/proc/page.html"], "/proc/page.html cannot be written"),
+        (["train", "--env", "E-v0", "-f", "/proc/runs"], "/proc/runs cannot be written"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["-f", str(tmp_path), "--no-progress"] if arguments[0] == "train" else []
+    more = ["-f", str(tmp_path), "--no-progress"] if arguments[0] == "train" and "-f" not in arguments else []
     assert main([*arguments, *more]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said) and "Traceback" not in said

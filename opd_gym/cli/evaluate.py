@@ -11,7 +11,7 @@ from stable_baselines3.common.utils import get_device
 from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.cli.options import Enjoy, Eval
 from opd_gym.cli.train import default_episodes, default_threshold
-from opd_gym.cli.video import side_by_side, write_video
+from opd_gym.cli.video import check_film, side_by_side, write_video
 from opd_gym.envs.make import build_env
 from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
 from opd_gym.evaluation import EvaluationResult, evaluate_success
@@ -29,6 +29,8 @@ def run(args: Eval | Enjoy) -> int:
     :return: exit status
     """
     film = isinstance(args, Enjoy)
+    if isinstance(args, Enjoy):
+        check_film(args.output)
     device = get_device(check_device(args.device))
     env_ids = [args.env] if isinstance(args, Enjoy) else args.env
     before = args.before if isinstance(args, Enjoy) else None

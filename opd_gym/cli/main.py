@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     module, _, function = dict(COMMANDS.values())[type(given)].partition(":")
     try:
+        if isinstance(given, options.Options):
+            given.check_outputs()
         return getattr(import_module(module), function)(given)
     except KeyboardInterrupt:
         print("opd-gym: interrupted", file=sys.stderr)
