@@ -98,7 +98,8 @@ def run(args: Eval | Enjoy) -> int:
     else:
         played = [(bare_id(env_id), play(env_id)[0]) for env_id in env_ids]
         episodes = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.episodes]
-        results = [EvaluationResult(episodes, versions=played[-1][1].versions)]
+        lost = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.lost]
+        results = [EvaluationResult(episodes, versions=played[-1][1].versions, lost=lost)]
     for name, path, result in zip(names, paths, results, strict=True):
         print(result.to_markdown())
         others = differences(read_versions(path), result.versions)
@@ -108,8 +109,8 @@ def run(args: Eval | Enjoy) -> int:
         films = [result.frames for result in results]
         frames = [frame for index in sorted(films[-1]) for frame in films[-1][index]]
         if len(films) == 2:
-            shared = sorted(films[0].keys() & films[1].keys())
-            pairs = (side_by_side(films[0][i], films[1][i], ("before", "after")) for i in shared)
+            old, new = ({result.episodes[i].key: result.frames[i] for i in sorted(result.frames)} for result in results)
+            pairs = (side_by_side(old[key], new[key], ("before", "after")) for key in new if key in old)
             frames = [frame for pair in pairs for frame in pair]
         print(f"Film: {write_video(args.output, frames, args.fps)}")
     elif args.output is not None:
