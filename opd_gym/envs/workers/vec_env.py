@@ -37,11 +37,11 @@ MAX_DEATHS = 3
 # also while this is imported
 _PROGRAM = """
 import sys
-sys.path[:] = sys.argv[1:-3]
+sys.path[:] = sys.argv[1:-4]
 import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 from opd_gym.envs.workers.host import main
-main(*map(int, sys.argv[-3:]))
+main(*map(int, sys.argv[-4:]))
 """
 
 
@@ -134,9 +134,9 @@ class WorkerVecEnv(VecEnv):
     A worker that dies (a signal, a crash in native code, a simulator that raises, no answer for ``timeout`` seconds) is
     started again. The episodes that it played are lost: their envs report ``done=True``, reward 0 and ``info`` with
     ``"episode_lost": True``, ``"TimeLimit.truncated": True``, the last observation as ``"terminal_observation"``, the
-    ``"episode_tag"``, a text under ``"worker_death"`` and ``"at_fault"``, and go on with the episode that was announced next
-    (:meth:`announce`). Attributes that were set with ``set_attr`` are set again; other state that methods of an env
-    left in it is gone.
+    ``"episode_tag"``, a text under ``"worker_death"`` and under ``"at_fault"`` whether the env was at work, and go on with
+    the episode that was announced next (:meth:`announce`). Attributes that were set with ``set_attr`` are set again;
+    other state that methods of an env left in it is gone.
 
     Two things are an error, which says what was lost: ``MAX_DEATHS`` deaths of a worker in a row without a completed
     step, and ``MAX_DEATHS`` episodes in a row that an env lost by its own fault, without one of it that ended. A death
