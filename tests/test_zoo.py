@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import inspect
 import json
 import os
+import pty
 import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -806,6 +809,64 @@ def test_an_env_of_a_module_in_this_folder(tmp_path: Path, monkeypatch: pytest.M
     run = tmp_path / "runs" / "ppo" / "Own-v0_1"
     assert json.loads((run / "evaluation.json").read_text())["episodes"][0]["steps"] == 9
     assert main(["eval", "--env", "own_envs:Own-v0", "--checkpoint", str(run), "--episodes", "1", "--no-progress"]) == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_run_although_a_worker_hangs(tmp_path: Path, signum: int) -> None:
+    (tmp_path / "own_envs.py").write_text(
+        "import pathlib, time, gymnasium\n"
+        "from gymnasium.envs.classic_control import CartPoleEnv\n"
+        "class Hanging(CartPoleEnv):\n"
+        "    n = 0\n"
+        "    def step(self, action):\n"
+        "        self.n += 1\n"
+        "        if self.n > 40:\n"
+        "            pathlib.Path('hangs').touch()\n"
+        "            time.sleep(3600)\n"
+        "        return super().step(action)\n"
+        "gymnasium.register('Hanging-v0', Hanging)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "opd_gym.cli",
+        "train",
+        "--algo",
+        "ppo",
+        "--env",
+        "own_envs:Hanging-v0",
+        "-n",
+        "999",
+    ]
+    command += ["--no-progress", "--device", "cpu", "-P", "n_steps=16", "-P", "n_envs=2", "-P", "n_workers=2"]
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(end)
+    try:
+        deadline = time.monotonic() + 600  # only against waiting for ever
+        while not (tmp_path / "hangs").exists():
+            assert process.poll() is None and time.monotonic() < deadline, "no worker hangs"
+            time.sleep(0.05)
+        if signum == signal.SIGTERM:
+            process.send_signal(signum)
+        else:
+            os.close(terminal)
+        # A worker counts as dead after 300 seconds
+        assert process.wait(timeout=250) == 130
+    finally:
+        process.kill()
+    run = tmp_path / "runs" / "ppo" / "Hanging-v0_1"
+    assert [path.name for path in run_checkpoints(run)] == ["model_80_steps.zip"]
+    assert (run / "curve.png").exists()  # what comes after the training did not raise
 
 
 def test_python_trains_an_id_of_the_zoo_as_the_command_line_does(capsys):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from opd_gym.cli.runs import (
 from opd_gym.demonstrations import read_statistics
 from opd_gym.envs.make import build_env, env_spec
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
+from opd_gym.envs.workers.process import give_up
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import versions, write_versions
@@ -101,7 +104,10 @@ def default_threshold(env_id: str) -> float | None:
 
 
 class _Stop(BaseCallback):
-    """Ends the training at the next step after a signal: between two updates, so that the last checkpoint is whole."""
+    """
+    Ends the training at the next step after a signal: between two updates, so that the last checkpoint is whole. A
+    worker that does not answer is not waited for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,15 +122,28 @@ class _Stop(BaseCallback):
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
+            give_up.set()
+            for fd in (1, 2):
+                # A terminal that is gone: to write there would raise, in the middle of the training
+                with suppress(OSError):
+                    if stat.S_ISCHR(os.fstat(fd).st_mode) and not os.isatty(fd):
+                        null = os.open(os.devnull, os.O_WRONLY)
+                        os.dup2(null, fd)
+                        os.close(null)
 
+        signums = [signal.SIGINT, signal.SIGTERM]
+        # Not below nohup, and Windows has no such signal
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signums.append(signal.SIGHUP)
         try:
-            old = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+            old = {signum: signal.signal(signum, ask) for signum in signums}
         except ValueError:  # only the main thread may set handlers
             yield
             return
         try:
             yield
         finally:
+            give_up.clear()
             for signum, handler in old.items():
                 signal.signal(signum, handler)
 
@@ -361,6 +380,7 @@ def _learn(
             print(f"The run has its {n_timesteps} timesteps already. Ask for more with --n-timesteps.")
             return False, True
     model.set_logger(make_logger(checkpoint.run_dir, args.verbose))
+    checkpoint.model = model  # a signal may come before learn() says so
     began = time.monotonic()
     with stop.on_signals():
         try:
@@ -370,8 +390,8 @@ def _learn(
                 reset_num_timesteps=model.num_timesteps == 0,
                 progress_bar=args.progress,
             )
-        except (EOFError, ConnectionError):
-            # Ctrl-C reaches the worker processes as well, and they are gone before the callback is asked.
+        except (EOFError, ConnectionError, InterruptedError):
+            # A signal may reach worker processes as well, and they are gone, or hang, before the callback is asked.
             if not stop.asked:
                 raise
             checkpoint.save()

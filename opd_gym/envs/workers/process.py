@@ -34,6 +34,9 @@ CLOSE_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
 _LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
+
+#: Set it to have :meth:`Process.get` give up, by an ``InterruptedError``, what does not come within a second
+give_up = threading.Event()
 _MOST_AT_ONCE = 1 << 20
 
 
@@ -172,6 +175,7 @@ class Process:
         :param timeout: Seconds to wait; None: it may take for ever
         :return: The message
         :raises TimeoutError: There was none for so long
+        :raises InterruptedError: There was none, and :data:`give_up` is set
         :raises EOFError: The process has ended, and has said nothing more before that
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
@@ -182,6 +186,8 @@ class Process:
             elif not self.running and not self._poll.poll(0):
                 # It has ended, and a process that it forked still holds its end of the socket
                 raise EOFError
+            elif give_up.is_set():
+                raise InterruptedError("What was waited for was given up.")
             elif time.monotonic() >= deadline:
                 raise TimeoutError
         return message
@@ -270,8 +276,9 @@ class Learner:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:  # it ended before that
                 os._exit(1)
-        # Ctrl-C reaches the whole process group; the learner decides what comes of it
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Ctrl-C and the end of a terminal reach the whole process group; the learner decides what comes of it
+        for signum in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_IGN)
         for fd in (last_words, connection):
             os.set_inheritable(fd, False)
         # A crash in native code leaves the Python stack here

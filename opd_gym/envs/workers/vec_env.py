@@ -134,9 +134,9 @@ class WorkerVecEnv(VecEnv):
     A worker that dies (a signal, a crash in native code, a simulator that raises, no answer for ``timeout`` seconds) is
     started again. The episodes that it played are lost: their envs report ``done=True``, reward 0 and ``info`` with
     ``"episode_lost": True``, ``"TimeLimit.truncated": True``, the last observation as ``"terminal_observation"``, the
-    ``"episode_tag"``, a text under ``"worker_death"`` and under ``"at_fault"`` whether the env was at work, and go on with
-    the episode that was announced next (:meth:`announce`). Attributes that were set with ``set_attr`` are set again;
-    other state that methods of an env left in it is gone.
+    ``"episode_tag"``, a text under ``"worker_death"`` and under ``"at_fault"`` whether the env was at work, and go on
+    with the episode that was announced next (:meth:`announce`). Attributes that were set with ``set_attr`` are set
+    again; other state that methods of an env left in it is gone.
 
     Two things are an error, which says what was lost: ``MAX_DEATHS`` deaths of a worker in a row without a completed
     step, and ``MAX_DEATHS`` episodes in a row that an env lost by its own fault, without one of it that ended. A death
