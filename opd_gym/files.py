@@ -167,7 +167,11 @@ def code_dir(name: str) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if os.name == "posix":
         for path in (root, folder, *folder.rglob("*")):
-            if path.exists() and _written_by_others(path.stat()):
+            try:
+                others = _written_by_others(path.stat())
+            except FileNotFoundError:  # another process compiles, and has put it into its place
+                continue
+            if others:
                 raise PermissionError(
                     f"{path} can be written by other users, and code that is compiled is run from {folder}. Run "
                     f"`chmod -R go-w {root}` if you trust what is in it, remove {folder} if you do not, or set "

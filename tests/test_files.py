@@ -1,5 +1,6 @@
 """Files that are replaced in one step."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -84,3 +85,30 @@ def test_libero_does_not_run_code_that_others_can_have_put_into_the_cache(tmp_pa
     env.pop("NUMBA_CACHE_DIR", None)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 1 and "numba can be written by other users" in done.stderr
+
+
+def test_damaged_compiled_code_is_compiled_again(tmp_path, caplog):
+    pytest.importorskip("numba")
+    from opd_gym.envs.libero.runtime import mend_compiled_code
+
+    mend_compiled_code()
+    file = tmp_path / "compiled.py"
+    file.write_text("import numba\n@numba.njit(cache=True)\ndef f(x):\n    return x + 1\n")
+
+    def run():
+        spec = importlib.util.spec_from_file_location("compiled", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module.f(1) == 2
+        return sum(module.f.stats.cache_hits.values())
+
+    assert run() == 0 and run() == 1
+    index, data = next(tmp_path.rglob("*.nbi")), next(tmp_path.rglob("*.nbc"))
+    whole = data.read_bytes()
+    middle = len(whole) // 2
+    zeros = whole[:middle] + bytes(64) + whole[middle + 64 :]
+    damages = [(index, b""), (index, index.read_bytes()[:40]), (data, b""), (data, whole[:middle]), (data, zeros)]
+    for path, damage in damages:
+        path.write_bytes(damage)
+        assert run() == 0 and run() == 1
+    assert len(caplog.messages) == 1 and "compiled again" in caplog.text
