@@ -42,6 +42,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a full disk, for instance
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

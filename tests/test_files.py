@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
+import resource
 import subprocess
 import sys
 
 import pytest
 
-from opd_gym.files import code_dir, replacing
+from opd_gym.files import code_dir, replacing, write_atomic
 
 
 def test_a_file_is_replaced_only_once_the_new_one_is_complete(tmp_path):
@@ -22,6 +23,17 @@ def test_a_file_is_replaced_only_once_the_new_one_is_complete(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert [file.name for file in path.parent.iterdir()] == ["model.zip"]
+
+
+def test_a_write_that_fails_names_its_file_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path / 'results.json'}'"):
+            write_atomic(tmp_path / "results.json", "x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_next_write_removes_what_killed_processes_left(tmp_path):
