@@ -626,6 +626,8 @@ class _EnvError(Exception):
 def _from_env() -> Iterator[None]:
     try:
         yield
+    except InterruptedError:  # see opd_gym.envs.workers.process.give_up
+        raise
     except Exception as error:
         raise _EnvError(error) from error
 
