@@ -7,7 +7,8 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +23,10 @@ from opd_gym.files import write_atomic
 from opd_gym.observations import obs_rows
 from opd_gym.versions import differences, parse_versions, versions
 
-# How often an episode that was lost with its worker is played again. One that is lost three times is an error, as for
-# a WorkerVecEnv.
+# How often an episode is played again that was lost with its worker, or in which an env raised
 MAX_REPLAYS = 2
+# So many times envs may raise before the first episode has ended: then it is not the episodes' fault
+MAX_FALSE_STARTS = 10
 # Seeds of sampled evaluation episodes start here, far from the small ones that people train with.
 SAMPLED_EVAL_SEED = 1_000_000
 
@@ -68,6 +70,30 @@ class EpisodeRecord:
     category: str | None = None
     perturbation: str | None = None
     difficulty: int | None = None
+    env_id: str | None = None
+
+    @property
+    def key(self) -> tuple[int, int, int | None]:
+        """What says that two records are of the same episode: task, initial state and seed."""
+        return self.task_id, self.init_state_id, self.seed
+
+
+@dataclass(frozen=True)
+class LostEpisode:
+    """
+    An episode without an outcome: whenever it was played its worker died, or its env raised.
+
+    :param task_id: see :class:`EpisodeRecord`
+    :param init_state_id: see there
+    :param seed: see there
+    :param reason: what happened the last time
+    :param env_id: see there
+    """
+
+    task_id: int
+    init_state_id: int
+    seed: int | None
+    reason: str
     env_id: str | None = None
 
 
@@ -128,15 +154,17 @@ class EvaluationResult:
     """
     Outcome of :func:`evaluate_success`.
 
-    :param episodes: one record an episode, in the order in which they were asked for
+    :param episodes: one record an episode, in the order in which they were asked for, without those that were lost
     :param frames: pictures of the recorded episodes, by position in ``episodes``; not saved
     :param versions: what the episodes were played with, see :func:`opd_gym.versions.versions`; empty where that is not
         known
+    :param lost: the episodes without an outcome; they count neither as solved nor as failed
     """
 
     episodes: list[EpisodeRecord]
     frames: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
     versions: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    lost: list[LostEpisode] = field(default_factory=list)
 
     @property
     def n_success(self) -> int:
@@ -177,8 +205,8 @@ class EvaluationResult:
 
     def paired(self, other: EvaluationResult) -> tuple[int, int, float]:
         """
-        Compare with a result of the same episodes. This says more than comparing two intervals. Warns where the two
-        were played with different versions.
+        Compare with a result of the same episodes. This says more than comparing two intervals. Episodes that one of
+        the two has lost are left out. Warns where the two were played with different versions.
 
         :param other: result of the same tasks, initial states and seeds in the same order; that the envs were alike
             (horizon, pictures) is up to the caller
@@ -186,7 +214,9 @@ class EvaluationResult:
             :func:`mcnemar`
         :raises ValueError: if the episodes are not the same, or nothing says which they are
         """
-        keys, other_keys = ([(e.task_id, e.init_state_id, e.seed) for e in r.episodes] for r in (self, other))
+        lost = {(e.env_id, e.task_id, e.init_state_id, e.seed) for e in (*self.lost, *other.lost)}
+        own, others = ([e for e in r.episodes if (e.env_id, *e.key) not in lost] for r in (self, other))
+        keys, other_keys = ([e.key for e in episodes] for episodes in (own, others))
         if keys != other_keys:
             raise ValueError(
                 "A paired comparison expects results of the same episodes in the same order; these differ in their "
@@ -204,28 +234,40 @@ class EvaluationResult:
                 "same there.",
                 stacklevel=2,
             )
-        pairs = [(a.success, b.success) for a, b in zip(self.episodes, other.episodes, strict=True)]
+        pairs = [(a.success, b.success) for a, b in zip(own, others, strict=True)]
         only_self, only_other = pairs.count((True, False)), pairs.count((False, True))
         return only_self, only_other, mcnemar(only_self, only_other)
 
     def __str__(self) -> str:
         low, high = self.interval
         count = f"{self.n_success}/{len(self.episodes)}"
-        return f"{100 * self.success_rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({count})"
+        lost = f", {len(self.lost)} lost" if self.lost else ""
+        return f"{100 * self.success_rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({count}{lost})"
 
     def to_markdown(self, title: str = "") -> str:
         """
         :param title: heading of the first column
         :return: a table with one row a task and one for all of them; where something was perturbed, one row for all,
             for each category and for each level of difficulty, with the difference from the unperturbed episodes, if
-            there are any
+            there are any; below the table the episodes that were lost
         """
         categories = self.per("category")
         if set(categories) - {None}:
-            return self._table(title or "perturbation", [("all", self), *_category_rows(self)], categories.get(None))
+            rows = [("all", self), *_category_rows(self)]
+            return self._table(title or "perturbation", rows, categories.get(None)) + self._lost_text()
         tasks = self.per("env_id") if len(self.per("env_id")) > 1 else self.per_task()
         named = [(str(task), result) for task, result in tasks.items()] if len(tasks) > 1 else []
-        return self._table(title or "task", [*named, ("all", self)], None)
+        return self._table(title or "task", [*named, ("all", self)], None) + self._lost_text()
+
+    def _lost_text(self) -> str:
+        if not self.lost:
+            return ""
+        lines = [
+            f"- {f'{lost.env_id}, ' if lost.env_id else ''}task {lost.task_id}, initial state {lost.init_state_id}, "
+            f"seed {lost.seed}: {lost.reason.partition(chr(10))[0]}\n"
+            for lost in self.lost
+        ]
+        return f"\nEpisodes lost, which count neither as solved nor as failed: {len(lines)}\n\n{''.join(lines)}"
 
     @staticmethod
     def _table(title: str, named: Iterable[tuple[str, EvaluationResult]], reference: EvaluationResult | None) -> str:
@@ -258,6 +300,7 @@ class EvaluationResult:
             "env_steps": self.env_steps,
             "versions": self.versions,
             "episodes": [asdict(episode) for episode in self.episodes],
+            "lost": [asdict(episode) for episode in self.lost],
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -276,7 +319,8 @@ class EvaluationResult:
         """
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         episodes = [EpisodeRecord(**episode) for episode in values["episodes"]]
-        return cls(episodes, versions=parse_versions(values.get("versions")))
+        lost = [LostEpisode(**episode) for episode in values.get("lost", [])]
+        return cls(episodes, versions=parse_versions(values.get("versions")), lost=lost)
 
 
 def _category_rows(result: EvaluationResult) -> Iterable[tuple[str, EvaluationResult]]:
@@ -365,7 +409,8 @@ def evaluate_success(
     Play exactly the given episodes, each once, and count the solved ones.
 
     An env goes from one episode to the next without waiting for the others, and stands still when there is none left.
-    An episode that is lost with its worker (``WorkerVecEnv``) is played again.
+    An episode that is lost with its worker (``WorkerVecEnv``), or in which an env raises, is played again. One that is
+    lost whenever it is played is named in the result, and the others go on.
 
     :param model: algorithm or policy
     :param env: vectorised env whose envs are wrapped in ``EpisodeControl``, as :func:`opd_gym.make_vec` does it
@@ -375,7 +420,7 @@ def evaluate_success(
     :param reward_threshold: for envs without ``info["is_success"]``: an episode that reaches this return is a success
     :param record: number of episodes to record, or their positions; needs an env with ``render_mode="rgb_array"``
     :return: the result
-    :raises RuntimeError: an episode was lost again and again
+    :raises RuntimeError: all episodes were lost
     """
     specs = [_as_spec(episode) for episode in episodes]
     if not can_announce(env):
@@ -425,29 +470,71 @@ class _Evaluation:
         self.records: dict[int, EpisodeRecord] = {}
         self.frames: dict[int, list[np.ndarray]] = {index: [] for index in recorded}
         self.losses = [0] * len(specs)
+        self.lost: dict[int, LostEpisode] = {}
+        # Played alone: episodes that were in play when an env raised, and at last those that were to blame
+        self.suspects: list[int] = []
+        self.culprits: list[int] = []
+        self.n_raised = 0
         self.dispatcher = Dispatcher(env, self.queue.take)
         self.steps, self.returns = [0] * env.num_envs, [0.0] * env.num_envs
         # What an env that stands still is sent
         self.idle_actions = np.stack([np.asarray(env.action_space.sample()) for _ in range(env.num_envs)])
 
     def run(self) -> EvaluationResult:
-        # More than once only if an episode was lost after the other envs had stopped
-        while self.queue.pending:
+        # More than once only if an env raised, or an episode was lost after the other envs had stopped
+        while self.queue.pending or self.suspects or self.culprits:
+            others: list[int] = []
+            alone = self.suspects or ([] if self.queue.pending else self.culprits)
+            if alone:
+                others, self.queue.pending = self.queue.pending, [alone.pop(0)]
             if self.frames:
                 self.env.env_method("draw_end")
             try:
                 self._play()
+            except _EnvError as error:
+                self._raised(error.error, others)
             finally:
+                self.queue.pending += others
                 if self.frames:
                     self.env.env_method("draw_end", False)
-        records = [self.records[index] for index in range(len(self.specs))]
-        return EvaluationResult(records, self.frames, versions(self.env))
+        lost = [self.lost[index] for index in sorted(self.lost)]
+        if not self.records:
+            raise RuntimeError(
+                f"All {len(lost)} episodes of the evaluation were lost; the last one: {lost[-1].reason}. "
+                "Play one in a DummyVecEnv to see why."
+            )
+        played = sorted(self.records)
+        frames = {played.index(index): frames for index, frames in self.frames.items() if index in self.records}
+        return EvaluationResult([self.records[index] for index in played], frames, versions(self.env), lost)
+
+    def _raised(self, error: Exception, others: list[int]) -> None:
+        """
+        Find the episode in which an env raised; a vectorised env does not say which env it was.
+
+        :param error: what it raised
+        :param others: episodes that were held back
+        """
+        self.n_raised += 1
+        if not self.records and self.n_raised >= MAX_FALSE_STARTS:
+            raise error
+        inner: Any = self.env.unwrapped
+        if hasattr(inner, "restart_failed"):  # a WorkerVecEnv
+            inner.restart_failed()
+        known = {*self.records, *self.lost, *self.queue.pending, *self.suspects, *self.culprits, *others}
+        in_play = [index for index in range(len(self.specs)) if index not in known]
+        if len(in_play) == 1:
+            self._lost(in_play[0], f"{type(error).__name__}: {error}", self.culprits)
+            return
+        self.suspects += in_play
+        for index in self.frames.keys() & set(in_play):
+            self.frames[index].clear()
 
     def _play(self) -> None:
         """Reset all envs and play until each stands still."""
         self.env.unwrapped._reset_options()  # as with seeds: they would win over those of the first episodes
-        self.dispatcher.announce_first()
-        first = self.env.reset()
+        with _from_env():
+            self.dispatcher.announce_first()
+            first = self.env.reset()
         for index in range(self.env.num_envs):
             self._episode_started(index)
         in_flight = [self._act(part, obs_rows(first, slots)) for part, slots in enumerate(self.pipeline.parts)]
@@ -474,15 +561,18 @@ class _Evaluation:
         for slot in slots[active]:
             index = self._playing(slot)
             if index in self.frames:
-                self.frames[index].append(_render(self.env, int(slot)))
+                with _from_env():
+                    self.frames[index].append(_render(self.env, int(slot)))
         actions = self.idle_actions[slots]
         actions[active], _ = self.model.predict(obs_rows(obs, active), deterministic=self.deterministic)
-        self.pipeline.send(part, actions)
+        with _from_env():
+            self.pipeline.send(part, actions)
         return True
 
     def _receive(self, part: int) -> Any:
         """Wait for the steps of some envs, and take note of the episodes that ended."""
-        obs, rewards, dones, infos = self.pipeline.recv(part)
+        with _from_env():
+            obs, rewards, dones, infos = self.pipeline.recv(part)
         for slot, reward, done, info in zip(self.pipeline.parts[part].tolist(), rewards, dones, infos, strict=True):
             index = self._playing(slot)
             if index is None:
@@ -491,7 +581,9 @@ class _Evaluation:
             self.returns[slot] += float(reward)
             if done:
                 if info.get("episode_lost"):
-                    self._lost(index, info)
+                    # The other envs of a worker that died are not to blame
+                    self.losses[index] -= not info.get("at_fault", True)
+                    self._lost(index, info.get("worker_death", "its env says that it is lost"), self.queue.pending)
                 else:
                     self._finished(slot, index, info)
                 self._episode_started(slot)
@@ -507,16 +599,37 @@ class _Evaluation:
         n_success = sum(record.success for record in self.records.values())
         self.bar.set_postfix_str(f"success {n_success}/{len(self.records)}")
 
-    def _lost(self, index: int, info: dict[str, Any]) -> None:
-        self.losses[index] += 1
-        if self.losses[index] > MAX_REPLAYS:
-            raise RuntimeError(
-                f"Episode {index} of the evaluation ({self.specs[index]}) was lost {self.losses[index]} times with the "
-                f"worker that played it; the last time: {info['worker_death']}. Play it in a DummyVecEnv to see why."
-            )
+    def _lost(self, index: int, reason: str, waiting: list[int]) -> None:
         if index in self.frames:
             self.frames[index].clear()
-        self.queue.pending.append(index)
+        self.losses[index] += 1
+        if self.losses[index] <= MAX_REPLAYS:
+            waiting.append(index)
+            return
+        spec = self.specs[index]
+        options = spec.options or {}
+        self.lost[index] = LostEpisode(
+            int(options.get("task_id", -1)), int(options.get("init_state_id", -1)), spec.seed, reason
+        )
+        self.bar.update(1)
+
+
+class _EnvError(Exception):
+    """An exception that came out of an env, and not out of the policy or this module."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def _from_env() -> Iterator[None]:
+    try:
+        yield
+    except InterruptedError:  # see opd_gym.envs.workers.process.give_up
+        raise
+    except Exception as error:
+        raise _EnvError(error) from error
 
 
 def _progress_bar(total: int, enabled: bool) -> Any:

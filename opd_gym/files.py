@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
+import re
+import shutil
+import socket
 import stat
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# Machine, process and a random number; in earlier versions the number alone
+_TEMPORARY = re.compile(r"\.tmp-(?:([0-9a-f]{12})-(\d+)-)?[0-9a-f]{32}(?:\..*)?")
+# What another machine has not written to for so long is left over
+_STALE_SECONDS = 24 * 3600.0
 
 
 @contextmanager
@@ -24,15 +36,80 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, so that readers of the folder pass over it; there, because os.replace must not cross file systems
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix}")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a full disk, for instance
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str], is_folder: bool = False) -> None:
+    """
+    Find out whether something can be written before the work is done that it is to hold. Nothing is left behind.
+
+    :param path: a file, or a folder for files; neither it nor the folders above it need to be there
+    :param is_folder: whether it is a folder
+    :raises OSError: it cannot be written; says why
+    """
+    path = Path(path).expanduser().absolute()
+    if path.is_dir() and not is_folder:
+        raise IsADirectoryError(f"{path} cannot be written: it is a folder. Name a file.")
+    folder = next(parent for parent in (path, *path.parents)[not is_folder :] if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}: {folder}") from error
+
+
+def temporary_beside(path: Path) -> Path:
+    """
+    A name for a file or folder that will take the place of another one. What killed processes have left in that folder
+    under such names is removed.
+
+    :param path: what is to be replaced
+    :return: a path of the same suffix in the same folder, at which there is nothing
+    """
+    with suppress(OSError):
+        for other in path.parent.iterdir():
+            name = _TEMPORARY.fullmatch(other.name)
+            if name and _is_stale(other, name[1], name[2]):
+                if other.is_dir():
+                    shutil.rmtree(other, ignore_errors=True)
+                else:
+                    other.unlink(missing_ok=True)
+    # Hidden, so that readers of the folder pass over it; there, because os.replace must not cross file systems
+    return path.with_name(f".tmp-{_machine()}-{os.getpid()}-{uuid.uuid4().hex}{path.suffix}")
+
+
+@functools.cache
+def _machine() -> str:
+    """Where a number of a process means one process: a machine since it was started, or a container on it."""
+    where = [socket.gethostname()]
+    with suppress(OSError):  # only Linux has these
+        where += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256(" ".join(where).encode()).hexdigest()[:12]
+
+
+def _is_stale(path: Path, machine: str | None, pid: str | None) -> bool:
+    if machine != _machine() or pid is None or os.name != "posix":  # os.kill() of Windows would end the process
+        with suppress(FileNotFoundError):
+            return time.time() - path.stat().st_mtime > _STALE_SECONDS
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # somebody else's
+        pass
+    return False
 
 
 def sync(path: Path) -> None:
@@ -94,7 +171,11 @@ def code_dir(name: str) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if os.name == "posix":
         for path in (root, folder, *folder.rglob("*")):
-            if path.exists() and _written_by_others(path.stat()):
+            try:
+                others = _written_by_others(path.stat())
+            except FileNotFoundError:  # another process compiles, and has put it into its place
+                continue
+            if others:
                 raise PermissionError(
                     f"{path} can be written by other users, and code that is compiled is run from {folder}. Run "
                     f"`chmod -R go-w {root}` if you trust what is in it, remove {folder} if you do not, or set "

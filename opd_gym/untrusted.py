@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping
 from enum import Enum
 from importlib import import_module
@@ -308,7 +309,9 @@ def read_attributes(
             saved = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
             if not isinstance(saved, dict):
                 raise ValueError(f"its data is a {type(saved).__name__}")
-    except (zipfile.BadZipFile, ValueError, EOFError, RecursionError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # it is not there, or may not be read
         raise ValueError(
             f"{name} is not the zip of a Stable-Baselines3 model (as model.save() writes it), or is damaged: {error}"
         ) from error

@@ -113,6 +113,51 @@ def test_state_replay_is_a_bounded_ring(space, tmp_path):
         wrong.load(tmp_path / "states.npz")
 
 
+def test_state_replay_in_parts(tmp_path):
+    spec = token_spec(ACTIONS)
+
+    def make():
+        return StateReplay(1500, PLAIN, spec, "cpu")
+
+    def add(replay, value, n):
+        replay.add(observe(PLAIN, n, value), np.full((n, 12), -1.5), np.ones((n, 3)))
+
+    def names():
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    replay = make()
+    for value, n in ((1, 1000), (2, 400)):
+        add(replay, value, n)
+        replay.save_to(tmp_path)
+    replay.save_to(tmp_path)
+    assert names() == ["0-1000.npz", "1000-1400.npz"]
+    add(replay, 3, 1200)
+    replay.save_to(tmp_path)
+    assert names() == ["0-1000.npz", "1000-1400.npz", "1400-2600.npz"] and replay.size == 1500
+    other = make()
+    assert other.load_from(tmp_path, 2600) == []
+    assert other.n_added == 2600
+    np.testing.assert_array_equal(other.observations, replay.observations)
+    # A model that was saved before the last states: they are visited again
+    earlier = make()
+    assert earlier.load_from(tmp_path, 2000) == []
+    assert earlier.n_added == 2000 and names() == ["0-1000.npz", "1000-1400.npz", "1400-2000.npz"]
+    assert np.bincount(earlier.observations[:, 0].astype(int)).tolist() == [0, 500, 400, 600]
+    for value in (4, 5):
+        add(earlier, value, 600)
+        earlier.save_to(tmp_path)
+    # The first thousand are long forgotten
+    assert names() == ["1000-1400.npz", "1400-2000.npz", "2000-2600.npz", "2600-3200.npz"]
+    # A part that is damaged is named, and the others are still there
+    (tmp_path / "2000-2600.npz").write_bytes(b"PK")
+    last = make()
+    (error,) = last.load_from(tmp_path, 3200)
+    assert "2000-2600.npz" in error and last.size == last.n_added == 1500 and names() == ["0-1500.npz"]
+    again = make()
+    assert again.load_from(tmp_path, 1500) == []
+    np.testing.assert_array_equal(again.observations, last.observations)
+
+
 def test_state_replay_keeps_actions_where_asked_to(tmp_path):
     spec = token_spec(ACTIONS)
     plain, replay = StateReplay(1500, PLAIN, spec, "cpu"), StateReplay(1500, PLAIN, spec, "cpu", store_actions=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -13,8 +14,10 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
+from opd_gym.envs.workers.vec_env import WorkerVecEnv
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.evaluation import (
+    MAX_FALSE_STARTS,
     EpisodeRecord,
     EpisodeSpec,
     EvaluationResult,
@@ -60,6 +63,32 @@ class Countdown(gym.Env):
 
     def render(self) -> np.ndarray:  # type: ignore[override]
         return np.full((8, 8, 3), self.left, dtype=np.uint8)
+
+
+class Poisoned(Countdown):
+    """
+    Raises in some initial states.
+
+    :param states: where it raises
+    :param where: "reset" or "step"
+    """
+
+    def __init__(self, states: tuple[int, ...], where: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.states, self.where = states, where
+
+    def _raise(self, where: str) -> None:
+        if self.where == where and self.state in self.states:
+            raise ValueError(f"state {self.state} is broken")
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        found = super().reset(seed=seed, options=options)
+        self._raise("reset")
+        return found
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._raise("step")
+        return super().step(action)
 
 
 class Always:
@@ -166,6 +195,43 @@ def test_recording() -> None:
     assert [int(frame[0, 0, 0]) for frame in result.frames[0]] == [3, 2, 1, 0]  # the last one shows how it ended
     with pytest.raises(ValueError, match="rgb_array"):
         evaluate_success(Always(), make(1), eval_episodes([0], 1), progress=False, record=1)
+
+
+@pytest.mark.parametrize("where", ["reset", "step"])
+@pytest.mark.parametrize(("cls", "n_envs"), [(DummyVecEnv, 1), (DummyVecEnv, 3), (WorkerVecEnv, 2)])
+@pytest.mark.filterwarnings("ignore:WorkerVecEnv:RuntimeWarning")
+def test_an_episode_in_which_the_env_raises_costs_no_other(n_envs: int, cls: Any, where: str, tmp_path: Path) -> None:
+    envs = [lambda: EpisodeControl(Monitor(Poisoned((0, 4), where, render_mode="rgb_array")))] * n_envs  # type: ignore[arg-type]
+    env = cls(envs)
+    env.render_mode = "rgb_array"
+    specs = eval_episodes([2, 3], 6)
+    try:
+        result = evaluate_success(Always(), env, specs, progress=False, record=[0, 1])
+        expected = [(task, state) for task in (2, 3) for state in (1, 2, 3, 5)]
+        assert [(record.task_id, record.init_state_id) for record in result.episodes] == expected
+        assert [record.success for record in result.episodes] == [True] * 4 + [False] * 4
+        assert [(lost.task_id, lost.init_state_id) for lost in result.lost] == [(2, 0), (2, 4), (3, 0), (3, 4)]
+        assert all(f"ValueError: state {lost.init_state_id} is broken" in lost.reason for lost in result.lost)
+        assert list(result.frames) == [0] and len(result.frames[0]) == 5  # of the first that was not lost
+        with pytest.raises(RuntimeError, match="All 1 episodes of the evaluation were lost; .*state 4 is broken"):
+            evaluate_success(Always(), env, specs[4:5], progress=False)
+    finally:
+        env.close()
+    assert "\nEpisodes lost, which count neither as solved nor as failed: 4\n" in result.to_markdown()
+    assert "- task 3, initial state 4, seed 1000004: ValueError: state 4 is broken\n" in result.to_markdown()
+    assert str(result).endswith("(4/8, 4 lost)")
+    result.save(tmp_path / "result.json")
+    assert EvaluationResult.load(tmp_path / "result.json") == result
+    # What one of two has lost is not compared
+    whole = evaluate_success(Always(), make(n_envs), specs, progress=False)
+    assert result.paired(whole) == whole.paired(result) == (0, 0, 1.0)
+
+
+def test_an_env_that_always_raises_ends_the_evaluation_soon() -> None:
+    env = DummyVecEnv([lambda: EpisodeControl(Monitor(Poisoned(tuple(range(100)), "step")))] * 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is broken"):
+        evaluate_success(Always(), env, eval_episodes([0], 100), progress=False)
+    assert max(len(resets) for resets in env.get_attr("resets")) == MAX_FALSE_STARTS
 
 
 def test_errors_say_what_to_do() -> None:

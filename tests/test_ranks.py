@@ -11,9 +11,10 @@ import pytest
 import ranked
 import torch as th
 from gymnasium import spaces
-from toys import TINY_BODY, Robot, parameters
+from toys import TINY_BODY, Robot, cartpole_teacher, parameters
 
 from opd_gym import OPD
+from opd_gym.cli.runs import read_progress
 from opd_gym.policies.vla import VLAPolicy
 
 TESTS = Path(__file__).parent
@@ -124,3 +125,26 @@ def test_a_dead_rank_ends_the_run_and_is_named(base):
     assert re.search(r"rank\s*: 1 .*", done.stderr) and "SIGKILL" in done.stderr
     newest = max((base / "checkpoints").glob("rl_model_*_steps.zip"), key=lambda path: int(path.stem.split("_")[-2]))
     assert OPD.load(newest).num_timesteps > 32
+
+
+def test_on_the_command_line(tmp_path):
+    cartpole_teacher().save(tmp_path / "teacher.zip")
+
+    def train(*words: object) -> str:
+        command = [sys.executable, "-m", "opd_gym.cli", "train", "--nproc", "2", "--no-progress", "--device", "cpu"]
+        env = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, *map(str, words)], env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    words = ["--env", "CartPole-v1", "--teacher", tmp_path / "teacher.zip", "-f", tmp_path, "-n", 128]
+    told = train(*words, "--eval-episodes", 1, "-P", "n_envs=1", "-P", "n_steps=32")
+    assert told.count("128 timesteps") == 1 and told.count("| all |") == 1
+    (run,) = (tmp_path / "opd").iterdir()
+    assert "256 timesteps" not in told and "128 states to replay" not in told
+    again = train("--resume", run, "-n", 192)
+    # Of the first rank
+    assert again.count("64 states to replay") == 1
+    model = OPD.load(run / "model.zip")
+    assert model.num_timesteps == 192 and len(model.ep_info_buffer) > 0
+    assert [row["time/total_timesteps"] for row in read_progress(run)] == [64, 128, 128, 192, 192]

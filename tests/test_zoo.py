@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import inspect
 import json
 import os
+import pty
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +22,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 import yaml
 from gymnasium import spaces
 from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common.utils import LinearSchedule
+from toys import parameters
 
 import opd_gym
 from opd_gym import OPD, PPO, make_vec
@@ -30,13 +37,15 @@ from opd_gym.checkpoints import run_checkpoints
 from opd_gym.cli import quickstart
 from opd_gym.cli.main import main
 from opd_gym.cli.runs import (
-    STATES_FILE,
+    STATES_FOLDER,
     RunCheckpoint,
+    locked,
     make_logger,
     new_run_dir,
     plot_learning_curve,
     read_progress,
 )
+from opd_gym.cli.train import TrainArgs, train
 from opd_gym.cli.video import side_by_side, write_video
 from opd_gym.envs.make import wrapper_function
 from opd_gym.envs.registration import LIBERO_IDS
@@ -276,6 +285,7 @@ def test_new_run_dir_counts_up(tmp_path: Path) -> None:
 
 class _Model:
     num_timesteps = 0
+    replay_buffer = None
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,6 +305,37 @@ def test_run_checkpoint_keeps_the_last(tmp_path: Path) -> None:
     assert run_checkpoints(tmp_path)[-1].read_text() == "100"
     with pytest.raises(ValueError, match="keep_last"):
         RunCheckpoint(tmp_path, keep_last=0)
+
+
+def test_every_checkpoint_has_its_states(tmp_path: Path) -> None:
+    callback = RunCheckpoint(tmp_path, interval=0.0)
+    model: Any = _Model()
+    model.replay_buffer = written = []
+    model.save_replay_buffer = lambda path: written.append((model.num_timesteps, len(run_checkpoints(tmp_path))))
+    callback.model = model
+    for model.num_timesteps in (8, 16, 24):
+        callback.on_step()
+    # Before the model: whenever it is killed, the newest one has them
+    assert written == [(8, 0), (16, 1), (24, 2)]
+
+
+def test_a_table_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    logger = make_logger(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, hard))
+    try:
+        with pytest.warns(UserWarning) as caught:
+            for step in range(100):
+                logger.record("time/total_timesteps", step)
+                logger.dump(step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    logger.record("time/total_timesteps", 100)
+    logger.dump(100)
+    texts = {str(warning.message) for warning in caught}
+    assert any(f"{tmp_path}/progress.csv could not be written" in text and "too large" in text for text in texts)
+    assert any(f"{tmp_path} could not be written" in text for text in texts)  # TensorBoard's
+    assert read_progress(tmp_path)[-1]["time/total_timesteps"] == 100
 
 
 def test_progress_of_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
@@ -344,6 +385,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = ["n_envs:1", "n_steps:32", "gradient_steps:1"]
+# What differs between two equal runs
+CLOCKS = ("time/fps", "time/time_elapsed", "time/teacher_seconds")
 
 
 def _train(teacher: Path, folder: Path, *more: str) -> int:
@@ -367,7 +410,8 @@ def test_train_keeps_everything_and_resumes(teacher: Path, tmp_path: Path, capsy
 
     assert main(["train", "--resume", str(run), "-n", "128", "--no-progress"]) == 0
     # What it replays are the states from before the resume, too.
-    assert len(np.load(run / "checkpoints" / STATES_FILE)["masks"]) == 128
+    parts = sorted(path.name for path in (run / "checkpoints" / STATES_FOLDER).iterdir())
+    assert parts == ["0-64.npz", "64-128.npz"]
     assert "64 states to replay" in capsys.readouterr().out
     assert [path.name for path in run_checkpoints(run)] == ["model_64_steps.zip", "model_128_steps.zip"]
     assert opd_gym.OPD.load(run / "model.zip").num_timesteps == 128
@@ -403,8 +447,32 @@ def test_two_runs_with_one_seed_are_identical(teacher: Path, tmp_path: Path) -> 
     for number in (1, 2):
         with (tmp_path / "opd" / f"CartPole-v1_{number}" / "progress.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        tables.append([{k: v for k, v in row.items() if k not in ("time/fps", "time/time_elapsed")} for row in rows])
+        tables.append([{k: v for k, v in row.items() if k not in CLOCKS} for row in rows])
     assert tables[0] == tables[1]
+
+
+def test_what_a_run_can_do_without_does_not_end_it(teacher: Path, tmp_path: Path) -> None:
+    small = ["n_envs:1", "n_steps:1024", "gradient_steps:1", "policy_kwargs.net_arch:[2]"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Enough for the model, too little for its states, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        with pytest.warns(UserWarning) as caught:
+            assert _train(teacher, tmp_path, "-n", "4096", "--hyperparams", *small) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run = tmp_path / "opd" / "CartPole-v1_1"
+    texts = [str(warning.message) for warning in caught]
+    states = run / "checkpoints" / STATES_FOLDER
+    assert any(f"{states} could not be written" in text and "File too large" in text for text in texts)
+    assert not list(states.iterdir())
+    assert opd_gym.OPD.load(run / "model.zip").num_timesteps == 4096
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["model_4096_steps.zip", STATES_FOLDER]
+    (run / "curve.png").unlink()
+    (run / "curve.png").mkdir()
+    with pytest.warns(UserWarning, match="curve.png could not be written .*The run goes on"):
+        assert main(["train", "--resume", str(run), "-n", "5120", "--no-progress"]) == 0
+    assert opd_gym.OPD.load(run / "model.zip").num_timesteps == 5120
 
 
 def test_a_student_from_a_zip(teacher: Path, tmp_path: Path) -> None:
@@ -419,7 +487,9 @@ def test_a_student_from_a_zip(teacher: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: Path, signum: int) -> None:
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    teacher: Path, tmp_path: Path, signum: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [sys.executable, "-m", "opd_gym.cli", "train", "--algo", "opd", "--env", "CartPole-v1"]
     command += ["--teacher", str(teacher), "-f", str(tmp_path), "-n", "1000000", "--no-progress", "--device", "cpu"]
     command += ["--checkpoint-interval", "0.05", "--hyperparams", *SMALL]
@@ -430,6 +500,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: 
         while len(run_checkpoints(run)) < 2:
             assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
             time.sleep(0.05)
+        assert main(["train", "--resume", str(run)]) == 2
+        assert f"Process {process.pid} on {socket.gethostname()} is training into {run}" in capsys.readouterr().err
         process.send_signal(signum)
         output, _ = process.communicate(timeout=600)
     finally:
@@ -438,7 +510,12 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: 
         assert process.returncode == 130 and "--resume" in output
     steps = int(re.findall(r"\d+", run_checkpoints(run)[-1].name)[0])
     assert main(["train", "--resume", str(run), "-n", str(steps + 32), "--no-progress", "--device", "cpu"]) == 0
-    assert opd_gym.OPD.load(run / "model.zip").num_timesteps >= steps + 32
+    resumed = opd_gym.OPD.load(run / "model.zip")
+    assert resumed.num_timesteps == steps + 32
+    # To the bit the run that nobody killed
+    assert _train(teacher, tmp_path, "-n", str(steps + 32), "--device", "cpu", "--hyperparams", *SMALL) == 0
+    whole = opd_gym.OPD.load(tmp_path / "opd" / "CartPole-v1_2" / "model.zip")
+    assert th.equal(parameters(resumed), parameters(whole))
 
 
 @pytest.mark.parametrize(
@@ -470,10 +547,21 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(teacher: Path, tmp_path: 
         (["train", "--env", "CartPole-v1", "--config", __file__], "test_zoo.py is not YAML"),
         (["train", "--env", "CartPole-v1", "--config", "/proc/self/mem"], "error"),
         (["train", "--env", "nobody:CartPole-v1"], "No module named 'nobody'"),
+        # Before anything is loaded or played
+        (
+            ["eval", "--env", "E-v0", "--checkpoint", "nobody", "-o", "/proc/no/file.json"],
+            "file.json cannot be written",
+        ),
+        (["eval", "--env", "E-v0", "--checkpoint", "nobody", "-o", "/"], "/ cannot be written: it is a folder"),
+        (["video", "--env", "E-v0", "--checkpoint", "nobody", "-o", "/proc/film.mp4"], "/proc/film.mp4 cannot be"),
+        (["video", "--env", "E-v0", "--checkpoint", "nobody", "-o", "film.avi"], "mp4 or a .gif, got 'film.avi'"),
+        (["demos", "--env", "LiberoObject-v0", "-o", "/dev/null/demos"], "/dev/null/demos cannot be"),
+        (["report", "nothing", "-o", "/proc/page.html"], "/proc/page.html cannot be written"),
+        (["train", "--env", "E-v0", "-f", "/proc/runs"], "/proc/runs cannot be written"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["-f", str(tmp_path), "--no-progress"] if arguments[0] == "train" else []
+    more = ["-f", str(tmp_path), "--no-progress"] if arguments[0] == "train" and "-f" not in arguments else []
     assert main([*arguments, *more]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said) and "Traceback" not in said
@@ -700,6 +788,29 @@ def test_resume_says_what_it_does_not_take(teacher: Path, tmp_path: Path, capsys
         (run / name).write_text(kept)
 
 
+def test_a_run_killed_before_its_first_checkpoint_goes_on(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "killed before it began: args.yml is missing" in capsys.readouterr().err
+    # All that there is before config.yml
+    hyperparams = [*SMALL, "n_timesteps:32"]
+    args = {"algo": "opd", "env": "CartPole-v1", "teacher": str(teacher), "hyperparams": hyperparams}
+    (tmp_path / "args.yml").write_text(yaml.safe_dump(args))
+    assert main(["train", "--resume", str(tmp_path), "--no-progress", "--device", "cpu"]) == 0
+    assert read_yaml(tmp_path / "config.yml")["n_timesteps"] == 32
+    assert opd_gym.OPD.load(tmp_path / "model.zip").num_timesteps == 32
+
+
+def test_two_processes_do_not_train_into_one_directory(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("Process 1 on another machine")  # left by a process that was killed
+    for _ in range(2):
+        with locked(tmp_path):
+            holder = f"Process {os.getpid()} on {socket.gethostname()} is training into {tmp_path}"
+            with pytest.raises(RuntimeError, match=holder):
+                train(TrainArgs(), resume=tmp_path)
+
+
 def test_an_env_of_a_module_in_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_envs.py").write_text(
         "import gymnasium\n"
@@ -713,6 +824,64 @@ def test_an_env_of_a_module_in_this_folder(tmp_path: Path, monkeypatch: pytest.M
     run = tmp_path / "runs" / "ppo" / "Own-v0_1"
     assert json.loads((run / "evaluation.json").read_text())["episodes"][0]["steps"] == 9
     assert main(["eval", "--env", "own_envs:Own-v0", "--checkpoint", str(run), "--episodes", "1", "--no-progress"]) == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_run_although_a_worker_hangs(tmp_path: Path, signum: int) -> None:
+    (tmp_path / "own_envs.py").write_text(
+        "import pathlib, time, gymnasium\n"
+        "from gymnasium.envs.classic_control import CartPoleEnv\n"
+        "class Hanging(CartPoleEnv):\n"
+        "    n = 0\n"
+        "    def step(self, action):\n"
+        "        self.n += 1\n"
+        "        if self.n > 40:\n"
+        "            pathlib.Path('hangs').touch()\n"
+        "            time.sleep(3600)\n"
+        "        return super().step(action)\n"
+        "gymnasium.register('Hanging-v0', Hanging)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "opd_gym.cli",
+        "train",
+        "--algo",
+        "ppo",
+        "--env",
+        "own_envs:Hanging-v0",
+        "-n",
+        "999",
+    ]
+    command += ["--no-progress", "--device", "cpu", "-P", "n_steps=16", "-P", "n_envs=2", "-P", "n_workers=2"]
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(end)
+    try:
+        deadline = time.monotonic() + 600  # only against waiting for ever
+        while not (tmp_path / "hangs").exists():
+            assert process.poll() is None and time.monotonic() < deadline, "no worker hangs"
+            time.sleep(0.05)
+        if signum == signal.SIGTERM:
+            process.send_signal(signum)
+        else:
+            os.close(terminal)
+        # A worker counts as dead after 300 seconds
+        assert process.wait(timeout=250) == 130
+    finally:
+        process.kill()
+    run = tmp_path / "runs" / "ppo" / "Hanging-v0_1"
+    assert [path.name for path in run_checkpoints(run)] == ["model_80_steps.zip"]
+    assert (run / "curve.png").exists()  # what comes after the training did not raise
 
 
 def test_python_trains_an_id_of_the_zoo_as_the_command_line_does(capsys):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -83,6 +84,12 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
     """
 
     rollout_buffer: TeacherRolloutBuffer
+    _changed_by_rollouts: ClassVar[tuple[str, ...]] = (
+        *("num_timesteps", "num_env_steps", "_n_finished", "_n_lost", "_n_iterations", "_timesteps_before"),
+        *("_n_announced", "_group_seed", "_episode_rng", "ep_info_buffer", "ep_success_buffer"),
+    )
+    # What a rollout that was undone began with
+    _undone: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -187,7 +194,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         vec_normalize = unwrap_vec_normalize(self.env)
         several = ranks.world_size() > 1 and vec_normalize is not None and vec_normalize.training
         self._statistics = ranks.SharedStatistics(vec_normalize) if several and vec_normalize is not None else None
-        interrupted, self._interrupted = self._interrupted, None
+        interrupted, self._interrupted, self._undone = self._interrupted, None, None
         if reset_num_timesteps or ranks.world_size() > 1:
             # Several ranks would all go on as the first one
             interrupted = None
@@ -221,9 +228,30 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         fits = len(so_far["playing"]) == self.n_envs and not is_vecenv_wrapped(self.env, VecFrameStack)
         return so_far if fits else None
 
-    def _interruption(self) -> dict[str, Any] | None:
+    def iteration_begun(self) -> dict[str, Any]:
+        """
+        For a callback's ``on_rollout_start``: what the rollout that begins will change, episodes included.
+
+        :return: What :meth:`undo_rollout` takes
+        """
+        return {
+            "attributes": {name: copy.deepcopy(getattr(self, name)) for name in self._changed_by_rollouts},
+            "interruption": self._interruption(),
+        }
+
+    def undo_rollout(self, begun: dict[str, Any]) -> None:
+        """
+        If a rollout was broken off, forget it: nothing is learned from it, so nothing of it is to be counted or saved.
+
+        :param begun: What :meth:`iteration_begun` gave when it began
+        """
         if not self._between_iterations:
-            return None
+            vars(self).update(begun["attributes"])
+            self._undone = begun["interruption"]
+
+    def _interruption(self) -> dict[str, Any] | None:
+        if self._undone is not None or not self._between_iterations:
+            return self._undone
         interruption = super()._interruption() or {}
         so_far = self._episodes.so_far() if self._last_obs is not None else None
         if so_far is not None:
@@ -284,7 +312,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         assert isinstance(rollout_buffer, TeacherRolloutBuffer)
         self.policy.set_training_mode(False)
         # The callback at which a saved model can go on as if it had not been interrupted
-        self._between_iterations = True
+        self._between_iterations, self._undone = True, None
         callback.on_rollout_start()
         self._between_iterations = False
         self._n_iterations += 1
@@ -522,5 +550,5 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         # Observations hold images, and the envs' episodes end with the process
         runtime = ["_last_obs", "_last_original_obs", "_last_episode_starts", "_episodes", "_lost_episodes"]
-        runtime += ["_statistics"]
+        runtime += ["_statistics", "_undone"]
         return [*super()._excluded_save_params(), *runtime]

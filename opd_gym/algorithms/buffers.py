@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import re
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.utils import get_device
 
+from opd_gym import ranks
 from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.files import replacing
 from opd_gym.observations import map_obs
@@ -346,7 +349,8 @@ class StateReplay:
         self.device = get_device(device)
         self.store_actions = store_actions
         self.size = 0
-        self._next = 0
+        #: Number of all states that were ever added, forgotten ones included; state ``i`` lies in row ``i % capacity``
+        self.n_added = 0
         self._allocate(min(capacity, 1024))
 
     @staticmethod
@@ -396,18 +400,18 @@ class StateReplay:
         """
         if self.store_actions and actions is None:
             raise ValueError("This state replay keeps the student's tokens: pass actions.")
+        self.n_added += len(masks)
         keep = slice(max(len(masks) - self.capacity, 0), None)
         observations = map_obs(lambda array: array[keep], observations)
         distributions, masks = distributions[keep], masks[keep]
         n = len(masks)
-        self._grow(min(self.size + n, self.capacity))
-        rows = (self._next + np.arange(n)) % self.capacity
+        self._grow(min(self.n_added, self.capacity))
+        rows = np.arange(self.n_added - n, self.n_added) % self.capacity
         store_obs(self.observations, rows, observations)
         self.distributions[rows] = distributions
         self.masks[rows] = masks > 0
         if self.store_actions and actions is not None:
             self.actions[rows] = actions[keep]
-        self._next = (self._next + n) % self.capacity
         self.size = min(self.size + n, self.capacity)
 
     def sample(self, batch_size: int) -> ReplayedStates:
@@ -426,27 +430,40 @@ class StateReplay:
             th.as_tensor(self.actions[rows], device=self.device) if self.store_actions else None,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], since: int = 0) -> None:
         """
-        Write all states to an ``.npz`` file, atomically.
+        Write states to an ``.npz`` file, atomically.
 
         :param path: File to write
+        :param since: Leave out the states that were added before there were so many
         """
-        oldest_first = np.roll(np.arange(self.size), -self._next if self.size == self.capacity else 0)
+        first = max(since, self.n_added - self.size)
+        rows = np.arange(first, self.n_added) % self.capacity
         observations = self.observations if isinstance(self.observations, dict) else {"": self.observations}
-        arrays = {f"obs/{key}": array[oldest_first] for key, array in observations.items()}
-        arrays |= {"distributions": self.distributions[oldest_first], "masks": self.masks[oldest_first]}
+        arrays = {f"obs/{key}": array[rows] for key, array in observations.items()}
+        arrays |= {"distributions": self.distributions[rows], "masks": self.masks[rows], "first": np.array(first)}
         if self.store_actions:
-            arrays["actions"] = self.actions[oldest_first]
+            arrays["actions"] = self.actions[rows]
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], until: int | None = None) -> None:
         """
         Add the states of a file that :meth:`save` wrote.
 
         :param path: File to read
+        :param until: Leave out the states after so many of the replay that was saved; None: none
         """
+        try:
+            self._load(path, until)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a damaged file raises anything
+            if str(path) in str(error):
+                raise
+            raise ValueError(f"{path} is not a file of replayed states, or is damaged: {error}.") from error
+
+    def _load(self, path: str | os.PathLike[str], until: int | None) -> None:
         with np.load(path) as arrays:
             found = {name[len("obs/") :]: arrays[name] for name in arrays.files if name.startswith("obs/")}
             observations: ObsArray = found if isinstance(self.observations, dict) else found[""]
@@ -460,8 +477,69 @@ class StateReplay:
                     f"The state replay in {path} holds no tokens of the student, which an autoregressive student "
                     "needs: it belongs to a student with parallel decoding."
                 )
-            actions = arrays["actions"] if self.store_actions else None
-            self.add(observations, arrays["distributions"], arrays["masks"], actions)
+            end = len(arrays["masks"]) if until is None else max(until - int(arrays["first"]), 0)
+            actions = arrays["actions"][:end] if self.store_actions else None
+            observations = map_obs(lambda array: array[:end], observations)
+            self.add(observations, arrays["distributions"][:end], arrays["masks"][:end], actions)
+
+    def save_to(self, folder: pathlib.Path) -> None:
+        """
+        Write the states that no file of a folder has yet, and remove files of states long forgotten. Together the
+        files are this replay, and writing them takes as long as there are new states.
+
+        :param folder: Folder of one replay; created
+        """
+        files = _parts(folder)
+        saved = files[-1][1] if files else 0
+        if saved < self.n_added:
+            self.save(folder / f"{max(saved, self.n_added - self.size)}-{self.n_added}.npz", saved)
+        for _, end, path in files:
+            # Not those that the model before this one may be resumed with
+            if end <= saved - self.capacity:
+                path.unlink(missing_ok=True)
+
+    def load_from(self, folder: pathlib.Path, until: int) -> list[str]:
+        """
+        Take over the states of a folder that :meth:`save_to` wrote, each in its old place.
+
+        :param folder: Folder
+        :param until: How many had been added when the model was saved: later ones are removed, they come again
+        :return: What could not be read, and why; those states are gone
+        """
+        errors = []
+        parts = _parts(folder)
+        begin = min((first for first, _, _ in parts), default=0)
+        # States are forgotten only where there is no room, so if none is missing there are as many as fit
+        self.size, self.n_added = 0, begin if until - begin >= self.capacity else 0
+        for first, _, path in parts:
+            if first < until:
+                try:
+                    self.load(path, until)
+                except (OSError, ValueError) as error:
+                    errors.append(str(error))
+        incomplete = self.n_added != until
+        if incomplete:
+            self._close_gaps()
+        wrong = [path for _, end, path in parts if incomplete or end > until]
+        for path in wrong if ranks.is_main() else ():
+            path.unlink(missing_ok=True)
+        if wrong and ranks.is_main():
+            self.save_to(folder)
+        return errors
+
+    def _close_gaps(self) -> None:
+        """Number the states anew, from 0."""
+        rows = np.arange(self.n_added - self.size, self.n_added) % self.capacity
+        observations = map_obs(lambda array: array[rows], self.observations)
+        arrays = [array[rows] for array in (self.distributions, self.masks, self.actions)]
+        self.size = self.n_added = 0
+        self.add(observations, *arrays)
+
+
+def _parts(folder: pathlib.Path) -> list[tuple[int, int, pathlib.Path]]:
+    """Files of a folder that :meth:`StateReplay.save_to` wrote: number of the first state, of the one after, path."""
+    names = (re.fullmatch(r"(\d+)-(\d+)\.npz", path.name) for path in folder.glob("*.npz"))
+    return sorted((int(name[1]), int(name[2]), folder / name[0]) for name in names if name)
 
 
 def _token_dtype(spec: TokenSpec) -> type[np.generic]:

@@ -553,7 +553,9 @@ class PolicyAlgorithm(BaseAlgorithm):
         try:
             # With all attributes as custom objects Stable-Baselines3 unpickles nothing
             return super().load(file, prepared, device, data, print_system_info, force_reset, **kwargs)
-        except ValueError as error:
-            if not isinstance(file, pathlib.Path) or str(path) in str(error):
+        except (ImportError, FileNotFoundError, MemoryError):
+            raise
+        except Exception as error:  # damaged weights raise anything
+            if isinstance(error, ValueError) and (not isinstance(file, pathlib.Path) or str(path) in str(error)):
                 raise
             raise ValueError(f"{path}: {error}") from error

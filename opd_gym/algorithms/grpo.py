@@ -66,6 +66,8 @@ class GRPO(RolloutAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
+    _changed_by_rollouts = (*RolloutAlgorithm._changed_by_rollouts, "_first_group")
+
     @zoo_hyperparams
     def __init__(
         self,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -196,6 +198,8 @@ class OPD(RolloutAlgorithm):
         self._teacher: Teacher | None = None
         self._n_eval_episodes: int | None = None
         self._teacher_seconds = 0.0
+        # States that were added to the replay so far: a saved model says which of those beside it are its own
+        self._n_states = 0
         super().__init__(
             policy,
             env,
@@ -305,6 +309,7 @@ class OPD(RolloutAlgorithm):
             self.replay_buffer.add(
                 observations, buffer.teacher_distributions[rows], buffer.token_mask[rows], buffer.actions[rows]
             )
+            self._n_states = self.replay_buffer.n_added
 
     def _label_rollout(self) -> None:
         assert self._teacher is not None
@@ -427,19 +432,31 @@ class OPD(RolloutAlgorithm):
         """
         Save the states visited so far, which ``save()`` leaves out; of several ranks those of the first one.
 
-        :param path: File to write
+        :param path: File to write, whose name ends with ``.npz``, or a folder: states that are there already are not
+            written again
         """
         if self.replay_buffer is None:
             raise ValueError("This model keeps no states: it was made with state_replay=False.")
-        if ranks.is_main():
+        path = pathlib.Path(path)
+        if not ranks.is_main():
+            return
+        if path.suffix == ".npz":
             self.replay_buffer.save(path)
+        else:
+            self.replay_buffer.save_to(path)
 
     def load_replay_buffer(self, path: str | os.PathLike[str]) -> None:
         """
-        Add the states of a file that :meth:`save_replay_buffer` wrote.
+        Add the states of a file that :meth:`save_replay_buffer` wrote, or take over those of a folder.
 
-        :param path: File to read
+        :param path: File or folder to read. In a folder, states that were added after this model was saved are removed,
+            and what is damaged is named in a warning
         """
         if self.replay_buffer is None:
             raise ValueError("This model keeps no states: make it with state_replay=True.")
-        self.replay_buffer.load(path)
+        path = pathlib.Path(path)
+        if not path.is_dir():
+            self.replay_buffer.load(path)
+            return
+        for error in self.replay_buffer.load_from(path, self._n_states):
+            warnings.warn(f"{error} Its states are not replayed.", stacklevel=2)

@@ -11,7 +11,7 @@ from stable_baselines3.common.utils import get_device
 from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.cli.options import Enjoy, Eval
 from opd_gym.cli.train import default_episodes, default_threshold
-from opd_gym.cli.video import side_by_side, write_video
+from opd_gym.cli.video import check_film, side_by_side, write_video
 from opd_gym.envs.make import build_env
 from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
 from opd_gym.evaluation import EvaluationResult, evaluate_success
@@ -29,6 +29,8 @@ def run(args: Eval | Enjoy) -> int:
     :return: exit status
     """
     film = isinstance(args, Enjoy)
+    if isinstance(args, Enjoy):
+        check_film(args.output)
     device = get_device(check_device(args.device))
     env_ids = [args.env] if isinstance(args, Enjoy) else args.env
     before = args.before if isinstance(args, Enjoy) else None
@@ -96,7 +98,8 @@ def run(args: Eval | Enjoy) -> int:
     else:
         played = [(bare_id(env_id), play(env_id)[0]) for env_id in env_ids]
         episodes = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.episodes]
-        results = [EvaluationResult(episodes, versions=played[-1][1].versions)]
+        lost = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.lost]
+        results = [EvaluationResult(episodes, versions=played[-1][1].versions, lost=lost)]
     for name, path, result in zip(names, paths, results, strict=True):
         print(result.to_markdown())
         others = differences(read_versions(path), result.versions)
@@ -106,8 +109,8 @@ def run(args: Eval | Enjoy) -> int:
         films = [result.frames for result in results]
         frames = [frame for index in sorted(films[-1]) for frame in films[-1][index]]
         if len(films) == 2:
-            shared = sorted(films[0].keys() & films[1].keys())
-            pairs = (side_by_side(films[0][i], films[1][i], ("before", "after")) for i in shared)
+            old, new = ({result.episodes[i].key: result.frames[i] for i in sorted(result.frames)} for result in results)
+            pairs = (side_by_side(old[key], new[key], ("before", "after")) for key in new if key in old)
             frames = [frame for pair in pairs for frame in pair]
         print(f"Film: {write_video(args.output, frames, args.fps)}")
     elif args.output is not None:

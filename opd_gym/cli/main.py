@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param argv: arguments; None for those of the process
     :return: exit status
     """
-    given = parse(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    given = parse(words)
     from opd_gym.envs.registration import register_envs
 
     register_envs()
@@ -84,6 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     module, _, function = dict(COMMANDS.values())[type(given)].partition(":")
     try:
+        if isinstance(given, options.Options):
+            given.check_outputs()
+        if isinstance(given, options.Train) and given.nproc != 1:
+            launch = import_module("opd_gym.cli.train").launch
+            if (status := launch(words, given.nproc)) is not None:
+                return status
         return getattr(import_module(module), function)(given)
     except KeyboardInterrupt:
         print("opd-gym: interrupted", file=sys.stderr)

@@ -7,11 +7,12 @@ Nothing heavy is imported here, so that ``--help`` answers at once.
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction, UseCounterAction, arg, create_mutex_group
 
 from opd_gym.checks import check_at_least, check_at_least_one, check_range
+from opd_gym.files import check_writable
 
 # As in opd_gym.zoo.hyperparams, which takes too long to import
 Algorithm = Literal["opd", "grpo", "ppo", "sft"]
@@ -60,6 +61,22 @@ Assignments = Annotated[UseAppendAction[list[str]], option("-P", name="param", m
 @dataclass
 class Options:
     """What all commands have in common."""
+
+    # Whether output is a folder
+    many_files: ClassVar[bool] = False
+
+    def check_outputs(self) -> None:
+        """
+        Find out now, and not when all is done, whether the results can be written.
+
+        :raises OSError: they cannot
+        """
+        for name in ("output", "markdown", "folder", "pictures", "keep"):
+            path = getattr(self, name, None)
+            # A run that goes on has its folder
+            if path is not None and not (name == "folder" and getattr(self, "resume", None)):
+                is_folder = self.many_files if name == "output" else name != "markdown"
+                check_writable(path, is_folder)
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -123,10 +140,12 @@ class Train(TrainArgs):
 
     :param param: the same as --hyperparams, one at a time: -P learning_rate=5e-4 -P env_kwargs.image_size=64
     :param resume: go on with the run of this directory from its last checkpoint
+    :param nproc: learners, each with its own GPU and envs, that make every update together
     """
 
     param: Assignments = field(default_factory=list)
     resume: Annotated[Path | None, option(metavar="DIR")] = None
+    nproc: Annotated[int, option(metavar="N")] = 1
 
 
 @dataclass(kw_only=True)
@@ -246,6 +265,8 @@ class Demos(Options):
     :param perturbation: probability of a push at a step
     :param output: folder, one file a task
     """
+
+    many_files: ClassVar[bool] = True
 
     env: str
     task_ids: Numbers = None
@@ -396,6 +417,8 @@ class RobotwinAssets(Options):
     :param output: folder; default: where the environments look for it
     """
 
+    many_files: ClassVar[bool] = True
+
     download: Annotated[bool, _KIND, option()] = False
     stand_in: Annotated[bool, _KIND, option()] = False
     output: Annotated[Path | None, option("-o", metavar="DIR")] = None
@@ -409,6 +432,8 @@ class RobotwinCheck(Options):
     :param env: environment id of one of the tasks; default: all that there are traces of
     :param output: folder of the films
     """
+
+    many_files: ClassVar[bool] = True
 
     env: Text = None
     output: Annotated[Path, option("-o", metavar="DIR")] = Path("runs/robotwin")
@@ -440,6 +465,8 @@ class RobotwinRecord(RobotwinExpert):
     :param seed: first scene; the following ones count up
     :param output: folder, one file a trace
     """
+
+    many_files: ClassVar[bool] = True
 
     episodes: Annotated[int, option("-n")] = 1
     seed: int = 0
@@ -475,6 +502,8 @@ class RobotwinDemos(Options):
     :param n_envs: simulators at once; the demonstrations are the same
     :param output: folder, one file a task
     """
+
+    many_files: ClassVar[bool] = True
 
     traces: Annotated[tuple[Path, ...], option(metavar="PATH [PATH ...]")]
     replays: Annotated[int, option("-n")] = 1

@@ -93,6 +93,7 @@ class TimeBudget(BaseCallback):
 def _film(before: EvaluationResult, after: EvaluationResult) -> int | None:
     """The episode to show: one that only the distilled student solves, if there is one."""
     common = sorted(set(before.frames) & set(after.frames))
+    common = [i for i in common if before.episodes[i].key == after.episodes[i].key]  # none before them was lost
     better = [i for i in common if after.episodes[i].success and not before.episodes[i].success]
     solved = [i for i in common if after.episodes[i].success]
     return next(iter([*better, *solved, *common]), None)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import shlex
+import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,9 @@ from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.files import replacing, write_atomic
 from opd_gym.versions import differences, read_versions, versions, write_versions
 
-# States to replay, beside the checkpoints: large, so they are written less often.
-STATES_FILE = "states.npz"
-STATES_INTERVAL = 300.0
+# States to replay, beside the checkpoints
+STATES_FOLDER = "states"
+LOCK_FILE = ".lock"
 
 
 def new_run_dir(folder: str | os.PathLike[str], algo: str, env_id: str) -> Path:
@@ -47,6 +50,33 @@ def new_run_dir(folder: str | os.PathLike[str], algo: str, env_id: str) -> Path:
         return parent / f"{name}_{number}"
 
 
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """
+    Keep other processes from training into a directory meanwhile. The system gives the lock back whenever this process
+    ends. On Windows and on file systems without locks there is none.
+
+    :param run_dir: directory of the run
+    :raises RuntimeError: somebody trains into it; names the process
+    """
+    with (run_dir / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RuntimeError(
+                f"{file.read() or 'Another process'} is training into {run_dir}. Wait until it has ended, or stop it."
+            ) from None
+        except (ImportError, OSError):
+            pass
+        file.truncate(0)
+        file.write(f"Process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
 def write_run_files(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping[str, Any]) -> None:
     """
     Write what it takes to repeat a run: ``args.yml``, ``config.yml``, ``command.txt`` and ``versions.json``. Says so
@@ -66,6 +96,21 @@ def write_run_files(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping
     if changed:
         print(f"Before and from now on: {', '.join(changed)}", flush=True)
     write_versions(run_dir, versions())
+
+
+@contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """
+    For what a run can do without: if it cannot be written, on a full disk for instance, a warning says so and the run
+    goes on.
+
+    :param path: the file, or the folder it is in
+    """
+    try:
+        yield
+    except Exception as error:  # numpy and zipfile raise others than OSError when a write fails
+        warnings.warn(f"{path} could not be written ({type(error).__name__}: {error}). The run goes on.", stacklevel=3)
+        error.__traceback__ = None  # TensorBoard raises the same one at every row, and it would grow
 
 
 def _plain(value: Any) -> Any:
@@ -94,47 +139,55 @@ class RunCheckpoint(BaseCallback):
         self.run_dir = run_dir
         self.interval = interval
         self.keep_last = keep_last
-        self._last_save = self._last_states = time.monotonic()
+        self._last_save = time.monotonic()
         self._saved_at = -1
-        self._rolls_out = False
+        self._begun: dict[str, Any] | None = None
 
     def save(self, states: bool = True) -> None:
         """
         Save the model now.
 
-        :param states: the states that OPD replays as well
+        :param states: and before it, for a model that is there to have its states, those that OPD replays
         """
+        if self._begun is not None:
+            # The last checkpoint of a run that is stopped counts no decisions that are lost with it
+            self.model.undo_rollout(self._begun)  # type: ignore[attr-defined]
         if self.model.num_timesteps == self._saved_at:
             return
+        if states:
+            self.save_states()
         folder = self.run_dir / "checkpoints"
         # Atomic: the algorithms of this library replace a file only once the new one is complete.
         self.model.save(folder / f"model_{self.model.num_timesteps}_steps.zip")
         for old in run_checkpoints(self.run_dir)[: -self.keep_last]:
             old.unlink(missing_ok=True)
-        if states and getattr(self.model, "replay_buffer", None) is not None:
-            self.model.save_replay_buffer(folder / STATES_FILE)  # type: ignore[attr-defined]
-            self._last_states = time.monotonic()
         self._last_save = time.monotonic()
         self._saved_at = self.model.num_timesteps
 
+    def save_states(self) -> None:
+        """Save the states that OPD replays, if there are any. A run can do without: see :func:`optional`."""
+        if getattr(self.model, "replay_buffer", None) is None:
+            return
+        path = self.run_dir / "checkpoints" / STATES_FOLDER
+        with optional(path):
+            self.model.save_replay_buffer(path)  # type: ignore[attr-defined]
+
     def _save_if_due(self) -> None:
-        now = time.monotonic()
-        if now - self._last_save >= self.interval:
-            self.save(states=now - self._last_states >= STATES_INTERVAL)
+        if time.monotonic() - self._last_save >= self.interval:
+            self.save()
 
     def _on_rollout_start(self) -> None:
-        # Between two iterations: a checkpoint within one would count decisions that are lost with it.
-        self._rolls_out = True
+        self._begun = self.model.iteration_begun()  # type: ignore[attr-defined]
         self._save_if_due()
 
     def _on_step(self) -> bool:
-        if not self._rolls_out:
+        if self._begun is None:
             self._save_if_due()
         return True
 
     def _on_training_end(self) -> None:
         self._saved_at = -1  # the last iteration was trained after the last checkpoint of this number of timesteps
-        self.save()
+        self.save(states=False)  # they follow when all else is written
 
 
 def make_logger(run_dir: Path, verbose: int = 0) -> Logger:
@@ -149,16 +202,27 @@ def make_logger(run_dir: Path, verbose: int = 0) -> Logger:
     if table.exists():
         number = 1 + len(list(run_dir.glob("progress.*.csv")))
         os.replace(table, run_dir / f"progress.{number}.csv")
-    formats: list[KVWriter] = [CSVOutputFormat(str(table))]
+    formats: list[KVWriter] = [_optional_writer(CSVOutputFormat(str(table)), table)]
     try:
         from stable_baselines3.common.logger import TensorBoardOutputFormat
 
-        formats.append(TensorBoardOutputFormat(str(run_dir)))
+        formats.append(_optional_writer(TensorBoardOutputFormat(str(run_dir)), run_dir))
     except (ImportError, AssertionError):
         pass  # tensorboard is optional
     if verbose:
         formats.append(HumanOutputFormat(sys.stdout))
     return Logger(folder=str(run_dir), output_formats=formats)
+
+
+def _optional_writer(writer: KVWriter, path: Path) -> KVWriter:
+    write = writer.write
+
+    def write_if_possible(*args: Any, **kwargs: Any) -> None:
+        with optional(path):
+            write(*args, **kwargs)
+
+    writer.write = write_if_possible  # type: ignore[method-assign]
+    return writer
 
 
 def read_progress(run_dir: Path) -> list[dict[str, float]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
+import sys
 import time
-import zipfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from opd_gym import ranks
 from opd_gym.algorithms import algorithm_class
 from opd_gym.checkpoints import (
     lasting_name,
@@ -24,18 +28,22 @@ from opd_gym.checkpoints import (
     student_for,
     teacher_for,
 )
+from opd_gym.checks import check_at_least_one
 from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
-    STATES_FILE,
+    STATES_FOLDER,
     RunCheckpoint,
+    locked,
     make_logger,
     new_run_dir,
+    optional,
     plot_learning_curve,
     write_run_files,
 )
 from opd_gym.demonstrations import read_statistics
 from opd_gym.envs.make import build_env, env_spec
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
+from opd_gym.envs.workers.process import give_up
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import versions, write_versions
@@ -99,7 +107,10 @@ def default_threshold(env_id: str) -> float | None:
 
 
 class _Stop(BaseCallback):
-    """Ends the training at the next step after a signal: between two updates, so that the last checkpoint is whole."""
+    """
+    Ends the training at the next step after a signal: between two updates, so that the last checkpoint is whole. A
+    worker that does not answer is not waited for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,15 +125,28 @@ class _Stop(BaseCallback):
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
+            give_up.set()
+            for fd in (1, 2):
+                # A terminal that is gone: to write there would raise, in the middle of the training
+                with suppress(OSError):
+                    if stat.S_ISCHR(os.fstat(fd).st_mode) and not os.isatty(fd):
+                        null = os.open(os.devnull, os.O_WRONLY)
+                        os.dup2(null, fd)
+                        os.close(null)
 
+        signums = [signal.SIGINT, signal.SIGTERM]
+        # Not below nohup, and Windows has no such signal
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signums.append(signal.SIGHUP)
         try:
-            old = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+            old = {signum: signal.signal(signum, ask) for signum in signums}
         except ValueError:  # only the main thread may set handlers
             yield
             return
         try:
             yield
         finally:
+            give_up.clear()
             for signum, handler in old.items():
                 signal.signal(signum, handler)
 
@@ -137,14 +161,17 @@ def _load_to_resume(
     model = cls.load(path, env=env, device=args.device, trust=args.trust, **load_kwargs)
     # Loading seeds the generators as at the start; the noise of the first iterations should not come again.
     model.set_random_seed((args.seed or 0) + model.num_timesteps)
-    states = path.parent / STATES_FILE
+    states = path.parent / STATES_FOLDER
+    # Of version 0.1
+    states = states if states.exists() else states.with_suffix(".npz")
     if getattr(model, "replay_buffer", None) is not None:
-        if states.is_file():
+        if states.exists():
             try:
                 model.load_replay_buffer(states)  # type: ignore[attr-defined]
-            except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-                print(f"{states} is damaged ({error}): its states are not replayed", flush=True)
-        print(f"{model.replay_buffer.size} states to replay from {states}", flush=True)  # type: ignore[attr-defined]
+            except (OSError, ValueError) as error:
+                print(f"{error} Its states are not replayed.", flush=True)
+        if ranks.is_main():
+            print(f"{model.replay_buffer.size} states to replay from {states}", flush=True)  # type: ignore[attr-defined]
     return model
 
 
@@ -172,7 +199,9 @@ def read_args(run_dir: Path) -> TrainArgs:
     """
     path = run_dir / "args.yml"
     if not path.is_file():
-        raise FileNotFoundError(f"{run_dir} is not the directory of a run: {path.name} is missing.")
+        raise FileNotFoundError(
+            f"{run_dir} is not the directory of a run, or the run was killed before it began: {path.name} is missing."
+        )
     values = _mapping(path)
     # Whether to trust a run is not for the run to say
     known = {item.name for item in fields(TrainArgs)} - {"trust"}
@@ -263,11 +292,19 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     :param args: what to run
     :param resume: directory of a run to go on with; ``args`` are then those of :func:`read_args`
     :return: the outcome
+    :raises RuntimeError: another process trains into that directory
     """
+    with ExitStack() as held:
+        if resume is not None and ranks.is_main():
+            held.enter_context(locked(resume))
+        return _train(args, resume, held)
+
+
+def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult:
     from opd_gym.policies.body import checkpoint_settings
 
     cls = algorithm_class(args.algo)
-    if resume is None:
+    if resume is None or not (resume / "config.yml").exists():  # killed right after args.yml was written
         values = complete_hyperparams(args)
     else:
         values = _mapping(resume / "config.yml")
@@ -284,7 +321,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     )
     # Simulators that are never stepped are not started: SFT reads the spaces off one env
     slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, "n_workers": None}
-    env = build_env(args.env, {**run, **slots}, seed=args.seed, settings=settings)
+    env = build_env(args.env, {**run, **slots}, seed=ranks.rank_seed(args.seed), settings=settings)
     try:
         if saved is not None:
             model = _load_to_resume(cls, saved, env, args, kwargs)
@@ -293,22 +330,37 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
                 model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
             except TypeError as error:  # a wrong name or type in policy_kwargs, teacher_kwargs, ...
                 raise ValueError(f"The hyperparameters do not fit {args.algo} with {policy}: {error}") from error
-        run_dir = resume or new_run_dir(args.folder, args.algo, args.env)
-        write_run_files(run_dir, asdict(args), values)
-        print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
-        finished = _learn(model, run_dir, run.get("n_timesteps"), args)
-        plot_learning_curve(run_dir, title=f"{args.algo} on {args.env}")
+        run_dir = resume
+        if run_dir is None and ranks.is_main():
+            run_dir = new_run_dir(args.folder, args.algo, args.env)
+            held.enter_context(locked(run_dir))
+        ranks.join()
+        run_dir = ranks.gather(run_dir)[0]
+        assert run_dir is not None
+        if ranks.is_main():
+            write_run_files(run_dir, asdict(args), values)
+            print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
+        checkpoint = RunCheckpoint(run_dir, args.checkpoint_interval)
+        learned, finished = _learn(model, checkpoint, run.get("n_timesteps"), args)
+        if not ranks.is_main():
+            return TrainResult(run_dir, model, finished)
+        if finished:
+            model.save(run_dir / "model.zip")
+            # Once more: now it is known what draws the pictures
+            used = versions(env)
+            write_versions(run_dir, used)
+            save_checkpoint = getattr(model.policy, "save_checkpoint", None)
+            if save_checkpoint is not None:
+                save_checkpoint(run_dir / "policy")
+                write_versions(run_dir / "policy", used)
+        # Last, because a run can do without
+        if learned:
+            checkpoint.save_states()
+        with optional(run_dir / "curve.png"):
+            plot_learning_curve(run_dir, title=f"{args.algo} on {args.env}")
         if not finished:
             print(f"Stopped. Go on with: opd-gym train --resume {run_dir}", flush=True)
             return TrainResult(run_dir, model, False)
-        # Once more: now it is known what draws the pictures
-        used = versions(env)
-        write_versions(run_dir, used)
-        model.save(run_dir / "model.zip")
-        save_checkpoint = getattr(model.policy, "save_checkpoint", None)
-        if save_checkpoint is not None:
-            save_checkpoint(run_dir / "policy")
-            write_versions(run_dir / "policy", used)
         result = None
         if args.eval_episodes > 0:
             if slots:
@@ -328,32 +380,73 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
         env.close()
 
 
-def _learn(model: BaseAlgorithm, run_dir: Path, n_timesteps: int | None, args: TrainArgs) -> bool:
+def _learn(
+    model: BaseAlgorithm, checkpoint: RunCheckpoint, n_timesteps: int | None, args: TrainArgs
+) -> tuple[bool, bool]:
+    """Whether anything was learned, and whether the run has all its timesteps."""
     stop = _Stop()
-    checkpoint = RunCheckpoint(run_dir, args.checkpoint_interval)
     total = n_timesteps if n_timesteps is not None else getattr(model, "default_total_timesteps", None)
     if total is not None and model.num_timesteps > 0:
         total -= model.num_timesteps
         if total <= 0:
             print(f"The run has its {n_timesteps} timesteps already. Ask for more with --n-timesteps.")
-            return True
-    model.set_logger(make_logger(run_dir, args.verbose))
+            return False, True
+    if ranks.is_main():
+        model.set_logger(make_logger(checkpoint.run_dir, args.verbose))
+    checkpoint.model = model  # a signal may come before learn() says so
     began = time.monotonic()
     with stop.on_signals():
         try:
             model.learn(
                 total,  # type: ignore[arg-type]
                 callback=[stop, checkpoint],
-                reset_num_timesteps=model.num_timesteps == 0,
+                # One that was stopped in its first iteration goes on as well
+                reset_num_timesteps=model.num_timesteps == 0 and getattr(model, "_interrupted", None) is None,
                 progress_bar=args.progress,
             )
-        except (EOFError, ConnectionError):
-            # Ctrl-C reaches the worker processes as well, and they are gone before the callback is asked.
+        except (EOFError, ConnectionError, InterruptedError):
+            # A signal may reach worker processes as well, and they are gone, or hang, before the callback is asked.
             if not stop.asked:
                 raise
             checkpoint.save()
-    print(f"{model.num_timesteps} timesteps, {time.monotonic() - began:.0f} s", flush=True)
-    return not stop.asked
+    if ranks.is_main():
+        print(f"{model.num_timesteps} timesteps, {time.monotonic() - began:.0f} s", flush=True)
+    # A signal reaches all ranks or one; the first one's callback heeds it
+    return True, not ranks.gather(stop.asked)[0]
+
+
+def launch(words: Sequence[str], nproc: int) -> int | None:
+    """
+    Start the learners of a training, each with the same command.
+
+    :param words: the command line
+    :param nproc: how many
+    :return: exit status; None in a learner
+    """
+    check_at_least_one(nproc=nproc)
+    if ranks.world_size() > 1:
+        return None
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # What `torchrun --standalone` does, whose own options our words might be taken for
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0,
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-m", "opd_gym.cli", *words)
+    except SignalException:
+        return 130
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(
+            f"opd-gym: learner {rank} ended with exit status {failure.exitcode}, and the others with it.",
+            file=sys.stderr,
+        )
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
 
 
 def run(args: Train) -> int:

@@ -12,6 +12,20 @@ from opd_gym.checks import check_range
 from opd_gym.files import replacing
 
 
+def check_film(path: str | os.PathLike[str]) -> None:
+    """
+    :param path: film to write
+    :raises ValueError: neither an MP4 nor a GIF, by the suffix
+    :raises ImportError: imageio is not installed
+    """
+    if Path(path).suffix not in (".mp4", ".gif"):
+        raise ValueError(f"A film is an .mp4 or a .gif, got {Path(path).name!r}.")
+    try:
+        import imageio.v2  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Films need imageio. Run: pip install 'opd_gym[plots]'") from error
+
+
 def write_video(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: float = 5.0) -> Path:
     """
     Write an MP4 or a GIF, by the suffix; an interrupted write leaves no file of that name.
@@ -23,14 +37,11 @@ def write_video(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps:
     """
     check_range("(0, inf)", fps=fps)
     path = Path(path)
-    if path.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"A film is an .mp4 or a .gif, got {path.name!r}.")
+    check_film(path)
     if not frames:
         raise ValueError("There is no picture to make a film of: no episode was recorded.")
-    try:
-        import imageio.v2 as imageio
-    except ImportError as error:
-        raise ImportError("Films need imageio. Run: pip install 'opd_gym[plots]'") from error
+    import imageio.v2 as imageio
+
     with replacing(path) as temporary:
         if path.suffix == ".gif":
             imageio.mimsave(temporary, list(frames), duration=1000.0 / fps, loop=0)

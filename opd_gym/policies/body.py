@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from opd_gym.checkpoints import CONFIG_FILE, PENDING, resolve_checkpoint, whole_checkpoint
 from opd_gym.checks import check_at_least
-from opd_gym.files import replacing, sync
+from opd_gym.files import replacing, sync, temporary_beside
 from opd_gym.policies.adapters import (
     cast_parameters,
 )
@@ -629,7 +628,7 @@ def finish_save(directory: Path) -> None:
                 shutil.copyfile(path, temporary)
     remove_stale_weights(directory, [path.name for path in written])
     sync(directory)
-    done = directory / f".tmp-{uuid.uuid4().hex}"
+    done = temporary_beside(pending)
     os.replace(pending, done)
     shutil.rmtree(done, ignore_errors=True)
 

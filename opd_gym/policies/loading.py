@@ -82,7 +82,9 @@ def load_policy(
     try:
         policy = policy_class(data["observation_space"], data["action_space"], **kwargs)
         policy.load_state_dict(state)
-    except (TypeError, KeyError, RuntimeError) as error:
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # damaged attributes raise anything
         raise ValueError(f"{path}: its attributes and weights make no {policy_class.__name__}: {error}") from error
     return policy
 

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from opd_gym import ranks
 from opd_gym.checkpoints import PENDING, lasting_name, resolve_checkpoint
-from opd_gym.files import sync
+from opd_gym.files import sync, temporary_beside
 from opd_gym.policies.adapters import (
     DTYPES,
     TrainedState,
@@ -325,8 +325,7 @@ class VLAPolicy(ActorCriticPolicy):
         directory.mkdir(parents=True, exist_ok=True)
         finish_save(directory)  # one that was killed
         check_own_checkpoint(directory)
-        # Beside the target, because os.replace must not cross file systems.
-        temporary = directory / f".tmp-{os.getpid()}"
+        temporary = temporary_beside(directory / PENDING)
         try:
             with _no_progress_bars(), merged(self.body) as body:
                 body = body if dtype is None else copy.deepcopy(body).to(dtype=dtype)  # type: ignore[call-arg,arg-type]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -223,6 +224,61 @@ def require_libero() -> None:
 
 
 @functools.cache
+def mend_compiled_code() -> None:
+    """
+    Have numba compile again what is damaged in its cache, after a power cut for instance; by itself it raises whatever
+    pickle raises. What it writes from now on has a checksum, because it would run damaged machine code. A warning says
+    so once.
+    """
+    from numba.core.caching import Cache, IndexDataCacheFile
+
+    mark = b"opd_gym sha256"
+    dump, load_index, load_data = (
+        IndexDataCacheFile._dump,
+        IndexDataCacheFile._load_index,
+        IndexDataCacheFile._load_data,
+    )
+    load_overload = Cache.load_overload
+    warned: list[str] = []
+
+    def warn(path: str, error: Exception) -> None:
+        if not warned:
+            warned.append(path)
+            logging.getLogger(__name__).warning(
+                "Compiled code in %s is damaged (%s) and is compiled again: it takes a while.", path, error
+            )
+
+    def dump_with_checksum(self: Any, obj: Any) -> bytes:
+        data = dump(self, obj)
+        return data + mark + hashlib.sha256(data).digest()  # pickle does not look behind its end
+
+    def load_index_if_whole(self: Any) -> dict[Any, str]:
+        try:
+            return load_index(self)
+        except Exception as error:  # damaged data raise anything
+            warn(self._index_path, error)
+            return {}
+
+    def load_checked_data(self: Any, name: str) -> Any:
+        data, found, checksum = Path(self._data_path(name)).read_bytes().rpartition(mark)
+        if found and hashlib.sha256(data).digest() != checksum:
+            raise ValueError(f"{name} has changed")
+        return load_data(self, name)
+
+    def load_overload_if_whole(self: Any, *args: Any) -> Any:
+        try:
+            return load_overload(self, *args)
+        except Exception as error:
+            warn(self.cache_path, error)
+            return None
+
+    IndexDataCacheFile._dump = dump_with_checksum  # type: ignore[method-assign]
+    IndexDataCacheFile._load_index = load_index_if_whole  # type: ignore[method-assign]
+    IndexDataCacheFile._load_data = load_checked_data  # type: ignore[method-assign]
+    Cache.load_overload = load_overload_if_whole  # type: ignore[method-assign]
+
+
+@functools.cache
 def import_libero() -> Any:
     """
     Import LIBERO and robosuite without their side effects.
@@ -243,6 +299,7 @@ def import_libero() -> Any:
         raise gl_error(error) from error
     try:
         with _quiet_import():
+            mend_compiled_code()
             importlib.import_module("robosuite")
             importlib.import_module("libero.libero.envs")
             return importlib.import_module("libero.libero")

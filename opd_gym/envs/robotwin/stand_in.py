@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 from opd_gym.envs.robotwin.runtime import STAND_IN_MARKER, STAND_IN_VERSION
 from opd_gym.envs.robotwin.stand_in_objects import write_objects
+from opd_gym.files import temporary_beside
 
 _DARK, _LIGHT, _BLACK = (0.25, 0.25, 0.28), (0.75, 0.75, 0.78), (0.1, 0.1, 0.1)
 # By link: size and centre of its box in m, colour, whether it collides, mass in kg
@@ -133,7 +134,7 @@ def write_stand_in(root: Path) -> Path:
     root = Path(root).expanduser()
     if root.exists() and any(root.iterdir()) and not (root / STAND_IN_MARKER).is_file():
         raise ValueError(f"{root} holds something that is not a stand-in. Choose an empty folder.")
-    temporary = root.with_name(f".{root.name}.tmp-{os.getpid()}")
+    temporary = temporary_beside(root)
     try:
         robot = temporary / "assets" / "embodiments" / "piper"
         robot.mkdir(parents=True)

@@ -11,12 +11,13 @@ from opd_gym.envs.robotwin.simulator import Settings, Simulator
 from opd_gym.envs.workers.process import Learner
 
 
-def main(last_words: int, connection: int) -> None:
+def main(last_words: int, connection: int, parent: int) -> None:
     """
     :param last_words: see :class:`~opd_gym.envs.workers.process.Learner`
     :param connection: see there
+    :param parent: see there
     """
-    learner = Learner(last_words, connection)
+    learner = Learner(last_words, connection, parent)
     simulator: Simulator | None = None
     while (message := learner.get()) is not None:
         header, arrays = loads(message)

@@ -35,14 +35,15 @@ CALLER_ERRORS = (
 )
 
 
-def main(memory: int, last_words: int, connection: int) -> None:
+def main(memory: int, last_words: int, connection: int, parent: int) -> None:
     """
     :param memory: Descriptor of the file for the memory that the workers share with the learner
     :param last_words: See :class:`~opd_gym.envs.workers.process.Learner`
     :param connection: See there
+    :param parent: See there
     """
     os.set_inheritable(memory, False)
-    learner = Learner(last_words, connection)
+    learner = Learner(last_words, connection, parent)
     host = _Host(memory)
     try:
         host.serve(learner)

@@ -7,6 +7,7 @@ comes before it. Nothing heavy is imported here, because every worker imports th
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import math
 import os
@@ -16,6 +17,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -31,6 +33,10 @@ CLOSE_SECONDS = 5.0
 # How often the learner looks whether a silent worker is still there
 _LOOK_SECONDS = 1.0
 _LENGTH = struct.Struct("<Q")
+_PR_SET_PDEATHSIG = 1
+
+#: Set it to have :meth:`Process.get` give up, by an ``InterruptedError``, what does not come within a second
+give_up = threading.Event()
 _MOST_AT_ONCE = 1 << 20
 
 
@@ -109,8 +115,8 @@ class Process:
     """
     A worker process, as the learner sees it. It is killed when this object is collected, and when the learner ends.
 
-    :param command: Program and arguments. Two more are appended, for :class:`Learner`: the descriptors of a file for
-        last words and of the socket
+    :param command: Program and arguments. Three more are appended, for :class:`Learner`: the descriptors of a file for
+        last words and of the socket, and the number of this process
     :param files: Descriptors that the process inherits under the same numbers
     :param captures_output: Whether what it prints counts as its last words, instead of being shown
     """
@@ -123,10 +129,12 @@ class Process:
             self._socket.setblocking(True)
             remote.setblocking(True)
             ends = (self._last_words.fileno(), remote.fileno())
+            # The system would kill the worker when the thread ends that starts it, and not only with the process
+            parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
             output = self._last_words if captures_output else None
             try:
                 self._popen = subprocess.Popen(
-                    [*command, *map(str, ends)],
+                    [*command, *map(str, (*ends, parent))],
                     pass_fds=[*files, *ends],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -167,6 +175,7 @@ class Process:
         :param timeout: Seconds to wait; None: it may take for ever
         :return: The message
         :raises TimeoutError: There was none for so long
+        :raises InterruptedError: There was none, and :data:`give_up` is set
         :raises EOFError: The process has ended, and has said nothing more before that
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
@@ -177,6 +186,8 @@ class Process:
             elif not self.running and not self._poll.poll(0):
                 # It has ended, and a process that it forked still holds its end of the socket
                 raise EOFError
+            elif give_up.is_set():
+                raise InterruptedError("What was waited for was given up.")
             elif time.monotonic() >= deadline:
                 raise TimeoutError
         return message
@@ -255,11 +266,19 @@ class Learner:
 
     :param last_words: Descriptor of the file for last words
     :param connection: Descriptor of the socket
+    :param parent: Number of the learner's process, if it is to take this one with it at once; 0: only when this one's
+        interpreter gets to it
     """
 
-    def __init__(self, last_words: int, connection: int):
-        # Ctrl-C reaches the whole process group; the learner decides what comes of it
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def __init__(self, last_words: int, connection: int, parent: int = 0):
+        if parent and sys.platform == "linux":
+            # Also where native code keeps the interpreter's lock, so that the thread below does not run
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it ended before that
+                os._exit(1)
+        # Ctrl-C and the end of a terminal reach the whole process group; the learner decides what comes of it
+        for signum in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_IGN)
         for fd in (last_words, connection):
             os.set_inheritable(fd, False)
         # A crash in native code leaves the Python stack here

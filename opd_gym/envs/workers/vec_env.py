@@ -37,11 +37,11 @@ MAX_DEATHS = 3
 # also while this is imported
 _PROGRAM = """
 import sys
-sys.path[:] = sys.argv[1:-3]
+sys.path[:] = sys.argv[1:-4]
 import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 from opd_gym.envs.workers.host import main
-main(*map(int, sys.argv[-3:]))
+main(*map(int, sys.argv[-4:]))
 """
 
 
@@ -134,9 +134,9 @@ class WorkerVecEnv(VecEnv):
     A worker that dies (a signal, a crash in native code, a simulator that raises, no answer for ``timeout`` seconds) is
     started again. The episodes that it played are lost: their envs report ``done=True``, reward 0 and ``info`` with
     ``"episode_lost": True``, ``"TimeLimit.truncated": True``, the last observation as ``"terminal_observation"``, the
-    ``"episode_tag"`` and a text under ``"worker_death"``, and go on with the episode that was announced next
-    (:meth:`announce`). Attributes that were set with ``set_attr`` are set again; other state that methods of an env
-    left in it is gone.
+    ``"episode_tag"``, a text under ``"worker_death"`` and under ``"at_fault"`` whether the env was at work, and go on
+    with the episode that was announced next (:meth:`announce`). Attributes that were set with ``set_attr`` are set
+    again; other state that methods of an env left in it is gone.
 
     Two things are an error, which says what was lost: ``MAX_DEATHS`` deaths of a worker in a row without a completed
     step, and ``MAX_DEATHS`` episodes in a row that an env lost by its own fault, without one of it that ended. A death
@@ -371,12 +371,33 @@ class WorkerVecEnv(VecEnv):
         if self._built:
             self._send_memory(worker)
         for index in worker.envs:
-            self._resume(index, [request for request in unanswered if request.index == index], str(death))
+            self._resume(index, [request for request in unanswered if request.index == index], death)
         # Last, because a filter may turn it into an exception
         # With a number, because Python shows a warning of the same words only once
         outcome = f"Its episodes are lost; it was started again (death {len(self.deaths)} of these workers)."
         message = f"WorkerVecEnv: {death}. {outcome}\n{details}".strip()
         warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def restart_failed(self) -> None:
+        """
+        Start workers anew that died again and again, and count all deaths in a row from zero: for whoever has left out
+        what they died of. All envs have to be reset after that.
+        """
+        for worker in self._workers:
+            worker.deaths = 0
+            for index in worker.envs:
+                self._lost_in_a_row[index].clear()
+            if self.closed or not worker.failure:
+                continue
+            worker.failure = ""
+            worker.pending.clear()
+            self._start(worker, _Request(worker.envs[0], "build"))
+            self._send_memory(worker)
+            for index in worker.envs:
+                self._steps[index] = self._lost[index] = self._announced[index] = self._playing[index] = None
+                self._was_reset[index] = False
+                for name, value in self._attributes[index].items():
+                    self._submit(_Request(index, "set_attr", (name, value)))
 
     def _episode_text(self, worker: _Worker, index: int) -> str:
         """How the episode was announced that an env was in when its worker died."""
@@ -387,7 +408,7 @@ class WorkerVecEnv(VecEnv):
         options, tag = reprlib.repr(episode.options), reprlib.repr(episode.tag)
         return f"seed={episode.seed}, options={options}, tag={tag}"
 
-    def _resume(self, index: int, requests: list[_Request], death: str) -> None:
+    def _resume(self, index: int, requests: list[_Request], death: WorkerDeath) -> None:
         """Bring an env of a new worker to where the learner can go on with it."""
         for name, value in self._attributes[index].items():
             self._submit(_Request(index, "set_attr", (name, value)))
@@ -403,7 +424,8 @@ class WorkerVecEnv(VecEnv):
                 begun = self._lost[index] = _Request(index, "step")
             if begun.command == "step":
                 begun.command, begun.payload = "reset", (None, {})
-                begun.lost = {"episode_lost": True, "TimeLimit.truncated": True, "worker_death": death}
+                begun.lost = {"episode_lost": True, "TimeLimit.truncated": True, "worker_death": str(death)}
+                begun.lost["at_fault"] = death.env == index
                 if playing is not None:
                     begun.lost["episode_tag"] = playing.tag
             if begun not in requests and (begun.sent or latest is not None):
