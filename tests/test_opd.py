@@ -282,6 +282,22 @@ def test_the_teacher_labels_every_other_decision(privileged, tmp_path):
     assert "timeteacher_seconds" in log().dtype.names
 
 
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_rewards_that_are_no_numbers_are_named(reward):
+    class Unpaid(Match):
+        def step(self, action):
+            obs, _, *rest = super().step(action)
+            return obs, reward, *rest
+
+    with pytest.warns(
+        UserWarning, match=r"OPD: the rewards of envs \[0, 1\] are NaN or infinite. They are not learned"
+    ):
+        OPD("MlpPolicy", vec(env=Unpaid), teacher="expert", **FAST).learn(64)
+    for cls, kwargs in ((PPO, dict(n_steps=8)), (GRPO, dict(group_size=2, n_groups=2))):
+        with pytest.raises(FloatingPointError, match=f"{cls.__name__}: the rewards of envs .0, 1. are NaN or infinite"):
+            cls("MlpPolicy", vec(env=Unpaid), device="cpu", **kwargs).learn(16)
+
+
 def test_a_rollout_that_was_lost_teaches_nothing():
     class Lost(Match):
         def step(self, action):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -84,6 +85,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
     """
 
     rollout_buffer: TeacherRolloutBuffer
+    learns_from_rewards: ClassVar[bool] = True
     _changed_by_rollouts: ClassVar[tuple[str, ...]] = (
         *("num_timesteps", "num_env_steps", "_n_finished", "_n_lost", "_n_iterations", "_timesteps_before"),
         *("_n_announced", "_group_seed", "_episode_rng", "ep_info_buffer", "ep_success_buffer"),
@@ -390,6 +392,8 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             new_obs = join_obs([result[0] for result in results])
             rewards, dones = (np.concatenate([result[i] for result in results]) for i in (1, 2))
             infos = [info for result in results for info in result[3]]
+            if not np.isfinite(rewards).all():
+                self._rewards_not_finite(np.flatnonzero(~np.isfinite(rewards)))
             actions, standing_still, group_ids, episode_ids = (
                 np.concatenate([getattr(decisions, name) for decisions in row])
                 for name in ("actions", "standing_still", "group_ids", "episode_ids")
@@ -439,6 +443,12 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             self._last_episode_starts = dones
             self._episodes_ended(row[last_part], *results[last_part][2:])
         return True
+
+    def _rewards_not_finite(self, envs: np.ndarray) -> None:
+        text = f"{type(self).__name__}: the rewards of envs {envs.tolist()} are NaN or infinite."
+        if self.learns_from_rewards:
+            raise FloatingPointError(f"{text} Nothing can be learned from them: look into the env's step().")
+        warnings.warn(f"{text} They are not learned from, only logged.", stacklevel=2)
 
     def _decide(self, pipeline: Pipeline, part: int, obs: Any) -> _Decisions:
         """

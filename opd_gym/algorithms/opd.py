@@ -126,6 +126,8 @@ class OPD(RolloutAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
+    learns_from_rewards = False
+
     @zoo_hyperparams
     def __init__(
         self,
