@@ -99,8 +99,10 @@ def test_libero_does_not_run_code_that_others_can_have_put_into_the_cache(tmp_pa
     assert done.returncode == 1 and "numba can be written by other users" in done.stderr
 
 
-def test_damaged_compiled_code_is_compiled_again(tmp_path, caplog):
-    pytest.importorskip("numba")
+def test_damaged_compiled_code_is_compiled_again(tmp_path, caplog, monkeypatch):
+    numba = pytest.importorskip("numba")
+    # Another test may have set the folder
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
     from opd_gym.envs.libero.runtime import mend_compiled_code
 
     mend_compiled_code()

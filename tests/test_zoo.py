@@ -880,7 +880,8 @@ def test_a_signal_ends_a_run_although_a_worker_hangs(tmp_path: Path, signum: int
     finally:
         process.kill()
     run = tmp_path / "runs" / "ppo" / "Hanging-v0_1"
-    assert [path.name for path in run_checkpoints(run)] == ["model_80_steps.zip"]
+    # Two iterations; nothing is learned from the rollout that was broken off, and nothing of it counted
+    assert [path.name for path in run_checkpoints(run)] == ["model_64_steps.zip"]
     assert (run / "curve.png").exists()  # what comes after the training did not raise
 
 
