@@ -127,3 +127,19 @@ def test_learning_anew_begins_anew(tmp_path):
     model = OPD.load(tmp_path / "model", env=vec(2), device="cpu").learn(14)
     assert model.num_timesteps == 14 and model.rollout_buffer.episode_starts[0] == 1.0
     assert isinstance(model.env.envs[0], gym.Env) and model._interrupted is None
+
+
+def test_an_episode_that_never_ends_takes_no_more_memory(monkeypatch):
+    monkeypatch.setattr("opd_gym.envs.wrappers.MAX_REPLAYED", 5)
+    env = EpisodeControl(Match(horizon=100))
+    env.set_next_reset(seed=1, tag=(0, 0))
+    env.reset()
+    for n in (5, 1, 20):
+        for _ in range(n):
+            env.step(0)
+        tag, actions, checksum = env.episode_so_far()
+        assert len(actions) == (5 if n == 5 else 6)
+        again = EpisodeControl(Match(horizon=100))
+        again.set_next_reset(seed=1, tag=(0, 0))
+        again.reset()
+        assert again.replay({tag: (actions, checksum)}) == (n == 5)

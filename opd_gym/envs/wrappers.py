@@ -279,6 +279,10 @@ class PrivilegedObservation(gym.ObservationWrapper):
         return self._full
 
 
+# An episode is played again if it is no longer than this: some never end, and their actions take memory
+MAX_REPLAYED = 20_000
+
+
 class EpisodeControl(_ExpertThrough):
     """
     Lets the learner decide which episode an env of a VecEnv plays next.
@@ -373,6 +377,8 @@ class EpisodeControl(_ExpertThrough):
         :return: whether that led to the same state
         """
         actions, checksum = episodes[self._tag]
+        if len(actions) > MAX_REPLAYED:
+            return False
         for action in actions:
             _, _, terminated, truncated, _ = self.step(action)
             if terminated or truncated:
@@ -383,7 +389,8 @@ class EpisodeControl(_ExpertThrough):
         """As the wrapped env's; a no-op while frozen."""
         if self._frozen:
             return self._obs, 0.0, False, False, {"frozen": True, "episode_tag": None}
-        self._actions.append(np.array(action))
+        if len(self._actions) <= MAX_REPLAYED:
+            self._actions.append(np.array(action))
         self._obs, reward, terminated, truncated, info = self.env.step(action)
         info["episode_tag"] = self._tag
         if self._draws_end and (terminated or truncated):
