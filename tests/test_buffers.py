@@ -153,6 +153,11 @@ def test_state_replay_in_parts(tmp_path):
     last = make()
     (error,) = last.load_from(tmp_path, 3200)
     assert "2000-2600.npz" in error and last.size == last.n_added == 1500 and names() == ["0-1500.npz"]
+    # Whoever neither wrote nor read them would leave his own out
+    stranger = make()
+    add(stranger, 6, 10)
+    with pytest.raises(ValueError, match="holds the states of another replay"):
+        stranger.save_to(tmp_path)
     again = make()
     assert again.load_from(tmp_path, 1500) == []
     np.testing.assert_array_equal(again.observations, last.observations)

@@ -345,12 +345,14 @@ def test_progress_of_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
             logger.record("time/total_timesteps", step)
             logger.record("rollout/success_rate", step / 100)
             logger.record("time/time_elapsed", step - steps[0] + 7)
+            logger.record("time/teacher_seconds", step - steps[0] + 2)
             logger.dump(step)
         logger.close()
     rows = read_progress(tmp_path)
     assert [row["time/total_timesteps"] for row in rows] == [10, 20, 30, 40]
     # 27 seconds until the interruption, of which the last 20 were done again
     assert [row["time/time_elapsed"] for row in rows] == [7, 34, 44, 54]
+    assert [row["time/teacher_seconds"] for row in rows] == [2, 24, 34, 44]
     assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["progress.1.csv", "progress.csv"]
     picture = plot_learning_curve(tmp_path, references={"teacher": 0.9})
     assert picture is not None and picture.read_bytes().startswith(b"\x89PNG")

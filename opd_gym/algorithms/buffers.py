@@ -351,6 +351,8 @@ class StateReplay:
         self.size = 0
         #: Number of all states that were ever added, forgotten ones included; state ``i`` lies in row ``i % capacity``
         self.n_added = 0
+        # The folder whose files are this replay
+        self._folder: pathlib.Path | None = None
         self._allocate(min(capacity, 1024))
 
     @staticmethod
@@ -488,8 +490,15 @@ class StateReplay:
         files are this replay, and writing them takes as long as there are new states.
 
         :param folder: Folder of one replay; created
+        :raises ValueError: It holds the states of another one
         """
         files = _parts(folder)
+        if files and folder.resolve() != self._folder:
+            raise ValueError(
+                f"{folder} holds the states of another replay. Load them first (load_replay_buffer), or name another "
+                "folder."
+            )
+        self._folder = folder.resolve()
         saved = files[-1][1] if files else 0
         if saved < self.n_added:
             self.save(folder / f"{max(saved, self.n_added - self.size)}-{self.n_added}.npz", saved)
@@ -507,6 +516,7 @@ class StateReplay:
         :return: What could not be read, and why; those states are gone
         """
         errors = []
+        self._folder = folder.resolve()
         parts = _parts(folder)
         begin = min((first for first, _, _ in parts), default=0)
         # States are forgotten only where there is no room, so if none is missing there are as many as fit

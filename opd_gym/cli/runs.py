@@ -242,12 +242,14 @@ def read_progress(run_dir: Path) -> list[dict[str, float]]:
         new = [row for row in new if "time/total_timesteps" in row]
         if new:
             start = new[0]["time/total_timesteps"]
-            # The clock of each part begins at 0; what was done twice took its time as well
-            before = rows[-1].get("time/time_elapsed", 0.0) if rows else 0.0
+            # The clocks of each part begin at 0; what was done twice took its time as well
+            clocks = ("time/time_elapsed", "time/teacher_seconds")
+            before = {clock: rows[-1].get(clock, 0.0) if rows else 0.0 for clock in clocks}
             rows = [row for row in rows if row["time/total_timesteps"] < start]
             for row in new:
-                if "time/time_elapsed" in row:
-                    row["time/time_elapsed"] += before
+                for clock in clocks:
+                    if clock in row:
+                        row[clock] += before[clock]
         rows.extend(new)
     return rows
 
