@@ -236,7 +236,7 @@ def _find(folder: Path) -> list[_Found]:
         if item.result is None and result.is_file():
             raise ValueError(f"{result} is damaged: expected what `opd-gym eval -o` or `train --eval-episodes` writes.")
         found.append(item)
-    files = [folder] if folder.suffix == ".json" else sorted(folder.rglob("*.json"))
+    files = [folder] if folder.suffix == ".json" else sorted(folder.rglob("[!.]*.json"))
     for path in files:
         if not any(path.is_relative_to(run) for run in runs) and (result_ := _evaluation(path)) is not None:
             name, _, seed = path.stem.partition("_seed")
@@ -470,7 +470,8 @@ def films(folders: Iterable[Path]) -> list[dict[str, str]]:
     :param folders: where to look
     :return: the name of each, its media type and its content as a ``data:`` address
     """
-    paths = sorted(path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.suffix in FILMS)
+    everything = (path for folder in folders if folder.is_dir() for path in folder.rglob("[!.]*"))
+    paths = sorted(path for path in everything if path.suffix in FILMS)
     return [
         {
             "name": path.stem.replace("_", " "),
@@ -501,7 +502,7 @@ def keep(folders: Iterable[Path], target: Path) -> None:
     :param target: folder to write, which keeps what else it has
     """
     for folder in folders:
-        for path in folder.rglob("*"):
+        for path in folder.rglob("[!.]*"):
             inside = path.relative_to(folder)
             wanted = path.name in KEPT or path.match("progress*.csv") or path.suffix in FILMS
             wanted = wanted or (path.suffix == ".json" and _evaluation(path) is not None)
