@@ -6,8 +6,8 @@ What a long run survives: OPD on LIBERO while something breaks every minute.
     python benchmarks/libero_soak.py --report         # table and picture only
 
 A training is started with ``opd-gym train``, and faults are injected at random moments from one seed (:data:`FAULTS`).
-What ends the learner is followed by ``opd-gym train --resume``. Memory, open files and processes are sampled all along. At
-the end the episodes that were lost are compared with those that were reported, and the policy is evaluated on held-out
+What ends the learner is followed by ``opd-gym train --resume``. Memory, open files and processes are sampled. At the
+end the episodes that were lost are compared with those that were reported, and the policy is evaluated on held-out
 states, as the undisturbed runs of ``libero_suites.mk`` are. The training begins with the zoo's student and teacher.
 
 Everything goes to ``--work``, the caches too, which are damaged as well. Linux; needs ``psutil``.
