@@ -57,13 +57,16 @@ def resumed(cls, folder, env, total):
     return model.learn(total - model.num_timesteps, reset_num_timesteps=False)
 
 
-@pytest.mark.parametrize(("case", "make_env"), [*((case, vec) for case in CASES), ("opd", workers), ("grpo", workers)])
-def test_same_as_without_the_interruption(case, make_env, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "make_env", "iteration"),
+    [*((case, vec, n) for case in CASES for n in (1, 3)), ("opd", workers, 3), ("grpo", workers, 3)],
+)
+def test_same_as_without_the_interruption(case, make_env, iteration, tmp_path):
     cls, kwargs = CASES[case]
     make = (lambda: vec(2, kind="box")) if case == "ppo_sde" else lambda: make_env(2)
     env, again = make(), make()
     try:
-        whole = cls("MlpPolicy", env, **COMMON, **kwargs).learn(70, callback=SavesOnce(tmp_path, 3))
+        whole = cls("MlpPolicy", env, **COMMON, **kwargs).learn(70, callback=SavesOnce(tmp_path, iteration))
         model = resumed(cls, tmp_path, again, 70)
     finally:
         env.close(), again.close()
