@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import pytest
+import stable_baselines3
 from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.common import PolicyAlgorithm
@@ -95,7 +96,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The zoo's hyperparameters, with iterations of a few decisions in this process."""
+    """Iterations of a few decisions, of the zoo's hyperparameters (in this process) and of teachers."""
     entry = PolicyAlgorithm._zoo_entry.__func__  # type: ignore[attr-defined]
 
     def shortened(cls: type[PolicyAlgorithm], env_id: str, policy: Any) -> dict[str, Any] | None:
@@ -106,6 +107,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         return {**found, **few, "n_envs": 1}
 
     monkeypatch.setattr(PolicyAlgorithm, "_zoo_entry", classmethod(shortened))
+    init = stable_baselines3.PPO.__init__
+
+    def short_rollouts(self: stable_baselines3.PPO, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **{"n_steps": 64, **kwargs})
+
+    monkeypatch.setattr(stable_baselines3.PPO, "__init__", short_rollouts)
 
 
 def with_stand_ins(code: str, folder: Path) -> str:
