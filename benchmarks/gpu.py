@@ -249,9 +249,8 @@ def tests(setup: Setup) -> None:
     report = setup.work / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, capture_output=True, text=True)
-    suite = ElementTree.parse(report).getroot()[0]
-    cases = {"failed": [], "skipped": [], "passed": []}  # type: dict[str, list[str]]
-    for case in suite.iter("testcase"):
+    cases: dict[str, list[str]] = {"failed": [], "skipped": [], "passed": []}
+    for case in ElementTree.parse(report).iter("testcase") if report.is_file() else ():
         kinds = {child.tag for child in case}
         kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
         cases[kind].append(case.attrib["name"])
