@@ -34,27 +34,41 @@ def openvla(request, tmp_path_factory):
     return write_openvla(tmp_path_factory.mktemp("hub") / "openvla", 0, PROFILES[request.param])
 
 
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory):
+    return write_openvla(tmp_path_factory.mktemp("hub") / "openvla", 0)
+
+
 def load(checkpoint, device, **kwargs):
     return load_policy(checkpoint, SPACE, told().action_space, trainable=False, **kwargs).to(device)
 
 
-def act(policy, n=5):
-    """Greedy tokens, log-probabilities while decoding, and those of a pass with the tokens given; on the CPU."""
-    obs = {key: value.to(policy.device) for key, value in observations(n).items()}
+def moved(obs, device):
+    return {key: value.to(device) for key, value in obs.items()}
+
+
+def act(policy):
+    """Greedy tokens, and their log-probabilities while decoding."""
     policy.set_training_mode(False)
     with th.no_grad():
-        tokens, distribution, _ = policy.decode(obs, deterministic=True)
-        scored = policy.token_log_probs(obs, tokens)
-    return tokens.cpu(), distribution.token_log_prob(tokens).cpu(), scored.cpu()
+        tokens, distribution, _ = policy.decode(moved(observations(5), policy.device), deterministic=True)
+    return tokens.cpu(), distribution.token_log_prob(tokens).cpu()
+
+
+def score(policy, tokens):
+    """Log-probabilities of given tokens."""
+    policy.set_training_mode(False)
+    with th.no_grad():
+        return policy.token_log_probs(moved(observations(5), policy.device), tokens.to(policy.device)).cpu()
 
 
 @on_any_device
 def test_decoding_in_float32_is_that_of_the_cpu(openvla, device):
-    tokens, decoded, scored = act(load(openvla, device))
-    expected_tokens, _, expected = act(load(openvla, "cpu"))
-    np.testing.assert_array_equal(tokens, expected_tokens)
-    np.testing.assert_allclose(scored, expected, atol=1e-3)
-    np.testing.assert_allclose(decoded, scored, atol=1e-3)
+    policy, reference = load(openvla, device), load(openvla, "cpu")
+    tokens, decoded = act(policy)
+    np.testing.assert_array_equal(tokens, act(reference)[0])
+    np.testing.assert_allclose(decoded, score(reference, tokens), atol=1e-3)
+    np.testing.assert_allclose(decoded, score(policy, tokens), atol=1e-3)
 
 
 @on_any_device
@@ -62,11 +76,11 @@ def test_a_policy_in_half_precision(openvla, device):
     policy = load(openvla, device, dtype="bfloat16")
     assert {p.dtype for p in policy.parameters()} == {th.bfloat16}
     assert {p.device.type for p in policy.parameters()} == {device}
-    tokens, decoded, scored = act(policy)
-    assert tokens.shape == (5, 3) and bool((scored < 0).all())
-    # Three decimal digits
-    np.testing.assert_allclose(decoded, scored, atol=0.2)
-    assert abs(decoded - act(load(openvla, "cpu"))[1]).mean() < 0.2
+    tokens, decoded = act(policy)
+    assert tokens.shape == (5, 3) and bool((decoded < 0).all())
+    # Two decimal digits
+    np.testing.assert_allclose(decoded, score(policy, tokens), atol=0.2)
+    np.testing.assert_allclose(decoded, score(load(openvla, "cpu"), tokens), atol=0.2)
 
 
 def robots(n_envs=2):
@@ -132,7 +146,7 @@ def test_adapters_in_half_precision_with_gradient_checkpointing(openvla, device)
     pytest.importorskip("peft", reason="peft is not installed: pip install 'opd_gym[vla]'")
     kwargs = dict(lora={"r": 4}, dtype="bfloat16", gradient_checkpointing=True)
     policy = VLAPolicy(SPACE, told().action_space, lambda _: 1e-2, checkpoint=openvla, **kwargs).to(device)
-    obs = {key: value.to(device) for key, value in observations(5).items()}
+    obs = moved(observations(5), device)
     tokens = th.full((5, 3), 4, device=device)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     policy.set_training_mode(True)
@@ -154,15 +168,25 @@ ALGORITHMS = {
 }
 
 
-def one_update(algo, device, checkpoint, dtype, recompute):
-    """The model after one update of a whole rollout, and the KL of its ratios: those of an unchanged policy."""
+def one_update(algo, device, checkpoint, dtype, recompute, wrong=0.0):
+    """
+    The model after one update of a whole rollout, and the KL of its ratios: those of an unchanged policy.
+
+    ``wrong`` is added to what the rollout has of log-probabilities, as rounding would do.
+    """
     cls, kwargs = ALGORITHMS[algo]
     # Plain gradient descent, as above
     own = {"checkpoint": checkpoint, "dtype": dtype, "optimizer_class": th.optim.SGD}
     policy_kwargs = {**own, **kwargs.get("policy_kwargs", {})}
     kwargs = {**kwargs, "policy_kwargs": policy_kwargs, "recompute_log_probs": recompute}
     model = cls("VLAPolicy", vec(3, env=told), seed=0, device=device, learning_rate=1e-2, **kwargs)
-    metrics, record = [], model._record_metrics
+    metrics, record, train = [], model._record_metrics, model.train
+
+    def train_on_wrong():
+        model.rollout_buffer.token_log_probs += wrong
+        train()
+
+    model.train = train_on_wrong
     model._record_metrics = lambda found: (metrics.extend(found), record(found))
     model.learn(1)
     assert len(metrics) == model._n_updates == 1
@@ -171,24 +195,30 @@ def one_update(algo, device, checkpoint, dtype, recompute):
 
 @on_any_device
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_ratios_begin_at_one_in_half_precision(algo, device, tmp_path):
-    """What is decoded one by one in bfloat16 differs by rounding from what the learner computes of it."""
-    checkpoint = write_openvla(tmp_path / "openvla", 0)
-    kl = {recompute: one_update(algo, device, checkpoint, "bfloat16", recompute)[1] for recompute in (False, None)}
-    # In single precision it is 1e-13
-    assert kl[False] > 1e-8 and kl[None] < 0.1 * kl[False]
+@pytest.mark.parametrize(
+    ("dtype", "recompute", "corrected"),
+    [("bfloat16", None, True), ("bfloat16", False, False), ("float32", None, False), ("float32", True, True)],
+)
+def test_ratios_begin_at_one(algo, dtype, recompute, corrected, device, one_by_one):
+    """What is decoded in bfloat16 differs by rounding from what the learner computes of it."""
+    kl = one_update(algo, device, one_by_one, dtype, recompute, wrong=0.1)[1]
+    # exp(-0.1) - 1 + 0.1, where it is not corrected
+    assert kl == pytest.approx(0.0 if corrected else 0.00484, abs=1e-3)
 
 
 @on_any_device
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_in_single_precision_nothing_is_computed_again_and_nothing_would_change(algo, device, tmp_path):
-    checkpoint = write_openvla(tmp_path / "openvla", 0)
-    models = {key: one_update(algo, device, checkpoint, "float32", key)[0] for key in (False, None, True)}
-    assert th.equal(parameters(models[None]), parameters(models[False]))
-    np.testing.assert_allclose(parameters(models[True]).cpu(), parameters(models[False]).cpu(), rtol=0, atol=1e-5)
-    again, decoded = (models[key].rollout_buffer.token_log_probs for key in (True, False))
-    assert not np.array_equal(again, decoded)
-    np.testing.assert_allclose(again, decoded, atol=1e-4)
+def test_in_single_precision_computing_again_changes_nothing(algo, device, one_by_one):
+    again, not_again = (one_update(algo, device, one_by_one, "float32", key)[0] for key in (True, False))
+    np.testing.assert_allclose(parameters(again).cpu(), parameters(not_again).cpu(), rtol=0, atol=1e-5)
+    log_probs = (model.rollout_buffer.token_log_probs for model in (again, not_again))
+    np.testing.assert_allclose(*log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [GRPO, PPO])
+def test_whether_to_compute_again_is_a_flag(cls):
+    with pytest.raises(ValueError, match="recompute_log_probs must be True, False or None, got 'yes'"):
+        cls("MlpPolicy", "CartPole-v1", recompute_log_probs="yes")
 
 
 @on_any_device
