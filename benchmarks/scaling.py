@@ -241,7 +241,7 @@ def to_markdown(results: dict[str, Any]) -> str:
                         what,
                         spread([r["decisions"] / r["seconds"] for r in found]),
                         spread([1 / x for x in ratios(records, kind, what, "seconds")], 2),
-                        spread([1e3 * r["cpu_seconds"] / r["decisions"] for r in found]),
+                        spread([1e3 * r["cpu_seconds"] / r["decisions"] for r in found], 2),
                         spread(ratios(records, kind, what, "cpu_seconds"), 2),
                     )
                 )
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     has_libero = importlib.util.find_spec("libero") is not None
     for kind in KINDS if has_libero else ["no simulator"]:
         # What has no simulator takes a hundredth of the time
-        results["records"] += envs(kind, n_envs, n_steps * (1 if kind.startswith("LIBERO") else 10), repeats)
+        results["records"] += envs(kind, n_envs, n_steps * (1 if kind.startswith("LIBERO") else 20), repeats)
         print(f"{kind}: measured", flush=True)
     env = stand_in()()
     policy = VLAPolicy(env.observation_space, env.action_space, lambda _: 0.0)
