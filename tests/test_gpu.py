@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from test_autoregressive import Told, observations, told, write_openvla
 from toys import TINY_BODY, Robot, parameters, vec
+from vlas import Told, observations, told, write_openvla
 
 from opd_gym import GRPO, OPD, PPO
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
