@@ -201,6 +201,7 @@ class PPO(RolloutAlgorithm):
                     self._stand_by()
                 else:
                     metrics.append(self._accumulate_gradients(samples, clip_range))
+                self._keep_pace()
                 approx_kl = self._approx_kl(samples, metrics)
                 if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
                     # Known only when all parts of the minibatch have gone through: their gradients are dropped
