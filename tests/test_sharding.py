@@ -8,9 +8,9 @@ import pytest
 import sharded
 import torch as th
 from golden.openvla import tiny
+from ranked import torchrun
 from safetensors.torch import load_file
 from stable_baselines3.common.save_util import load_from_zip_file
-from test_ranks import torchrun
 from toys import parameters, vec
 
 from opd_gym import OPD
