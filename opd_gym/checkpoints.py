@@ -106,7 +106,7 @@ def run_checkpoints(run_dir: Path) -> list[Path]:
     :param run_dir: directory of a run
     :return: its complete checkpoints, oldest first
     """
-    paths = list((run_dir / "checkpoints").glob("*.zip"))
+    paths = list((run_dir / "checkpoints").glob("[!.]*.zip"))
     found = [(int(match[1]), path) for path in paths if (match := _RUN_CHECKPOINT.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
@@ -242,7 +242,7 @@ def _in_directory(path: Path, hub_id: str = "") -> Path:
     found = newest_intact([*named[:1], *run_checkpoints(path)])
     if found is not None:
         return found
-    models = [model for model in sorted(path.glob("*.zip")) if _holds_a_model(model)]
+    models = [model for model in sorted(path.glob("[!.]*.zip")) if _holds_a_model(model)]
     if len(models) == 1:
         return _with_content(models[0])
     if models:

@@ -1,10 +1,11 @@
-"""Success rates of a policy, over exactly the episodes that were asked for."""
+"""Success rates and returns of a policy, over exactly the episodes that were asked for."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import statistics
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ class EpisodeRecord:
 
     :param task_id: task, -1 where the environment has none
     :param init_state_id: initial state, -1 where it was sampled or the environment has none
-    :param success: whether the task was solved
+    :param success: whether the task was solved; None where the env does not say
     :param steps: actions executed
     :param reward: sum of rewards
     :param seed: seed of the reset, None if it was left to the environment
@@ -63,7 +64,7 @@ class EpisodeRecord:
 
     task_id: int
     init_state_id: int
-    success: bool
+    success: bool | None
     steps: int
     reward: float
     seed: int | None = None
@@ -169,17 +170,32 @@ class EvaluationResult:
     @property
     def n_success(self) -> int:
         """Number of solved episodes."""
-        return sum(episode.success for episode in self.episodes)
+        return sum(episode.success is True for episode in self.episodes)
+
+    @property
+    def n_judged(self) -> int:
+        """Number of episodes of which the env says whether they were solved."""
+        return sum(episode.success is not None for episode in self.episodes)
 
     @property
     def success_rate(self) -> float:
-        """Share of solved episodes; NaN without an episode."""
-        return self.n_success / len(self.episodes) if self.episodes else math.nan
+        """Share of solved episodes; NaN if the env says of none whether it was."""
+        return self.n_success / self.n_judged if self.n_judged else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the success rate."""
-        return wilson_interval(self.n_success, len(self.episodes))
+        return wilson_interval(self.n_success, self.n_judged)
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean of the episodes' returns, as ``evaluate_policy`` of Stable-Baselines3 has it; NaN without an episode."""
+        return statistics.fmean(episode.reward for episode in self.episodes) if self.episodes else math.nan
+
+    @property
+    def std_reward(self) -> float:
+        """Standard deviation of the episodes' returns; NaN without an episode."""
+        return statistics.pstdev(episode.reward for episode in self.episodes) if self.episodes else math.nan
 
     @property
     def env_steps(self) -> int:
@@ -196,12 +212,19 @@ class EvaluationResult:
     def per(self, name: str) -> dict[Any, EvaluationResult]:
         """
         :param name: a field of :class:`EpisodeRecord`, for instance "category"
-        :return: the result of each of its values, in the order of their first episodes
+        :return: the result of each of its values, in the order of their first episodes; what was lost is None in fields
+            that :class:`LostEpisode` does not have
         """
         found: dict[Any, list[EpisodeRecord]] = defaultdict(list)
         for episode in self.episodes:
             found[getattr(episode, name)].append(episode)
-        return {value: EvaluationResult(episodes, versions=self.versions) for value, episodes in found.items()}
+        lost: dict[Any, list[LostEpisode]] = defaultdict(list)
+        for loss in self.lost:
+            lost[getattr(loss, name, None)].append(loss)
+        return {
+            value: EvaluationResult(episodes, versions=self.versions, lost=lost[value])
+            for value, episodes in found.items()
+        }
 
     def paired(self, other: EvaluationResult) -> tuple[int, int, float]:
         """
@@ -222,6 +245,8 @@ class EvaluationResult:
                 "A paired comparison expects results of the same episodes in the same order; these differ in their "
                 f"tasks, initial states, seeds or number ({len(keys)} and {len(other_keys)})."
             )
+        if any(episode.success is None for episode in (*own, *others)):
+            raise ValueError("A paired comparison expects to know which episodes were solved, and these do not say.")
         if any(seed is None and state < 0 for _, state, seed in keys):
             raise ValueError(
                 "A paired comparison expects episodes with an initial state or a seed; these were left to the "
@@ -240,8 +265,10 @@ class EvaluationResult:
 
     def __str__(self) -> str:
         low, high = self.interval
-        count = f"{self.n_success}/{len(self.episodes)}"
         lost = f", {len(self.lost)} lost" if self.lost else ""
+        if self.episodes and not self.n_judged:
+            return f"mean return {self.mean_reward:.2f} +/- {self.std_reward:.2f} ({len(self.episodes)} episodes{lost})"
+        count = f"{self.n_success}/{self.n_judged}"
         return f"{100 * self.success_rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({count}{lost})"
 
     def to_markdown(self, title: str = "") -> str:
@@ -270,15 +297,22 @@ class EvaluationResult:
         return f"\nEpisodes lost, which count neither as solved nor as failed: {len(lines)}\n\n{''.join(lines)}"
 
     @staticmethod
-    def _table(title: str, named: Iterable[tuple[str, EvaluationResult]], reference: EvaluationResult | None) -> str:
-        columns = [title, "success", "95 % interval", "episodes", "mean steps"]
+    def _table(title: str, named: Sequence[tuple[str, EvaluationResult]], reference: EvaluationResult | None) -> str:
+        every = [episode for _, result in named for episode in result.episodes]
+        judged = not every or any(episode.success is not None for episode in every)
+        # A return that is the success adds nothing
+        returns = any(episode.reward not in (0.0, 1.0) for episode in every)
+        columns = [title, *(["success", "95 % interval"] if judged else []), *(["mean return"] if returns else [])]
+        columns += ["episodes", "mean steps"]
         columns += [] if reference is None else ["points against unperturbed"]
         rows = [columns, ["---"] * len(columns)]
         for name, result in named:
             low, high = result.interval
             n = len(result.episodes)
             mean_steps = result.env_steps / n if n else math.nan
-            row = [name, f"{100 * result.success_rate:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"]
+            row = [name]
+            row += [f"{100 * result.success_rate:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"] if judged else []
+            row += [f"{result.mean_reward:.2f} +/- {result.std_reward:.2f}"] if returns else []
             row += [str(n), f"{mean_steps:.0f}"]
             if reference is not None:
                 low, high = difference_interval(result.n_success, n, reference.n_success, len(reference.episodes))
@@ -293,10 +327,12 @@ class EvaluationResult:
         :return: everything but the pictures, ready for JSON
         """
         return {
-            "success_rate": self.success_rate if self.episodes else None,
+            "success_rate": self.success_rate if self.n_judged else None,
             "interval": list(self.interval),
             "n_success": self.n_success,
             "n_episodes": len(self.episodes),
+            "mean_reward": self.mean_reward if self.episodes else None,
+            "std_reward": self.std_reward if self.episodes else None,
             "env_steps": self.env_steps,
             "versions": self.versions,
             "episodes": [asdict(episode) for episode in self.episodes],
@@ -406,7 +442,8 @@ def evaluate_success(
     record: int | Collection[int] = 0,
 ) -> EvaluationResult:
     """
-    Play exactly the given episodes, each once, and count the solved ones.
+    Play exactly the given episodes, each once, and count the solved ones. Where neither the env nor
+    ``reward_threshold`` says which are solved, the result has their returns alone.
 
     An env goes from one episode to the next without waiting for the others, and stands still when there is none left.
     An episode that is lost with its worker (``WorkerVecEnv``), or in which an env raises, is played again. One that is
@@ -596,8 +633,7 @@ class _Evaluation:
         if index in self.frames and "final_frame" in info:  # a worker that was started again does not draw it
             self.frames[index].append(np.asarray(info["final_frame"], dtype=np.uint8))
         self.bar.update(1)
-        n_success = sum(record.success for record in self.records.values())
-        self.bar.set_postfix_str(f"success {n_success}/{len(self.records)}")
+        self.bar.set_postfix_str(str(EvaluationResult([*self.records.values()])))
 
     def _lost(self, index: int, reason: str, waiting: list[int]) -> None:
         if index in self.frames:
@@ -641,15 +677,11 @@ def _progress_bar(total: int, enabled: bool) -> Any:
 def _record(
     spec: EpisodeSpec, info: Mapping[str, Any], steps: int, episode_return: float, reward_threshold: float | None
 ) -> EpisodeRecord:
+    success: bool | None = None
     if reward_threshold is not None:
         success = episode_return >= reward_threshold
-    elif "is_success" in info:
+    elif info.get("is_success") is not None:
         success = bool(info["is_success"])
-    else:
-        raise ValueError(
-            'The env says nothing about success: no info["is_success"] at the end of an episode. '
-            "Pass reward_threshold= to count episodes with at least that return as solved."
-        )
     options = spec.options or {}
     return EpisodeRecord(
         task_id=int(info.get("task_id", options.get("task_id", -1))),

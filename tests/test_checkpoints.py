@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from opd_gym.cli.options import TrainArgs
 from opd_gym.cli.sizes import resolve as resolve_planned
 from opd_gym.cli.train import complete_hyperparams
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
+from opd_gym.files import temporary_beside
 from opd_gym.policies.body import checkpoint_settings
 from opd_gym.policies.loading import load_policy
+from opd_gym.versions import read_versions
 
 WAYS = ("directory", "zip", "zip without its suffix", "run", "finished run", "zoo", "hub")
 
@@ -233,6 +236,41 @@ def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch):
     assert main(["train", "--resume", str(run), "-n", "64", "--no-progress"]) == 0
     # A saved model finds its teacher as well
     assert OPD.load(run / "model.zip", env="CartPole-v1").learn(32, reset_num_timesteps=False).num_timesteps > 64
+
+
+def test_export(tmp_path, capsys):
+    name = "libero-object-student"
+    words = ["export", "--env", "LiberoObject-v0", "--checkpoint", name, "--dtype", "float16"]
+    assert main([*words, "-o", str(tmp_path / "half")]) == 0
+    # The zoo's own are in half precision: nothing is lost on the way
+    zoo = resolve_checkpoint(name)
+    assert (tmp_path / "half" / "model.safetensors").read_bytes() == (zoo / "model.safetensors").read_bytes()
+    assert read_versions(tmp_path / "half") == read_versions(zoo) != {}
+    PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu").save(tmp_path / "ppo.zip")
+    words = ["export", "--env", "CartPole-v1", "--checkpoint", str(tmp_path / "ppo.zip"), "-o", str(tmp_path / "ppo")]
+    assert main(words) == 2 and "Only a VLAPolicy" in capsys.readouterr().err
+    assert not (tmp_path / "ppo").exists()
+
+
+def test_paths_for_an_env_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("light").write_text("not what env_kwargs.visuals means")
+    Path("levels.json").write_text("{}")
+    given = [f"env_kwargs.{item}" for item in ("visuals:light", "difficulty_file:levels.json", "map_file:unknown.txt")]
+    values = complete_hyperparams(TrainArgs(env="CartPole-v1", teacher="expert", hyperparams=given))
+    expected = {"visuals": "light", "difficulty_file": str(tmp_path / "levels.json"), "map_file": "unknown.txt"}
+    assert values["env_kwargs"] == expected
+
+
+def test_what_a_killed_save_left_is_no_model(tmp_path):
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu")
+    model.save(tmp_path / "model_of_mine.zip")
+    left = temporary_beside(tmp_path / "model_of_mine.zip")
+    shutil.copyfile(tmp_path / "model_of_mine.zip", left)
+    assert resolve_checkpoint(tmp_path).name == "model_of_mine.zip"
+    (tmp_path / "model_of_mine.zip").unlink()
+    with pytest.raises(ValueError, match="holds no zip"):
+        resolve_checkpoint(tmp_path)
 
 
 def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path, monkeypatch):

@@ -238,8 +238,6 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="EpisodeControl"):
         evaluate_success(Always(), DummyVecEnv([Countdown]), [{}], progress=False)
     cartpole = DummyVecEnv([lambda: EpisodeControl(Monitor(gym.make("CartPole-v1")))])
-    with pytest.raises(ValueError, match="reward_threshold"):
-        evaluate_success(Always(), cartpole, [{"seed": 0}], progress=False)
     with pytest.raises(ValueError, match="seed and options"):
         evaluate_success(Always(), cartpole, [{"sead": 0}], progress=False)
     with pytest.raises(ValueError, match="n_per_task"):
@@ -277,6 +275,25 @@ def test_result(tmp_path: Any) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]
     assert math.isnan(EvaluationResult([]).success_rate)
     assert evaluate_success(Always(), make(1), [], progress=False) == EvaluationResult([])
+
+
+def test_an_env_that_says_nothing_of_success_has_returns() -> None:
+    cartpole = DummyVecEnv([lambda: EpisodeControl(Monitor(gym.make("CartPole-v1")))])
+    specs = [EpisodeSpec(seed) for seed in (0, 1)]
+    result = evaluate_success(Always(), cartpole, specs, progress=False)
+    returns = [episode.reward for episode in result.episodes]
+    assert [episode.success for episode in result.episodes] == [None, None]
+    assert result.mean_reward == sum(returns) / 2 > 5 and result.std_reward == abs(returns[0] - returns[1]) / 2
+    assert math.isnan(result.success_rate) and result.interval == (0.0, 1.0) and result.n_success == 0
+    assert str(result) == f"mean return {result.mean_reward:.2f} +/- {result.std_reward:.2f} (2 episodes)"
+    table = result.to_markdown()
+    assert f"| {result.mean_reward:.2f} +/- {result.std_reward:.2f} | 2 |" in table and "success" not in table
+    assert result.to_dict()["success_rate"] is None and result.to_dict()["mean_reward"] == result.mean_reward
+    with pytest.raises(ValueError, match="which episodes were solved"):
+        result.paired(result)
+    judged = evaluate_success(Always(), cartpole, specs, progress=False, reward_threshold=max(returns))
+    assert judged.n_success == 1 + (returns[0] == returns[1])
+    assert "success" in judged.to_markdown() and "mean return" in judged.to_markdown()
 
 
 def test_table_by_perturbation(tmp_path: Any) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from opd_gym.cli.main import main
 from opd_gym.cli.report import Policy, bootstrap, by_group, details, find_policies, overview, paired
-from opd_gym.evaluation import EpisodeRecord, EvaluationResult
+from opd_gym.evaluation import EpisodeRecord, EvaluationResult, LostEpisode
 
 ENV = "LiberoObject-v0"
 
@@ -72,12 +72,12 @@ def test_runs_are_named_after_the_settings_that_tell_them_apart(results):
 def test_numbers(results):
     policies = {policy.label: policy for policy in find_policies([results], {})}
     opd, teacher = policies["opd"], policies["teacher"]
-    rate, low, high = opd.success()
+    rate, low, high = opd.score()
     assert rate == pytest.approx(0.85)
     # A task's two seeds give 0.9 or 1.0 and 0.7 or 0.8: all bootstrap means lie between 0.8 and 0.9. 34 of 40 episodes
     # are less certain
     assert (low, high) == pytest.approx((0.7093, 0.9294), abs=1e-4)
-    assert teacher.success() == (0.9, *teacher.results["0"].interval)
+    assert teacher.score() == (0.9, *teacher.results["0"].interval)
     assert opd.last("time/env_steps") == 6000
     assert opd.reached(0.5, "time/env_steps") == [4000, 4000] and policies["grpo"].reached(0.5, "time/env_steps") == [
         None,
@@ -106,12 +106,12 @@ def test_an_evaluation_of_several_envs_is_one_of_each(tmp_path):
     ]
     EvaluationResult(both).save(tmp_path / "student.json")
     found = find_policies([tmp_path], {})
-    assert [(p.env_id, p.success()[0]) for p in found] == [(ENV, 0.5), ("LiberoObjectSwap-v0", 0.2)]
+    assert [(p.env_id, p.score()[0]) for p in found] == [(ENV, 0.5), ("LiberoObjectSwap-v0", 0.2)]
 
 
 def test_the_wider_interval_counts():
     def interval(*solved):
-        return Policy("opd", ENV, results={str(seed): evaluation(k, n=100) for seed, k in enumerate(solved)}).success()[
+        return Policy("opd", ENV, results={str(seed): evaluation(k, n=100) for seed, k in enumerate(solved)}).score()[
             1:
         ]
 
@@ -150,6 +150,36 @@ def test_page(results, tmp_path, capsys, monkeypatch):
     assert "70.9 to 92.9 %" in again and "data:image/gif" in again
 
 
+def test_where_nothing_says_what_is_solved_returns_are_compared(tmp_path):
+    env_id = "Pendulum-v1"
+
+    def returns(*values):
+        return EvaluationResult([EpisodeRecord(-1, -1, None, 200, value, seed) for seed, value in enumerate(values)])
+
+    for name, result in {
+        "a_seed0": returns(-100.0, -200.0),
+        "a_seed1": returns(-120.0, -220.0),
+        "b_seed0": returns(-90.0, -90.0),
+    }.items():
+        episodes = [replace(episode, env_id=env_id) for episode in result.episodes]
+        lost = [LostEpisode(-1, -1, 7, "killed", env_id)] * (name == "a_seed0")
+        EvaluationResult(episodes, lost=lost).save(tmp_path / f"{name}.json")
+    a, b = find_policies([tmp_path], {})
+    mean, low, high = a.score()
+    assert mean == -160.0 and -220.0 <= low < -160.0 < high <= -100.0
+    assert b.score() == (-90.0, -90.0, -90.0)
+    rows = details([a, b], b)
+    assert rows[0][1] == "mean return" and rows[1][:5] == [
+        "a",
+        "-160.0",
+        f"{low:.1f} to {high:.1f}",
+        "-150.0, -170.0",
+        "4 and 1 lost",
+    ]
+    assert overview([b])[1] == ["b", "-90.0 [-90.0, -90.0] \N{MULTIPLICATION SIGN}1"]
+    assert len(paired([a, b], b)) == 1
+
+
 def test_refused(results, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for words, told in (
@@ -163,7 +193,7 @@ def test_refused(results, tmp_path, capsys):
         assert main(["report", *words, "-o", str(tmp_path / "page.html")]) == 2
         assert told in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
-    assert np.isnan(Policy("x", ENV).success()[0])
+    assert np.isnan(Policy("x", ENV).score()[0])
     (results / "grpo" / f"{ENV}_1" / "evaluation.json").write_text("{")
     with pytest.raises(ValueError, match=r"evaluation\.json is damaged"):
         find_policies([results], {})

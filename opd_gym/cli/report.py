@@ -42,7 +42,10 @@ AXES = {
 SUCCESS = "rollout/success_rate"
 RETURN = "rollout/ep_rew_mean"
 # Settings in which runs of one policy may differ
-INCIDENTAL = ("teacher", "demonstrations", "policy_kwargs.checkpoint", "n_envs", "n_workers", "n_timesteps")
+INCIDENTAL = (
+    *("teacher", "demonstrations", "policy_kwargs.checkpoint"),
+    *("n_timesteps", "n_envs", "n_workers", "worker_timeout"),
+)
 # Training has reached another policy at this share of its success
 SHARE = 0.9
 # Enough for the bounds not to move by what is printed
@@ -70,17 +73,24 @@ class Policy:
     @property
     def pooled(self) -> EvaluationResult:
         """The episodes of all seeds."""
-        return EvaluationResult([episode for result in self.results.values() for episode in result.episodes])
+        results = self.results.values()
+        return EvaluationResult([e for r in results for e in r.episodes], lost=[e for r in results for e in r.lost])
 
-    def success(self, tasks: Sequence[int] | None = None) -> tuple[float, float, float]:
+    @property
+    def judged(self) -> bool:
+        """Whether it is measured by success; by the return of its episodes where nothing says what solves one."""
+        return not self.results or self.pooled.n_judged > 0
+
+    def score(self, tasks: Sequence[int] | None = None) -> tuple[float, float, float]:
         """
         Held-out success and its 95 % interval: of one seed by Wilson's formula over its episodes, over several by a
         bootstrap that draws seeds anew for each task (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264). Two seeds
-        that happen to agree leave that no width, so it is widened to Wilson's of all their episodes.
+        that happen to agree leave that no width, so it is widened to Wilson's of all their episodes. Returns likewise,
+        with a bootstrap over episodes in the place of Wilson's formula.
 
         :param tasks: those that count; None for all
-        :return: rate, lower and upper bound, each from 0 to 1; NaN without an evaluation
-        :raises ImportError: several seeds, and SciPy is not installed
+        :return: success rate from 0 to 1, or mean return, and its bounds; NaN without an evaluation
+        :raises ImportError: several seeds or returns, and SciPy is not installed
         """
         results = [
             EvaluationResult([e for e in result.episodes if tasks is None or e.task_id in tasks])
@@ -89,13 +99,24 @@ class Policy:
         results = [result for result in results if result.episodes]
         if not results:
             return math.nan, math.nan, math.nan
+        judged = self.judged
+        episodes = EvaluationResult([episode for result in results for episode in result.episodes])
+        returns = np.array([[episode.reward] for episode in episodes.episodes])
+        interval = episodes.interval if judged else bootstrap(returns)
         if len(results) == 1:
-            return results[0].success_rate, *results[0].interval
+            return _mean(episodes, judged), *interval
         each = [result.per_task() for result in results]
-        scores = np.array([[by_task[task].success_rate for task in sorted(each[0])] for by_task in each])
-        episodes = EvaluationResult([episode for result in results for episode in result.episodes]).interval
-        bounds = zip(episodes, bootstrap(scores), strict=True)
+        scores = np.array([[_mean(by_task[task], judged) for task in sorted(each[0])] for by_task in each])
+        bounds = zip(interval, bootstrap(scores), strict=True)
         return float(scores.mean()), min(next(bounds)), max(next(bounds))
+
+    def shown(self, result: EvaluationResult, digits: int = 1) -> str:
+        """
+        :param result: one of its evaluations, or a part of one
+        :param digits: after the point of a percentage
+        :return: success or mean return
+        """
+        return _number(_mean(result, self.judged), self.judged, digits)
 
     def last(self, column: str) -> float | None:
         """
@@ -118,6 +139,10 @@ class Policy:
         ]
 
 
+def _mean(result: EvaluationResult, judged: bool) -> float:
+    return result.success_rate if judged else result.mean_reward
+
+
 def bootstrap(scores: np.ndarray) -> tuple[float, float]:
     """
     :param scores: one row a seed, one column a task or a point in time
@@ -132,6 +157,8 @@ def bootstrap(scores: np.ndarray) -> tuple[float, float]:
     def mean(*columns: np.ndarray, axis: int) -> np.ndarray:
         return np.mean([column.mean(axis) for column in columns], axis=0)
 
+    if len(scores) == 1 or (scores == scores[0]).all():
+        return float(scores[0].mean()), float(scores[0].mean())  # SciPy has NaN for these
     # Each column is a sample of its own: strata, as rliable has them
     interval = resampled(
         tuple(scores.T), mean, n_resamples=REPETITIONS, batch=1000, method="percentile", random_state=0
@@ -212,7 +239,7 @@ def _find(folder: Path) -> list[_Found]:
         if item.result is None and result.is_file():
             raise ValueError(f"{result} is damaged: expected what `opd-gym eval -o` or `train --eval-episodes` writes.")
         found.append(item)
-    files = [folder] if folder.suffix == ".json" else sorted(folder.rglob("*.json"))
+    files = [folder] if folder.suffix == ".json" else sorted(folder.rglob("[!.]*.json"))
     for path in files:
         if not any(path.is_relative_to(run) for run in runs) and (result_ := _evaluation(path)) is not None:
             name, _, seed = path.stem.partition("_seed")
@@ -250,14 +277,26 @@ def percent(rate: float, digits: int = 1) -> str:
     return "" if np.isnan(rate) else f"{100 * rate:.{digits}f} %"
 
 
-def with_interval(rate: float, low: float, high: float) -> str:
+def with_interval(score: float, low: float, high: float, judged: bool = True) -> str:
     """
-    :param rate: from 0 to 1
+    :param score: success rate from 0 to 1, or mean return
     :param low: lower bound
     :param high: upper bound
-    :return: "85.0 % [80.0, 90.0]"; empty for NaN
+    :param judged: whether it is a success rate
+    :return: "85.0 % [80.0, 90.0]", or "-150.2 [-170.0, -130.9]"; empty for NaN
     """
-    return "" if np.isnan(rate) else f"{percent(rate)} [{100 * low:.1f}, {100 * high:.1f}]"
+    scale = 100 if judged else 1
+    return "" if np.isnan(score) else f"{_number(score, judged)} [{scale * low:.1f}, {scale * high:.1f}]"
+
+
+def _bounds(low: float, high: float, judged: bool) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f} %" if judged else f"{low:.1f} to {high:.1f}"
+
+
+def _number(score: float, judged: bool, digits: int = 1) -> str:
+    if judged:
+        return percent(score, digits)
+    return "" if np.isnan(score) else f"{score:.1f}"
 
 
 Table = list[list[str]]
@@ -266,14 +305,14 @@ Table = list[list[str]]
 def overview(policies: Sequence[Policy]) -> Table:
     """
     :param policies: of one env or several
-    :return: held-out success with its interval: one row a policy, one column an env
+    :return: held-out success, or return, with its interval: one row a policy, one column an env
     """
     envs = list(dict.fromkeys(policy.env_id for policy in policies))
     cells: dict[str, dict[str, str]] = {}
     for policy in policies:
         if policy.results:
             cells.setdefault(policy.label, {})[policy.env_id] = (
-                f"{with_interval(*policy.success())} \N{MULTIPLICATION SIGN}{len(policy.results)}"
+                f"{with_interval(*policy.score(), policy.judged)} \N{MULTIPLICATION SIGN}{len(policy.results)}"
             )
     return [["", *envs], *([label, *(row.get(env, "") for env in envs)] for label, row in cells.items())]
 
@@ -284,20 +323,23 @@ def details(policies: Sequence[Policy], reference: Policy | None) -> Table:
     :param reference: whose success the training is measured by
     :return: one row a policy: success, its interval, each seed, episodes, the cost of training
     """
-    header = ["policy", "success", "95 % interval", "each seed", "episodes", "env steps", "gradient steps", "minutes"]
-    goal = SHARE * reference.pooled.success_rate if reference is not None else None
+    judged = all(policy.judged for policy in policies)
+    header = ["policy", "success" if judged else "mean return", "95 % interval", "each seed", "episodes"]
+    header += ["env steps", "gradient steps", "minutes"]
+    goal = SHARE * reference.pooled.success_rate if reference is not None and reference.judged else None
     if goal is not None and reference is not None:
         header.append(f"env steps to {percent(goal, 0)} ({100 * SHARE:.0f} % of {reference.label})")
     rows = [header]
     for policy in policies:
-        rate, low, high = policy.success() if policy.results else (float("nan"),) * 3
+        score, low, high = policy.score()
+        n_lost = len(policy.pooled.lost)
         costs = [(policy.last(column), unit) for column, unit in zip(AXES, (1.0, 1.0, 60.0), strict=True)]
         row = [
             policy.label,
-            percent(rate),
-            f"{100 * low:.1f} to {100 * high:.1f} %" if policy.results else "",
-            ", ".join(percent(result.success_rate) for result in policy.results.values() if len(policy.results) > 1),
-            str(len(policy.pooled.episodes) or ""),
+            _number(score, policy.judged),
+            _bounds(low, high, policy.judged) if policy.results else "",
+            ", ".join(policy.shown(result) for result in policy.results.values() if len(policy.results) > 1),
+            str(len(policy.pooled.episodes) or "") + (f" and {n_lost} lost" if n_lost else ""),
             *(f"{value / unit:,.0f}" if value is not None else "" for value, unit in costs),
         ]
         if goal is not None:
@@ -310,7 +352,7 @@ def details(policies: Sequence[Policy], reference: Policy | None) -> Table:
 def by_task(policies: Sequence[Policy]) -> Table:
     """
     :param policies: of one env
-    :return: success of each task over all seeds; without rows where there is one task
+    :return: success, or mean return, of each task over all seeds; without rows where there is one task
     """
     shown = [policy for policy in policies if policy.results]
     tasks = sorted({task for policy in shown for task in policy.pooled.per_task()})
@@ -318,7 +360,7 @@ def by_task(policies: Sequence[Policy]) -> Table:
     if len(tasks) > 1:
         each = [policy.pooled.per_task() for policy in shown]
         rows += [
-            [str(task), *(percent(result[task].success_rate, 0) if task in result else "" for result in each)]
+            [str(task), *(p.shown(r[task], 0) if task in r else "" for p, r in zip(shown, each, strict=True))]
             for task in tasks
         ]
     return rows
@@ -333,7 +375,8 @@ def by_group(policies: Sequence[Policy], groups: Mapping[str, Sequence[int]]) ->
     rows = [["tasks", *groups]]
     for policy in policies if groups else ():
         if policy.results:
-            rows.append([policy.label, *(with_interval(*policy.success(tasks)) for tasks in groups.values())])
+            cells = (with_interval(*policy.score(tasks), policy.judged) for tasks in groups.values())
+            rows.append([policy.label, *cells])
     return rows
 
 
@@ -371,8 +414,8 @@ def mixed_versions(policies: Sequence[Policy]) -> list[str]:
 def draw(policies: Sequence[Policy], column: str, colors: Mapping[str, str]) -> Figure | None:
     """
     Success in training over one measure of its cost, or the return where nothing is said of success: the mean over the
-    seeds between the lowest and the highest. Diamonds are held-out success after training, with its interval; dashed
-    lines are policies without a curve.
+    seeds between the lowest and the highest. Diamonds are the same of held-out episodes after training, with its
+    interval; dashed lines are policies without a curve.
 
     :param policies: of one env
     :param column: one of :data:`AXES`
@@ -395,7 +438,8 @@ def draw(policies: Sequence[Policy], column: str, colors: Mapping[str, str]) -> 
             for rows in policy.curves.values()
         ]
         curves = [curve for curve in curves if len(curve) > 1]
-        rate, low, high = policy.success() if policy.results and key == SUCCESS else (float("nan"),) * 3
+        measured = bool(policy.results) and policy.judged == (key == SUCCESS)
+        held_out, low, high = (scale * value for value in policy.score()) if measured else (math.nan,) * 3
         if curves:
             drawn = True
             # Seeds are logged at different places: where all have begun, until the first has ended
@@ -404,12 +448,13 @@ def draw(policies: Sequence[Policy], column: str, colors: Mapping[str, str]) -> 
             axis.plot(grid, values.mean(0), color=color, label=policy.label, linewidth=2)
             if len(curves) > 1:
                 axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
-            if policy.results and key == SUCCESS:
-                error = [[100 * (rate - low)], [100 * (high - rate)]]
+            if measured:
+                error = [[held_out - low], [high - held_out]]
                 x = statistics.mean(curve[-1, 0] for curve in curves)
-                axis.errorbar([x], [100 * rate], yerr=error, color=color, marker="D", capsize=3, markersize=6)
-        elif policy.results and key == SUCCESS:
-            axis.axhline(100 * rate, linestyle="--", color=color, label=f"{policy.label}: {100 * rate:.0f} %")
+                axis.errorbar([x], [held_out], yerr=error, color=color, marker="D", capsize=3, markersize=6)
+        elif measured:
+            text = f"{policy.label}: {held_out:.0f}" + (" %" if key == SUCCESS else "")
+            axis.axhline(held_out, linestyle="--", color=color, label=text)
     if not drawn:
         return None
     axis.set_xlabel(label)
@@ -428,7 +473,8 @@ def films(folders: Iterable[Path]) -> list[dict[str, str]]:
     :param folders: where to look
     :return: the name of each, its media type and its content as a ``data:`` address
     """
-    paths = sorted(path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.suffix in FILMS)
+    everything = (path for folder in folders if folder.is_dir() for path in folder.rglob("[!.]*"))
+    paths = sorted(path for path in everything if path.suffix in FILMS)
     return [
         {
             "name": path.stem.replace("_", " "),
@@ -459,7 +505,7 @@ def keep(folders: Iterable[Path], target: Path) -> None:
     :param target: folder to write, which keeps what else it has
     """
     for folder in folders:
-        for path in folder.rglob("*"):
+        for path in folder.rglob("[!.]*"):
             inside = path.relative_to(folder)
             wanted = path.name in KEPT or path.match("progress*.csv") or path.suffix in FILMS
             wanted = wanted or (path.suffix == ".json" and _evaluation(path) is not None)

@@ -269,7 +269,17 @@ def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
         values["demonstrations"] = [str(Path(path).expanduser().absolute()) for path in given]
     if policy_kwargs:
         values["policy_kwargs"] = policy_kwargs
+    if values.get("env_kwargs"):
+        values["env_kwargs"] = {name: _lasting_path(name, value) for name, value in values["env_kwargs"].items()}
     return values
+
+
+def _lasting_path(name: str, value: Any) -> Any:
+    """The value of an argument that is a path by its name, for other working directories to find it as well."""
+    if not isinstance(value, str) or name.rpartition("_")[2] not in ("file", "path", "dir", "folder", "root"):
+        return value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if path.exists() else value
 
 
 def trusting(algo: str, kwargs: Mapping[str, Any], trust: bool) -> dict[str, Any]:
@@ -320,7 +330,7 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         {"checkpoint": source} if source is not None else kwargs.get("policy_kwargs") or {}, args.trust
     )
     # Simulators that are never stepped are not started: SFT reads the spaces off one env
-    slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, "n_workers": None}
+    slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, "n_workers": None, "worker_timeout": None}
     env = build_env(args.env, {**run, **slots}, seed=ranks.rank_seed(args.seed), settings=settings)
     try:
         if saved is not None:

@@ -200,7 +200,7 @@ class VLAPolicy(ActorCriticPolicy):
         frozen = self._lora is not None or not self._trainable
         dtype = DTYPES[self._dtype] if frozen else th.float32
         if self._checkpoint is not None:
-            if not (self._checkpoint / WEIGHTS_FILE).is_file() and not list(self._checkpoint.glob("*.safetensors")):
+            if not (self._checkpoint / WEIGHTS_FILE).is_file() and not list(self._checkpoint.glob("[!.]*.safetensors")):
                 raise FileNotFoundError(f"{self._checkpoint} has no {WEIGHTS_FILE}: the checkpoint is incomplete.")
             with _no_progress_bars():
                 self.body = body_class.from_pretrained(
