@@ -206,13 +206,12 @@ def compare(case: str, folder: Path) -> None:
         model.learn(total, callback=Watch(out, SAVES.get(case, ())))
         hook.remove()
         weights = [parameters(model).clone()]
-        if case not in ("bfloat16", "sampled"):
+        if case in SAVES:
             model.learn(total, reset_num_timesteps=False)
             weights.append(parameters(model).clone())
         assert model.policy.sharding is None
         if case == "exact":
-            again = type(model).load(folder / "exact_False" / "end.zip", env=robots(1 + ranks.rank()), device="cpu")
-            again.policy._shard = shard
+            again = type(model).load(out / "end.zip", env=robots(1 + ranks.rank()), device="cpu")
             again.learn(total)
             weights.append(parameters(again).clone())
         if case in SAVES:

@@ -11,10 +11,11 @@ from golden.openvla import tiny
 from ranked import torchrun
 from safetensors.torch import load_file
 from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.vec_env import VecNormalize
 from toys import parameters, vec
 
 from opd_gym import OPD
-from opd_gym.algorithms.teachers import make_teacher
+from opd_gym.algorithms.teachers import PolicyTeacher, make_teacher
 from opd_gym.cli.options import Run
 from opd_gym.cli.plan import make_plan
 from opd_gym.policies.openvla import complete_checkpoint
@@ -141,6 +142,11 @@ def test_what_cannot_be_sharded_is_refused(two, monkeypatch):
         kwargs = {"shard": True, "n_eval_episodes": 5}
         OPD("VLAPolicy", env, two / sharded.TEACHER, policy_kwargs={"checkpoint": two / sharded.STUDENT},
             teacher_kwargs=kwargs, device="cpu")  # fmt: skip
+    with pytest.raises(ValueError, match="asked in each step, since it sees raw observations"):
+        normalized = VecNormalize(sharded.robots(1), norm_obs_keys=["proprio"])
+        seen = normalized.observation_space
+        small, other = (VLAPolicy(seen, normalized.action_space, lambda _: 0.0, **sharded.TINY) for _ in range(2))
+        PolicyTeacher(small, normalized, other, shard=True)
     with pytest.raises(ValueError, match="is for a VLA, got a ActorCriticPolicy"):
         numbers = vec(1)
         OPD("MlpPolicy", numbers, "expert", device="cpu").save(two / "mlp")

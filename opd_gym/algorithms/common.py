@@ -25,6 +25,7 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs
+from stable_baselines3.common.utils import get_device
 
 from opd_gym import ranks
 from opd_gym.algorithms.buffers import micro_batches, random_shift
@@ -495,7 +496,7 @@ class PolicyAlgorithm(BaseAlgorithm):
         grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if self._sharding is not None:
             # Of all parts
-            grad_norm = grad_norm.full_tensor()  # type: ignore[attr-defined]
+            grad_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()
         if not bool(th.isfinite(grad_norm)):
             # Before the step: the weights are still good
             raise self._not_finite("gradients")
@@ -572,6 +573,18 @@ class PolicyAlgorithm(BaseAlgorithm):
         """
         return {"rng": rng_states()}
 
+    def _leave_optimizer_behind(self, device: th.device | str) -> None:
+        """
+        Move a model that was read into main memory, but not the state of its optimizer.
+
+        :param device: Where to
+        """
+        self.device = get_device(check_device(ranks.local_device(device)))
+        self.policy.to(self.device)
+        for name in ("rollout_buffer", "replay_buffer"):
+            if getattr(self, name, None) is not None:
+                getattr(self, name).device = self.device
+
     @classmethod
     def load(
         cls: type[SelfPolicyAlgorithm],
@@ -617,9 +630,15 @@ class PolicyAlgorithm(BaseAlgorithm):
         prepared: Any = env
         if env is not None:
             prepared = cls._prepare_env(env, data["policy_class"], data["policy_kwargs"], data["verbose"], data["seed"])
+        # Of an optimizer's state that is to be sharded, a GPU may not have room for the whole
+        sharded = ranks.world_size() > 1 and bool((data.get("policy_kwargs") or {}).get("shard"))
         try:
             # With all attributes as custom objects Stable-Baselines3 unpickles nothing
-            return super().load(file, prepared, device, data, print_system_info, force_reset, **kwargs)
+            read_on = "cpu" if sharded else device
+            model = super().load(file, prepared, read_on, data, print_system_info, force_reset, **kwargs)
+            if sharded:
+                model._leave_optimizer_behind(device)
+            return model
         except (ImportError, FileNotFoundError, MemoryError):
             raise
         except Exception as error:  # damaged weights raise anything
