@@ -120,9 +120,11 @@ def make(case: str, folder: Path, shard: bool) -> Any:
         return OPD("VLAPolicy", env, "expert", n_steps=8, estimator="sampled", batch_size=5, **kwargs)
     if case == "grpo":
         groups = {**GROUPS, "n_groups": 2 + more, "trajectories_per_batch": 4, "micro_batch_size": 7}
+        groups["recompute_log_probs"] = True
         return GRPO("VLAPolicy", env, **{**groups, **kwargs})
     kwargs["policy_kwargs"]["value_head"] = True
     critic = {"n_steps": 8, "n_epochs": 2, "batch_size": 6, "micro_batch_size": 4, "ent_coef": 0.01}
+    critic["recompute_log_probs"] = True
     return PPO("VLAPolicy", env, **critic, **kwargs)
 
 

@@ -433,11 +433,15 @@ class VLAPolicy(ActorCriticPolicy):
         """Whether a token depends on those before it, so that distributions are those of given actions."""
         return self.body.autoregressive
 
+    @property
+    def half_precision(self) -> bool:
+        """Whether the body computes in bfloat16."""
+        return DTYPES[self._dtype] != th.float32
+
     def _precision(self) -> Any:
-        dtype = DTYPES[self._dtype]
         # Copies of all weights in half precision, kept to the end of a pass, are what sharding is to save
-        cached = self.sharding is None
-        return th.autocast(self.device.type, dtype=dtype, enabled=dtype != th.float32, cache_enabled=cached)
+        dtype, cached = DTYPES[self._dtype], self.sharding is None
+        return th.autocast(self.device.type, dtype=dtype, enabled=self.half_precision, cache_enabled=cached)
 
     def _distribution(self, logits: th.Tensor) -> TokenDistribution:
         logits = logits.float()
