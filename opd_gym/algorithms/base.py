@@ -339,6 +339,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             if not complete:
                 # Envs are somewhere in the middle of a step: the next learn() starts with a reset
                 self._last_obs = None
+        self._follow_callbacks()
         self._count_all_ranks(before)
         if not ranks.agree(complete):
             return False
@@ -348,6 +349,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
 
         callback.update_locals(locals())
         callback.on_rollout_end()
+        self._follow_callbacks()
         # The update follows, with no callback
         self._between_iterations = True
         return True
@@ -579,17 +581,19 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         :param progress_bar: Display a progress bar using tqdm and rich
         :return: The trained model
         """
-        super().learn(
-            total_timesteps=self._steps_to_learn(total_timesteps, log_interval),
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
-        # Stable-Baselines3 logs before it trains: the last iteration's training would never be written
-        if ranks.largest(len(self.logger.name_to_value)):
-            self.dump_logs()
+        with self._joined_after():
+            super().learn(
+                total_timesteps=self._steps_to_learn(total_timesteps, log_interval),
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+            self._follow_callbacks()
+            # Stable-Baselines3 logs before it trains: the last iteration's training would never be written
+            if ranks.largest(len(self.logger.name_to_value)):
+                self.dump_logs()
         return self
 
     def _excluded_save_params(self) -> list[str]:

@@ -235,6 +235,7 @@ class GRPO(RolloutAlgorithm):
             return
         if self._trajectories:
             self._rescore(np.concatenate(self._trajectories), self.micro_batch_size)
+        self._keep_pace()
         losses, grad_norms, entropies = [], [], []
         metrics: list[PolicyGradientMetrics] = []
         for _ in range(self.n_epochs):

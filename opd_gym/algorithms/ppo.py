@@ -200,6 +200,7 @@ class PPO(RolloutAlgorithm):
         grad_norms = []
         continue_training = True
         self._rescore(buffer.valid_rows(), self.micro_batch_size or self.batch_size)
+        self._keep_pace()
 
         for epoch in range(self.n_epochs):
             n_minibatches = -(-len(buffer.valid_rows()) // self.batch_size)
@@ -209,6 +210,7 @@ class PPO(RolloutAlgorithm):
                     self._stand_by()
                 else:
                     metrics.append(self._accumulate_gradients(samples, clip_range))
+                self._keep_pace()
                 approx_kl = self._approx_kl(samples, metrics)
                 if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
                     # Known only when all parts of the minibatch have gone through: their gradients are dropped
