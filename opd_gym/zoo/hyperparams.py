@@ -24,6 +24,7 @@ RUN_KEYS = {
     "n_timesteps": "total number of decisions of all envs",
     "n_envs": "number of parallel envs",
     "n_workers": "processes that host the envs",
+    "ray": "address of the Ray cluster whose machines host the envs, or a mapping of RayVecEnv's arguments",
     "env_kwargs": "keyword arguments of the env",
     "env_wrapper": "import path of a wrapper, a mapping from it to its keyword arguments, or a list of these",
     "chunk_size": "actions per decision",
