@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import signal
@@ -15,14 +16,18 @@ import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 import toys
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecNormalize
 from toys import Match
 
 import opd_gym
 from opd_gym.algorithms.opd import OPD
+from opd_gym.algorithms.remote_teacher import RemoteTeacher, TeacherActor, _payload, _Service, _unpack
+from opd_gym.cli.main import main
 from opd_gym.envs.workers.cluster import connect
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.envs.workers.ray_vec_env import RayVecEnv
@@ -299,6 +304,139 @@ def test_what_cannot_be_started_is_refused(cluster, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'opd-gym\[ray\]'"):
         opd_gym.make_vec("CartPole-v1", ray="auto")
+
+
+# ------------------------------------------------------------------------------------------------------------- teachers
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("teacher") / "ppo.zip"
+    ppo().save(path)
+    return path
+
+
+def learn(teacher: Path, callback: BaseCallback | None = None, normalised: bool = False, **kwargs: Any) -> OPD:
+    env: Any = opd_gym.make_vec("CartPole-v1", n_envs=4, seed=0)
+    if normalised:
+        env = VecNormalize(env)
+    model = OPD(
+        *("MlpPolicy", env, teacher),
+        n_steps=16,
+        batch_size=12,
+        seed=0,
+        device="cpu",
+        teacher_kwargs={"n_eval_episodes": 0, **kwargs},
+    )
+    return model.learn(4 * 16 * 2, callback=callback)
+
+
+def same_weights(a: OPD, b: OPD) -> bool:
+    return all(th.equal(x, y) for x, y in zip(a.policy.parameters(), b.policy.parameters(), strict=True))
+
+
+def actor_of(model: OPD) -> Any:
+    assert isinstance(model._teacher, RemoteTeacher)
+    return model._teacher._service.actor
+
+
+class KillsTheTeacher(BaseCallback):
+    """In the second rollout."""
+
+    def _on_step(self):
+        if self.n_calls == 20:
+            import ray
+
+            ray.kill(actor_of(self.model))
+        return True
+
+
+@pytest.mark.filterwarnings("ignore:The teacher's actor:RuntimeWarning")
+def test_a_teacher_elsewhere_teaches_the_same(cluster, teacher):
+    """Bit by bit, also if its actor dies in the middle; two students ask the same actor."""
+    here, there = learn(teacher), learn(teacher, ray="auto")
+    assert same_weights(here, there) and there._teacher.n_deaths == 0
+    # A last one of 4 decisions
+    assert learn_counts(there) == (2 * 6, 2 * 6)
+    disturbed = learn(teacher, KillsTheTeacher(), ray="auto")
+    assert same_weights(here, disturbed) and disturbed._teacher.n_deaths == 1
+    assert disturbed._teacher._service.name == there._teacher._service.name
+    # The first student lost it as well, and finds the new one
+    view = there._teacher.distribution(th.zeros(3, 4), th.zeros(3, 1))
+    assert th.equal(view.log_probs, here._teacher.distribution(th.zeros(3, 4), th.zeros(3, 1)).log_probs)
+    assert learn_counts(there) == learn_counts(disturbed)
+    # One that sees what the student does not is asked for its labels in every step
+    assert same_weights(learn(teacher, normalised=True), learn(teacher, normalised=True, ray="auto"))
+
+
+def learn_counts(model: OPD) -> tuple[int, int]:
+    import ray
+
+    return ray.get(actor_of(model).counts.remote())
+
+
+def test_requests_of_several_students_are_one_batch(teacher):
+    env = opd_gym.make_vec("CartPole-v1", seed=0)
+    student = OPD("MlpPolicy", env, teacher, device="cpu", seed=0)
+    rows = np.random.default_rng(0).normal(size=(2, 4, 10, 4)).astype(np.float32)
+
+    async def ask() -> tuple[list[Any], tuple[int, int]]:
+        actor = TeacherActor(max_batch_size=25)
+        await actor.build(_payload(teacher, env, student.policy, {}))
+        asked = [actor.opinion(f"student {i}", rows[i, k], None, None) for k in range(4) for i in range(2)]
+        answers = await asyncio.gather(*asked)
+        counts = await actor.counts()
+        # A third one does not fit into the batch; one that asks nonsense is no error of another
+        rows[1, 0, 0] = np.nan
+        asked = [actor.opinion(f"student {i}", rows[i % 2, 0], None, None) for i in range(3)]
+        answers += await asyncio.gather(*asked, return_exceptions=True)
+        assert (await actor.counts())[1] - counts[1] == 1 + 2 + 1
+        return answers, counts
+
+    answers, counts = asyncio.run(ask())
+    assert counts == (8, 4)
+    for answer, (k, i) in zip(answers, [(k, i) for k in range(4) for i in range(2)], strict=False):
+        if (k, i) != (0, 1):
+            expected = student._teacher.distribution(th.as_tensor(rows[i, k]), th.zeros(10, 1))
+            th.testing.assert_close(_unpack(answer).log_probs, expected.log_probs, rtol=0, atol=1e-6)
+    assert isinstance(answers[9], FloatingPointError)
+    assert not any(isinstance(answers[i], Exception) for i in (8, 10))
+
+
+@pytest.mark.filterwarnings("ignore:The teacher's actor:RuntimeWarning")
+def test_a_teacher_that_dies_again_and_again_ends_the_run(cluster, teacher, monkeypatch):
+    import ray
+
+    model = learn(teacher, ray={"address": "auto", "timeout": 60.0})
+    start = _Service._start
+
+    def start_and_kill(self):
+        start(self)
+        ray.kill(self.actor)
+
+    monkeypatch.setattr(_Service, "_start", start_and_kill)
+    ray.kill(actor_of(model))
+    with pytest.raises(RuntimeError, match="(?s)The teacher's actor .* died.* 3 times in a row without an answer"):
+        model.learn(64)
+
+
+def test_teachers_that_cannot_be_elsewhere_are_refused(cluster, teacher):
+    with pytest.raises(ValueError, match="read from files there, got .*Save it"):
+        learn(ppo(), ray="auto")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Unknown keys \['gpus'\]"):
+        learn(teacher, ray={"gpus": 1})
+    # What the actor says
+    with pytest.raises(FileNotFoundError, match="nothing.zip"):
+        learn(teacher.with_name("nothing.zip"), ray="auto")
+
+
+def test_command_line(cluster, teacher, tmp_path):
+    words = ["train", "--env", "CartPole-v1", "--teacher", str(teacher), "-f", str(tmp_path), "-n", "32"]
+    words += ["--no-progress", "--device", "cpu", "-P", "n_steps=16", "-P", "n_envs=2", "-P", "n_workers=1"]
+    words += ["--ray", "auto", "-P", "teacher_kwargs.ray=auto", "-P", "teacher_kwargs.n_eval_episodes=0"]
+    assert main(words) == 0
+    (config,) = tmp_path.rglob("config.yml")
+    assert "ray: auto" in config.read_text()
 
 
 def test_without_a_cluster(monkeypatch):

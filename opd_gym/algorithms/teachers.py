@@ -65,6 +65,8 @@ class Teacher(ABC):
     label_size: int | None = None
     #: Which observations it sees, where that needs saying
     sees: str | None = None
+    #: How many batches it may be asked before the answer to the first is looked at
+    asked_ahead: int = 0
 
     @abstractmethod
     def distribution(self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None) -> TokenView:
@@ -75,6 +77,19 @@ class Teacher(ABC):
             token after the student's own tokens before it
         :return: The teacher's distribution, without gradient
         """
+
+    def ask(
+        self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None
+    ) -> Callable[[], TokenView]:
+        """
+        :meth:`distribution` in two steps, for a teacher that thinks elsewhere.
+
+        :param observations: See there, as for the others
+        :param labels: Labels of a privileged teacher
+        :param actions: The student's actions
+        :return: Gives the teacher's distribution
+        """
+        return lambda: self.distribution(observations, labels, actions)
 
     def label(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:
         """
@@ -246,7 +261,7 @@ class PolicyTeacher(Teacher):
             assert masks is not None
             return masks.astype(np.float32)
         observations = map_obs(th.as_tensor, raw_observations(env, indices))
-        return self._opinion(observations, None, masks).flatten().cpu().numpy()
+        return self.opinion(observations, None, masks).flatten().cpu().numpy()
 
     def _action_masks(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:
         masks = np.stack(env.env_method("action_masks", indices=[int(index) for index in indices]))
@@ -261,10 +276,16 @@ class PolicyTeacher(Teacher):
         if self.sees_raw:
             return self.spec.from_flat(labels)
         masks = labels.cpu().numpy() > 0 if self._masked else None
-        return self._opinion(observations, actions, masks).to(labels.device)
+        return self.opinion(observations, actions, masks).to(labels.device)
 
     @th.no_grad()
-    def _opinion(self, observations: PyTorchObs, actions: th.Tensor | None, masks: np.ndarray | None) -> TokenView:
+    def opinion(self, observations: PyTorchObs, actions: th.Tensor | None, masks: np.ndarray | None) -> TokenView:
+        """
+        :param observations: Raw observations
+        :param actions: The student's actions there, for an autoregressive policy
+        :param masks: Action masks, for a policy that was trained with them
+        :return: The policy's distribution, on its own device
+        """
         self.policy.set_training_mode(False)
         try:
             # A large teacher may have a device of its own
