@@ -37,8 +37,8 @@ checkpoints() {
     opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos/plain" --student none --n-timesteps 280 --seed 2 \
         --hyperparams $SFT n_demos:1 -f "$RUNS/student"
     # To make them the zoo's:
-    #   python benchmarks/report.py libero_object --export "$RUNS/teacher/opd/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-teacher
-    #   python benchmarks/report.py libero_object --export "$RUNS/student/sft/${ENV}_1/policy" opd_gym/zoo/checkpoints/libero-object-student
+    #   opd-gym export --env $ENV --checkpoint "$RUNS/teacher/opd/${ENV}_1/policy" --dtype float16 -o opd_gym/zoo/checkpoints/libero-object-teacher
+    #   opd-gym export --env $ENV --checkpoint "$RUNS/student/sft/${ENV}_1/policy" --dtype float16 -o opd_gym/zoo/checkpoints/libero-object-student
 }
 
 # 3. OPD and GRPO from that student (the zoo's defaults for this env), the same number of decisions.

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from opd_gym.cli.runs import read_progress
 from opd_gym.evaluation import EvaluationResult
 from opd_gym.files import write_atomic
-from opd_gym.versions import VERSIONS_FILE, differences, read_versions, write_versions
+from opd_gym.versions import VERSIONS_FILE, differences
 
 
 @dataclass(frozen=True)
@@ -260,30 +260,6 @@ def draw(study: Study, path: Path, evaluations: dict[str, dict[str, EvaluationRe
     figure.savefig(path, dpi=120)
 
 
-def export(study: Study, source: Path, target: Path) -> None:
-    """
-    Store a VLA checkpoint in half precision, as the zoo has it.
-
-    :param study: whose env the policy is for
-    :param source: directory of the checkpoint
-    :param target: directory to write
-    """
-    import torch
-    from stable_baselines3.common.utils import ConstantSchedule
-
-    from opd_gym.envs.make import build_env
-    from opd_gym.policies.body import checkpoint_settings
-    from opd_gym.policies.vla import VLAPolicy
-
-    env = build_env(study.env, n_envs=1, settings=checkpoint_settings({"checkpoint": source}))
-    policy = VLAPolicy(env.observation_space, env.action_space, ConstantSchedule(0.0), checkpoint=source)
-    policy.save_checkpoint(target, dtype=torch.float16)
-    trained_with = read_versions(source)
-    if trained_with:
-        write_versions(target, trained_with)
-    env.close()
-
-
 def main() -> None:
     """Read the runs, write results.json, results.md and curves.png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -291,14 +267,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="default: runs/STUDY")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/STUDY")
     parser.add_argument("--keep", action="store_true", help="the seeds of the output's earlier results, beside these")
-    parser.add_argument("--export", type=Path, nargs=2, metavar=("SOURCE", "TARGET"), help="store in half precision")
     args = parser.parse_args()
     study = STUDIES[args.study]
     runs = args.runs or Path("runs") / args.study
     output = args.output or Path("benchmarks/results") / args.study
-    if args.export:
-        export(study, *args.export)
-        return
     output.mkdir(parents=True, exist_ok=True)
     evaluations = load_evaluations(study, runs, output, args.keep)
     if not evaluations:

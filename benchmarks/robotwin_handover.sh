@@ -68,7 +68,7 @@ evaluate_all() {
 evaluate() { each_seed evaluate_all; }
 
 # 5. Tables and curves, from the files alone. To make the checkpoints those of the zoo:
-#   python benchmarks/report.py robotwin_handover --export "$(checkpoint 1 teacher)" opd_gym/zoo/checkpoints/robotwin-handover-teacher
+#   opd-gym export --env $ENV --checkpoint "$(checkpoint 1 teacher)" --dtype float16 -o opd_gym/zoo/checkpoints/robotwin-handover-teacher
 report() { python benchmarks/report.py robotwin_handover --runs "$RUNS"; }
 
 if [ $# -eq 0 ]; then set -- demos teacher student student80 opd grpo grpo80 evaluate report; fi

@@ -27,6 +27,7 @@ from opd_gym.envs.wrappers import ActionChunk, ActionTokens
 from opd_gym.files import temporary_beside
 from opd_gym.policies.body import checkpoint_settings
 from opd_gym.policies.loading import load_policy
+from opd_gym.versions import read_versions
 
 WAYS = ("directory", "zip", "zip without its suffix", "run", "finished run", "zoo", "hub")
 
@@ -235,6 +236,20 @@ def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch):
     assert main(["train", "--resume", str(run), "-n", "64", "--no-progress"]) == 0
     # A saved model finds its teacher as well
     assert OPD.load(run / "model.zip", env="CartPole-v1").learn(32, reset_num_timesteps=False).num_timesteps > 64
+
+
+def test_export(tmp_path, capsys):
+    name = "libero-object-student"
+    words = ["export", "--env", "LiberoObject-v0", "--checkpoint", name, "--dtype", "float16"]
+    assert main([*words, "-o", str(tmp_path / "half")]) == 0
+    # The zoo's own are in half precision: nothing is lost on the way
+    zoo = resolve_checkpoint(name)
+    assert (tmp_path / "half" / "model.safetensors").read_bytes() == (zoo / "model.safetensors").read_bytes()
+    assert read_versions(tmp_path / "half") == read_versions(zoo) != {}
+    PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu").save(tmp_path / "ppo.zip")
+    words = ["export", "--env", "CartPole-v1", "--checkpoint", str(tmp_path / "ppo.zip"), "-o", str(tmp_path / "ppo")]
+    assert main(words) == 2 and "Only a VLAPolicy" in capsys.readouterr().err
+    assert not (tmp_path / "ppo").exists()
 
 
 def test_paths_for_an_env_become_absolute(tmp_path, monkeypatch):

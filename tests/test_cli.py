@@ -58,6 +58,8 @@ def told(command: str) -> dict[str, Any]:
         ("video --env A --before b --checkpoint c --fps 10",
          {"env": "A", "before": "b", "checkpoint": "c", "fps": 10.0}),
         ("enjoy --env A --checkpoint c", {"env": "A", "checkpoint": "c"}),
+        ("export --env A --checkpoint c --dtype float16 -o d",
+         {"env": "A", "checkpoint": "c", "dtype": "float16", "output": Path("d")}),
         ("demos --env A --task-ids 5 6 -n 40 --stride 2 --perturbation 0.03 -o d",
          {"env": "A", "task_ids": (5, 6), "episodes_per_task": 40, "stride": 2, "perturbation": 0.03,
           "output": Path("d")}),

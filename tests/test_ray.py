@@ -299,7 +299,7 @@ def test_what_cannot_be_started_is_refused(cluster, monkeypatch):
         RayVecEnv([broken], 1)
     with pytest.raises(ValueError, match="max_restarts, name cannot be chosen"):
         RayVecEnv([fragile], 1, actor_options={"name": "me", "max_restarts": 3})
-    with pytest.raises(ValueError, match="ray= puts the envs into a RayVecEnv"):
+    with pytest.raises(ValueError, match="ray: for WorkerVecEnv alone"):
         opd_gym.make_vec("CartPole-v1", ray="auto", vec_env_cls=WorkerVecEnv)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'opd-gym\[ray\]'"):

@@ -1,5 +1,8 @@
 """A training that was interrupted and resumed is the one that was not, to the bit."""
 
+import os
+import signal
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -57,13 +60,16 @@ def resumed(cls, folder, env, total):
     return model.learn(total - model.num_timesteps, reset_num_timesteps=False)
 
 
-@pytest.mark.parametrize(("case", "make_env"), [*((case, vec) for case in CASES), ("opd", workers), ("grpo", workers)])
-def test_same_as_without_the_interruption(case, make_env, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "make_env", "iteration"),
+    [*((case, vec, n) for case in CASES for n in (1, 3)), ("opd", workers, 3), ("grpo", workers, 3)],
+)
+def test_same_as_without_the_interruption(case, make_env, iteration, tmp_path):
     cls, kwargs = CASES[case]
     make = (lambda: vec(2, kind="box")) if case == "ppo_sde" else lambda: make_env(2)
     env, again = make(), make()
     try:
-        whole = cls("MlpPolicy", env, **COMMON, **kwargs).learn(70, callback=SavesOnce(tmp_path, 3))
+        whole = cls("MlpPolicy", env, **COMMON, **kwargs).learn(70, callback=SavesOnce(tmp_path, iteration))
         model = resumed(cls, tmp_path, again, 70)
     finally:
         env.close(), again.close()
@@ -102,6 +108,11 @@ def test_supervised(tmp_path):
     assert th.equal(parameters(model), parameters(whole))
 
 
+class Numbered(Match):
+    def process(self):
+        return os.getpid()
+
+
 class Noisy(Match):
     """A simulator that does not repeat itself."""
 
@@ -119,6 +130,26 @@ def test_new_episodes_where_the_old_ones_cannot_be_played_again(env, tmp_path):
     OPD("MlpPolicy", first, **COMMON, **kwargs).learn(42, callback=SavesOnce(tmp_path, 3))
     model = resumed(OPD, tmp_path, env(), 70)
     assert model.num_timesteps >= 70 and (model.rollout_buffer.episode_starts.reshape(-1)[0] in (0.0, 1.0))
+
+
+def test_a_worker_that_died_just_before_the_save(tmp_path):
+    """Its envs have lost episodes which the learner still thinks they play."""
+
+    class Killer(SavesOnce):
+        def _on_rollout_start(self):
+            if self.n + 1 == self.iteration:
+                os.kill(self.model.env.unwrapped.env_method("process", indices=[0])[0], signal.SIGKILL)
+            super()._on_rollout_start()
+
+    kwargs = dict(teacher="expert", n_steps=7, batch_size=16, gradient_steps=3)
+    env, again = (WorkerVecEnv([lambda: EpisodeControl(Numbered())] * 2, n_workers=1) for _ in range(2))
+    try:
+        with pytest.warns(RuntimeWarning, match="Its episodes are lost"):
+            OPD("MlpPolicy", env, **COMMON, **kwargs).learn(70, callback=Killer(tmp_path, 3))
+        model = resumed(OPD, tmp_path, again, 70)
+    finally:
+        env.close(), again.close()
+    assert model.num_timesteps >= 70 and model._n_lost == 0
 
 
 def test_learning_anew_begins_anew(tmp_path):

@@ -34,11 +34,13 @@ from opd_gym.algorithms.grpo import GRPO
 from opd_gym.algorithms.opd import OPD
 from opd_gym.algorithms.ppo import PPO
 from opd_gym.envs import registration
+from opd_gym.envs.make import build_env
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.envs.workers.process import WorkerTraceback
 from opd_gym.envs.workers.vec_env import MAX_DEATHS, WorkerVecEnv
 from opd_gym.envs.wrappers import EpisodeControl
 from opd_gym.evaluation import EpisodeSpec, evaluate_success
+from opd_gym.zoo.hyperparams import split_hyperparams
 
 # Workers that imported these modules would import torch, and take seconds to start
 for module in (sys.modules[__name__], toys):
@@ -1322,12 +1324,21 @@ def test_a_lost_episode_is_evaluated_again(tmp_path, n_envs, n_workers):
 def test_make_vec_chooses_workers():
     env = opd_gym.make_vec("CartPole-v1", n_envs=3, n_workers=1)
     try:
-        assert isinstance(env, WorkerVecEnv) and (env.num_envs, env.n_workers) == (3, 1)
+        assert isinstance(env, WorkerVecEnv) and (env.num_envs, env.n_workers, env.timeout) == (3, 1, 300.0)
     finally:
         env.close()
+    env = build_env("CartPole-v1", {"n_envs": 2, "worker_timeout": 7})
+    try:
+        assert isinstance(env, WorkerVecEnv) and env.timeout == 7.0
+    finally:
+        env.close()
+    with pytest.raises(ValueError, match="timeout"):
+        opd_gym.make_vec("CartPole-v1", worker_timeout=-1.0)
+    with pytest.raises(ValueError, match="worker_timeout: expected a number of seconds"):
+        split_hyperparams("ppo", {"worker_timeout": "soon"}, opd_gym.PPO)
     assert isinstance(opd_gym.make_vec("CartPole-v1", n_envs=3), DummyVecEnv)
-    with pytest.raises(ValueError, match="n_workers is an argument of WorkerVecEnv"):
-        opd_gym.make_vec("CartPole-v1", n_workers=1, vec_env_cls=DummyVecEnv)
+    with pytest.raises(ValueError, match="n_workers and worker_timeout: for WorkerVecEnv alone"):
+        opd_gym.make_vec("CartPole-v1", n_workers=1, worker_timeout=9.0, vec_env_cls=DummyVecEnv)
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])

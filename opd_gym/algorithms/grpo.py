@@ -66,7 +66,7 @@ class GRPO(RolloutAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
-    _changed_by_rollouts = (*RolloutAlgorithm._changed_by_rollouts, "_first_group")
+    _changed_by_rollouts = (*RolloutAlgorithm._changed_by_rollouts, "_first_group", "_group_seeds")
 
     @zoo_hyperparams
     def __init__(
@@ -115,6 +115,8 @@ class GRPO(RolloutAlgorithm):
         self.dynamic_sampling = dynamic_sampling
         self._queue: deque[EpisodeSpec] = deque()
         self._first_group = 0
+        # Of the groups that are queued and not begun
+        self._group_seeds: list[int] = []
         self._just_reset = False
         self._trajectories: list[np.ndarray] = []
         super().__init__(
@@ -150,12 +152,12 @@ class GRPO(RolloutAlgorithm):
     # ------------------------------------------------------------------------------------------------------ rollout
 
     def _before_reset(self) -> None:
-        """Queue the groups of one iteration."""
+        """Queue the groups of one iteration: those of an iteration that was queued and not begun, if there is one."""
+        if len(self._group_seeds) != self.n_groups:
+            self._group_seeds = [int(self._episode_rng.integers(MAX_SEED)) for _ in range(self.n_groups)]
         self._queue.clear()
-        for group in range(self._first_group, self._first_group + self.n_groups):
-            seed = int(self._episode_rng.integers(MAX_SEED))
+        for group, seed in enumerate(self._group_seeds, self._first_group):
             self._queue.extend(EpisodeSpec(seed, group=group, member=member) for member in range(self.group_size))
-        self._first_group += self.n_groups
         self._just_reset = True
         super()._before_reset()
 
@@ -170,6 +172,8 @@ class GRPO(RolloutAlgorithm):
             self._last_episode_starts = np.ones((self.n_envs,), dtype=bool)
             self._episodes.all_begun()
         self._just_reset = False
+        self._first_group += self.n_groups
+        self._group_seeds = []
 
     def _rollout_done(self, n_steps: int, n_rollout_steps: int) -> bool:
         return bool(self._episodes.standing_still.all())

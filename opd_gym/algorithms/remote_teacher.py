@@ -328,9 +328,10 @@ class RemoteTeacher(PolicyTeacher):
     :param env: The student's env
     :param student: The student's policy
     :param ray: Address of the Ray cluster, as in :func:`opd_gym.envs.workers.cluster.connect`, or a mapping with
-        ``address``; ``actor_options`` (``num_gpus``, 0; ``num_cpus``, 0, so that it has room beside envs; ``resources``, ``runtime_env``, ...);
-        ``timeout``, the seconds without an answer after which it counts as dead (1800; in them it is read from its
-        files as well); ``max_batch_size``, how many rows of several students go through the teacher at once (256)
+        ``address``; ``actor_options`` (``num_gpus``, 0; ``num_cpus``, 0, so that it has room beside envs;
+        ``resources``, ``runtime_env``, ...); ``timeout``, the seconds without an answer after which it counts as dead
+        (1800; in them it is read from its files as well); ``max_batch_size``, how many rows of several students go
+        through the teacher at once (256)
     :param kwargs: Other ``teacher_kwargs``; ``device`` is the actor's, None: a GPU if ``actor_options`` give it one
     :raises ImportError: Ray is not installed
     :raises ConnectionError: There is no cluster

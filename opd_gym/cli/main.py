@@ -1,4 +1,4 @@
-"""The command line: ``opd-gym train | eval | enjoy | report | demos | list | plan | ...``."""
+"""The command line: ``opd-gym train | eval | enjoy | export | report | demos | list | plan | ...``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "train": (options.Train, "opd_gym.cli.train:run"),
     "eval": (options.Eval, "opd_gym.cli.evaluate:run"),
     "enjoy": (options.Enjoy, "opd_gym.cli.evaluate:run"),
+    "export": (options.Export, "opd_gym.cli.export:run"),
     "report": (options.Report, "opd_gym.cli.report:run"),
     "demos": (options.Demos, "opd_gym.cli.demos:run"),
     "list": (options.List, "opd_gym.cli.listing:run"),

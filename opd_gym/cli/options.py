@@ -225,6 +225,27 @@ class Enjoy(Play):
 
 
 @dataclass(kw_only=True)
+class Export(Options):
+    """
+    Write a VLA as a plain checkpoint: a directory of config.json and weights, LoRA adapters merged into them.
+
+    :param env: environment id for which it was trained
+    :param checkpoint: directory of a VLA checkpoint, zip of a model, directory of a run, or a name of the zoo
+    :param output: directory to write
+    :param dtype: type in which the weights are stored; default: their own
+    :param trust: open a zip even where it holds code, which then runs
+    """
+
+    many_files: ClassVar[bool] = True
+
+    env: str
+    checkpoint: Annotated[str, option("--student")]
+    output: Annotated[Path, option("-o", metavar="DIR")]
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    trust: Flag = False
+
+
+@dataclass(kw_only=True)
 class Report(Options):
     """
     Compare runs on one page: curves, tables, films.

@@ -42,7 +42,10 @@ AXES = {
 SUCCESS = "rollout/success_rate"
 RETURN = "rollout/ep_rew_mean"
 # Settings in which runs of one policy may differ
-INCIDENTAL = ("teacher", "demonstrations", "policy_kwargs.checkpoint", "n_envs", "n_workers", "n_timesteps")
+INCIDENTAL = (
+    *("teacher", "demonstrations", "policy_kwargs.checkpoint"),
+    *("n_timesteps", "n_envs", "n_workers", "worker_timeout", "ray"),
+)
 # Training has reached another policy at this share of its success
 SHARE = 0.9
 # Enough for the bounds not to move by what is printed

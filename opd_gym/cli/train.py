@@ -334,7 +334,8 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         {"checkpoint": source} if source is not None else kwargs.get("policy_kwargs") or {}, args.trust
     )
     # Simulators that are never stepped are not started: SFT reads the spaces off one env
-    slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, "n_workers": None, "ray": None}
+    off = dict.fromkeys(("n_workers", "worker_timeout", "ray"))
+    slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, **off}
     env = build_env(args.env, {**run, **slots}, seed=ranks.rank_seed(args.seed), settings=settings)
     try:
         if saved is not None:

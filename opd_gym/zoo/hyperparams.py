@@ -24,6 +24,7 @@ RUN_KEYS = {
     "n_timesteps": "total number of decisions of all envs",
     "n_envs": "number of parallel envs",
     "n_workers": "processes that host the envs",
+    "worker_timeout": "seconds without an answer after which one of them is replaced",
     "ray": "address of the Ray cluster whose machines host the envs, or a mapping of RayVecEnv's arguments",
     "env_kwargs": "keyword arguments of the env",
     "env_wrapper": "import path of a wrapper, a mapping from it to its keyword arguments, or a list of these",
@@ -226,4 +227,7 @@ def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[
             if not float(run[key]).is_integer():
                 raise ValueError(f"{key}: expected an integer, got {run[key]!r}.")
             run[key] = int(run[key])
+    timeout = run.get("worker_timeout")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
+        raise ValueError(f"worker_timeout: expected a number of seconds, got {timeout!r}.")
     return run, kwargs
