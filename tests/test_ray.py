@@ -391,6 +391,9 @@ def test_requests_of_several_students_are_one_batch(teacher):
         asked = [actor.opinion(f"student {i}", rows[i % 2, 0], None, None) for i in range(3)]
         answers += await asyncio.gather(*asked, return_exceptions=True)
         assert (await actor.counts())[1] - counts[1] == 1 + 2 + 1
+        # One that is alone gets the batches that it asks for
+        await asyncio.gather(*(actor.opinion("student 0", rows[0, k], None, None) for k in range(4)))
+        assert (await actor.counts())[1] - counts[1] == 1 + 2 + 1 + 4
         return answers, counts
 
     answers, counts = asyncio.run(ask())

@@ -22,7 +22,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
-from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.teacher_inputs import hides_raw_observations, raw_observation_space
@@ -85,10 +84,14 @@ class TeacherActor:
     """
     A teacher, and the students' requests to it. While it thinks about some, others gather; one of each student goes
     into the next batch. So a student that is alone is answered in exactly the batches that it asks in.
+
+    :param max_batch_size: Rows of several students that go through the teacher at once
+    :param device: Device of the teacher, unless its ``teacher_kwargs`` name one
     """
 
-    def __init__(self, max_batch_size: int) -> None:
+    def __init__(self, max_batch_size: int, device: str = "cpu") -> None:
         self._max_batch_size = max_batch_size
+        self._device = device
         self._teacher: PolicyTeacher | None = None
         # One at a time: a policy is not made for two threads
         self._thread = ThreadPoolExecutor(1)
@@ -115,7 +118,7 @@ class TeacherActor:
     def _build(self, payload: bytes) -> _Facts:
         if self._teacher is None:
             (arguments, kwargs), _ = cloudpickle.loads(payload)
-            kwargs["device"] = get_device(kwargs.get("device") or "auto")
+            kwargs["device"] = kwargs.get("device") or self._device
             teacher = make_teacher(*arguments, **kwargs)
             assert isinstance(teacher, PolicyTeacher)
             self._teacher = teacher
@@ -253,7 +256,9 @@ class _Service:
     def _start(self) -> None:
         kind = self._ray.remote(TeacherActor)
         options = {"name": self.name, "namespace": _NAMESPACE, "get_if_exists": True, "max_concurrency": 1000}
-        self.actor = kind.options(**self._options, **options).remote(self._max_batch_size)
+        # Ray hides no GPU from an actor that did not ask for one
+        device = "cuda" if self._options.get("num_gpus") else "cpu"
+        self.actor = kind.options(**self._options, **options).remote(self._max_batch_size, device)
         # Behind this, all that this student asks is answered by a teacher that is there
         self.actor.build.remote(self._payload)
 
@@ -332,7 +337,7 @@ class RemoteTeacher(PolicyTeacher):
         ``resources``, ``runtime_env``, ...); ``timeout``, the seconds without an answer after which it counts as dead
         (1800; in them it is read from its files as well); ``max_batch_size``, how many rows of several students go
         through the teacher at once (256)
-    :param kwargs: Other ``teacher_kwargs``; ``device`` is the actor's, None: a GPU if ``actor_options`` give it one
+    :param kwargs: Other ``teacher_kwargs``; ``device`` is the actor's, None: a GPU if ``num_gpus`` asks for one
     :raises ImportError: Ray is not installed
     :raises ConnectionError: There is no cluster
     :raises ValueError: What ``make_teacher`` raises, as all that it raises; or a teacher that is not read from files
