@@ -14,6 +14,7 @@ from toys import TINY_BODY, Match, Robot, parameters, vec
 
 from opd_gym import GRPO, OPD, PPO, SFT
 from opd_gym.demonstrations import Demonstrations
+from opd_gym.envs.workers.process import give_up
 from opd_gym.envs.workers.vec_env import WorkerVecEnv
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 
@@ -150,6 +151,25 @@ def test_a_worker_that_died_just_before_the_save(tmp_path):
     finally:
         env.close(), again.close()
     assert model.num_timesteps >= 70 and model._n_lost == 0
+
+
+def test_a_save_at_a_signal_does_not_wait_for_a_worker_that_hangs(tmp_path):
+    kwargs = dict(teacher="expert", n_steps=7, batch_size=16, gradient_steps=3)
+    env, again = (WorkerVecEnv([lambda: EpisodeControl(Numbered())] * 2, n_workers=1) for _ in range(2))
+    try:
+        model = OPD("MlpPolicy", env, **COMMON, **kwargs).learn(28)
+        pid = env.env_method("process")[0]
+        os.kill(pid, signal.SIGSTOP)
+        give_up.set()  # as a run does when it is told to end
+        try:
+            model.save(tmp_path / "model")
+        finally:
+            give_up.clear()
+            os.kill(pid, signal.SIGCONT)
+        model.save_replay_buffer(tmp_path / "states.npz")
+        assert resumed(OPD, tmp_path, again, 70).num_timesteps >= 70
+    finally:
+        env.close(), again.close()
 
 
 def test_learning_anew_begins_anew(tmp_path):
