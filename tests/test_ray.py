@@ -359,7 +359,7 @@ def test_a_teacher_elsewhere_teaches_the_same(cluster, teacher):
     # A last one of 4 decisions
     assert learn_counts(there) == (2 * 6, 2 * 6)
     disturbed = learn(teacher, KillsTheTeacher(), ray="auto")
-    assert same_weights(here, disturbed) and disturbed._teacher.n_deaths == 1
+    assert same_weights(here, disturbed) and disturbed._teacher.n_deaths >= 1
     assert disturbed._teacher._service.name == there._teacher._service.name
     # The first student lost it as well, and finds the new one
     view = there._teacher.distribution(th.zeros(3, 4), th.zeros(3, 1))

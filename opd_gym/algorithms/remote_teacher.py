@@ -300,7 +300,7 @@ class _Service:
     def _died(self, reason: str) -> None:
         self.n_deaths += 1
         self._in_a_row += 1
-        self.actor = None
+        dead, self.actor = self.actor, None
         text = f"The teacher's actor {self.name} died: {reason}"
         if self._in_a_row >= MAX_DEATHS:
             raise RuntimeError(
@@ -308,10 +308,21 @@ class _Service:
                 "its machine. Most often that has no memory left: make micro_batch_size smaller, or "
                 "teacher_kwargs={'ray': {'max_batch_size': ...}} where it teaches several students."
             )
-        # Ray takes a moment until it gives the name of a dead actor away
-        time.sleep(self._in_a_row)
+        self._wait_for_name(dead)
         self._start()
         warnings.warn(f"{text}\nIt was started again (death {self.n_deaths}).", RuntimeWarning, stacklevel=2)
+
+    def _wait_for_name(self, dead: Any) -> None:
+        """Ray takes a moment until it gives the name of a dead actor away."""
+        deadline = time.monotonic() + 30.0
+        while time.monotonic() < deadline:
+            try:
+                found = self._ray.get_actor(self.name, namespace=_NAMESPACE)
+            except ValueError:
+                return
+            if found._actor_id != dead._actor_id:
+                return
+            time.sleep(0.1)
 
 
 class RemoteTeacher(PolicyTeacher):
