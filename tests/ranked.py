@@ -167,8 +167,16 @@ def whole(folder: Path) -> None:
         )
 
 
+def devices(folder: Path) -> None:
+    """A short training on this rank's own device."""
+    model = make("exact", 2, folder / "base", device="auto", learning_rate=0.01).learn(32)
+    (added,) = ranks.total(1.0 + ranks.rank())
+    device, trained = str(model.policy.device), parameters(model).cpu().numpy()
+    np.savez(folder / f"devices{ranks.rank()}.npz", trained=trained, device=device, added=added)
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    programs = {"whole": whole, "sft": supervised, "stopped": stopped, "killed": killed}
+    programs = {"whole": whole, "sft": supervised, "stopped": stopped, "killed": killed, "devices": devices}
     for name in sys.argv[2:]:
         programs[name](out) if name in programs else update(name, out)

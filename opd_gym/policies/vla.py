@@ -361,9 +361,13 @@ class VLAPolicy(ActorCriticPolicy):
         """Whether a token depends on those before it, so that distributions are those of given actions."""
         return self.body.autoregressive
 
+    @property
+    def half_precision(self) -> bool:
+        """Whether the body computes in bfloat16."""
+        return DTYPES[self._dtype] != th.float32
+
     def _precision(self) -> Any:
-        dtype = DTYPES[self._dtype]
-        return th.autocast(self.device.type, dtype=dtype, enabled=dtype != th.float32)
+        return th.autocast(self.device.type, dtype=DTYPES[self._dtype], enabled=self.half_precision)
 
     def _distribution(self, logits: th.Tensor) -> TokenDistribution:
         logits = logits.float()
