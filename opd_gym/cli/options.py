@@ -107,6 +107,7 @@ class TrainArgs(Options):
     :param demonstrations: HDF5 files or folders of them, for sft; -P demonstration_kwargs.skip=true leaves out damaged
         files and names them
     :param folder: where the directory of the run goes
+    :param ray: address of a Ray cluster whose machines host the envs, or "auto" for the one this machine is part of
     :param eval_episodes: held-out episodes to play at the end
     :param device: "auto", "cpu", "cuda", ...
     :param trust: open teacher, student and run even where their files hold code, which then runs
@@ -125,6 +126,7 @@ class TrainArgs(Options):
     student: Annotated[str | None, option("--checkpoint", metavar="STR")] = None
     demonstrations: Annotated[list[str], option(metavar="PATH [PATH ...]")] = field(default_factory=list)
     folder: Annotated[str, option("-f", metavar="DIR")] = "runs"
+    ray: Annotated[str | None, option(metavar="ADDRESS")] = None
     eval_episodes: int = 0
     device: str = "auto"
     trust: Flag = False

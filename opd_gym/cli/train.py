@@ -227,6 +227,8 @@ def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
     parameters = algorithm_parameters(algorithm_class(args.algo))
     if args.n_timesteps is not None:
         values["n_timesteps"] = args.n_timesteps
+    if args.ray is not None:
+        values["ray"] = args.ray
     if args.teacher is not None:
         if "teacher" not in parameters:
             raise ValueError(f"{args.algo} has no teacher. Drop --teacher, or use --algo opd.")
@@ -320,6 +322,8 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         values = _mapping(resume / "config.yml")
         if args.n_timesteps is not None:
             values["n_timesteps"] = args.n_timesteps
+        if args.ray is not None:
+            values["ray"] = args.ray
     run, kwargs = split_hyperparams(args.algo, values, cls)
     policy = run.get("policy") or "MlpPolicy"
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
@@ -330,7 +334,8 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         {"checkpoint": source} if source is not None else kwargs.get("policy_kwargs") or {}, args.trust
     )
     # Simulators that are never stepped are not started: SFT reads the spaces off one env
-    slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, "n_workers": None, "worker_timeout": None}
+    off = dict.fromkeys(("n_workers", "worker_timeout", "ray"))
+    slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, **off}
     env = build_env(args.env, {**run, **slots}, seed=ranks.rank_seed(args.seed), settings=settings)
     try:
         if saved is not None:
@@ -480,7 +485,7 @@ def run(args: Train) -> int:
             f"--resume goes on with the run's own {', '.join(changed)}. Leave out --{' --'.join(changed)}, or edit "
             f"{args.resume / 'config.yml'}, which is read again."
         )
-    for name in ("n_timesteps", "eval_episodes", "checkpoint_interval"):
+    for name in ("n_timesteps", "eval_episodes", "checkpoint_interval", "ray"):
         if given[name] != getattr(TrainArgs(), name):
             setattr(stored, name, given[name])
     stored.device, stored.progress, stored.verbose, stored.trust = args.device, args.progress, args.verbose, args.trust

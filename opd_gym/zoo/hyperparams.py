@@ -25,6 +25,7 @@ RUN_KEYS = {
     "n_envs": "number of parallel envs",
     "n_workers": "processes that host the envs",
     "worker_timeout": "seconds without an answer after which one of them is replaced",
+    "ray": "address of the Ray cluster whose machines host the envs, or a mapping of RayVecEnv's arguments",
     "env_kwargs": "keyword arguments of the env",
     "env_wrapper": "import path of a wrapper, a mapping from it to its keyword arguments, or a list of these",
     "chunk_size": "actions per decision",
