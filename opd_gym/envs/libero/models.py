@@ -19,8 +19,10 @@ import os
 import shutil
 import tempfile
 import xml.etree.ElementTree as ET
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -30,7 +32,7 @@ from opd_gym.files import replacing, write_atomic
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files; in their names, so that an older version's are not read
+FORMAT = 3  # of the files; in their names, so that an older version's are not read
 # What may differ from the original: the data of meshes, textures and the trees that only ray casting reads.
 _VISUAL_ARRAYS = ("_", "mesh_", "tex_", "bvh_", "oct_")
 
@@ -41,7 +43,7 @@ class Visuals:
     What has been taken out of a model, by the model's own ids.
 
     :param meshes: id -> stem of ``<stem>.vertices.npy`` (float32 ``(n, 8)``: position, normal, texture coordinates) and
-        ``<stem>.indices.npy`` (uint32 ``(3 m,)``)
+        ``<stem>.indices.npy`` (uint32 ``(3 m,)``), each followed by a checksum
     :param textures: id -> ``<name>.<kind>.npy``, uint8 ``(height, width, channels)``; the kind is "rgb" or "srgb" (the
         colour space of a flat texture) or "cube", whose six faces lie below each other, or are the same if there is
         only one
@@ -86,6 +88,8 @@ def _load(xml: str, visuals: str, cache: Path, entry: Path) -> tuple[mujoco.MjMo
             _build(xml, visuals, cache, entry)
         try:
             index = json.loads((entry / f"{visuals}.json").read_text(encoding="utf-8"))
+            if index.pop("checksum") != _checksum_of(index):
+                raise ValueError(f"{visuals}.json has changed")
             physics = entry / f"{visuals}.mjb"
             if hashlib.sha256(physics.read_bytes()).hexdigest() != index["sha256"]:
                 raise ValueError(f"{physics.name} has changed")
@@ -95,11 +99,11 @@ def _load(xml: str, visuals: str, cache: Path, entry: Path) -> tuple[mujoco.MjMo
                 {int(i): cache / "textures" / name for i, name in index["textures"].items()},
             )
             files = [*found.textures.values(), *(file for stem in found.meshes.values() for file in _mesh_files(stem))]
-            damaged = [file for file in files if not _is_readable(file)]
+            damaged = [file for file in files if not _is_intact(file)]
             if damaged:
                 raise ValueError(f"{damaged[0].name} is missing or damaged")
             return model, found
-        except (ValueError, KeyError, FileNotFoundError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
             if attempt:
                 raise
             logger.warning("The cached model in %s is damaged (%s) and is made anew.", entry, error)
@@ -120,13 +124,37 @@ def _mesh_files(stem: Path) -> tuple[Path, Path]:
     return stem.with_name(f"{stem.name}.vertices.npy"), stem.with_name(f"{stem.name}.indices.npy")
 
 
-def _is_readable(path: Path) -> bool:
-    """Whether an array is there, and as long as its header says."""
+def _save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as NumPy does, and behind it four bytes of checksum: GL would run into wrong indices."""
+    with replacing(path) as temporary:
+        np.save(temporary, array)
+        with temporary.open("ab") as file:
+            file.write(zlib.crc32(temporary.read_bytes()).to_bytes(4, "little"))
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether an array is there as it was written. A process reads a file once for that."""
     try:
-        np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, FileNotFoundError):
+        status = path.stat()
+    except FileNotFoundError:
         return False
+    version = status.st_ino, status.st_size, status.st_mtime_ns
+    if _intact.get(path) != version:
+        if status.st_size <= 4:
+            return False
+        content = memoryview(np.memmap(path, mode="r"))  # type: ignore[arg-type]
+        if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "little"):
+            return False
+        _intact[path] = version
     return True
+
+
+# Files that this process has found intact
+_intact: dict[Path, tuple[int, int, int]] = {}
+
+
+def _checksum_of(index: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
 def _key(xml: str) -> str:
@@ -169,9 +197,10 @@ def _build(xml: str, visuals: str, cache: Path, entry: Path) -> None:
     with replacing(entry / f"{visuals}.mjb") as temporary:
         _save_model(model, temporary)
     digest = hashlib.sha256((entry / f"{visuals}.mjb").read_bytes()).hexdigest()
-    index = {"sha256": digest, "meshes": meshes, "textures": textures}
+    # Through JSON, in which keys are strings
+    index = json.loads(json.dumps({"sha256": digest, "meshes": meshes, "textures": textures}))
     # Last, because it says that the rest is there
-    write_atomic(entry / f"{visuals}.json", json.dumps(index))
+    write_atomic(entry / f"{visuals}.json", json.dumps({**index, "checksum": _checksum_of(index)}))
 
 
 def _visual_meshes(model: mujoco.MjModel) -> list[int]:
@@ -267,14 +296,13 @@ def _save_mesh(model: mujoco.MjModel, mesh: int, visuals: str, cache: Path) -> s
         digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
     stem = digest.hexdigest()[:32]
     vertex_file, index_file = _mesh_files(cache / "meshes" / stem)
-    if not (_is_readable(vertex_file) and _is_readable(index_file)):
+    if not (_is_intact(vertex_file) and _is_intact(index_file)):
         if visuals == "light":
             simple = light.lighten_mesh(light.Mesh(vertices, faces, normals, uv))
             vertices, faces, normals, uv = simple.vertices, simple.faces, simple.normals, simple.uv
         corners, indices = _interleave(vertices, faces, normals, uv)
         for file, array in ((vertex_file, corners), (index_file, indices)):
-            with replacing(file) as temporary:
-                np.save(temporary, array)
+            _save_array(file, array)
     return stem
 
 
@@ -347,8 +375,6 @@ def _save_texture(model: mujoco.MjModel, texture: int, visuals: str, cache: Path
     else:
         kind = "rgb"
     name = f"{digest.hexdigest()[:32]}.{kind}.npy"
-    if not _is_readable(cache / "textures" / name):
-        picture = light.shrink_texture(pixels) if visuals == "light" else pixels
-        with replacing(cache / "textures" / name) as temporary:
-            np.save(temporary, picture)
+    if not _is_intact(cache / "textures" / name):
+        _save_array(cache / "textures" / name, light.shrink_texture(pixels) if visuals == "light" else pixels)
     return name
