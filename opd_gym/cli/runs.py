@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shlex
 import socket
@@ -17,15 +18,25 @@ from typing import Any
 import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, KVWriter, Logger
+from stable_baselines3.common.monitor import ResultsWriter
 
 from opd_gym.checkpoints import run_checkpoints
 from opd_gym.checks import check_at_least_one, check_range
+from opd_gym.envs.registration import bare_id
 from opd_gym.files import replacing, write_atomic
 from opd_gym.versions import differences, read_versions, versions, write_versions
 
 # States to replay, beside the checkpoints
 STATES_FOLDER = "states"
 LOCK_FILE = ".lock"
+
+
+def env_name(env_id: str) -> str:
+    """
+    :param env_id: environment id; it may name the module that registers it, or a namespace (ALE/...)
+    :return: how files and folders are named after it, here and in rl-zoo3
+    """
+    return bare_id(env_id).replace("/", "-")
 
 
 def new_run_dir(folder: str | os.PathLike[str], algo: str, env_id: str) -> Path:
@@ -37,8 +48,7 @@ def new_run_dir(folder: str | os.PathLike[str], algo: str, env_id: str) -> Path:
     """
     parent = Path(folder) / algo
     parent.mkdir(parents=True, exist_ok=True)
-    # An id may name the module that registers it or a namespace (ALE/...).
-    name = env_id.split(":")[-1].replace("/", "-")
+    name = env_name(env_id)
     suffixes = [path.name[len(name) + 1 :] for path in parent.glob(f"{name}_*")]
     number = max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0)
     while True:
@@ -96,6 +106,46 @@ def write_run_files(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping
     if changed:
         print(f"Before and from now on: {', '.join(changed)}", flush=True)
     write_versions(run_dir, versions())
+
+
+def write_for_rl_zoo3(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping[str, Any]) -> None:
+    """
+    Write what the scripts of rl-zoo3 look for in the folder of a run: ``<env>/config.yml`` and ``<env>/args.yml``, and
+    under the name ``<env>.zip`` the file ``model.zip``, once it is there.
+
+    :param run_dir: directory of the run
+    :param args: arguments of the command line
+    :param hyperparams: see :func:`opd_gym.zoo.hyperparams.rl_zoo3_hyperparams`
+    """
+    name = env_name(args["env"])
+    write_atomic(run_dir / name / "config.yml", yaml.safe_dump(_plain(hyperparams)))
+    # Its ids have no module, and push_to_hub looks for the arguments of the env here alone
+    args = {**args, "env": bare_id(args["env"]), "env_kwargs": hyperparams["env_kwargs"]}
+    write_atomic(run_dir / name / "args.yml", yaml.safe_dump(_plain(args)))
+
+
+def name_for_rl_zoo3(model: Path, name: str) -> None:
+    """
+    Give a file a second name in its folder, without a copy of it.
+
+    :param model: the file
+    :param name: its other name, which may be that of an older file
+    """
+    with replacing(model.with_name(name)) as temporary:
+        try:
+            os.link(model, temporary)
+        except OSError:  # a file system without hard links
+            temporary.symlink_to(model.name)
+
+
+def run_dirs(folder: Path) -> list[Path]:
+    """
+    :param folder: where to look
+    :return: directories of runs in it
+    """
+    found = {path.parent for path in folder.rglob("args.yml")}
+    # In one of them is another args.yml, for rl-zoo3
+    return sorted(path for path in found if path.parent not in found)
 
 
 @contextmanager
@@ -188,6 +238,49 @@ class RunCheckpoint(BaseCallback):
     def _on_training_end(self) -> None:
         self._saved_at = -1  # the last iteration was trained after the last checkpoint of this number of timesteps
         self.save(states=False)  # they follow when all else is written
+
+
+class EpisodeTable(BaseCallback):
+    """
+    Writes ``monitor.csv``, one row an episode, as ``Monitor`` of Stable-Baselines3 does; a run that goes on adds to it.
+
+    :param run_dir: directory of the run
+    :param env_id: environment id
+    """
+
+    def __init__(self, run_dir: Path, env_id: str):
+        super().__init__()
+        self.path = run_dir / "monitor.csv"
+        self.env_id = env_id
+        self._writer: ResultsWriter | None = None
+        self._began = 0.0
+
+    def _open(self, success: bool) -> ResultsWriter:
+        self._began = time.time()
+        if self.path.exists() and self.path.stat().st_size:
+            with self.path.open(encoding="utf-8") as file:
+                self._began = json.loads(file.readline()[1:])["t_start"]
+                success = "is_success" in file.readline()
+        header: dict[str, float | str] = {"t_start": self._began, "env_id": self.env_id}
+        keys = ("is_success",) if success else ()
+        return ResultsWriter(str(self.path), header, keys, override_existing=not self.path.exists())
+
+    def _on_step(self) -> bool:
+        for info in self.locals.get("infos") or ():
+            if "episode" not in info:
+                continue
+            with optional(self.path):
+                self._writer = self._writer or self._open("is_success" in info)
+                row = {key: info["episode"][key] for key in ("r", "l")}
+                if "is_success" in self._writer.logger.fieldnames:
+                    row["is_success"] = bool(info.get("is_success"))
+                self._writer.write_row({**row, "t": round(time.time() - self._began, 6)})
+        return True
+
+    def _on_training_end(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 def make_logger(run_dir: Path, verbose: int = 0) -> Logger:

@@ -32,12 +32,16 @@ from opd_gym.checks import check_at_least_one
 from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
     STATES_FOLDER,
+    EpisodeTable,
     RunCheckpoint,
+    env_name,
     locked,
     make_logger,
+    name_for_rl_zoo3,
     new_run_dir,
     optional,
     plot_learning_curve,
+    write_for_rl_zoo3,
     write_run_files,
 )
 from opd_gym.demonstrations import read_statistics
@@ -52,6 +56,7 @@ from opd_gym.zoo.hyperparams import (
     load_hyperparams,
     merge,
     parse_overrides,
+    rl_zoo3_hyperparams,
     split_hyperparams,
 )
 
@@ -215,15 +220,16 @@ def _mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
+def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """
     The configuration of a run: the YAML file, the overrides, and the checkpoints that they leave open.
 
     :param args: what the run is started with
+    :param overrides: hyperparameters that win, besides those of ``args``
     :return: plain values, as they are written to ``config.yml``
     """
     values = load_hyperparams(args.algo, args.env, args.config)
-    values = merge(values, parse_overrides(args.hyperparams))
+    values = merge(merge(values, parse_overrides(args.hyperparams)), overrides or {})
     parameters = algorithm_parameters(algorithm_class(args.algo))
     if args.n_timesteps is not None:
         values["n_timesteps"] = args.n_timesteps
@@ -349,6 +355,7 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         assert run_dir is not None
         if ranks.is_main():
             write_run_files(run_dir, asdict(args), values)
+            write_for_rl_zoo3(run_dir, asdict(args), rl_zoo3_hyperparams(args.env, values, settings))
             print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
         checkpoint = RunCheckpoint(run_dir, args.checkpoint_interval)
         learned, finished = _learn(model, checkpoint, run.get("n_timesteps"), args)
@@ -356,6 +363,8 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
             return TrainResult(run_dir, model, finished)
         if finished:
             model.save(run_dir / "model.zip")
+            with optional(run_dir):
+                name_for_rl_zoo3(run_dir / "model.zip", f"{env_name(args.env)}.zip")
             # Once more: now it is known what draws the pictures
             used = versions(env)
             write_versions(run_dir, used)
@@ -409,7 +418,7 @@ def _learn(
         try:
             model.learn(
                 total,  # type: ignore[arg-type]
-                callback=[stop, checkpoint],
+                callback=[stop, checkpoint, EpisodeTable(checkpoint.run_dir, args.env)],
                 # One that was stopped in its first iteration goes on as well
                 reset_num_timesteps=model.num_timesteps == 0 and getattr(model, "_interrupted", None) is None,
                 progress_bar=args.progress,

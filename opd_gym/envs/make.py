@@ -53,17 +53,7 @@ def make_env_fn(
     :return: the function; it can be sent to another process
     :raises ValueError: two different sizes of a chunk
     """
-    known = CHUNK_SIZES.get(bare_id(env_id))
-    if bare_id(env_id) in ROBOTWIN_IDS:
-        own = (env_kwargs or {}).get("chunk_size")
-        if own is not None and chunk_size not in (None, own):
-            raise ValueError(f"chunk_size is {chunk_size}, and {own} in env_kwargs. Give one of the two.")
-        chunk_size = chunk_size if own is None else own
-    chunk = known if chunk_size is None else chunk_size
-    tokenised = bool(known) if tokens is None else tokens
-    kwargs = dict(env_kwargs or {})
-    if chunk and bare_id(env_id) in ROBOTWIN_IDS:
-        kwargs["chunk_size"], chunk = chunk, 0
+    kwargs, chunk, tokenised = env_layers(env_id, env_kwargs, chunk_size, tokens)
 
     def build() -> gym.Env:
         register_envs()  # a fresh worker process has not registered them yet
@@ -80,6 +70,29 @@ def make_env_fn(
         return EpisodeControl(Monitor(env))
 
     return build
+
+
+def env_layers(
+    env_id: str, env_kwargs: Mapping[str, Any] | None, chunk_size: int | None, tokens: bool | None
+) -> tuple[dict[str, Any], int, bool]:
+    """
+    :param env_id: registered id
+    :param env_kwargs: see :func:`make_env_fn`, as for the arguments that follow
+    :return: keyword arguments of the env itself; the size of the chunks of an ``ActionChunk`` around it, 0 for none;
+        and whether there is an ``ActionTokens``
+    :raises ValueError: two different sizes of a chunk
+    """
+    known = CHUNK_SIZES.get(bare_id(env_id), 0)
+    kwargs = dict(env_kwargs or {})
+    if bare_id(env_id) in ROBOTWIN_IDS:
+        own = kwargs.get("chunk_size")
+        if own is not None and chunk_size not in (None, own):
+            raise ValueError(f"chunk_size is {chunk_size}, and {own} in env_kwargs. Give one of the two.")
+        chunk_size = chunk_size if own is None else own
+    chunk = known if chunk_size is None else chunk_size
+    if chunk and bare_id(env_id) in ROBOTWIN_IDS:
+        kwargs["chunk_size"], chunk = chunk, 0
+    return kwargs, chunk, bool(known) if tokens is None else tokens
 
 
 def _patience(env_id: str, env_kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -236,7 +249,28 @@ def build_env(
     :return: the env
     """
     env_spec(env_id)  # an unknown id is reported here, not in the traceback of a worker process
-    run, settings = dict(run or {}), dict(settings or {})
+    run = dict(run or {})
+    return make_vec(
+        env_id,
+        n_envs=n_envs or run.get("n_envs") or 1,
+        seed=seed,
+        wrapper=wrapper_function(run.get("env_wrapper")),
+        n_workers=run.get("n_workers"),
+        worker_timeout=run.get("worker_timeout"),
+        **env_arguments(env_id, run, settings, **env_kwargs),
+    )
+
+
+def env_arguments(
+    env_id: str, run: Mapping[str, Any], settings: Mapping[str, Any] | None = None, **env_kwargs: Any
+) -> dict[str, Any]:
+    """
+    :param env_id: environment id
+    :param run: see :func:`build_env`, as for the arguments that follow
+    :return: arguments of :func:`make_env_fn`: ``env_kwargs``, ``chunk_size``, ``tokens``, ``n_bins``, ``statistics``,
+        those that are known
+    """
+    settings = settings or {}
     kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
     if bare_id(env_id) in CHUNK_SIZES:
         for key in ENV_SETTINGS:
@@ -250,16 +284,7 @@ def build_env(
     if token_kwargs:
         token_kwargs["tokens"] = True
     token_kwargs.update({key: run[key] for key in ("chunk_size", "tokens", "n_bins") if run.get(key) is not None})
-    return make_vec(
-        env_id,
-        n_envs=n_envs or run.get("n_envs") or 1,
-        seed=seed,
-        env_kwargs=kwargs,
-        wrapper=wrapper_function(run.get("env_wrapper")),
-        n_workers=run.get("n_workers"),
-        worker_timeout=run.get("worker_timeout"),
-        **token_kwargs,
-    )
+    return {"env_kwargs": kwargs, **token_kwargs}
 
 
 def prepare_env(

@@ -127,6 +127,42 @@ def _entry(entries: dict[str, Any], path: Path, env_id: str, *keys: str) -> dict
     return None
 
 
+def rl_zoo3_hyperparams(env_id: str, values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A configuration as rl-zoo3 reads it, whose envs are single ones made by ``gymnasium.make``: chunks, tokens and what
+    the student's checkpoint asks of the env become ``env_kwargs`` and ``env_wrapper``; processes are left out.
+
+    :param env_id: environment id, with or without the module to import
+    :param values: hyperparameters, as :func:`load_hyperparams` gives them
+    :param settings: what that checkpoint needs, see ``opd_gym.policies.body.checkpoint_settings``
+    :return: plain values
+    """
+    from opd_gym.envs.make import env_arguments, env_layers  # here: `opd-gym --help` has no use for PyTorch
+
+    given = env_arguments(env_id, values, settings)
+    env_kwargs, chunk, tokens = env_layers(env_id, given["env_kwargs"], given.get("chunk_size"), given.get("tokens"))
+    own = values.get("env_wrapper") or []
+    wrappers = list(own) if isinstance(own, list) else [own]
+    if chunk:
+        wrappers.append({"opd_gym.envs.wrappers.ActionChunk": {"chunk_size": chunk}})
+    if tokens:
+        binning = {key: given[key] for key in ("n_bins", "statistics") if key in given}
+        wrappers.append({"opd_gym.envs.wrappers.ActionTokens": binning})
+    wrappers.append("opd_gym.envs.wrappers.EpisodeControl")
+    left_out = ("n_workers", "worker_timeout", "chunk_size", "tokens", "n_bins")
+    converted = {key: value for key, value in values.items() if key not in left_out}
+    return _plain({**converted, "env_kwargs": env_kwargs, "env_wrapper": wrappers})
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     """
     Hyperparameters from the command line.
