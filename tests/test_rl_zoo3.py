@@ -64,7 +64,7 @@ def own_run(folder):
     """A run of opd-gym."""
     words = ["train", "--env", "CartPole-v1", "--teacher", "teacher.zip", "-n", "256", "--device", "cpu"]
     # It learns next to nothing: episodes stay short
-    words += ["-P", "learning_rate=1e-6", "-P", "gradient_steps=4"]
+    words += ["-P", "learning_rate=1e-6", "-P", "gradient_steps=4", "--eval-episodes", "3", "--eval-freq", "128"]
     assert opd_gym_main([*words, "-P", "teacher_kwargs.n_eval_episodes=0", "--no-progress"]) == 0
     return folder / "runs/opd/CartPole-v1_1"
 
@@ -93,6 +93,38 @@ def test_resume(trained):
     last = max(trained.parent.glob("CartPole-v1_*"), key=lambda path: path.name)
     old, new = (OPD.load(path / "CartPole-v1.zip", device="cpu") for path in (first, last))
     assert last != first and old._n_updates == 4 and new._n_updates == 8 and new._n_states == 128
+
+
+def test_normalised_and_stacked(folder, capsys):
+    """Keys of rl-zoo3 that opd-gym does not have pass through."""
+    words = ("train", "--algo", "grpo", "--env", "CartPole-v1", "-n", "8", "--eval-freq", "-1", "-f", "stacked")
+    run(
+        *words,
+        "--device",
+        "cpu",
+        "-params",
+        "n_envs:2",
+        "n_groups:1",
+        "group_size:2",
+        "normalize:True",
+        "frame_stack:2",
+    )
+    assert (folder / "stacked/grpo/CartPole-v1_1/CartPole-v1/vecnormalize.pkl").is_file()
+    run(
+        "enjoy",
+        "--algo",
+        "grpo",
+        "--env",
+        "CartPole-v1",
+        "--no-render",
+        "--device",
+        "cpu",
+        "-n",
+        "510",
+        "-f",
+        "stacked",
+    )
+    assert "Stacking 2 frames" in capsys.readouterr().out
 
 
 def test_optuna(folder, capsys):
@@ -135,7 +167,7 @@ def test_plots(trained, own_run, capsys):
         (axis,) = pyplot.gcf().axes
         assert "CartPole-v1_1" in axis.get_legend_handles_labels()[1]
         pyplot.close("all")
-    run("all_plots", "-a", "opd", "-e", "CartPole-v1", "-f", "logs", "--no-display")
+    run("all_plots", "-a", "opd", "-e", "CartPole-v1", "-f", "logs", "runs", "--no-display")
     pyplot.close("all")
     assert "|CartPole-v1 |" in capsys.readouterr().out
 
@@ -143,8 +175,9 @@ def test_plots(trained, own_run, capsys):
 def test_a_run_of_opd_gym_has_its_layout(own_run, capsys):
     from rl_zoo3.utils import get_trained_models
 
-    run(*ENJOY, "-f", "runs")
-    assert "Mean reward: " in capsys.readouterr().out
+    for words in ((), ("--load-best",)):
+        run(*ENJOY, "-f", "runs", *words)
+        assert "Mean reward: " in capsys.readouterr().out
     assert get_trained_models("runs") == {"opd-CartPole-v1": ("opd", "CartPole-v1")}
     # One file of two names
     assert os.path.samefile(own_run / "model.zip", own_run / "CartPole-v1.zip")

@@ -19,9 +19,18 @@ Algorithm = Literal["opd", "grpo", "ppo", "sft"]
 Dtype = Literal["bfloat16", "float32"]
 
 # What numbers may be, by the name of the option
-_POSITIVE = ("chunk_size", "episodes", "episodes_per_task", "image_size", "n_envs", "n_timesteps", "replays")
+_POSITIVE = (
+    "chunk_size",
+    "episodes",
+    "eval_freq",
+    "episodes_per_task",
+    "image_size",
+    "n_envs",
+    "n_timesteps",
+    "replays",
+)
 _LEAST = {
-    **dict.fromkeys((*_POSITIVE, "scenes", "stride"), 1),
+    **dict.fromkeys((*_POSITIVE, "eval_freq", "scenes", "stride"), 1),
     **dict.fromkeys(("eval_episodes", "task_ids"), 0),
 }
 _INTERVALS = {
@@ -108,9 +117,12 @@ class TrainArgs(Options):
         files and names them
     :param folder: where the directory of the run goes
     :param eval_episodes: held-out episodes to play at the end
+    :param eval_freq: play them every so many decisions as well, in envs of their own, and keep best_model.zip; default:
+        only at the end
     :param device: "auto", "cpu", "cuda", ...
     :param trust: open teacher, student and run even where their files hold code, which then runs
     :param checkpoint_interval: seconds between two checkpoints, at least
+    :param track: log to Weights & Biases as well, as its own variables say (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE)
     :param progress: a progress bar is shown unless --no-progress is given
     :param verbose: print the table of every iteration
     """
@@ -126,9 +138,11 @@ class TrainArgs(Options):
     demonstrations: Annotated[list[str], option(metavar="PATH [PATH ...]")] = field(default_factory=list)
     folder: Annotated[str, option("-f", metavar="DIR")] = "runs"
     eval_episodes: int = 0
+    eval_freq: Number = None
     device: str = "auto"
     trust: Flag = False
     checkpoint_interval: Annotated[float, option(metavar="SECONDS")] = 60.0
+    track: Flag = False
     progress: Flag = True
     verbose: Annotated[UseCounterAction[int], arg(aliases=["-v"])] = 0
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shlex
 import socket
 import sys
 import time
+import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, KVWriter, Logger
 from stable_baselines3.common.monitor import ResultsWriter
@@ -23,6 +27,7 @@ from stable_baselines3.common.monitor import ResultsWriter
 from opd_gym.checkpoints import run_checkpoints
 from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.envs.registration import bare_id
+from opd_gym.evaluation import EvaluationResult
 from opd_gym.files import replacing, write_atomic
 from opd_gym.versions import differences, read_versions, versions, write_versions
 
@@ -283,12 +288,98 @@ class EpisodeTable(BaseCallback):
             self._writer = None
 
 
-def make_logger(run_dir: Path, verbose: int = 0) -> Logger:
+class Evaluations(BaseCallback):
+    """
+    Plays held-out episodes between two updates, and keeps the best model: ``best_model.zip`` and ``evaluations.npz``,
+    as ``EvalCallback`` of Stable-Baselines3 does, but the same episodes every time. More successes are better; where
+    the env says nothing about them, a higher return.
+
+    :param run_dir: directory of the run; evaluations of an earlier part of it are kept
+    :param evaluate: from the model to how it did
+    :param eval_freq: decisions between two evaluations, at least; after the last update is one more
+    """
+
+    def __init__(self, run_dir: Path, evaluate: Callable[[BaseAlgorithm], EvaluationResult], eval_freq: int):
+        super().__init__()
+        check_at_least_one(eval_freq=eval_freq)
+        self.run_dir = run_dir
+        self.evaluate = evaluate
+        self.eval_freq = eval_freq
+        self._last = 0
+        self._has_rollouts = False
+        self._rows: dict[str, list[np.ndarray]] = {"timesteps": [], "results": [], "ep_lengths": [], "successes": []}
+        self._best = (-math.inf, -math.inf)
+
+    def _on_training_start(self) -> None:
+        path = self.run_dir / "evaluations.npz"
+        if path.exists():
+            with np.load(path) as file:
+                rows = {name: list(file[name]) for name in self._rows}
+            self._best = max(map(self._score, rows["successes"], rows["results"]), default=self._best)
+            # What came after the checkpoint that the run goes on from comes again
+            kept = [i for i, timesteps in enumerate(rows["timesteps"]) if timesteps <= self.model.num_timesteps]
+            self._rows = {name: [values[i] for i in kept] for name, values in rows.items()}
+        self._last = self.model.num_timesteps
+
+    @staticmethod
+    def _score(successes: np.ndarray, returns: np.ndarray) -> tuple[float, float]:
+        """What is compared: NaN is an episode without an outcome."""
+        known = [values[np.isfinite(values)] for values in (successes, returns)]
+        success, mean_return = (float(values.mean()) if len(values) else -math.inf for values in known)
+        return success, mean_return
+
+    def _play(self) -> None:
+        self._last = self.model.num_timesteps
+        result = self.evaluate(self.model)
+        # Lost episodes leave gaps
+        gaps = [math.nan] * len(result.lost)
+        successes = np.array([math.nan if e.success is None else float(e.success) for e in result.episodes] + gaps)
+        row = {
+            "timesteps": np.array(self._last),
+            "results": np.array([episode.reward for episode in result.episodes] + gaps),
+            "ep_lengths": np.array([episode.steps for episode in result.episodes] + gaps),
+            "successes": successes,
+        }
+        for name, values in row.items():
+            self._rows[name].append(values)
+        self.logger.record("eval/mean_reward", result.mean_reward)
+        self.logger.record("eval/mean_ep_length", float(np.nanmean(row["ep_lengths"])))
+        if result.n_judged:
+            self.logger.record("eval/success_rate", result.success_rate)
+        with optional(self.run_dir / "evaluations.npz"), replacing(self.run_dir / "evaluations.npz") as temporary:
+            np.savez(temporary, **{name: np.array(values) for name, values in self._rows.items()})  # type: ignore[arg-type]
+        score = self._score(row["successes"], row["results"])
+        if score > self._best:
+            self._best = score
+            self.model.save(self.run_dir / "best_model.zip")
+
+    def _play_if_due(self) -> None:
+        if self.model.num_timesteps - self._last >= self.eval_freq:
+            self._play()
+            self.model.dump_logs()  # type: ignore[attr-defined]
+
+    def _on_rollout_start(self) -> None:
+        self._has_rollouts = True
+        self._play_if_due()
+
+    def _on_step(self) -> bool:
+        if not self._has_rollouts:
+            self._play_if_due()
+        return True
+
+    def _on_training_end(self) -> None:
+        # After the last update, unless the training was broken off before it
+        if self._last < self.model.num_timesteps >= self.model._total_timesteps:
+            self._play()  # learn() logs what is left
+
+
+def make_logger(run_dir: Path, verbose: int = 0, track: Mapping[str, Any] | None = None) -> Logger:
     """
     Logger to ``progress.csv``, to TensorBoard where it is installed, and to the screen.
 
     :param run_dir: directory of the run; the table of an earlier part of a resumed run is kept under another name
     :param verbose: 1 to print the table as well
+    :param track: configuration of the run, to log it to Weights & Biases as well; None: not there
     :return: the logger
     """
     table = run_dir / "progress.csv"
@@ -302,9 +393,48 @@ def make_logger(run_dir: Path, verbose: int = 0) -> Logger:
         formats.append(_optional_writer(TensorBoardOutputFormat(str(run_dir)), run_dir))
     except (ImportError, AssertionError):
         pass  # tensorboard is optional
+    if track is not None:
+        formats.append(_optional_writer(WandbOutputFormat(run_dir, track), run_dir))
     if verbose:
         formats.append(HumanOutputFormat(sys.stdout))
     return Logger(folder=str(run_dir), output_formats=formats)
+
+
+class WandbOutputFormat(KVWriter):
+    """
+    Logs numbers to a run of Weights & Biases; a run that goes on is the same one there.
+
+    :param run_dir: directory of the run, where its id and what is not uploaded yet are kept
+    :param config: the complete configuration
+    """
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]):
+        import wandb
+
+        file = run_dir / "wandb_id.txt"
+        if not file.exists():
+            write_atomic(file, uuid.uuid4().hex[:8])
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "opd_gym"),
+            name=f"{run_dir.parent.name}/{run_dir.name}",
+            id=file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(run_dir),
+            config=_plain(config),
+        )
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """
+        :param key_values: what is logged; other things than numbers are left out
+        :param key_excluded: not used
+        :param step: number of decisions
+        """
+        numbers = {key: float(value) for key, value in key_values.items() if isinstance(value, (int, float, np.number))}
+        self.run.log(numbers, step=step)
+
+    def close(self) -> None:
+        """End the run there."""
+        self.run.finish()
 
 
 def _optional_writer(writer: KVWriter, path: Path) -> KVWriter:

@@ -194,17 +194,35 @@ def env_id_of(env: VecEnv) -> str | None:
     return None if spec is None else str(spec.id)
 
 
-def _import_wrapper(path: str) -> Callable[..., gym.Env]:
-    module, _, name = path.replace(":", ".").rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"env_wrapper: cannot import {path!r} ({error}). Expected module.ClassName.") from error
+def import_paths(spec: Any, key: str) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
+    """
+    What a configuration names by import paths; nothing is evaluated.
+
+    :param spec: an import path, a mapping from it to keyword arguments, a list of these, or None
+    :param key: key of the configuration, for errors
+    :return: what was imported, with its keyword arguments
+    :raises ValueError: it is nothing of the kind, or cannot be imported
+    """
+    found: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+    for item in spec if isinstance(spec, list) else [spec] if spec else []:
+        if isinstance(item, Mapping) and len(item) == 1:
+            ((path, kwargs),) = item.items()
+        else:
+            path, kwargs = item, {}
+        if not isinstance(path, str) or not isinstance(kwargs or {}, Mapping):
+            raise ValueError(f"{key}: expected an import path or one mapped to keyword arguments, got {item!r}.")
+        module, _, name = path.replace(":", ".").rpartition(".")
+        try:
+            imported = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{key}: cannot import {path!r} ({error}). Expected module.ClassName.") from error
+        found.append((imported, dict(kwargs or {})))
+    return found
 
 
-def _apply_wrappers(env: gym.Env, wrappers: list[tuple[str, dict[str, Any]]]) -> gym.Env:
-    for path, kwargs in wrappers:
-        env = _import_wrapper(path)(env, **kwargs)
+def _apply_wrappers(env: gym.Env, spec: Any) -> gym.Env:
+    for wrapper, kwargs in import_paths(spec, "env_wrapper"):
+        env = wrapper(env, **kwargs)
     return env
 
 
@@ -213,19 +231,7 @@ def wrapper_function(spec: Any) -> Callable[[gym.Env], gym.Env] | None:
     :param spec: import path of a wrapper, a mapping from it to its keyword arguments, a list of these, or None
     :return: a function that applies them in order and can be sent to a worker process
     """
-    if not spec:
-        return None
-    wrappers: list[tuple[str, dict[str, Any]]] = []
-    for item in spec if isinstance(spec, list) else [spec]:
-        if isinstance(item, Mapping) and len(item) == 1:
-            ((path, kwargs),) = item.items()
-        else:
-            path, kwargs = item, {}
-        if not isinstance(path, str) or not isinstance(kwargs or {}, Mapping):
-            raise ValueError(f"env_wrapper: expected an import path or one mapped to keyword arguments, got {item!r}.")
-        _import_wrapper(path)
-        wrappers.append((path, dict(kwargs or {})))
-    return partial(_apply_wrappers, wrappers=wrappers)
+    return partial(_apply_wrappers, spec=spec) if import_paths(spec, "env_wrapper") else None
 
 
 def build_env(

@@ -27,6 +27,7 @@ RUN_KEYS = {
     "worker_timeout": "seconds without an answer after which one of them is replaced",
     "env_kwargs": "keyword arguments of the env",
     "env_wrapper": "import path of a wrapper, a mapping from it to its keyword arguments, or a list of these",
+    "callback": "import path of a callback, or as for env_wrapper",
     "chunk_size": "actions per decision",
     "tokens": "whether actions are tokens",
     "n_bins": "tokens of one action dimension",
