@@ -258,6 +258,48 @@ class Export(Options):
 
 
 @dataclass(kw_only=True)
+class HubPush(Options):
+    """
+    Publish a policy on the Hugging Face hub, with a card: a VLA as a plain checkpoint, others as the zip of the model.
+
+    :param checkpoint: directory of a run or of a VLA checkpoint, zip of a model, or a name of the zoo
+    :param repo: owner/name on the hub; created if needed
+    :param evaluation: file of `opd-gym eval -o`, for the card and its metrics; default: evaluation.json of the run
+    :param license: as the hub spells it, for instance mit
+    :param dtype: type in which the weights of a VLA are stored; default: their own
+    :param private: a new repository is private
+    :param folder: write what would be uploaded there instead, without a network
+    :param trust: open a zip even where it holds code, which then runs
+    """
+
+    checkpoint: Annotated[str, Positional, option()]
+    repo: Annotated[str, Positional, option(metavar="OWNER/NAME")]
+    evaluation: Annotated[Path | None, option(metavar="FILE")] = None
+    license: Text = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    private: Flag = False
+    folder: Annotated[Path | None, option("-f", metavar="DIR")] = None
+    trust: Flag = False
+
+
+@dataclass(kw_only=True)
+class HubPull(Options):
+    """
+    Fetch a policy from the Hugging Face hub into a folder, with its card and its evaluation.
+
+    :param repo: owner/name on the hub
+    :param output: folder; default: its name, in this folder
+    :param revision: branch, tag or commit; default: the newest
+    """
+
+    many_files: ClassVar[bool] = True
+
+    repo: Annotated[str, Positional, option(metavar="OWNER/NAME")]
+    output: Annotated[Path | None, option("-o", metavar="DIR")] = None
+    revision: Text = None
+
+
+@dataclass(kw_only=True)
 class Report(Options):
     """
     Compare runs on one page: curves, tables, films.

@@ -86,6 +86,7 @@ class VLAPolicy(ActorCriticPolicy):
     :param trainable: False for a policy that only acts or teaches: no weight is trained, and there is no optimizer
     :param optimizer_class: the optimizer
     :param optimizer_kwargs: keyword arguments of the optimizer, other than the learning rate
+    :param base_model: what it started from, of a saved policy that no longer needs it; see :attr:`base_model`
     :param sb3_kwargs: other arguments of ``ActorCriticPolicy``; those about feature extractors and MLPs have no effect
     """
 
@@ -108,6 +109,7 @@ class VLAPolicy(ActorCriticPolicy):
         trainable: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
+        base_model: str | None = None,
         **sb3_kwargs: Any,
     ):
         token_space(action_space)
@@ -126,6 +128,7 @@ class VLAPolicy(ActorCriticPolicy):
         self._trained_state: TrainedState | None = None
         self._checkpoint: Path | None = None
         self._reference = checkpoint
+        self._base_model = base_model
         if checkpoint is not None:
             try:
                 directory = resolve_checkpoint(checkpoint)
@@ -257,7 +260,8 @@ class VLAPolicy(ActorCriticPolicy):
     @property
     def base_model(self) -> str | None:
         """Directory or name of what this policy started from, as far as it is known; None for random weights."""
-        reference = self._config.pretrained_model if self._reference is None else self._reference
+        known = (self._reference, self._base_model, self._config.pretrained_model)
+        reference = next((name for name in known if name is not None), None)
         return None if reference is None else os.fspath(reference)
 
     def portable_kwargs(self) -> dict[str, Any]:
@@ -278,6 +282,7 @@ class VLAPolicy(ActorCriticPolicy):
             trainable=self._trainable,
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=dict(self.optimizer_kwargs),
+            base_model=None if self.base_model is None else lasting_name(self.base_model),
         )
 
     def _portable_reference(self) -> str | None:
