@@ -1,5 +1,8 @@
 """A training that was interrupted and resumed is the one that was not, to the bit."""
 
+import os
+import signal
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from toys import TINY_BODY, Match, Robot, parameters, vec
 
 from opd_gym import GRPO, OPD, PPO, SFT
 from opd_gym.demonstrations import Demonstrations
+from opd_gym.envs.workers.process import give_up
 from opd_gym.envs.workers.vec_env import WorkerVecEnv
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 
@@ -105,6 +109,11 @@ def test_supervised(tmp_path):
     assert th.equal(parameters(model), parameters(whole))
 
 
+class Numbered(Match):
+    def process(self):
+        return os.getpid()
+
+
 class Noisy(Match):
     """A simulator that does not repeat itself."""
 
@@ -122,6 +131,45 @@ def test_new_episodes_where_the_old_ones_cannot_be_played_again(env, tmp_path):
     OPD("MlpPolicy", first, **COMMON, **kwargs).learn(42, callback=SavesOnce(tmp_path, 3))
     model = resumed(OPD, tmp_path, env(), 70)
     assert model.num_timesteps >= 70 and (model.rollout_buffer.episode_starts.reshape(-1)[0] in (0.0, 1.0))
+
+
+def test_a_worker_that_died_just_before_the_save(tmp_path):
+    """Its envs have lost episodes which the learner still thinks they play."""
+
+    class Killer(SavesOnce):
+        def _on_rollout_start(self):
+            if self.n + 1 == self.iteration:
+                os.kill(self.model.env.unwrapped.env_method("process", indices=[0])[0], signal.SIGKILL)
+            super()._on_rollout_start()
+
+    kwargs = dict(teacher="expert", n_steps=7, batch_size=16, gradient_steps=3)
+    env, again = (WorkerVecEnv([lambda: EpisodeControl(Numbered())] * 2, n_workers=1) for _ in range(2))
+    try:
+        with pytest.warns(RuntimeWarning, match="Its episodes are lost"):
+            OPD("MlpPolicy", env, **COMMON, **kwargs).learn(70, callback=Killer(tmp_path, 3))
+        model = resumed(OPD, tmp_path, again, 70)
+    finally:
+        env.close(), again.close()
+    assert model.num_timesteps >= 70 and model._n_lost == 0
+
+
+def test_a_save_at_a_signal_does_not_wait_for_a_worker_that_hangs(tmp_path):
+    kwargs = dict(teacher="expert", n_steps=7, batch_size=16, gradient_steps=3)
+    env, again = (WorkerVecEnv([lambda: EpisodeControl(Numbered())] * 2, n_workers=1) for _ in range(2))
+    try:
+        model = OPD("MlpPolicy", env, **COMMON, **kwargs).learn(28)
+        pid = env.env_method("process")[0]
+        os.kill(pid, signal.SIGSTOP)
+        give_up.set()  # as a run does when it is told to end
+        try:
+            model.save(tmp_path / "model")
+        finally:
+            give_up.clear()
+            os.kill(pid, signal.SIGCONT)
+        model.save_replay_buffer(tmp_path / "states.npz")
+        assert resumed(OPD, tmp_path, again, 70).num_timesteps >= 70
+    finally:
+        env.close(), again.close()
 
 
 def test_learning_anew_begins_anew(tmp_path):

@@ -857,6 +857,11 @@ def test_a_signal_ends_a_run_although_a_worker_hangs(tmp_path: Path, signum: int
     ]
     command += ["--no-progress", "--device", "cpu", "-P", "n_steps=16", "-P", "n_envs=2", "-P", "n_workers=2"]
     terminal, end = pty.openpty()
+
+    def in_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run below nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -865,7 +870,7 @@ def test_a_signal_ends_a_run_although_a_worker_hangs(tmp_path: Path, signum: int
         stdout=end,
         stderr=end,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=in_terminal,
     )
     os.close(end)
     try:

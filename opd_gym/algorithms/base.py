@@ -255,7 +255,10 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         if self._undone is not None or not self._between_iterations:
             return self._undone
         interruption = super()._interruption() or {}
-        so_far = self._episodes.so_far() if self._last_obs is not None else None
+        try:
+            so_far = self._episodes.so_far() if self._last_obs is not None else None
+        except (EOFError, ConnectionError, InterruptedError):
+            so_far = None  # its workers hang, or the signal that ends the run has reached them as well
         if so_far is not None:
             so_far.update(obs=self._last_obs, episode_starts=self._last_episode_starts)
             interruption["episodes"] = so_far

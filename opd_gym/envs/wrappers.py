@@ -374,10 +374,11 @@ class EpisodeControl(_ExpertThrough):
         Play again what was played of the episode that has just begun.
 
         :param episodes: by tag, actions and checksum that :meth:`episode_so_far` gave
-        :return: whether that led to the same state
+        :return: whether that led to the same state; False as well for an episode that is not among them, because it
+            was lost with its worker when they were taken
         """
-        actions, checksum = episodes[self._tag]
-        if len(actions) > MAX_REPLAYED:
+        actions, checksum = episodes.get(self._tag, ((), None))
+        if checksum is None or len(actions) > MAX_REPLAYED:
             return False
         for action in actions:
             _, _, terminated, truncated, _ = self.step(action)
