@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CARD_FILE = "README.md"
 EVALUATION_FILE = "evaluation.json"
+STATISTICS_FILE = "vec_normalize.pkl"
 
 
 def model_card(
@@ -210,6 +211,9 @@ def write_model_folder(
             path = Path(folder) / "model.zip"
             model.save(path)
             _copy_zip(path, directory / f"{repo_id.rpartition('/')[2]}.zip")
+        statistics = model.get_vec_normalize_env()
+        if statistics is not None:
+            statistics.save(str(directory / STATISTICS_FILE))
     _finish(directory, model_card(model, repo_id, result, license), result, _versions(model, result))
     return directory
 
@@ -255,7 +259,7 @@ def write_folder(
             if not file.name.startswith("."):
                 shutil.copyfile(file, directory / file.name)
     else:
-        from opd_gym.policies.loading import load_policy
+        from opd_gym.policies.loading import find_vec_normalize, load_policy
         from opd_gym.untrusted import read_attributes
 
         saved = read_attributes(path, keys=("observation_space", "action_space"), trust=trust)
@@ -268,6 +272,9 @@ def write_folder(
         else:
             _check_no_dtype(policy, dtype)
             _copy_zip(path, directory / f"{repo_id.rpartition('/')[2]}.zip")
+            statistics = find_vec_normalize(path, env_id)
+            if statistics is not None:
+                shutil.copyfile(statistics, directory / STATISTICS_FILE)
     found = result.versions if result is not None and result.versions else read_versions(path)
     _finish(directory, _card(repo_id, algorithm, facts, about, result, license, found), result, found)
     return directory

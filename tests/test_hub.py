@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch as th
 from huggingface_hub import ModelCard
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 from toys import cartpole_teacher
 
 import opd_gym.hub
@@ -39,6 +42,25 @@ def test_push_a_run(run, tmp_path, capsys):
     assert loaded.teacher is None and loaded.num_timesteps == 128
     # Whoever downloads it finds the model by the name of the repository
     assert resolve_checkpoint(tmp_path / "up").name == "opd-CartPole-v1.zip"
+
+
+def test_statistics_of_observations_come_along(tmp_path, capsys):
+    """A policy that balances the pole only behind its VecNormalize: played as it is, and as it is published."""
+    env = VecNormalize(make_vec_env("CartPole-v1"))
+    env.obs_rms.mean[:], env.obs_rms.var[:] = [0.0, 0.0, 5.0, 0.0], [4.0, 4.0, 4.0, 4.0]
+    model = cartpole_teacher()
+    with th.no_grad():
+        weights = model.policy.action_net.weight
+        model.policy.action_net.bias.copy_(weights @ th.tensor([0.0, 0.0, 5.0, 0.0]))
+        weights *= 2.0
+    model.save(tmp_path / "model.zip")
+    env.save(tmp_path / "vec_normalize.pkl")
+    assert main(["hub", "push", str(tmp_path / "model.zip"), "somebody/cart", "-f", str(tmp_path / "up")]) == 0
+    for path in (tmp_path / "model.zip", tmp_path / "up"):
+        capsys.readouterr()
+        words = ["--env", "CartPole-v1", "--checkpoint", str(path), "--episodes", "2", "--no-progress"]
+        assert main(["eval", *words, "--device", "cpu"]) == 0
+        assert "| all | 100.0 % |" in capsys.readouterr().out
 
 
 def test_push_a_checkpoint(tmp_path, capsys):

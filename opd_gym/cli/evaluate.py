@@ -16,7 +16,7 @@ from opd_gym.envs.make import build_env
 from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
 from opd_gym.evaluation import EvaluationResult, evaluate_success
 from opd_gym.policies.body import checkpoint_settings
-from opd_gym.policies.loading import check_device, load_policy
+from opd_gym.policies.loading import check_device, find_vec_normalize, load_policy, normalised
 from opd_gym.versions import differences, read_versions
 from opd_gym.zoo.hyperparams import merge, parse_overrides
 
@@ -57,6 +57,13 @@ def run(args: Eval | Enjoy) -> int:
         )
 
     def play(env_id: str) -> list[EvaluationResult]:
+        # What Stable-Baselines3, rl-zoo3 and the hub leave beside the zip of a model that was trained behind it
+        statistics = [find_vec_normalize(path, bare_id(env_id)) if path.is_file() else None for path in paths]
+        if len(set(statistics)) > 1:
+            raise ValueError(
+                f"Both policies of a film act in one env, but {names[0]} and {names[1]} differ in their VecNormalize. "
+                "Film them one by one."
+            )
         env_kwargs: dict[str, Any] = {}
         if bare_id(env_id) in LIBERO_IDS:
             env_kwargs["visuals"] = settings.get("visuals", "light")
@@ -69,6 +76,8 @@ def run(args: Eval | Enjoy) -> int:
         env_kwargs.update(changed)
         env = build_env(env_id, n_envs=args.n_envs, seed=args.seed, settings=settings, **env_kwargs)
         try:
+            if statistics[0] is not None:
+                env = normalised(env, statistics[0], args.trust)
             episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
             if env.has_attr("left_out"):
                 left_out = env.get_attr("left_out", indices=0)[0]
