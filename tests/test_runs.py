@@ -5,15 +5,18 @@ import csv
 import numpy as np
 import pytest
 import torch as th
+import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from toys import cartpole_teacher, parameters
 
-from opd_gym import OPD
+from opd_gym import GRPO, OPD
 from opd_gym.cli.main import main
 from opd_gym.cli.options import TrainArgs
 from opd_gym.cli.train import default_episodes, train
 from opd_gym.envs.make import build_env
-from opd_gym.evaluation import evaluate_success
+from opd_gym.evaluation import EvaluationResult, evaluate_success
+from opd_gym.policies.loading import read_vec_normalize
+from opd_gym.untrusted import read_yaml
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +119,63 @@ def test_track(teacher, tmp_path, monkeypatch):
     # A run that goes on is the same one there
     assert main(["train", "--resume", str(result.run_dir), "-n", "192", "--no-progress", "--device", "cpu"]) == 0
     assert len(list((result.run_dir / "wandb").glob(f"offline-run-*-{name}"))) == 2
+
+
+class StopAt(BaseCallback):
+    """Breaks a training off, in the middle of a rollout."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.at = at
+
+    def _on_step(self) -> bool:
+        return self.n_calls < self.at
+
+
+def saved_parts(run_dir):
+    """Weights and statistics that a run ends with."""
+    statistics = read_vec_normalize(run_dir / "CartPole-v1/vecnormalize.pkl").obs_rms
+    model = (GRPO if "grpo" in str(run_dir) else OPD).load(run_dir / "model.zip", device="cpu")
+    return parameters(model), statistics
+
+
+@pytest.mark.parametrize(
+    ("algo", "items"),
+    [
+        ("grpo", ["n_groups=2", "group_size=2", "trajectories_per_batch=4", "learning_rate=1e-2", "frame_stack=2"]),
+        ("opd", ["gradient_steps=4", "n_steps=32", "teacher_kwargs.n_eval_episodes=0"]),
+    ],
+)
+def test_normalised_and_stacked(teacher, tmp_path, capsys, algo, items):
+    """Statistics and all, a run that was broken off goes on as if it had not been; it is played as it was trained."""
+    items = ["n_envs=2", "normalize={norm_reward: false}", *items]
+
+    def start(folder, *more, **kwargs):
+        given = {"n_timesteps": 300, "seed": 3, "device": "cpu", "progress": False, **kwargs}
+        given["teacher"] = teacher if algo == "opd" else None
+        return train(TrainArgs(algo=algo, env="CartPole-v1", hyperparams=[*items, *more], folder=str(folder), **given))
+
+    whole = start(tmp_path / "whole", eval_episodes=3, eval_freq=100)
+    weights, statistics = saved_parts(whole.run_dir)
+    assert statistics.count > 300 and whole.model.observation_space.shape == ((8,) if algo == "grpo" else (4,))
+    words = ["--env", "CartPole-v1", "--checkpoint", str(whole.run_dir), "--episodes", "3", "--no-progress"]
+    assert main(["eval", *words, "--device", "cpu", "-o", str(tmp_path / "played.json")]) == 0
+    played = EvaluationResult.load(tmp_path / "played.json")
+    assert [e.reward for e in played.episodes] == [e.reward for e in whole.evaluation.episodes]
+    # In the middle of the second iteration
+    part = start(tmp_path / "part", "callback={test_runs.StopAt: {at: 60}}")
+    assert 0 < part.model.num_timesteps < 200
+    config = part.run_dir / "config.yml"
+    values = read_yaml(config)
+    del values["callback"]
+    config.write_text(yaml.safe_dump(values))
+    assert main(["train", "--resume", str(part.run_dir), "-n", "300", "--no-progress", "--device", "cpu"]) == 0
+    again, resumed = saved_parts(part.run_dir)
+    np.testing.assert_array_equal(resumed.mean, statistics.mean)
+    assert th.equal(again, weights)
+
+
+@pytest.mark.parametrize("item", ["normalize=dict(norm_reward=False)", "normalize={no: 1}", "frame_stack=1.5"])
+def test_what_cannot_be_normalised_or_stacked_is_refused(teacher, tmp_path, item):
+    with pytest.raises(ValueError, match=r"normalize|cannot be normalised|frame_stack"):
+        train(args(teacher, tmp_path, item))

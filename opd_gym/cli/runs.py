@@ -24,6 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, KVWriter, Logger
 from stable_baselines3.common.monitor import ResultsWriter
 
+from opd_gym.algorithms.common import set_statistics, statistics_of
 from opd_gym.checkpoints import run_checkpoints
 from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.envs.registration import bare_id
@@ -176,6 +177,17 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
+def save_statistics(model: BaseAlgorithm, path: Path) -> None:
+    """
+    :param model: a model, whose env may have a ``VecNormalize``
+    :param path: file for its statistics
+    """
+    env = model.get_vec_normalize_env()
+    if env is not None:
+        with replacing(path) as temporary:
+            env.save(str(temporary))
+
+
 class RunCheckpoint(BaseCallback):
     """
     Keeps the last checkpoints of a run; a killed run loses what came after the last one.
@@ -197,6 +209,7 @@ class RunCheckpoint(BaseCallback):
         self._last_save = time.monotonic()
         self._saved_at = -1
         self._begun: dict[str, Any] | None = None
+        self._statistics: dict[str, Any] | None = None
 
     def save(self, states: bool = True) -> None:
         """
@@ -205,6 +218,8 @@ class RunCheckpoint(BaseCallback):
         :param states: and before it, for a model that is there to have its states, those that OPD replays
         """
         if self._begun is not None:
+            if not self.model._between_iterations:  # type: ignore[attr-defined]
+                set_statistics(self.model.get_vec_normalize_env(), self._statistics)
             # The last checkpoint of a run that is stopped counts no decisions that are lost with it
             self.model.undo_rollout(self._begun)  # type: ignore[attr-defined]
         if self.model.num_timesteps == self._saved_at:
@@ -212,10 +227,12 @@ class RunCheckpoint(BaseCallback):
         if states:
             self.save_states()
         folder = self.run_dir / "checkpoints"
+        save_statistics(self.model, folder / f"model_vecnormalize_{self.model.num_timesteps}_steps.pkl")
         # Atomic: the algorithms of this library replace a file only once the new one is complete.
         self.model.save(folder / f"model_{self.model.num_timesteps}_steps.zip")
         for old in run_checkpoints(self.run_dir)[: -self.keep_last]:
             old.unlink(missing_ok=True)
+            old.with_name(f"{old.stem.replace('model_', 'model_vecnormalize_')}.pkl").unlink(missing_ok=True)
         self._last_save = time.monotonic()
         self._saved_at = self.model.num_timesteps
 
@@ -233,6 +250,7 @@ class RunCheckpoint(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self._begun = self.model.iteration_begun()  # type: ignore[attr-defined]
+        self._statistics = statistics_of(self.model.get_vec_normalize_env())
         self._save_if_due()
 
     def _on_step(self) -> bool:
@@ -351,6 +369,7 @@ class Evaluations(BaseCallback):
         score = self._score(row["successes"], row["results"])
         if score > self._best:
             self._best = score
+            save_statistics(self.model, self.run_dir / "best_model" / "vecnormalize.pkl")
             self.model.save(self.run_dir / "best_model.zip")
 
     def _play_if_due(self) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from opd_gym import ranks
 from opd_gym.algorithms import algorithm_class
+from opd_gym.algorithms.common import set_statistics, statistics_of
 from opd_gym.checkpoints import (
     lasting_name,
     newest_intact,
@@ -45,6 +46,7 @@ from opd_gym.cli.runs import (
     new_run_dir,
     optional,
     plot_learning_curve,
+    save_statistics,
     write_for_rl_zoo3,
     write_run_files,
 )
@@ -53,6 +55,7 @@ from opd_gym.envs.make import build_env, env_spec, import_paths
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.envs.workers.process import give_up
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
+from opd_gym.policies.loading import find_vec_normalize, read_vec_normalize
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import versions, write_versions
 from opd_gym.zoo.hyperparams import (
@@ -170,6 +173,10 @@ def _load_to_resume(
     model = cls.load(path, env=env, device=args.device, trust=args.trust, **load_kwargs)
     # Loading seeds the generators as at the start; the noise of the first iterations should not come again.
     model.set_random_seed((args.seed or 0) + model.num_timesteps)
+    statistics = find_vec_normalize(path, bare_id(args.env))
+    if statistics is not None and model.get_vec_normalize_env() is not None:
+        saved = statistics_of(read_vec_normalize(statistics, args.trust))
+        set_statistics(model.get_vec_normalize_env(), saved)
     states = path.parent / STATES_FOLDER
     # Of version 0.1
     states = states if states.exists() else states.with_suffix(".npz")
@@ -380,6 +387,7 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         if not ranks.is_main():
             return TrainResult(run_dir, model, finished)
         if finished:
+            save_statistics(model, run_dir / env_name(args.env) / "vecnormalize.pkl")
             model.save(run_dir / "model.zip")
             with optional(run_dir):
                 name_for_rl_zoo3(run_dir / "model.zip", f"{env_name(args.env)}.zip")
@@ -426,6 +434,10 @@ def _user_callbacks(spec: Any) -> list[BaseCallback]:
 
 def _evaluate(model: BaseAlgorithm, env: VecEnv, args: TrainArgs, progress: bool = False) -> EvaluationResult:
     """The held-out episodes of a run, the same whenever they are played."""
+    normalize = unwrap_vec_normalize(env)
+    if normalize is not None:
+        set_statistics(normalize, statistics_of(model.get_vec_normalize_env()))
+        normalize.training = normalize.norm_reward = False
     return evaluate_success(
         model,
         env,

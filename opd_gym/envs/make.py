@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from opd_gym.actions import Statistics
 from opd_gym.checks import check_at_least, check_seed
@@ -256,7 +256,7 @@ def build_env(
     """
     env_spec(env_id)  # an unknown id is reported here, not in the traceback of a worker process
     run = dict(run or {})
-    return make_vec(
+    env = make_vec(
         env_id,
         n_envs=n_envs or run.get("n_envs") or 1,
         seed=seed,
@@ -265,6 +265,16 @@ def build_env(
         worker_timeout=run.get("worker_timeout"),
         **env_arguments(env_id, run, settings, **env_kwargs),
     )
+    try:
+        if run.get("normalize"):
+            given = run["normalize"]
+            env = VecNormalize(env, **(given if isinstance(given, Mapping) else {}))
+        if run.get("frame_stack"):
+            env = VecFrameStack(env, run["frame_stack"])
+    except (TypeError, ValueError, AssertionError) as error:
+        env.close()
+        raise ValueError(f"{env_id} cannot be normalised or stacked as asked: {error}") from error
+    return env
 
 
 def env_arguments(

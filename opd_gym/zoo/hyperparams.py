@@ -29,6 +29,8 @@ RUN_KEYS = {
     "env_wrapper": "import path of a wrapper, a mapping from it to its keyword arguments, or a list of these",
     "callback": "import path of a callback, or as for env_wrapper",
     "chunk_size": "actions per decision",
+    "normalize": "true for a VecNormalize, or its keyword arguments",
+    "frame_stack": "observations that the policy sees at once",
     "tokens": "whether actions are tokens",
     "n_bins": "tokens of one action dimension",
     "policy": "name of the policy",
@@ -246,7 +248,11 @@ def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[
     for key in ("teacher_kwargs", "policy_kwargs"):
         if isinstance(kwargs.get(key), Mapping) and "trust" in kwargs[key]:
             raise ValueError(f"{key}.trust: a configuration does not say whom you trust. Pass --trust if you do.")
-    for key in ("env_kwargs", "policy_kwargs", "teacher_kwargs"):
+    if isinstance(run.get("normalize"), Mapping) and "gamma" in kwargs:
+        run["normalize"] = {"gamma": kwargs["gamma"], **run["normalize"]}
+    elif run.get("normalize") is True and "gamma" in kwargs:
+        run["normalize"] = {"gamma": kwargs["gamma"]}
+    for key in ("env_kwargs", "policy_kwargs", "teacher_kwargs", "normalize"):
         for part in (run, kwargs):
             if isinstance(part.get(key), str):
                 raise ValueError(
@@ -256,7 +262,7 @@ def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[
     for key in SCHEDULE_KEYS:
         if key in kwargs and "Schedule" in str(parameters[key].annotation) and kwargs[key] != parameters[key].default:
             kwargs[key] = schedule(kwargs[key], key)
-    for key in ("n_timesteps", "n_envs", "n_workers", "chunk_size", "n_bins"):
+    for key in ("n_timesteps", "n_envs", "n_workers", "chunk_size", "n_bins", "frame_stack"):
         if run.get(key) is not None:
             if not isinstance(run[key], (int, float)) or isinstance(run[key], bool):
                 raise ValueError(f"{key}: expected a number, got {run[key]!r}.")
