@@ -63,12 +63,21 @@ def memory(kind: str) -> float:
     raise KeyError(kind)
 
 
-def write_random(folder: Path, profile_name: str = NAME) -> dict[str, Any]:
+def write_random(
+    folder: Path,
+    profile_name: str = NAME,
+    device: th.device | str = "cpu",
+    small: bool = False,
+    dtype: th.dtype = th.bfloat16,
+) -> dict[str, Any]:
     """
-    Write a checkpoint of the published size with random weights.
+    Write a checkpoint with random weights, with which logits have a variance of about 1.
 
     :param folder: where to; the checkpoint is a folder in it
     :param profile_name: published name of a checkpoint
+    :param device: where the weights are drawn
+    :param small: a model of a few layers instead of the published size
+    :param dtype: of the weights
     :return: its size, and how long writing took
     """
     tiny = _tiny_golden()
@@ -76,7 +85,10 @@ def write_random(folder: Path, profile_name: str = NAME) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
     published = tiny.published_config(tiny.LIBERO_KEY)
     published["text_config"] = {"model_type": "llama", "pad_token_id": 32000, "vocab_size": 32064}
-    published["torch_dtype"] = "bfloat16"
+    published["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if small:
+        published["text_config"] |= {**tiny.TEXT, "hidden_size": 128, "num_hidden_layers": 8}
+        published |= {"dino_config": tiny.DINO, "siglip_config": tiny.SIGLIP}
     (directory / "config.json").write_text(json.dumps(published))
     (directory / "dataset_statistics.json").write_text(json.dumps(published["norm_stats"]))
     (directory / "tokenizer.json").write_text(tiny.tokenizer_json(), encoding="utf-8")
@@ -91,20 +103,22 @@ def write_random(folder: Path, profile_name: str = NAME) -> dict[str, Any]:
     shards: list[list[str]] = [[]]
     room = SHARD
     for name, shape in shapes.items():
-        size = 2 * shape.numel()
+        size = dtype.itemsize * shape.numel()
         if size > room:
             shards.append([])
             room = SHARD
         shards[-1].append(name)
         room -= size
-    generator = th.Generator().manual_seed(0)
+    generator = th.Generator(device).manual_seed(0)
     weight_map = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name in names:
-            tensor = th.empty(shapes[name], dtype=th.bfloat16).uniform_(-0.03, 0.03, generator=generator)
-            tensors[name] = tensor.add_(1.0) if "norm" in name and name.endswith("weight") else tensor
+            shape = shapes[name]
+            bound = (3.0 / shape[1:].numel()) ** 0.5 if len(shape) > 1 else 0.03
+            tensor = th.empty(shape, dtype=dtype, device=device).uniform_(-bound, bound, generator=generator)
+            tensors[name] = (tensor.add_(1.0) if "norm" in name and name.endswith("weight") else tensor).cpu()
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
         print(f"{file}: {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB", flush=True)
@@ -112,7 +126,8 @@ def write_random(folder: Path, profile_name: str = NAME) -> dict[str, Any]:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     count = sum(shape.numel() for shape in shapes.values())
     seconds = time.perf_counter() - began
-    return {"parameters": count, "gigabytes": 2 * count / 1e9, "shards": len(shards), "seconds": seconds}
+    size = dtype.itemsize * count / 1e9
+    return {"parameters": count, "gigabytes": size, "shards": len(shards), "seconds": seconds}
 
 
 def load(directory: Path, decide: bool) -> dict[str, Any]:

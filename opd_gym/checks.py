@@ -44,6 +44,16 @@ def check_range(interval: str, /, **values: Any) -> None:
             raise ValueError(f"{name} must be a number in {interval}, got {value!r:.80}.")
 
 
+def check_flag(**flags: Any) -> None:
+    """
+    :param flags: True, False or None, by the name of their argument
+    :raises ValueError: one of them is something else
+    """
+    for name, value in flags.items():
+        if not (value is None or isinstance(value, bool)):
+            raise ValueError(f"{name} must be True, False or None, got {value!r:.80}.")
+
+
 def check_schedule(interval: str, /, **schedules: Any) -> None:
     """
     :param interval: see :func:`check_range`; a schedule may end at its lower bound

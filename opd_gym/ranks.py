@@ -12,7 +12,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -155,6 +155,33 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def call(what: str) -> None:
+    """
+    Ask the other ranks, which :func:`follow`, to take part in something. For the first rank.
+
+    :param what: its name
+    """
+    dist.broadcast_object_list([what], 0)
+
+
+def follow(calls: Mapping[str, Callable[[], Any]]) -> None:
+    """
+    Where the first rank alone has run something (its callbacks) and goes on now: the others wait for it here, and take
+    part in what it asked for meanwhile.
+
+    :param calls: what it may :func:`call` for
+    """
+    if is_main():
+        dist.broadcast_object_list([None], 0)
+        return
+    while True:
+        asked: list[Any] = [None]
+        dist.broadcast_object_list(asked, 0)
+        if asked[0] is None:
+            return
+        calls[asked[0]]()
 
 
 def copy_from_main(tensors: Iterable[th.Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from opd_gym import GRPO, OPD, PPO, SFT, ranks
 from opd_gym.demonstrations import Demonstrations
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
 
+TESTS = Path(__file__).parent
 ROWS = ("actions", "rewards", "values", "token_log_probs", "token_mask", "advantages", "returns", "teacher_log_probs")
 ROWS += ("teacher_distributions", "group_ids", "episode_ids", "successes")
 # Adam divides by the size of the gradient: where that is next to nothing, rounding would decide
@@ -38,6 +40,24 @@ class Cut(Match):
         *rest, info = super().step(action)
         info = {key: value for key, value in info.items() if key != "is_success"}
         return *rest, {**info, "n_executed_tokens": 1 + self.t % 2}
+
+
+def torchrun(*words: object, n: int = 2, **env: str) -> subprocess.CompletedProcess:
+    """
+    :param words: a script and its arguments
+    :param n: number of ranks
+    :param env: further environment variables
+    :return: what it said
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*command, *map(str, words)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def make(case: str, n_envs: int, base: Path, **kwargs: Any) -> Any:
@@ -167,8 +187,16 @@ def whole(folder: Path) -> None:
         )
 
 
+def devices(folder: Path) -> None:
+    """A short training on this rank's own device."""
+    model = make("exact", 2, folder / "base", device="auto", learning_rate=0.01).learn(32)
+    (added,) = ranks.total(1.0 + ranks.rank())
+    device, trained = str(model.policy.device), parameters(model).cpu().numpy()
+    np.savez(folder / f"devices{ranks.rank()}.npz", trained=trained, device=device, added=added)
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    programs = {"whole": whole, "sft": supervised, "stopped": stopped, "killed": killed}
+    programs = {"whole": whole, "sft": supervised, "stopped": stopped, "killed": killed, "devices": devices}
     for name in sys.argv[2:]:
         programs[name](out) if name in programs else update(name, out)

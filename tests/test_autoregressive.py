@@ -2,87 +2,27 @@
 
 import copy
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from golden.openvla import tiny
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from toys import TINY_BODY, parameters, vec
+from vlas import N_BINS, STATISTICS, Told, observations, told, write_openvla
 
 from opd_gym import GRPO, OPD, PPO, SFT
 from opd_gym.algorithms.teachers import make_teacher
 from opd_gym.demonstrations import Demonstrations
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
-from opd_gym.instructions import encode_instruction
 from opd_gym.policies.body import VLABody, VLAConfig, VLAOutput, register_body
-from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel
-from opd_gym.policies.openvla.processing import PromptTokenizer
 from opd_gym.policies.vla import VLAPolicy
 from opd_gym.tokens import CategoricalTokens, action_distribution, distribution_and_values, token_view
 
-N_BINS = 8
 PLAIN = dict(seed=0, device="cpu")
-STATISTICS = {"q01": [-1.0] * 3, "q99": [1.0] * 3, "mask": [True] * 3}
-
-
-class Told(gym.Env):
-    """Every step shows another colour, and an instruction that may be longer than that of the next worker."""
-
-    def __init__(self, n_dims: int = 3, horizon: int = 3):
-        self.horizon = horizon
-        picture = spaces.Box(0, 255, (16, 16, 3), np.uint8)
-        self.observation_space = spaces.Dict(agentview=picture, instruction=spaces.Box(0, 255, (128,), np.uint8))
-        self.action_space = spaces.Box(-1.0, 1.0, (n_dims,), np.float32)
-
-    def _observe(self):
-        self.goal = self.np_random.uniform(-0.9, 0.9, 3).astype(np.float32)
-        picture = np.broadcast_to(127 + 127 * self.goal, (16, 16, 3)).astype(np.uint8)
-        return {"agentview": picture, "instruction": encode_instruction(tiny.INSTRUCTIONS[int(self.goal[0] > 0)])}
-
-    def expert_chunk(self, chunk_size):
-        return np.tile(self.goal[: self.action_space.shape[0]], (chunk_size, 1))
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return self._observe(), {}
-
-    def step(self, action):
-        self.t += 1
-        reward = -float(np.abs(action - self.goal[: len(action)]).mean())
-        return self._observe(), reward, self.t == self.horizon, False, {}
-
-
-def told():
-    return ActionTokens(ActionChunk(Told(), 1), n_bins=N_BINS, statistics=STATISTICS)
 
 
 def told_two():
     return ActionTokens(ActionChunk(Told(n_dims=2), 1), n_bins=N_BINS)
-
-
-def write_openvla(directory, seed, profile="openvla"):
-    """A random OpenVLA that takes milliseconds, and whose tokens depend on those before them."""
-    th.manual_seed(seed)
-    vision = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28)
-    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    config = OpenVLAConfig(
-        text_config=dict(vocab_size=32064, pad_token_id=32000, **text), dino_config=vision,
-        siglip_config=dict(intermediate_size=32, **vision), input_profile=profile, libero_images=False, gripper=None,
-        norm_stats={"told": {"action": STATISTICS}}, image_size=(16, 16), n_bins=N_BINS, n_tokens=3, action_dim=3,
-    )  # fmt: skip
-    model = OpenVLAModel(config)
-    with th.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-        model.language_model.lm_head.weight.mul_(2.0)
-    model.tokenizer = PromptTokenizer(tiny.tokenizer_json())
-    model.save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +43,6 @@ def teacher(folder):
 @pytest.fixture(scope="module")
 def parallel(folder):
     return write_openvla(folder / "parallel", 2, "simplevla-rl")
-
-
-def observations(n, seed=5):
-    env = Told()
-    shown = [env.reset(seed=seed)[0], *(env._observe() for _ in range(n - 1))]
-    return {key: th.as_tensor(np.stack([obs[key] for obs in shown])) for key in env.observation_space.spaces}
 
 
 def transposed(obs):

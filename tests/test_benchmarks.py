@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu  # noqa: E402
 import gymnasium_envs  # noqa: E402
 import libero_throughput  # noqa: E402
 import light_visuals  # noqa: E402
 import report  # noqa: E402
+import scaling  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs the source tree")
 
@@ -250,3 +253,42 @@ def test_students_of_gymnasium_envs_beside_their_teacher(tmp_path, monkeypatch):
     assert [row[2] for row in rows] == ["OPD", "OPD, group_size=1"]
     assert rows[0][4:7] == [f"{np.mean(record['returns']):.1f}", "64", "16"]
     assert (tmp_path / "results.png").stat().st_size > 0
+
+
+def test_a_part_that_fails_on_a_gpu_machine_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # Without the checkpoint that another part writes
+    arguments = ["--device", "cpu", "--tiny", "--parts", "decoding", "checkpoint", "--output", str(tmp_path)]
+    assert gpu.main(arguments) == 1
+    parts = json.loads((tmp_path / "tiny_cpu.json").read_text())["parts"]
+    assert "FileNotFoundError" in parts["decoding"]["error"] and str(ROOT) not in parts["decoding"]["error"]
+    assert parts["checkpoint"]["small"]["parameters"] > 1e6 and "error" not in parts["checkpoint"]
+    text = (tmp_path / "tiny_cpu.md").read_text()
+    assert cells(text, "decoding")[0][2] == "**failed**" and cells(text, "checkpoint")[0][2] == "ran"
+    assert "says nothing of a GPU" in text and "its numbers mean nothing" in text
+    with pytest.raises(SystemExit, match="no GPU") if not gpu.th.cuda.is_available() else nullcontext():
+        gpu.main(["--parts", "checkpoint", "--tiny", "--output", str(tmp_path)])
+
+
+def test_scaling_is_taken_within_a_turn():
+    """A machine that is twice as slow in the second turn changes the speeds and not the ratios."""
+    common = {"kind": "no simulator", "decisions": 10}
+    records = [
+        {**common, "what": what, "repeat": repeat, "seconds": slow * seconds, "cpu_seconds": seconds}
+        for repeat, slow in ((0, 1.0), (1, 2.0))
+        for what, seconds in (("in this process", 1.0), ("2 workers", 0.625))
+    ]
+    assert scaling.ratios(records, "no simulator", "2 workers", "seconds") == [0.625, 0.625]
+    learners = [
+        {
+            **{"kind": "learner", "what": what, "repeat": 0, "processes": n, "seconds": n + 3.0, "cpu_seconds": 2.0},
+            **{f"{part}, {key}": 1.0 for part in ("update", "adding gradients") for key in ("seconds", "cpu_seconds")},
+        }
+        for n, what in ((1, "1 process"), (2, "2 processes"))
+    ]
+    results = {"machine": libero_throughput.machine(), "note": "", "records": records + learners, "trained": 7}
+    text = scaling.to_markdown(results)
+    rows = [row for row in cells(text, "no simulator") if row[1] == "2 workers"]
+    assert [row[3] for row in rows] == ["1.60"]
+    # Twice the work in five fourths of the time
+    assert cells(text, "2 processes")[0][2] == "1.60"

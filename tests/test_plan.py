@@ -223,6 +223,32 @@ def test_more_work_takes_more(cache):
     assert twice.host["rollout buffer"] == 2 * base.host["rollout buffer"]
 
 
+def test_sharding(cache, capsys):
+    """All weights of OpenVLA-OFT are trained on eight GPUs of 80 GB, of which none could do it alone."""
+    full = Run("openvla-oft-7b", lora_rank=None, nproc=8)
+    changes, changed = plan.advice(full, plan.gpus(8)[1], cache)
+    assert 'policy_kwargs={"shard": True}' in changes and changed.run.shard and changed.run.lora_rank is None
+    weights = changed.student
+    # Of each tensor at most one row more than an eighth
+    assert 0 <= weights.part(8) - weights.total / 8 < sum(size // rows for rows, size in weights.tensors)
+    assert weights.part(1) == weights.total and 0 < weights.layer < weights.beside < weights.total / 20
+    # Fewer learners have larger parts, and between two updates each has all weights
+    needs = [plan.Plan.needed(plan.make_plan(dataclasses.replace(full, shard=True, nproc=n), cache).learner)
+             for n in (2, 4, 8)]  # fmt: skip
+    assert needs[0] > needs[1] > needs[2] > 4 * weights.total
+    assert "lora=True instead of training all weights" in plan.advice(full, plan.gpus(8)[0], cache)[0]
+    # A teacher of LoRA's student as well, where it does not fit beside
+    changes, changed = plan.advice(Run("openvla-oft-7b", nproc=8), Machine("8", 30e9, 1e12, n_devices=8), cache)
+    assert changes[-1] == 'teacher_kwargs={"shard": True}' and changed.learner["teacher's weights"] < 2e9
+    with pytest.raises(ValueError, match="LoRA leaves nothing to shard"):
+        Run("openvla-oft-7b", nproc=8, shard=True)
+    with pytest.raises(ValueError, match="there has to be one"):
+        Run("openvla-oft-7b", teacher=None, nproc=8, shard_teacher=True)
+    assert cli.main(["plan", "--student", "openvla-oft-7b", "--full", "--shard", "--nproc", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "each of 8 GPUs" in text and "8 GPUs of 80 GB" in text and "8 learners" in text
+
+
 def test_command_line(capsys):
     assert cli.main(["plan", "--student", "openvla-7b", "--micro-batch-size", "2"]) == 0
     text = capsys.readouterr().out

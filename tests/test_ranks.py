@@ -11,6 +11,7 @@ import pytest
 import ranked
 import torch as th
 from gymnasium import spaces
+from ranked import torchrun
 from toys import TINY_BODY, Robot, cartpole_teacher, parameters
 
 from opd_gym import OPD
@@ -19,18 +20,6 @@ from opd_gym.policies.vla import VLAPolicy
 
 TESTS = Path(__file__).parent
 CASES = ["exact", "sampled", "grpo", "ppo", "ppo_token", "lora"]
-
-
-def torchrun(*words: object, n: int = 2, **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [*command, *map(str, words)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")

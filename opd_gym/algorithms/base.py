@@ -86,6 +86,8 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
 
     rollout_buffer: TeacherRolloutBuffer
     learns_from_rewards: ClassVar[bool] = True
+    #: See GRPO and PPO
+    recompute_log_probs: bool | None = False
     _changed_by_rollouts: ClassVar[tuple[str, ...]] = (
         *("num_timesteps", "num_env_steps", "_n_finished", "_n_lost", "_n_iterations", "_timesteps_before"),
         *("_n_announced", "_group_seed", "_episode_rng", "ep_info_buffer", "ep_success_buffer"),
@@ -345,6 +347,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             if not complete:
                 # Envs are somewhere in the middle of a step: the next learn() starts with a reset
                 self._last_obs = None
+        self._follow_callbacks()
         self._count_all_ranks(before)
         if not ranks.agree(complete):
             return False
@@ -354,9 +357,40 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
 
         callback.update_locals(locals())
         callback.on_rollout_end()
+        self._follow_callbacks()
         # The update follows, with no callback
         self._between_iterations = True
         return True
+
+    def _rescore(self, rows: np.ndarray, batch_size: int) -> None:
+        """
+        Before the first update, where ``recompute_log_probs`` asks for it: log-probabilities of the rollout's tokens as
+        the learner computes them.
+
+        A decision and its gradient go through the policy in batches of other sizes, and an autoregressive policy
+        decodes with a cache. In exact arithmetic that changes nothing; in bfloat16 it moves a log-probability by some
+        percent, and ratios would not begin at 1.
+
+        :param rows: Rows of the finished buffer
+        :param batch_size: How many go through the policy at once when it learns
+        """
+        asked = self.recompute_log_probs
+        if not (getattr(self.policy, "half_precision", False) if asked is None else asked) or not len(rows):
+            return
+        buffer = self.rollout_buffer
+        self.policy.set_training_mode(False)
+        differences = []
+        with th.no_grad():
+            for samples in buffer.get(batch_size, rows=rows):
+                tokens = samples.actions.reshape(len(samples.rows), -1)
+                view = self._student(samples.observations, samples.actions, self.temperature)
+                log_probs = view.log_prob(tokens).cpu().numpy()
+                differences.append(np.abs(log_probs - buffer.token_log_probs[samples.rows]).ravel())
+                buffer.token_log_probs[samples.rows] = log_probs
+        self.policy.set_training_mode(True)
+        # Of tokens that were executed
+        counted = buffer.token_mask[rows].ravel() > 0
+        self.logger.record("train/log_prob_rounding", float(np.concatenate(differences)[counted].mean()))
 
     def _counters(self) -> np.ndarray:
         return np.array([self.num_timesteps, self.num_env_steps, self._n_finished, self._n_lost])
@@ -555,17 +589,19 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         :param progress_bar: Display a progress bar using tqdm and rich
         :return: The trained model
         """
-        super().learn(
-            total_timesteps=self._steps_to_learn(total_timesteps, log_interval),
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
-        # Stable-Baselines3 logs before it trains: the last iteration's training would never be written
-        if ranks.largest(len(self.logger.name_to_value)):
-            self.dump_logs()
+        with self._joined_after():
+            super().learn(
+                total_timesteps=self._steps_to_learn(total_timesteps, log_interval),
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+            self._follow_callbacks()
+            # Stable-Baselines3 logs before it trains: the last iteration's training would never be written
+            if ranks.largest(len(self.logger.name_to_value)):
+                self.dump_logs()
         return self
 
     def _excluded_save_params(self) -> list[str]:

@@ -8,7 +8,7 @@ import io
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
 
@@ -26,6 +26,7 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecNormalize
 
 from opd_gym import ranks
@@ -223,6 +224,20 @@ def zoo_hyperparams(init: _Init) -> _Init:
     return with_zoo  # type: ignore[return-value]
 
 
+def _in_shards(train: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A method ``train``, in which sharded weights are gathered layer by layer, and after which they are whole."""
+
+    @functools.wraps(train)
+    def in_shards(self: PolicyAlgorithm) -> None:
+        if self._sharding is None:
+            return train(self)
+        self._sharding.spread()
+        train(self)
+        self._sharding.gather()
+
+    return in_shards
+
+
 class PolicyAlgorithm(BaseAlgorithm):
     """Base of all algorithms here, those without rollouts (SFT) included."""
 
@@ -366,11 +381,51 @@ class PolicyAlgorithm(BaseAlgorithm):
 
     def _join_ranks(self) -> None:
         """Before a training: all ranks begin with the weights of the first one, which alone talks."""
+        if self._sharding is not None:
+            raise RuntimeError(
+                "An earlier training ended with an error, and left the weights in parts on all ranks: load the last "
+                "checkpoint and go on from it."
+            )
         ranks.join()
         if not ranks.is_main():
             self.verbose, self.tensorboard_log = 0, None
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         ranks.copy_from_main([*trained, *self.policy.buffers()])
+        shard_weights = getattr(self.policy, "shard_weights", None)
+        if shard_weights is not None:
+            shard_weights(self.device)
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "train" in vars(cls):
+            cls.train = _in_shards(vars(cls)["train"])  # type: ignore[attr-defined]
+
+    @property
+    def _sharding(self) -> Any:
+        """What spreads the policy's weights over all ranks; None where each has them all."""
+        return getattr(self.policy, "sharding", None)
+
+    @contextmanager
+    def _joined_after(self) -> Iterator[None]:
+        """Around a training: afterwards each rank has the whole policy again."""
+        try:
+            yield
+        except BaseException:
+            if self._sharding is not None:
+                self._sharding.abandon()
+            raise
+        if self._sharding is not None:
+            self.policy.join_weights()  # type: ignore[operator]
+
+    def _follow_callbacks(self) -> None:
+        """Where the first rank alone has had callbacks, and weights are sharded: what these saved takes all ranks."""
+        if self._sharding is not None:
+            self._sharding.follow()
+
+    def _keep_pace(self) -> None:
+        """After the passes of a minibatch, with sharded weights: wait for the ranks that have more of them."""
+        if self._sharding is not None:
+            self.policy.keep_pace(self.uses_critic)  # type: ignore[operator]
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         # Checkpoints, evaluations and the decision to stop are the first rank's affair
@@ -418,7 +473,9 @@ class PolicyAlgorithm(BaseAlgorithm):
             raise self._not_finite("outputs of the policy", observations) from error
 
     def _weights_are_finite(self) -> bool:
-        return all(bool(th.isfinite(parameter).all()) for parameter in self.policy.parameters())
+        # Of sharded weights this rank's: others may not look
+        own = (p.to_local() if hasattr(p, "to_local") else p for p in self.policy.parameters())
+        return all(bool(th.isfinite(parameter).all()) for parameter in own)
 
     def _not_finite(self, what: str, observations: Any = None) -> FloatingPointError:
         """
@@ -460,8 +517,13 @@ class PolicyAlgorithm(BaseAlgorithm):
         :return: Norm of the gradients before clipping
         """
         check_range("[0, inf)", learning_rate=self.policy.optimizer.param_groups[0]["lr"])  # of a schedule
-        ranks.add_gradients(self.policy.parameters())
+        self._keep_pace()
+        if self._sharding is None:
+            ranks.add_gradients(self.policy.parameters())
         grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        if self._sharding is not None:
+            # Of all parts
+            grad_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()
         if not bool(th.isfinite(grad_norm)):
             # Before the step: the weights are still good
             raise self._not_finite("gradients")
@@ -494,6 +556,12 @@ class PolicyAlgorithm(BaseAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
+
+    def get_parameters(self) -> dict[str, dict]:
+        """:return: State of the policy and of its optimizer; of sharded ones the whole"""
+        whole = getattr(self.policy, "whole_weights", nullcontext)
+        with whole():
+            return super().get_parameters()
 
     def save(
         self,
@@ -531,6 +599,18 @@ class PolicyAlgorithm(BaseAlgorithm):
         :return: Plain values and arrays; None in the middle of an iteration
         """
         return {"rng": rng_states()}
+
+    def _leave_optimizer_behind(self, device: th.device | str) -> None:
+        """
+        Move a model that was read into main memory, but not the state of its optimizer.
+
+        :param device: Where to
+        """
+        self.device = get_device(check_device(ranks.local_device(device)))
+        self.policy.to(self.device)
+        for name in ("rollout_buffer", "replay_buffer"):
+            if getattr(self, name, None) is not None:
+                getattr(self, name).device = self.device
 
     @classmethod
     def load(
@@ -577,9 +657,15 @@ class PolicyAlgorithm(BaseAlgorithm):
         prepared: Any = env
         if env is not None:
             prepared = cls._prepare_env(env, data["policy_class"], data["policy_kwargs"], data["verbose"], data["seed"])
+        # Of an optimizer's state that is to be sharded, a GPU may not have room for the whole
+        sharded = ranks.world_size() > 1 and bool((data.get("policy_kwargs") or {}).get("shard"))
         try:
             # With all attributes as custom objects Stable-Baselines3 unpickles nothing
-            return super().load(file, prepared, device, data, print_system_info, force_reset, **kwargs)
+            read_on = "cpu" if sharded else device
+            model = super().load(file, prepared, read_on, data, print_system_info, force_reset, **kwargs)
+            if sharded:
+                model._leave_optimizer_behind(device)
+            return model
         except (ImportError, FileNotFoundError, MemoryError):
             raise
         except Exception as error:  # damaged weights raise anything

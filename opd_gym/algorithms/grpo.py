@@ -20,7 +20,7 @@ from opd_gym.algorithms.losses import (
     masked_mean,
     trajectory_weights,
 )
-from opd_gym.checks import check_at_least
+from opd_gym.checks import check_at_least, check_flag
 from opd_gym.episodes import EpisodeSpec, can_announce
 
 
@@ -54,6 +54,9 @@ class GRPO(RolloutAlgorithm):
     :param dynamic_sampling: Groups whose success rate is outside this range are dropped, for they teach little; where
         outcomes are returns, groups of equal returns are dropped. None drops no group
     :param temperature: Temperature of the policy, when it acts and when it learns; ``predict()`` is not affected
+    :param recompute_log_probs: Whether the log-probabilities that ratios are relative to are computed again before the
+        first update, by the pass that learns; one more forward pass. None: where the policy computes in bfloat16, in
+        which the ratios of an unchanged policy are not 1 otherwise
     :param max_grad_norm: The maximum value for the gradient clipping
     :param weight_decay: Weight decay of the optimizer, unless ``optimizer_kwargs`` of ``policy_kwargs`` name one
     :param stats_window_size: Number of episodes that the reported success rate, length and reward are averaged over
@@ -83,6 +86,7 @@ class GRPO(RolloutAlgorithm):
         clip_range_high: float = 0.28,
         dynamic_sampling: tuple[float, float] | None = (0.1, 0.9),
         temperature: float = 1.6,
+        recompute_log_probs: bool | None = None,
         max_grad_norm: float = 1.0,
         weight_decay: float = 1e-2,
         stats_window_size: int = 100,
@@ -99,6 +103,7 @@ class GRPO(RolloutAlgorithm):
                 f"GRPO takes whole trajectories: write trajectories_per_batch={batch_size} instead of "
                 f"batch_size={batch_size}, which meant the same. batch_size counts decisions, in all other algorithms."
             )
+        check_flag(recompute_log_probs=recompute_log_probs)
         check_at_least(2, group_size=group_size)  # an episode is compared with its group
         if dynamic_sampling is not None and not (
             np.shape(dynamic_sampling) == (2,) and 0.0 <= dynamic_sampling[0] <= dynamic_sampling[1] <= 1.0
@@ -113,6 +118,7 @@ class GRPO(RolloutAlgorithm):
         self.clip_range = clip_range
         self.clip_range_high = clip_range_high
         self.dynamic_sampling = dynamic_sampling
+        self.recompute_log_probs = recompute_log_probs
         self._queue: deque[EpisodeSpec] = deque()
         self._first_group = 0
         # Of the groups that are queued and not begun
@@ -227,6 +233,9 @@ class GRPO(RolloutAlgorithm):
                     f"outside {self.dynamic_sampling}, or equal returns). No update."
                 )
             return
+        if self._trajectories:
+            self._rescore(np.concatenate(self._trajectories), self.micro_batch_size)
+        self._keep_pace()
         losses, grad_norms, entropies = [], [], []
         metrics: list[PolicyGradientMetrics] = []
         for _ in range(self.n_epochs):

@@ -112,7 +112,8 @@ class OPD(RolloutAlgorithm):
     :param weight_decay: Weight decay of the optimizer, unless ``optimizer_kwargs`` of ``policy_kwargs`` name one
     :param teacher_kwargs: How to read the teacher, see ``opd_gym.algorithms.teachers`` (``temperature`` for Q-values,
         ``std`` for deterministic continuous actions, ``smoothing`` and ``floor`` for labels, ``vec_normalize`` for the
-        statistics that it was trained with, ``obs_keys`` for the keys of a Dict observation that it sees).
+        statistics that it was trained with, ``obs_keys`` for the keys of a Dict observation that it sees,
+        ``shard=True`` to spread the weights of a VLA over the GPUs of all ranks).
         ``n_eval_episodes`` is how many episodes it plays before training, for a comparison with the student: 5, but
         none in this library's benchmarks and of an expert
     :param teacher_interval: The teacher labels every so-manieth decision of each env, beginning with the first of a
@@ -246,6 +247,13 @@ class OPD(RolloutAlgorithm):
         kwargs = dict(self.teacher_kwargs)
         self._n_eval_episodes = kwargs.pop("n_eval_episodes", None)
         check_at_least(0, n_eval_episodes=self._n_eval_episodes)
+        if kwargs.get("shard") and ranks.world_size() > 1:
+            if self._n_eval_episodes:
+                raise ValueError(
+                    'With teacher_kwargs={"shard": True} no rank has the whole teacher, so that it cannot play alone '
+                    f"before the training: leave out n_eval_episodes={self._n_eval_episodes}."
+                )
+            self._n_eval_episodes = 0
         self._teacher = make_teacher(self.teacher, self.env, self.policy, **kwargs)
         self.rollout_buffer.label_size = self._teacher.label_size or self.rollout_buffer.spec.n_tokens
         if self.verbose >= 1 and self._teacher.sees:
@@ -277,6 +285,8 @@ class OPD(RolloutAlgorithm):
                 n_episodes = 0
             results = try_teacher(self._teacher, self.env, self.policy, n_episodes, self.verbose)
         learning = super()._setup_learn(*args, **kwargs)
+        if self._teacher is not None and self._teacher.sharded:
+            self._teacher.shard(self.device)
         for name, value in results.items():
             self.logger.record(f"teacher/{name}", value)
         return learning
@@ -326,6 +336,8 @@ class OPD(RolloutAlgorithm):
             buffer.set_teacher(
                 samples.rows, teacher.log_prob(tokens), teacher.flatten() if buffer.store_distribution else None
             )
+        if self._teacher.sharded:
+            self._teacher.keep_pace()
 
     @contextmanager
     def _teacher_timed(self) -> Iterator[None]:

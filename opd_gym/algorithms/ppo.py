@@ -17,6 +17,7 @@ from opd_gym.algorithms.base import RolloutAlgorithm
 from opd_gym.algorithms.buffers import TeacherRolloutSamples
 from opd_gym.algorithms.common import accumulate_gradients, zoo_hyperparams
 from opd_gym.algorithms.losses import PolicyGradientMetrics, clipped_surrogate, masked_mean
+from opd_gym.checks import check_flag
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import token_view
 
@@ -65,6 +66,9 @@ class PPO(RolloutAlgorithm):
     :param temperature: Temperature of the policy, when it acts and when it learns; ``predict()`` is not affected
     :param micro_batch_size: Number of decisions that go through the policy at once; gradients are accumulated over the
         parts of a minibatch. None: the whole minibatch
+    :param recompute_log_probs: Whether the log-probabilities that ratios are relative to are computed again before the
+        first update, by the pass that learns; one more forward pass. None: where the policy computes in bfloat16, in
+        which the ratios of an unchanged policy are not 1 otherwise
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE)
     :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE
     :param target_kl: Limit the KL divergence between updates; None: no limit
@@ -99,6 +103,7 @@ class PPO(RolloutAlgorithm):
         ratio: Literal["auto", "joint", "token"] = "auto",
         temperature: float = 1.0,
         micro_batch_size: int | None = None,
+        recompute_log_probs: bool | None = None,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         target_kl: float | None = None,
@@ -110,12 +115,14 @@ class PPO(RolloutAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
+        check_flag(recompute_log_probs=recompute_log_probs)
         if ratio not in ("auto", "joint", "token"):
             raise ValueError(f'Expected ratio to be "auto", "joint" or "token", got {ratio!r}.')
         if normalize_advantage and batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 with normalize_advantage, got {batch_size}.")
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
+        self.recompute_log_probs = recompute_log_probs
         self.n_epochs = n_epochs
         self.clip_range = clip_range
         self.clip_range_vf = clip_range_vf
@@ -192,6 +199,8 @@ class PPO(RolloutAlgorithm):
         metrics: list[PPOMetrics] = []
         grad_norms = []
         continue_training = True
+        self._rescore(buffer.valid_rows(), self.micro_batch_size or self.batch_size)
+        self._keep_pace()
 
         for epoch in range(self.n_epochs):
             n_minibatches = -(-len(buffer.valid_rows()) // self.batch_size)
@@ -201,6 +210,7 @@ class PPO(RolloutAlgorithm):
                     self._stand_by()
                 else:
                     metrics.append(self._accumulate_gradients(samples, clip_range))
+                self._keep_pace()
                 approx_kl = self._approx_kl(samples, metrics)
                 if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
                     # Known only when all parts of the minibatch have gone through: their gradients are dropped

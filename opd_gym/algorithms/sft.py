@@ -514,30 +514,35 @@ class SFT(PolicyAlgorithm):
                 "call set_demonstrations(...)."
             )
         total_timesteps = self._steps_to_learn(total_timesteps, log_interval)
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
-        )
-        interrupted, self._interrupted = self._interrupted, None
-        if interrupted is not None and not reset_num_timesteps and ranks.world_size() == 1:
-            set_rng_states(interrupted["rng"])
-        callback.on_training_start(locals(), globals())
-        try:
-            while self.num_timesteps < total_timesteps:
-                # Of all steps, those before a resume included: the learning rate goes on where it was
-                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-                self.train()
-                self.num_timesteps += 1
-                done = self.num_timesteps >= total_timesteps
-                if len(self._validation_rows) and (self.num_timesteps % self.validation_freq == 0 or done):
-                    for name, value in vars(self.validate()).items():
-                        self.logger.record(f"validation/{name}", value)
-                if self.num_timesteps % log_interval == 0 or done:
-                    self.dump_logs()
-                callback.update_locals(locals())
-                if not ranks.agree(callback.on_step()):
-                    break
-        finally:
-            callback.on_training_end()
+        with self._joined_after():
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
+            )
+            interrupted, self._interrupted = self._interrupted, None
+            if interrupted is not None and not reset_num_timesteps and ranks.world_size() == 1:
+                set_rng_states(interrupted["rng"])
+            callback.on_training_start(locals(), globals())
+            self._follow_callbacks()
+            try:
+                while self.num_timesteps < total_timesteps:
+                    # Of all steps, those before a resume included: the learning rate goes on where it was
+                    self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                    self.train()
+                    self.num_timesteps += 1
+                    done = self.num_timesteps >= total_timesteps
+                    if len(self._validation_rows) and (self.num_timesteps % self.validation_freq == 0 or done):
+                        for name, value in vars(self.validate()).items():
+                            self.logger.record(f"validation/{name}", value)
+                    if self.num_timesteps % log_interval == 0 or done:
+                        self.dump_logs()
+                    callback.update_locals(locals())
+                    goes_on = callback.on_step()
+                    self._follow_callbacks()
+                    if not ranks.agree(goes_on):
+                        break
+            finally:
+                callback.on_training_end()
+            self._follow_callbacks()
         if self.logger.name_to_value:
             self.dump_logs()
         return self

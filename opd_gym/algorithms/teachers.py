@@ -20,6 +20,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
 
+from opd_gym import ranks
 from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
 from opd_gym.algorithms.randomness import preserved_rng
 from opd_gym.algorithms.teacher_inputs import (
@@ -65,6 +66,8 @@ class Teacher(ABC):
     label_size: int | None = None
     #: Which observations it sees, where that needs saying
     sees: str | None = None
+    #: Whether all ranks ask it together, because each has a part of its weights
+    sharded: bool = False
 
     @abstractmethod
     def distribution(self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None) -> TokenView:
@@ -84,6 +87,18 @@ class Teacher(ABC):
         :param indices: Numbers of the envs to ask
         :return: (len(indices), ``label_size``)
         """
+        raise NotImplementedError
+
+    def shard(self, device: th.device) -> None:
+        """
+        Of a sharded teacher: before a training, keep a part of the weights from here on. All ranks call it together.
+
+        :param device: The student's
+        """
+        raise NotImplementedError
+
+    def keep_pace(self) -> None:
+        """Of a sharded teacher: after the states of a rollout, wait for the ranks that have more of them."""
         raise NotImplementedError
 
 
@@ -120,6 +135,7 @@ class PolicyTeacher(Teacher):
     :param obs_keys: Keys of the env's Dict observation that it sees. A teacher of a plain observation gets the value of
         one key, or those of several, flattened, one after the other. None: the keys that the teacher knows
     :param vec_normalize: The ``VecNormalize`` that the teacher was trained behind; None: none
+    :param shard: Spread the weights of a VLA over all ranks, see :func:`make_teacher`
     """
 
     def __init__(
@@ -133,6 +149,7 @@ class PolicyTeacher(Teacher):
         floor: float = 0.01,
         obs_keys: str | Sequence[str] | None = None,
         vec_normalize: Any = None,
+        shard: bool = False,
     ):
         if policy is student:
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
@@ -161,6 +178,15 @@ class PolicyTeacher(Teacher):
         self._adapt = lambda obs: adapt(normalise(select(obs)))
         self.sees_raw = hides_raw_observations(env)
         self.privileged = self.sees_raw or self._masked
+        if shard and not hasattr(policy, "shard_weights"):
+            raise ValueError(f'teacher_kwargs={{"shard": True}} is for a VLA, got a {type(policy).__name__}.')
+        if shard and self.privileged:
+            raise ValueError(
+                'With teacher_kwargs={"shard": True} all ranks ask the teacher together, after a rollout. This one is '
+                "asked in each step, since it sees raw observations (of a VecNormalize or a PrivilegedObservation) or "
+                "action masks: leave out shard, or use the env without."
+            )
+        self.sharded = shard
         if self.sees_raw and is_autoregressive(policy):
             raise ValueError(
                 "An autoregressive teacher cannot label the states of a VecNormalize or a PrivilegedObservation: use "
@@ -189,6 +215,14 @@ class PolicyTeacher(Teacher):
                 "The student squashes its actions by a tanh and the teacher does not: a Gaussian over all numbers has "
                 "no counterpart inside the bounds. Use a student without squash_output, or a squashed teacher (SAC)."
             )
+
+    def shard(self, device: th.device) -> None:
+        policy: Any = self.policy
+        if policy.sharding is None:
+            policy.shard_weights(device, force=True)
+
+    def keep_pace(self) -> None:
+        self.policy.keep_pace()  # type: ignore[operator]
 
     @property
     def _n_masks(self) -> int:
@@ -462,6 +496,7 @@ def make_teacher(
     custom_objects: dict[str, Any] | None = None,
     vec_normalize: Any = None,
     trust: bool = False,
+    shard: bool = False,
     **kwargs: Any,
 ) -> Teacher:
     """
@@ -482,19 +517,28 @@ def make_teacher(
         wrote; False for a teacher of raw observations. None: the file beside a zip as ``CheckpointCallback``, rl-zoo3
         and the hub leave it, or the ``VecNormalize`` of a live model; a teacher without one sees raw observations
     :param trust: Open a zip and its ``VecNormalize`` whatever they hold; code in them runs
+    :param shard: In a training with several ranks, spread the weights of a VLA that is read from files over the GPUs of
+        all ranks; they are gathered layer by layer whenever it is asked. With one process it changes nothing
     :param kwargs: Arguments of :class:`PolicyTeacher` or :class:`ExpertTeacher`
     :return: The teacher
     """
+    if not isinstance(shard, bool):
+        raise ValueError(f"shard must be True or False, got {shard!r}.")
+    if shard and device is not None:
+        raise ValueError(f"A teacher with shard=True lies on the devices of all ranks: leave out device={device!r}.")
     if not (spec is None or isinstance(spec, (str, os.PathLike))) or spec == "expert":
         given = {
             key: value
-            for key, value in (("device", device), ("dtype", dtype), ("custom_objects", custom_objects))
+            for key, value in (
+                *(("device", device), ("dtype", dtype), ("custom_objects", custom_objects)),
+                ("shard", shard or None),
+            )
             if value is not None
         }
         if given:
             raise ValueError(f"teacher_kwargs {given} are for a teacher that is read from files, got {spec!r}.")
     kind: type = ExpertTeacher if isinstance(spec, str) and spec == "expert" else PolicyTeacher
-    known = [name for name in inspect.signature(kind).parameters if name not in ("policy", "env", "student")]
+    known = [n for n in inspect.signature(kind).parameters if n not in ("policy", "env", "student", "shard")]
     if isinstance(spec, Teacher):
         kind, known = type(spec), []
     if unknown := sorted(set(kwargs) - set(known)):
@@ -527,7 +571,11 @@ def make_teacher(
     with preserved_rng():
         path, policy = _load_teacher(spec, env, dtype, custom_objects, trust)
     beside = find_vec_normalize(path, env_id_of(env)) if vec_normalize is None and path.is_file() else None
-    policy = policy.to(student.device if device is None else check_device(device))
+    shard = shard and ranks.world_size() > 1
+    if not shard:  # shard() takes its parts to where they belong: the whole of it may not fit there
+        policy = policy.to(student.device if device is None else check_device(device))
+    if shard:
+        kwargs["shard"] = True
     if beside is None:
         return PolicyTeacher(policy, env, student, vec_normalize=vec_normalize or None, **kwargs)
     try:

@@ -388,6 +388,9 @@ class Run:
     :param n_envs: number of workers
     :param n_steps: decisions of each worker in an iteration
     :param iterations: number of iterations
+    :param nproc: learners, each with its own GPU; envs, steps and batches are those of one
+    :param shard: all trained weights are spread over their GPUs (with --full)
+    :param shard_teacher: the teacher's are
     """
 
     student: str
@@ -403,10 +406,17 @@ class Run:
     n_envs: int = 8
     n_steps: int = 32
     iterations: int = 20
+    nproc: int = 1
+    shard: Flag = False
+    shard_teacher: Flag = False
 
     def __post_init__(self) -> None:
         names = ("micro_batch_size", "batch_size", "gradient_steps", "n_envs", "n_steps", "iterations", "lora_rank")
-        check_at_least_one(**{name: getattr(self, name) for name in names})
+        check_at_least_one(**{name: getattr(self, name) for name in (*names, "nproc")})
+        if self.shard and self.lora_rank is not None and not getattr(self, "full", False):
+            raise ValueError("LoRA leaves nothing to shard: plan with --full --shard, or without --shard.")
+        if self.shard_teacher and (self.teacher_elsewhere or self.teacher in (None, "none")):
+            raise ValueError("A sharded teacher lies on the GPUs of all learners, and there has to be one.")
 
 
 @dataclass(frozen=True)

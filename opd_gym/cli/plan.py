@@ -24,6 +24,8 @@ GIB = 2**30
 # What a GPU's driver, CUDA's context and its libraries take, and what fragmentation wastes
 CONTEXT_BYTES = 1.0 * GIB
 FRAGMENTATION = 0.08
+# What sharded weights take beside their parts: in an update, and between two
+GATHERED, WHOLE = "weights and gradients of the layers that are run", "all weights, between two updates (float32)"
 # Fractions of the peak that such models reach in training, and in the small batches of a rollout
 TRAINING_EFFICIENCY = 0.4
 ROLLOUT_EFFICIENCY = 0.15
@@ -77,21 +79,33 @@ def make_plan(run: Run, cache: dict[Any, Weights] | None = None) -> Plan:
 
     student = count(run.student, run.lora_rank)
     size = {"float32": 4, "bfloat16": 2}
+    trained = student.part(run.nproc) if run.shard else student.trained
     learner = {
         "student's frozen weights": float((student.total - student.trained) * size[run.dtype]),
-        "trained weights (float32)": 4.0 * student.trained,
-        "gradients (float32)": 4.0 * student.trained,
-        "AdamW's two moments (float32)": 8.0 * student.trained,
+        "trained weights (float32)": 4.0 * trained,
+        "AdamW's two moments (float32)": 8.0 * trained,
+    }
+    update = {
+        "gradients (float32)": 4.0 * trained,
         "activations of a micro-batch": activation_bytes(student, run),
     }
-    if run.dtype == "bfloat16":
-        learner["trained weights, copied to bfloat16 by autocast"] = 2.0 * student.trained
+    if run.shard:
+        # The next layer's weights come while one is run; its gradients are copied before they are sent
+        update[GATHERED] = 8.0 * student.beside + 16.0 * student.layer
+    elif run.dtype == "bfloat16":
+        update["trained weights, copied to bfloat16 by autocast"] = 2.0 * student.trained
+    acting = {WHOLE: 4.0 * student.trained} if run.shard else {}
+    # Gradients and activations are gone when it acts
+    learner |= update if sum(update.values()) >= sum(acting.values()) else acting
     teacher = None
     teacher_device: dict[str, float] = {}
     if run.teacher is not None:
         teacher = count(run.student if run.teacher == "student" else run.teacher, None)
-        weights = float(teacher.total * size[run.teacher_dtype])
+        weights = float(size[run.teacher_dtype] * (teacher.part(run.nproc) if run.shard_teacher else teacher.total))
         (teacher_device if run.teacher_elsewhere else learner)["teacher's weights"] = weights
+        if run.shard_teacher:
+            gathered = float(size[run.teacher_dtype] * (teacher.beside + 3 * teacher.layer))
+            learner["teacher's weights, gathered layer by layer"] = gathered
     config = student.config
     height, width = config.image_size
     # With the teacher's distribution in half precision
@@ -134,14 +148,31 @@ MACHINES = (
     Machine("one GPU of 80 GB (A100: 312 TFLOP/s)", 80e9, 312e12),
     Machine("eight GPUs of 80 GB (A100)", 80e9, 312e12, n_devices=8),
 )
+
+
+def gpus(n: int) -> tuple[Machine, ...]:
+    """
+    :param n: number of learners
+    :return: GPUs that people have: for several learners so many of them
+    """
+    if n == 1:
+        return MACHINES
+    return tuple(
+        replace(machine, name=f"{n} GPUs{machine.name.removeprefix('one GPU')}", n_devices=n)
+        for machine in MACHINES[:2]
+    )
+
+
 # What makes a run smaller, cheapest first
 CHANGES: dict[str, dict[str, Any]] = {
     "gradient_checkpointing=True": dict(gradient_checkpointing=True),
     'dtype="bfloat16"': dict(dtype="bfloat16"),
     'teacher_kwargs={"dtype": "bfloat16"}': dict(teacher_dtype="bfloat16"),
     "micro_batch_size=1": dict(micro_batch_size=1),
+    'policy_kwargs={"shard": True}': dict(shard=True),
+    'teacher_kwargs={"shard": True}': dict(shard_teacher=True),
     'teacher_kwargs={"device": ...} on another device': dict(teacher_elsewhere=True),
-    "lora=True instead of training all weights": dict(lora_rank=32),
+    "lora=True instead of training all weights": dict(lora_rank=32, shard=False),
 }
 
 
@@ -170,7 +201,7 @@ def fits(plan: Plan, machine: Machine) -> bool:
     """
     if not machine.is_gpu:  # everything lies in main memory
         parts = [*plan.learner.values(), *plan.teacher_device.values(), *plan.host.values()]
-        return sum(parts) * (1.0 + FRAGMENTATION) <= machine.memory
+        return plan.run.nproc * sum(parts) * (1.0 + FRAGMENTATION) <= machine.memory
     devices = [plan.learner, *([plan.teacher_device] if plan.teacher_device and machine.n_devices > 1 else [])]
     return max(map(plan.needed, devices)) <= machine.memory
 
@@ -184,7 +215,12 @@ def advice(run: Run, machine: Machine, cache: dict[Any, Weights]) -> tuple[list[
     """
     changes: list[str] = []
     for text, values in {"": {}, **CHANGES}.items():
-        if "lora_rank" in values and run.lora_rank is not None:
+        has_lora, sharded = run.lora_rank is not None, not machine.is_gpu or run.nproc == 1
+        if ("lora_rank" in values and has_lora) or (values.get("shard") and (has_lora or sharded)):
+            continue
+        if "shard_teacher" in values and (sharded or run.teacher is None or run.teacher_elsewhere):
+            continue
+        if "teacher_elsewhere" in values and run.shard_teacher:
             continue
         changed = replace(run, **values)
         if changed != run:
@@ -223,12 +259,29 @@ def _on(machine: Machine, run: Run, cache: dict[Any, Weights]) -> tuple[str, ...
     """Whether a run fits a machine, what to change, and how long an iteration and all of them take."""
     found = advice(run, machine, cache)
     if found is None:
-        return machine.name, "no", "a smaller model, or weights sharded over several GPUs", "-", "-"
+        several = "more GPUs" if run.nproc > 1 else "several GPUs (--nproc)"
+        return machine.name, "no", f"a smaller model, or {several}", "-", "-"
     changes, plan = found
     training, rollout = (TRAINING_EFFICIENCY, ROLLOUT_EFFICIENCY) if machine.is_gpu else (1.0, 1.0)
     seconds = (plan.training_flops / training + plan.rollout_flops / rollout) / (machine.flops * machine.n_devices)
+    seconds *= run.nproc
     times = _duration(seconds), _duration(seconds * run.iterations)
     return machine.name, "with changes" if changes else "yes", ", ".join(changes) or "-", *times
+
+
+def sharding_table(run: Run, cache: dict[Any, Weights]) -> str:
+    """
+    :param run: what is to be run, by several learners
+    :param cache: see :func:`make_plan`
+    :return: what each of their GPUs holds with whole and with sharded weights
+    """
+    teacher = run.teacher is not None and not run.teacher_elsewhere
+    sharded = replace(run, shard=run.lora_rank is None, shard_teacher=teacher)
+    plans = [make_plan(each, cache) for each in (replace(run, shard=False, shard_teacher=False), sharded)]
+    names = dict.fromkeys(name for plan in plans for name, size in plan.learner.items() if size)
+    rows = [(name, *(_gb(plan.learner[name]) if name in plan.learner else "-" for plan in plans)) for name in names]
+    needed = ("what a GPU needs", *(_gb(plan.needed(plan.learner)) for plan in plans))
+    return table((f"each of {run.nproc} GPUs", "whole weights", "shard=True"), *rows, needed)
 
 
 def to_markdown(run: Run, machines: tuple[Machine, ...]) -> str:
@@ -252,6 +305,7 @@ def to_markdown(run: Run, machines: tuple[Machine, ...]) -> str:
         lines.append(f"  {stack.n_layers} layers of width {stack.hidden}, {stack.tokens} tokens of each observation")
     places = (("learner", plan.learner), ("the teacher's device", plan.teacher_device), ("main memory", plan.host))
     memory = [(name, where, _gb(size)) for where, parts in places for name, size in parts.items()]
+    lines += ["", sharding_table(run, cache)] if run.nproc > 1 else []
     lines += [
         "",
         table(("memory", "where", "size"), *memory),
@@ -267,10 +321,15 @@ def to_markdown(run: Run, machines: tuple[Machine, ...]) -> str:
         f"{plan.rollout_flops / 1e15:.2f} PFLOP of acting and labelling at {ROLLOUT_EFFICIENCY:.0%}. The "
         "simulator's own time comes on top.",
     ]
-    if any(machine.n_devices > 1 for machine in machines):
+    if run.nproc > 1:
         lines.append(
-            "Several GPUs: the memory of each, and the time if all shared the work evenly. This library itself uses "
-            "one GPU to learn and, with teacher_kwargs, another one to teach."
+            f"{run.nproc} learners, each with so many decisions and with batches of its own. What they send each other "
+            "takes time as well. With shard=True memory is that of an update or of acting, whichever takes more."
+        )
+    elif any(machine.n_devices > 1 for machine in machines):
+        lines.append(
+            "Several GPUs: the memory of each, and the time if all shared the work evenly. One learner uses one GPU "
+            "and, with teacher_kwargs, another one to teach; --nproc plans several."
         )
     return "\n".join(lines)
 
@@ -283,5 +342,5 @@ def run(args: options.Plan) -> int:
     given = {item.name: getattr(args, item.name) for item in fields(Run)}
     given["teacher"] = None if args.teacher == "none" else args.teacher
     given["lora_rank"] = None if args.full else args.lora_rank
-    print(to_markdown(Run(**given), (*MACHINES, this_machine())))
+    print(to_markdown(Run(**given), (*gpus(args.nproc), this_machine())))
     return 0

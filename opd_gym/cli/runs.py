@@ -375,7 +375,11 @@ class Evaluations(BaseCallback):
     def _play_if_due(self) -> None:
         if self.model.num_timesteps - self._last >= self.eval_freq:
             self._play()
-            self.model.dump_logs()  # type: ignore[attr-defined]
+            # Not the model's dump_logs(), in which all ranks take part
+            self.logger.record("time/total_timesteps", self._last, exclude="tensorboard")
+            if hasattr(self.model, "num_env_steps"):
+                self.logger.record("time/env_steps", self.model.num_env_steps)
+            self.logger.dump(self._last)
 
     def _on_rollout_start(self) -> None:
         self._has_rollouts = True

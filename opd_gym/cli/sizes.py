@@ -271,6 +271,9 @@ class Weights:
     :param activations: bytes that one observation leaves for the backward pass, where they were measured
     :param flops: floating-point operations of one observation
     :param config: configuration of the body
+    :param tensors: of each tensor, the size of its first dimension and its number of weights; without adapters
+    :param layer: weights of the largest of its ``transformer_layers``
+    :param beside: weights beside these layers
     """
 
     total: int
@@ -280,6 +283,16 @@ class Weights:
     activations: float | None
     flops: float
     config: Any
+    tensors: tuple[tuple[int, int], ...] = ()
+    layer: int = 0
+    beside: int = 0
+
+    def part(self, n_ranks: int) -> int:
+        """
+        :param n_ranks: over how many ranks they are sharded
+        :return: weights of the first one, which has the most: each tensor is cut along its first dimension
+        """
+        return sum(-(-rows // n_ranks) * (size // rows) for rows, size in self.tensors)
 
 
 def count_weights(model: str, lora_rank: int | None) -> Weights:
@@ -299,7 +312,10 @@ def count_weights(model: str, lora_rank: int | None) -> Weights:
     with th.device("meta"):
         body = body_class(config)
         layers, between = stacks(body)
+    tensors = tuple((p.shape[0] if p.ndim else 1, p.numel()) for p in body.parameters())
+    in_layers = [sum(p.numel() for p in layer.parameters()) for layer in body.transformer_layers()]
     total = trained = sum(p.numel() for p in body.parameters())
+    sharded: dict[str, Any] = dict(tensors=tensors, layer=max([0, *in_layers]), beside=total - sum(in_layers))
     if lora_rank:
         # Two matrices beside each linear layer, counted here so that planning does not need peft
         adapted: list[Any] = [body.get_submodule(name) for name in linear_layers(body)]
@@ -308,10 +324,10 @@ def count_weights(model: str, lora_rank: int | None) -> Weights:
         total, trained = total + adapters, adapters + sum(p.numel() for p in in_full)
     if layers:
         flops = sum(stack.forward_flops() for stack in layers)
-        return Weights(total, trained, layers, between, None, flops, config)
+        return Weights(total, trained, layers, between, None, flops, config, **sharded)
     if total > 10**8:
         raise ValueError(f"{model!r} has {total:,} weights and no layers of transformers: it cannot be planned.")
-    return Weights(total, trained, [], between, *_measure(body_class(config), config), config)
+    return Weights(total, trained, [], between, *_measure(body_class(config), config), config, **sharded)
 
 
 def _measure(body: Any, config: Any) -> tuple[float, float]:

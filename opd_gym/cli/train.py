@@ -340,6 +340,11 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         if args.n_timesteps is not None:
             values["n_timesteps"] = args.n_timesteps
     run, kwargs = split_hyperparams(args.algo, values, cls)
+    if args.eval_freq is not None and (kwargs.get("policy_kwargs") or {}).get("shard") and ranks.world_size() > 1:
+        raise ValueError(
+            "--eval-freq plays with the first learner's weights, and shard=true spreads them over all learners. Leave "
+            "it out: --eval-episodes alone plays at the end."
+        )
     user_callbacks = _user_callbacks(run.get("callback"))
     if args.track and find_spec("wandb") is None:
         raise ImportError("--track needs Weights & Biases. Run: pip install 'opd_gym[track]'")

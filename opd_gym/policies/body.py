@@ -18,6 +18,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from opd_gym.checkpoints import CONFIG_FILE, PENDING, resolve_checkpoint, whole_checkpoint
@@ -350,6 +351,21 @@ class VLABody(PreTrainedModel):
         :meth:`decode`.
         """
         return False
+
+    def transformer_layers(self) -> list[nn.Module]:
+        """
+        The layers that are gathered one at a time where the weights are sharded over several GPUs; what is beside them
+        is gathered all at once. A layer's weights must be read by its own ``forward`` alone, and that must be called.
+
+        :return: by default the elements of each outermost ``nn.ModuleList`` whose elements are all of one class
+        """
+        found: list[nn.Module] = []
+        inside: set[nn.Module] = set()
+        for module in self.modules():
+            if isinstance(module, nn.ModuleList) and module not in inside and len(set(map(type, module))) == 1:
+                found += [layer for layer in module if next(layer.parameters(), None) is not None]
+                inside.update(module.modules())
+        return found
 
     def forward(
         self, images: dict[str, th.Tensor], instruction: th.Tensor, proprio: th.Tensor | None = None

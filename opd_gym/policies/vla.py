@@ -8,10 +8,11 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -44,6 +45,7 @@ from opd_gym.policies.body import (
     token_space,
 )
 from opd_gym.policies.optimizer import fused_by_default
+from opd_gym.policies.sharding import Sharding
 from opd_gym.tokens import TokenDistribution, token_view
 
 
@@ -84,6 +86,9 @@ class VLAPolicy(ActorCriticPolicy):
     :param dtype: "bfloat16" or "float32": type in which the body computes and of the weights that are not trained;
         those that are trained are float32
     :param trainable: False for a policy that only acts or teaches: no weight is trained, and there is no optimizer
+    :param shard: in a training with several ranks, spread the weights, their gradients and the optimizer's state over
+        the GPUs of all ranks while it learns, see :class:`opd_gym.policies.sharding.Sharding`. Before and after, and
+        with one process, it changes nothing. Not with ``lora``
     :param optimizer_class: the optimizer
     :param optimizer_kwargs: keyword arguments of the optimizer, other than the learning rate
     :param base_model: what it started from, of a saved policy that no longer needs it; see :attr:`base_model`
@@ -107,6 +112,7 @@ class VLAPolicy(ActorCriticPolicy):
         gradient_checkpointing: bool = False,
         dtype: str | th.dtype = "float32",
         trainable: bool = True,
+        shard: bool = False,
         optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         base_model: str | None = None,
@@ -125,6 +131,16 @@ class VLAPolicy(ActorCriticPolicy):
         self._gradient_checkpointing = bool(gradient_checkpointing)
         self._dtype = check_dtype(dtype)
         self._trainable = bool(trainable)
+        if not isinstance(shard, bool):
+            raise ValueError(f"shard must be True or False, got {shard!r}.")
+        if shard and self._lora is not None:
+            raise ValueError(
+                "shard=True spreads gradients and the optimizer's state over several GPUs, of which LoRA has hardly "
+                "any, and to act each GPU has the whole weights in any case: leave out one of shard and lora."
+            )
+        self._shard = shard
+        #: What spreads the weights over all ranks, while it does
+        self.sharding: Sharding | None = None
         self._trained_state: TrainedState | None = None
         self._checkpoint: Path | None = None
         self._reference = checkpoint
@@ -220,9 +236,38 @@ class VLAPolicy(ActorCriticPolicy):
         # Where the weights are that this policy starts from
         return self._checkpoint or self._config.base_directory
 
+    def shard_weights(self, device: th.device, force: bool = False) -> None:
+        """
+        With ``shard=True`` and several ranks: keep a part of the weights from here on. All ranks call it together.
+
+        :param device: where this rank's part goes
+        :param force: also without ``shard=True``
+        """
+        if (self._shard or force) and ranks.world_size() > 1:
+            self.sharding = Sharding(self, device)
+            if self.sharding.trained:
+                self.sharding.gather()
+
+    def join_weights(self) -> None:
+        """After a training: each rank has the whole policy again. All ranks call it together."""
+        if self.sharding is not None:
+            self.sharding.end()
+            self.sharding = None
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, the policy and its optimizer have their whole state, see :meth:`Sharding.whole`."""
+        sharding, self.sharding = self.sharding, None
+        try:
+            with nullcontext() if sharding is None else sharding.whole():
+                yield
+        finally:
+            self.sharding = sharding
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The state; of a policy with LoRA what it has trained, and which checkpoint the rest is in."""
-        state = super().state_dict(*args, **kwargs)
+        with self.whole_weights():
+            state = super().state_dict(*args, **kwargs)
         return state if self._trained_state is None else self._trained_state.extract(state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -231,7 +276,10 @@ class VLAPolicy(ActorCriticPolicy):
         :param strict: whether a missing or unknown key is an error
         :param assign: see ``torch.nn.Module.load_state_dict``
         :raises ValueError: a tensor is missing, unexpected, of another shape, not of floating point or not finite
+        :raises RuntimeError: the weights are in parts on all ranks
         """
+        if self.sharding is not None:
+            raise RuntimeError("While it learns, a model with shard=True can load no weights: each rank has a part.")
         trained = dict(self.named_parameters())
         for name in trained.keys() & state_dict.keys():
             check_weight("The saved policy", name, state_dict[name])
@@ -280,6 +328,7 @@ class VLAPolicy(ActorCriticPolicy):
             gradient_checkpointing=self._gradient_checkpointing,
             dtype=self._dtype,
             trainable=self._trainable,
+            shard=self._shard,
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=dict(self.optimizer_kwargs),
             base_model=None if self.base_model is None else lasting_name(self.base_model),
@@ -332,7 +381,7 @@ class VLAPolicy(ActorCriticPolicy):
         check_own_checkpoint(directory)
         temporary = temporary_beside(directory / PENDING)
         try:
-            with _no_progress_bars(), merged(self.body) as body:
+            with _no_progress_bars(), self.whole_weights(), merged(self.body) as body:
                 body = body if dtype is None else copy.deepcopy(body).to(dtype=dtype)  # type: ignore[call-arg,arg-type]
                 body.save_pretrained(temporary)
             for path in temporary.iterdir():
@@ -344,6 +393,29 @@ class VLAPolicy(ActorCriticPolicy):
             finish_save(directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def keep_pace(self, critic: bool = False) -> None:
+        """
+        After the passes of a minibatch: with sharded weights all ranks go through the policy together, so one that has
+        fewer passes to make does it for nothing as often as another one still does.
+
+        :param critic: whether the losses of the others depend on the values
+        """
+        passes = self.sharding is not None
+        while passes and self.sharding is not None:
+            with self.sharding.others_pass() as passes:
+                if passes:
+                    self._pass_for_nothing(critic)
+
+    def _pass_for_nothing(self, critic: bool) -> None:
+        assert isinstance(self.observation_space, spaces.Dict)
+        zeros = {key: np.zeros((1, *(box.shape or ())), box.dtype) for key, box in self.observation_space.items()}
+        observation = {key: th.as_tensor(value, device=self.device) for key, value in zeros.items()}
+        actions = th.zeros(1, self._config.n_tokens, dtype=th.long, device=self.device)
+        distribution, values = self.distribution_and_values(observation, actions)
+        if th.is_grad_enabled():
+            outputs = distribution.logits.sum() + (values.sum() if critic else 0.0)
+            (0.0 * outputs).backward()
 
     def body_inputs(self, obs: PyTorchObs) -> dict[str, Any]:
         """
@@ -366,9 +438,15 @@ class VLAPolicy(ActorCriticPolicy):
         """Whether a token depends on those before it, so that distributions are those of given actions."""
         return self.body.autoregressive
 
+    @property
+    def half_precision(self) -> bool:
+        """Whether the body computes in bfloat16."""
+        return DTYPES[self._dtype] != th.float32
+
     def _precision(self) -> Any:
-        dtype = DTYPES[self._dtype]
-        return th.autocast(self.device.type, dtype=dtype, enabled=dtype != th.float32)
+        # Copies of all weights in half precision, kept to the end of a pass, are what sharding is to save
+        dtype, cached = DTYPES[self._dtype], self.sharding is None
+        return th.autocast(self.device.type, dtype=dtype, enabled=self.half_precision, cache_enabled=cached)
 
     def _distribution(self, logits: th.Tensor) -> TokenDistribution:
         logits = logits.float()
@@ -403,7 +481,11 @@ class VLAPolicy(ActorCriticPolicy):
                     "the actions, or sample with forward() or predict()."
                 )
             inputs["tokens"] = actions
-        with self._precision():
+        if self.sharding is not None:
+            self.sharding.begin_pass()
+        with self._precision(), warnings.catch_warnings():
+            # That its outputs may be views, which nobody changes in place
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")
             output = self.body(**inputs)
         return self._distribution(output.logits), self._values(output)
 
