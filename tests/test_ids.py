@@ -19,13 +19,9 @@ PLAYED = [*ids.LIBERO, *ids.LIBERO_TASKS, *ids.LIBERO_PRO, *ids.LIBERO_PLUS]
 SAMPLE = [
     "LiberoObject-v0",
     "LiberoSpatialTask2-v0",
-    "LiberoGoalTask5-v0",
-    "Libero10Task1-v0",
     "Libero90-v0",
     "LiberoObjectWithMug-v0",
     "LiberoGoalLan-v0",
-    "LiberoSpatialObject-v0",
-    "LiberoObjectSwap-v0",
     "LiberoPlusObject-v0",
 ]
 NO_PLUS = importlib.util.find_spec("liberoplus") is None and not os.environ.get("OPD_GYM_CI")

@@ -6,7 +6,8 @@ import os
 import pathlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -36,12 +37,13 @@ from opd_gym.algorithms.losses import (
     exact_opd_loss,
     sampled_opd_loss,
 )
+from opd_gym.algorithms.remote_teacher import RemoteTeacher
 from opd_gym.algorithms.teacher_trial import try_teacher
 from opd_gym.algorithms.teachers import Teacher, check_finite, make_teacher
 from opd_gym.checkpoints import lasting_name
 from opd_gym.checks import check_at_least, check_at_least_one
 from opd_gym.observations import obs_rows
-from opd_gym.tokens import is_autoregressive
+from opd_gym.tokens import TokenView, is_autoregressive
 
 # Unasked the teacher plays before runs of so many decisions: a shorter one is over sooner than that
 TRIED_FROM = 64
@@ -114,6 +116,7 @@ class OPD(RolloutAlgorithm):
         ``std`` for deterministic continuous actions, ``smoothing`` and ``floor`` for labels, ``vec_normalize`` for the
         statistics that it was trained with, ``obs_keys`` for the keys of a Dict observation that it sees,
         ``shard=True`` to spread the weights of a VLA over the GPUs of all ranks).
+        ``ray`` puts it on another machine, see :class:`~opd_gym.algorithms.remote_teacher.RemoteTeacher`.
         ``n_eval_episodes`` is how many episodes it plays before training, for a comparison with the student: 5, but
         none in this library's benchmarks and of an expert
     :param teacher_interval: The teacher labels every so-manieth decision of each env, beginning with the first of a
@@ -247,14 +250,21 @@ class OPD(RolloutAlgorithm):
         kwargs = dict(self.teacher_kwargs)
         self._n_eval_episodes = kwargs.pop("n_eval_episodes", None)
         check_at_least(0, n_eval_episodes=self._n_eval_episodes)
-        if kwargs.get("shard") and ranks.world_size() > 1:
-            if self._n_eval_episodes:
-                raise ValueError(
-                    'With teacher_kwargs={"shard": True} no rank has the whole teacher, so that it cannot play alone '
-                    f"before the training: leave out n_eval_episodes={self._n_eval_episodes}."
-                )
-            self._n_eval_episodes = 0
-        self._teacher = make_teacher(self.teacher, self.env, self.policy, **kwargs)
+        remote = kwargs.get("ray") is not None
+        if not remote:
+            kwargs.pop("ray", None)
+        if kwargs.get("shard"):
+            if remote:
+                raise ValueError("A teacher on another machine is whole: teacher_kwargs take shard or ray, not both.")
+            if ranks.world_size() > 1:
+                if self._n_eval_episodes:
+                    raise ValueError(
+                        'With teacher_kwargs={"shard": True} no rank has the whole teacher, so that it cannot play '
+                        f"alone before the training: leave out n_eval_episodes={self._n_eval_episodes}."
+                    )
+                self._n_eval_episodes = 0
+        make = RemoteTeacher if remote else make_teacher
+        self._teacher = make(self.teacher, self.env, self.policy, **kwargs)
         self.rollout_buffer.label_size = self._teacher.label_size or self.rollout_buffer.spec.n_tokens
         if self.verbose >= 1 and self._teacher.sees:
             print(f"The teacher sees {self._teacher.sees}.")
@@ -326,16 +336,24 @@ class OPD(RolloutAlgorithm):
     def _label_rollout(self) -> None:
         assert self._teacher is not None
         buffer = self.rollout_buffer
-        for samples in buffer.get(self.micro_batch_size or self.batch_size, rows=buffer.valid_rows()):
-            labels = th.as_tensor(buffer.teacher_actions[samples.rows], device=self.device)
-            tokens = samples.actions.reshape(len(samples.rows), -1)
-            teacher = self._teacher.distribution(samples.observations, labels, tokens)
+        asked: deque[tuple[np.ndarray, th.Tensor, Callable[[], TokenView]]] = deque()
+
+        def take_note() -> None:
+            rows, tokens, answer = asked.popleft()
+            teacher = answer()
             check_finite(teacher)
             if self.estimator == "sampled" and self.temperature != 1.0:
                 teacher = teacher.temper(self.temperature)
-            buffer.set_teacher(
-                samples.rows, teacher.log_prob(tokens), teacher.flatten() if buffer.store_distribution else None
-            )
+            buffer.set_teacher(rows, teacher.log_prob(tokens), teacher.flatten() if buffer.store_distribution else None)
+
+        for samples in buffer.get(self.micro_batch_size or self.batch_size, rows=buffer.valid_rows()):
+            labels = th.as_tensor(buffer.teacher_actions[samples.rows], device=self.device)
+            tokens = samples.actions.reshape(len(samples.rows), -1)
+            asked.append((samples.rows, tokens, self._teacher.ask(samples.observations, labels, tokens)))
+            if len(asked) > self._teacher.asked_ahead:
+                take_note()
+        while asked:
+            take_note()
         if self._teacher.sharded:
             self._teacher.keep_pace()
 

@@ -18,6 +18,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym import ranks
@@ -68,6 +69,8 @@ class Teacher(ABC):
     sees: str | None = None
     #: Whether all ranks ask it together, because each has a part of its weights
     sharded: bool = False
+    #: How many batches it may be asked before the answer to the first is looked at
+    asked_ahead: int = 0
 
     @abstractmethod
     def distribution(self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None) -> TokenView:
@@ -78,6 +81,19 @@ class Teacher(ABC):
             token after the student's own tokens before it
         :return: The teacher's distribution, without gradient
         """
+
+    def ask(
+        self, observations: PyTorchObs, labels: th.Tensor, actions: th.Tensor | None = None
+    ) -> Callable[[], TokenView]:
+        """
+        :meth:`distribution` in two steps, for a teacher that thinks elsewhere.
+
+        :param observations: See there, as for the others
+        :param labels: Labels of a privileged teacher
+        :param actions: The student's actions
+        :return: Gives the teacher's distribution
+        """
+        return lambda: self.distribution(observations, labels, actions)
 
     def label(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:
         """
@@ -280,7 +296,7 @@ class PolicyTeacher(Teacher):
             assert masks is not None
             return masks.astype(np.float32)
         observations = map_obs(th.as_tensor, raw_observations(env, indices))
-        return self._opinion(observations, None, masks).flatten().cpu().numpy()
+        return self.opinion(observations, None, masks).flatten().cpu().numpy()
 
     def _action_masks(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:
         masks = np.stack(env.env_method("action_masks", indices=[int(index) for index in indices]))
@@ -295,10 +311,16 @@ class PolicyTeacher(Teacher):
         if self.sees_raw:
             return self.spec.from_flat(labels)
         masks = labels.cpu().numpy() > 0 if self._masked else None
-        return self._opinion(observations, actions, masks).to(labels.device)
+        return self.opinion(observations, actions, masks).to(labels.device)
 
     @th.no_grad()
-    def _opinion(self, observations: PyTorchObs, actions: th.Tensor | None, masks: np.ndarray | None) -> TokenView:
+    def opinion(self, observations: PyTorchObs, actions: th.Tensor | None, masks: np.ndarray | None) -> TokenView:
+        """
+        :param observations: Raw observations
+        :param actions: The student's actions there, for an autoregressive policy
+        :param masks: Action masks, for a policy that was trained with them
+        :return: The policy's distribution, on its own device
+        """
         self.policy.set_training_mode(False)
         try:
             # A large teacher may have a device of its own
@@ -573,7 +595,7 @@ def make_teacher(
     beside = find_vec_normalize(path, env_id_of(env)) if vec_normalize is None and path.is_file() else None
     shard = shard and ranks.world_size() > 1
     if not shard:  # shard() takes its parts to where they belong: the whole of it may not fit there
-        policy = policy.to(student.device if device is None else check_device(device))
+        policy = policy.to(student.device if device is None else get_device(check_device(device)))
     if shard:
         kwargs["shard"] = True
     if beside is None:

@@ -116,6 +116,7 @@ class TrainArgs(Options):
     :param demonstrations: HDF5 files or folders of them, for sft; -P demonstration_kwargs.skip=true leaves out damaged
         files and names them
     :param folder: where the directory of the run goes
+    :param ray: address of a Ray cluster whose machines host the envs, or "auto" for the one this machine is part of
     :param eval_episodes: held-out episodes to play at the end
     :param eval_freq: play them every so many decisions as well, in envs of their own, and keep best_model.zip; default:
         only at the end
@@ -137,6 +138,7 @@ class TrainArgs(Options):
     student: Annotated[str | None, option("--checkpoint", metavar="STR")] = None
     demonstrations: Annotated[list[str], option(metavar="PATH [PATH ...]")] = field(default_factory=list)
     folder: Annotated[str, option("-f", metavar="DIR")] = "runs"
+    ray: Annotated[str | None, option(metavar="ADDRESS")] = None
     eval_episodes: int = 0
     eval_freq: Number = None
     device: str = "auto"

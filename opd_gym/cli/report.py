@@ -44,7 +44,7 @@ RETURN = "rollout/ep_rew_mean"
 # Settings in which runs of one policy may differ
 INCIDENTAL = (
     *("teacher", "demonstrations", "policy_kwargs.checkpoint"),
-    *("n_timesteps", "n_envs", "n_workers", "worker_timeout"),
+    *("n_timesteps", "n_envs", "n_workers", "worker_timeout", "ray"),
 )
 # Training has reached another policy at this share of its success
 SHARE = 0.9

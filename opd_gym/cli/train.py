@@ -244,6 +244,8 @@ def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = 
     parameters = algorithm_parameters(algorithm_class(args.algo))
     if args.n_timesteps is not None:
         values["n_timesteps"] = args.n_timesteps
+    if args.ray is not None:
+        values["ray"] = args.ray
     if args.teacher is not None:
         if "teacher" not in parameters:
             raise ValueError(f"{args.algo} has no teacher. Drop --teacher, or use --algo opd.")
@@ -339,6 +341,8 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         values = _mapping(resume / "config.yml")
         if args.n_timesteps is not None:
             values["n_timesteps"] = args.n_timesteps
+        if args.ray is not None:
+            values["ray"] = args.ray
     run, kwargs = split_hyperparams(args.algo, values, cls)
     if args.eval_freq is not None and (kwargs.get("policy_kwargs") or {}).get("shard") and ranks.world_size() > 1:
         raise ValueError(
@@ -357,7 +361,8 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         {"checkpoint": source} if source is not None else kwargs.get("policy_kwargs") or {}, args.trust
     )
     # Simulators that are never stepped are not started: SFT reads the spaces off one env
-    slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, "n_workers": None, "worker_timeout": None}
+    off = dict.fromkeys(("n_workers", "worker_timeout", "ray"))
+    slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, **off}
     env = build_env(args.env, {**run, **slots}, seed=ranks.rank_seed(args.seed), settings=settings)
     try:
         eval_env = None
@@ -551,7 +556,7 @@ def run(args: Train) -> int:
             f"--resume goes on with the run's own {', '.join(changed)}. Leave out --{' --'.join(changed)}, or edit "
             f"{args.resume / 'config.yml'}, which is read again."
         )
-    for name in ("n_timesteps", "eval_episodes", "eval_freq", "checkpoint_interval"):
+    for name in ("n_timesteps", "eval_episodes", "eval_freq", "checkpoint_interval", "ray"):
         if given[name] != getattr(TrainArgs(), name):
             setattr(stored, name, given[name])
     for name in ("device", "progress", "verbose", "trust", "track"):

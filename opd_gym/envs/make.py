@@ -119,6 +119,7 @@ def make_vec(
     vec_env_cls: Callable[..., VecEnv] | None = None,
     n_workers: int | None = None,
     worker_timeout: float | None = None,
+    ray: str | Mapping[str, Any] | None = None,
 ) -> VecEnv:
     """
     The vectorised env that the algorithms of this library train on.
@@ -134,28 +135,37 @@ def make_vec(
     :param n_workers: processes that host the envs, see :class:`WorkerVecEnv`; None for one a core, at most one an env
     :param worker_timeout: seconds without an answer after which one of them is replaced; None for a limit that no
         healthy one meets (300, for RoboTwin more), ``inf`` for none
+    :param ray: address of the Ray cluster whose machines host the envs ("auto": the one that this machine is part of),
+        or keyword arguments of :class:`~opd_gym.envs.workers.ray_vec_env.RayVecEnv`; None: they are on this machine
     :return: the vectorised env
+    :raises ImportError: ``ray`` without Ray
     :raises NotImplementedError: ``n_workers`` or ``worker_timeout`` on another system than Linux
-    :raises ValueError: ``n_envs`` or ``n_workers`` below 1, ``n_workers`` or ``worker_timeout`` for another class of
-        env, or a space that does not count from 0
+    :raises ValueError: ``n_envs`` or ``n_workers`` below 1, ``n_workers``, ``worker_timeout`` or ``ray`` for another
+        class of env, or a space that does not count from 0
     """
     from opd_gym.envs.workers.vec_env import WorkerVecEnv
 
     check_at_least(1, n_envs=n_envs, n_workers=n_workers)
     check_at_least(0, seed=seed, chunk_size=chunk_size)
-    given = {name: v for name, v in (("n_workers", n_workers), ("worker_timeout", worker_timeout)) if v is not None}
+    asked = {"n_workers": n_workers, "worker_timeout": worker_timeout, "ray": ray}
+    given = [name for name, value in asked.items() if value is not None]
     if given and vec_env_cls is not None:
         raise ValueError(
             f"{' and '.join(given)}: for WorkerVecEnv alone, got vec_env_cls={vec_env_cls}. Give one of the two."
         )
     build = make_env_fn(env_id, env_kwargs, chunk_size, tokens, n_bins, statistics, wrapper)
-    if given or (vec_env_cls is None and n_envs > 1 and bare_id(env_id) in CHUNK_SIZES):
-        patience = _patience(env_id, env_kwargs) if worker_timeout is None else {"timeout": worker_timeout}
+    patience = _patience(env_id, env_kwargs) if worker_timeout is None else {"timeout": worker_timeout}
+    if ray is not None:
+        from opd_gym.envs.workers.ray_vec_env import RayVecEnv
+
+        elsewhere = {"address": ray} if isinstance(ray, str) else dict(ray)
+        vec_env_cls = partial(RayVecEnv, **{"n_workers": n_workers, **patience, **elsewhere})
+    elif given or (vec_env_cls is None and n_envs > 1 and bare_id(env_id) in CHUNK_SIZES):
         workers = partial(WorkerVecEnv, n_workers=n_workers, **patience)
         # Off Linux, what is asked of it raises
         vec_env_cls = workers if given or sys.platform == "linux" else SubprocVecEnv
     cls = vec_env_cls or DummyVecEnv
-    if cls is not DummyVecEnv:
+    if cls is not DummyVecEnv and ray is None:  # else a simulator need not be here
         # What is wrong with the arguments or the installation is said here and not in a worker, whose error would
         # arrive as a broken connection. Simulators are lazy, so this costs little.
         build().close()
@@ -263,6 +273,7 @@ def build_env(
         wrapper=wrapper_function(run.get("env_wrapper")),
         n_workers=run.get("n_workers"),
         worker_timeout=run.get("worker_timeout"),
+        ray=run.get("ray"),
         **env_arguments(env_id, run, settings, **env_kwargs),
     )
     try:
@@ -370,7 +381,7 @@ def _make_from_id(
     if bare_id(env_id) not in CHUNK_SIZES and requires_tokens:
         run = {"tokens": True, **run}
     if n_envs is not None:
-        run = {**run, "n_envs": n_envs, "n_workers": None, "worker_timeout": None}
+        run = {**run, "n_envs": n_envs, "n_workers": None, "worker_timeout": None, "ray": None}
     return build_env(env_id, run, seed=seed, settings=settings)
 
 

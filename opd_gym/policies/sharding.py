@@ -51,8 +51,10 @@ class Sharding:
 
     def __init__(self, policy: VLAPolicy, device: th.device):
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+        if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+            raise RuntimeError(f"shard=True needs a newer PyTorch than {th.__version__}: 2.13 is tested.")
         if device.type == "cuda":
             th.cuda.set_device(device)
         self._policy = policy

@@ -25,6 +25,7 @@ RUN_KEYS = {
     "n_envs": "number of parallel envs",
     "n_workers": "processes that host the envs",
     "worker_timeout": "seconds without an answer after which one of them is replaced",
+    "ray": "address of the Ray cluster whose machines host the envs, or a mapping of RayVecEnv's arguments",
     "env_kwargs": "keyword arguments of the env",
     "env_wrapper": "import path of a wrapper, a mapping from it to its keyword arguments, or a list of these",
     "callback": "import path of a callback, or as for env_wrapper",
@@ -152,7 +153,7 @@ def rl_zoo3_hyperparams(env_id: str, values: Mapping[str, Any], settings: Mappin
         binning = {key: given[key] for key in ("n_bins", "statistics") if key in given}
         wrappers.append({"opd_gym.envs.wrappers.ActionTokens": binning})
     wrappers.append("opd_gym.envs.wrappers.EpisodeControl")
-    left_out = ("n_workers", "worker_timeout", "chunk_size", "tokens", "n_bins")
+    left_out = ("n_workers", "worker_timeout", "ray", "chunk_size", "tokens", "n_bins")
     converted = {key: value for key, value in values.items() if key not in left_out}
     return _plain({**converted, "env_kwargs": env_kwargs, "env_wrapper": wrappers})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import sys
 import time
 import traceback
@@ -18,7 +19,7 @@ import gymnasium as gym
 from gymnasium import spaces
 
 from opd_gym.envs.workers.memory import Memory
-from opd_gym.envs.workers.process import Learner
+from opd_gym.envs.workers.process import Learner, Process
 
 # Errors that say that the caller is wrong, and would be again in a new process. Whatever else an env's step raises (a
 # simulator that diverged, a lost GL context, no memory) costs the episode and not the run
@@ -33,6 +34,30 @@ CALLER_ERRORS = (
     NotImplementedError,
     gym.error.Error,
 )
+# Commands that are not answered
+UNANSWERED = ("announce", "memory", "close")
+# The path of whoever starts a worker comes first: the library itself may be found through it alone. Ctrl-C is the
+# learner's business, also while this is imported
+_PROGRAM = """
+import sys
+sys.path[:] = sys.argv[1:-4]
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from opd_gym.envs.workers.host import main
+main(*map(int, sys.argv[-4:]))
+"""
+
+
+def start(memory: int) -> Process:
+    """
+    Start a worker.
+
+    :param memory: Descriptor of the file for the memory that the worker shares with this process
+    :return: Its process
+    """
+    path = [entry for entry in sys.path if isinstance(entry, str)]
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
+    return Process([sys.executable, *flags, "-c", _PROGRAM, *path, str(memory)], files=[memory])
 
 
 def main(memory: int, last_words: int, connection: int, parent: int) -> None:
@@ -77,7 +102,7 @@ class _Host:
             began = time.perf_counter()
             kind, value = self._try(command, index, payload)
             busy += time.perf_counter() - began
-            if command == "announce":
+            if command in UNANSWERED:
                 # Nobody waits for this answer: a failure is that of the next command
                 if kind != "value":
                     self._failed[index] = value

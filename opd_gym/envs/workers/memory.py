@@ -34,19 +34,21 @@ class Memory:
     """
 
     def __init__(self, fd: int, layout: Layout, num_envs: int):
-        fields: Layout = [(None, (num_envs,), np.dtype(np.uint8))]
+        fields: Layout = [(None, (num_envs,), np.dtype(np.uint8)), (None, (num_envs, 2), np.dtype(np.uint8))]
         fields += [(key, (num_envs, 2, *shape), dtype) for key, shape, dtype in layout]
         sizes = [int(np.prod(shape)) * dtype.itemsize for _, shape, dtype in fields]
         # Each array begins at a multiple of a cache line
         offsets = np.cumsum([0, *(-(-size // 64) * 64 for size in sizes)]).tolist()
         os.ftruncate(fd, offsets[-1])
         shared = mmap.mmap(fd, offsets[-1])
-        at_work, *arrays = (
+        at_work, written, *arrays = (
             np.frombuffer(shared, dtype, int(np.prod(shape)), offset).reshape(shape)
             for (_, shape, dtype), offset in zip(fields, offsets, strict=False)
         )
         #: Whether a worker is carrying out a command of an env, for each env. It stays so where the worker dies
         self.at_work = at_work
+        # Observations that were not taken since, by env and slot
+        self._written = written
         self.arrays: Arrays = {key: array for (key, _, _), array in zip(layout, arrays, strict=True)}
 
     def read(self, index: int, slot: int) -> Arrays:
@@ -73,3 +75,13 @@ class Memory:
                     f"{array.shape[2:]}."
                 )
             array[index, slot] = value
+        self._written[index, slot] = True
+
+    def take(self, index: int) -> dict[int, Arrays]:
+        """
+        :param index: Number of an env
+        :return: Copies of its observations that were written since the last call, by slot
+        """
+        slots = np.flatnonzero(self._written[index]).tolist()
+        self._written[index] = False
+        return {slot: self.read(index, slot) for slot in slots}

@@ -31,7 +31,7 @@ START_SECONDS = 300.0
 # The time a worker has to close them
 CLOSE_SECONDS = 5.0
 # How often the learner looks whether a silent worker is still there
-_LOOK_SECONDS = 1.0
+LOOK_SECONDS = 1.0
 _LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
 
@@ -47,11 +47,13 @@ class WorkerTraceback(Exception):
         return f"\n{self.args[0]}"
 
 
-def exit_text(code: int) -> str:
+def exit_text(code: int | None) -> str:
     """
-    :param code: exit status of a process, negative for a signal
+    :param code: exit status of a process, negative for a signal; None where nobody could see it end
     :return: how it is shown
     """
+    if code is None:
+        return "exit code unknown"
     name = f", {signal.Signals(-code).name}" if -code in set(signal.Signals) else ""
     return f"exit code {code}{name}"
 
@@ -181,7 +183,7 @@ class Process:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while (message := self._take_message()) is None:
             left = max(deadline - time.monotonic(), 0.0)
-            if self._poll.poll(1000.0 * min(left, _LOOK_SECONDS)):
+            if self._poll.poll(1000.0 * min(left, LOOK_SECONDS)):
                 self._read()
             elif not self.running and not self._poll.poll(0):
                 # It has ended, and a process that it forked still holds its end of the socket

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import reprlib
-import subprocess
 import sys
 import time
 import warnings
@@ -24,25 +23,15 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
 from opd_gym.checks import check_at_least_one, check_range
-from opd_gym.envs.workers.host import CALLER_ERRORS
+from opd_gym.envs.workers.host import CALLER_ERRORS, start
 from opd_gym.envs.workers.memory import Arrays, Layout, Memory, open_memory
 from opd_gym.envs.workers.pipeline import Pipeline
-from opd_gym.envs.workers.process import CLOSE_SECONDS, START_SECONDS, Process, WorkerTraceback, exit_text
+from opd_gym.envs.workers.process import CLOSE_SECONDS, START_SECONDS, WorkerTraceback, exit_text
 
 __all__ = ["CALLER_ERRORS", "Pipeline", "WorkerDeath", "WorkerTraceback", "WorkerVecEnv"]
 
 # So many deaths in a row, of a worker without a completed step or of an env without a finished episode, are an error
 MAX_DEATHS = 3
-# The learner's path comes first: the library itself may be found through it alone. Ctrl-C is the learner's business,
-# also while this is imported
-_PROGRAM = """
-import sys
-sys.path[:] = sys.argv[1:-4]
-import signal
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-from opd_gym.envs.workers.host import main
-main(*map(int, sys.argv[-4:]))
-"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,8 @@ class WorkerDeath:
 
     :param worker: Number of the worker
     :param envs: Envs that it hosted
-    :param exit_code: Exit status of the process, negative for a signal
+    :param exit_code: Exit status of the process, negative for a signal; None where nobody could see it end, as on a
+        machine that was lost
     :param reason: What was noticed
     :param details: Traceback, or what the process said in its last moments; empty where it could say nothing
     :param env: The env whose command it was carrying out; None where it was idle, or built its envs
@@ -60,7 +50,7 @@ class WorkerDeath:
 
     worker: int
     envs: tuple[int, ...]
-    exit_code: int
+    exit_code: int | None
     reason: str
     details: str
     env: int | None = None
@@ -187,7 +177,7 @@ class WorkerVecEnv(VecEnv):
             )
         self.closed = False
         self.timeout = timeout
-        self.n_workers = min(n_workers or len(os.sched_getaffinity(0)), len(env_fns))
+        self.n_workers = min(n_workers or self._default_workers(), len(env_fns))
         #: Every death so far
         self.deaths: list[WorkerDeath] = []
         self._built = False
@@ -243,11 +233,16 @@ class WorkerVecEnv(VecEnv):
 
     # ------------------------------------------------------------------------------------------------------ workers
 
+    def _default_workers(self) -> int:
+        """How many workers there are at most if nobody says."""
+        return len(os.sched_getaffinity(0))
+
+    def _launch(self) -> Any:
+        """Start the process of a worker. Elsewhere it is something else that can be talked to in the same way."""
+        return start(self._memory_file.fileno())
+
     def _start(self, worker: _Worker, build: _Request) -> None:
-        path = [entry for entry in sys.path if isinstance(entry, str)]
-        memory = self._memory_file.fileno()
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
-        worker.process = Process([sys.executable, *flags, "-c", _PROGRAM, *path, str(memory)], files=[memory])
+        worker.process = self._launch()
         worker.pending.append(build)
         self._write(build.index, "build", worker.build)
 
@@ -356,11 +351,11 @@ class WorkerVecEnv(VecEnv):
                 else f"it died {worker.deaths} times in a row without completing a step. "
             )
             worker.failure = (
-                f"WorkerVecEnv: {death}; {again}"
+                f"{type(self).__name__}: {death}; {again}"
                 + (f"Its last words:\n{details}\n" if details else "It left no last words; look at stderr above. ")
                 + "Step one of the envs in a DummyVecEnv, or under a debugger, to see why. SIGKILL without a time-out "
                 "is most often the system's answer to a lack of memory: take fewer envs. A step that needs longer than "
-                f"the time-out needs WorkerVecEnv(timeout=...), now {self.timeout}."
+                f"the time-out needs {type(self).__name__}(timeout=...), now {self.timeout}."
             )
             raise RuntimeError(worker.failure)
         build = _Request(worker.envs[0], "build")
@@ -375,7 +370,7 @@ class WorkerVecEnv(VecEnv):
         # Last, because a filter may turn it into an exception
         # With a number, because Python shows a warning of the same words only once
         outcome = f"Its episodes are lost; it was started again (death {len(self.deaths)} of these workers)."
-        message = f"WorkerVecEnv: {death}. {outcome}\n{details}".strip()
+        message = f"{type(self).__name__}: {death}. {outcome}\n{details}".strip()
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def restart_failed(self) -> None:
