@@ -38,7 +38,7 @@ if Path(getattr(sys, "argv", [""])[0]).name != "opd-gym":
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ LONGEST_FIRST = [
     "test_exactness",
     "test_benchmarks",
     "test_main_job",
+    "test_docs",
     "test_zoo",
     "test_libero_plus",
     "test_conformance",

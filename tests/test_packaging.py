@@ -13,6 +13,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import yaml
 
 import opd_gym
 
@@ -68,7 +69,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["Name"] == "opd-gym" and metadata["Version"] == opd_gym.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert "MIT" in str(metadata["License-Expression"] or metadata["License"])
-    assert {"libero", "plots", "dev"} <= set(metadata.get_all("Provides-Extra") or [])
+    assert {"libero", "plots", "docs", "dev"} <= set(metadata.get_all("Provides-Extra") or [])
     assert "opd-gym = opd_gym.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
 
 
@@ -91,6 +92,20 @@ def test_no_file_names_a_package_index() -> None:
     for path in files:
         found = re.findall(r"--(?:extra-)?index-url|--find-links|https?://(?:download\.|pypi\.)\S*", path.read_text())
         assert not found, f"{path.name}: {found}"
+
+
+def test_a_release_says_one_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == opd_gym.__version__ and citation["license"] == "MIT"
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[(Unreleased|{re.escape(opd_gym.__version__)})\]", changelog, re.MULTILINE)
+    # What publishes waits for what tests, and that for what builds
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))["jobs"]
+    assert {name: job.get("needs") for name, job in jobs.items()} == {
+        "build": None,
+        "test": "build",
+        "publish": "test",
+    }
 
 
 def test_links_of_the_top_level() -> None:

@@ -1,11 +1,9 @@
 import functools
 import os
 import pickle
-import re
 import sys
 import types
 import warnings
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -750,15 +748,6 @@ def test_what_cannot_be_kept_from_the_student():
     ):
         with pytest.raises(ValueError, match="PrivilegedObservation takes some of the keys"):
             PrivilegedObservation(env, keys)
-
-
-def test_the_worked_example_of_a_privileged_teacher(tmp_path, monkeypatch):
-    docs = Path(__file__).parent.parent / "docs" / "algorithms.md"
-    section = docs.read_text(encoding="utf-8").partition("### A teacher that sees more")[2]
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1].replace("10_000", "64"), names)
-    assert set(names["student"].observation_space.spaces) == {"picture"}
 
 
 def test_a_teacher_that_was_made_for_another_env_is_refused():

@@ -288,6 +288,7 @@ class _Model:
 
     def get_vec_normalize_env(self) -> None:
         return None
+
     replay_buffer = None
 
     def save(self, path: Path) -> None:

@@ -129,7 +129,13 @@ def make_vec(
     :param env_id: registered id, for instance ``LiberoObject-v0``
     :param n_envs: number of envs
     :param seed: env i gets ``seed + i``
-    :param env_kwargs: see :func:`make_env_fn`, as for the arguments that follow
+    :param env_kwargs: keyword arguments of the env
+    :param chunk_size: actions in a chunk; None for that of ``env_kwargs`` (RoboTwin) or what the benchmark's policies
+        use, 0 for no chunks
+    :param tokens: whether actions are tokens; None: as for ``chunk_size``
+    :param n_bins: tokens of an action dimension
+    :param statistics: un-normalisation statistics, see :class:`ActionTokens`
+    :param wrapper: a further wrapper, next to the env
     :param vec_env_cls: None for :class:`WorkerVecEnv` where a benchmark has several envs, or ``n_workers`` is given,
         and for ``DummyVecEnv`` elsewhere. On other systems than Linux a benchmark's envs go to ``SubprocVecEnv``
     :param n_workers: processes that host the envs, see :class:`WorkerVecEnv`; None for one a core, at most one an env

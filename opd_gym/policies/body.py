@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
@@ -157,6 +157,10 @@ class VLAConfig(PretrainedConfig):
     """
 
     model_type = "opd_gym_vla"
+
+    if TYPE_CHECKING:  # see VLABody
+
+        def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None: ...
 
     def __init__(
         self,
@@ -325,8 +329,12 @@ class VLABody(PreTrainedModel):
     ``hidden_size``), implements ``forward`` and is announced with :func:`register_body`.
     """
 
-    config_class = VLAConfig
+    config_class: type[VLAConfig] = VLAConfig
     config: VLAConfig
+
+    if TYPE_CHECKING:  # transformers' has no types, which `mypy --strict` reports of each subclass
+
+        def __init_subclass__(cls, **kwargs: Any) -> None: ...
 
     # Names of modules that no pretrained checkpoint brings: LoRA trains them in full
     full_rank_modules: tuple[str, ...] = ()
