@@ -1,84 +1,165 @@
-"""A trained policy on the Hugging Face hub: a plain checkpoint and a model card that says where it comes from."""
+"""A trained policy on the Hugging Face hub: its files and a model card that says where it comes from, and back."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch as th
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCardData, snapshot_download
 
-from opd_gym.checkpoints import is_hub_id, lasting_name
+from opd_gym.checkpoints import HUB_FILES, is_hub_id, lasting_name, resolve_checkpoint
 from opd_gym.envs.make import env_id_of
-from opd_gym.files import write_atomic
+from opd_gym.files import replacing, write_atomic
 from opd_gym.version import __version__
-from opd_gym.versions import versions, write_versions
+from opd_gym.versions import read_versions, versions, write_versions
 
 if TYPE_CHECKING:
     from opd_gym.algorithms.base import RolloutAlgorithm
     from opd_gym.evaluation import EvaluationResult
 
 CARD_FILE = "README.md"
+EVALUATION_FILE = "evaluation.json"
+STATISTICS_FILE = "vec_normalize.pkl"
 
 
-def model_card(model: RolloutAlgorithm, repo_id: str, result: EvaluationResult | None = None) -> str:
+def model_card(
+    model: RolloutAlgorithm,
+    repo_id: str,
+    result: EvaluationResult | None = None,
+    license: str | None = None,
+) -> str:
     """
     :param model: the trained model
     :param repo_id: ``owner/name`` under which it is published
-    :param result: its success, to be shown
+    :param result: its success, to be shown, and for the ``model-index``
+    :param license: as the hub spells it, for instance "mit"; None: the card says nothing
     :return: text of the card
     """
-    policy: Any = model.policy
-    config = policy.config
-    algorithm = type(model).__name__
-    base, teacher = (_public_name(source) for source in (policy.base_model, getattr(model, "teacher", None)))
     env_id = None if model.env is None else env_id_of(model.env)
-    data = ModelCardData(
-        library_name="opd_gym",
-        pipeline_tag="robotics",
-        base_model=base if base is not None and is_hub_id(base) else None,
-        tags=["opd_gym", "vision-language-action", "robotics", algorithm.lower(), *([env_id] if env_id else [])],
-    )
+    algorithm = type(model).__name__
     facts = {
         "algorithm": f"{algorithm} of opd_gym {__version__}, {model.num_timesteps:,} timesteps",
         "environment": env_id,
-        "started from": base or "random weights",
-        "teacher": teacher,
+        "teacher": _public_name(getattr(model, "teacher", None)),
+    }
+    return _card(repo_id, algorithm, facts, _of_policy(model.policy), result, license, _versions(model, result))
+
+
+def _of_policy(policy: Any) -> dict[str, Any]:
+    """What a card says about a policy; a VLA alone has a configuration."""
+    config = getattr(policy, "config", None)
+    if config is None:
+        return {"policy": type(policy).__name__}
+    return {
+        "base": _public_name(policy.base_model),
+        "started from": _public_name(policy.base_model) or "random weights",
         "adapters": policy.lora and f"LoRA of rank {policy.lora['r']}, merged into the weights",
+        **_of_config(config),
+    }
+
+
+def _of_config(config: Any) -> dict[str, str]:
+    return {
         "action tokens": f"{config.chunk_size} actions of {config.action_dim} dimensions, {config.n_bins} bins",
         "cameras": f"{', '.join(config.image_keys)} ({config.image_size[0]} x {config.image_size[1]})",
-        "versions": ", ".join(f"{name} {version}" for name, version in _versions(model, result).items()),
     }
-    rows = [f"| {name} | {value} |" for name, value in facts.items() if value]
-    success = [] if result is None else ["## Success", "", result.to_markdown()]
+
+
+def _card(
+    repo_id: str,
+    algorithm: str | None,
+    facts: Mapping[str, Any],
+    about: dict[str, Any],
+    result: EvaluationResult | None,
+    license: str | None,
+    found: Mapping[str, str],
+) -> str:
+    """
+    :param algorithm: class of the algorithm, if known
+    :param facts: rows of the card about the training
+    :param about: rows about the policy; ``base`` is what it started from, and no row
+    :param found: versions
+    """
+    about = dict(about)
+    base = about.pop("base", None)
+    is_vla = "action tokens" in about
+    task = "robotics" if is_vla else "reinforcement-learning"
+    env_id = facts.get("environment")
+    name = repo_id.rpartition("/")[2]
+    tags = ["opd_gym", *(["vision-language-action", "robotics"] if is_vla else ["reinforcement-learning"])]
+    data = ModelCardData(
+        library_name="opd_gym" if is_vla else "stable-baselines3",
+        pipeline_tag=task,
+        license=license,
+        base_model=base if base is not None and is_hub_id(base) else None,
+        tags=[*tags, *([algorithm.lower()] if algorithm else []), *([env_id] if env_id else [])],
+        model_name=name,
+        eval_results=[] if result is None else _eval_results(result, task, env_id),
+    )
+    rows = {**facts, **about, "versions": ", ".join(f"{key} {version}" for key, version in found.items())}
+    trained = f", trained with {algorithm}" if algorithm else ""
     env = f'"{env_id}"' if env_id else "env"
+    policy = (
+        f'OPD("VLAPolicy", {env}, policy_kwargs={{"checkpoint": "{repo_id}"}})'
+        if is_vla
+        else f'{algorithm or "OPD"}.load(resolve_checkpoint("{repo_id}"))'
+    )
+    imports = [f"from opd_gym import {'OPD' if is_vla else algorithm or 'OPD'}"]
+    imports += [] if is_vla else ["from opd_gym.checkpoints import resolve_checkpoint"]
     return "\n".join(
         [
             f"---\n{data.to_yaml()}\n---",
             "",
-            f"# {repo_id.rpartition('/')[2]}",
+            f"# {name}",
             "",
-            f"A vision-language-action policy, trained with {algorithm}.",
+            f"A {'vision-language-action policy' if is_vla else 'policy'}{trained}.",
             "",
             "| | |",
             "|---|---|",
-            *rows,
+            *(f"| {key} | {value} |" for key, value in rows.items() if value),
             "",
-            *success,
+            *([] if result is None else ["## Success", "", result.to_markdown()]),
             "## How to load it",
             "",
             "```python",
-            "from opd_gym import OPD",
+            *imports,
             "",
-            f'model = OPD("VLAPolicy", {env}, policy_kwargs={{"checkpoint": "{repo_id}"}})',
+            f"model = {policy}",
             "action, _ = model.predict(observation, deterministic=True)",
             "```",
             "",
         ]
     )
+
+
+def _eval_results(result: EvaluationResult, task: str, env_id: str | None) -> list[EvalResult]:
+    """Entries of the ``model-index``: success of each env, or its mean return where it says nothing about success."""
+    found = []
+    for name, part in result.per("env_id").items():
+        dataset = name or env_id
+        if dataset is None or not part.episodes:
+            continue
+        judged = bool(part.n_judged)
+        value: Any = part.success_rate if judged else f"{part.mean_reward:.2f} +/- {part.std_reward:.2f}"
+        found.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=dataset,
+                dataset_name=dataset,
+                metric_type="success_rate" if judged else "mean_reward",
+                metric_value=value,
+                metric_args={"episodes": len(part.episodes)},
+            )
+        )
+    return found
 
 
 def _versions(model: RolloutAlgorithm, result: EvaluationResult | None) -> dict[str, str]:
@@ -104,28 +185,134 @@ def write_model_folder(
     repo_id: str,
     result: EvaluationResult | None = None,
     dtype: th.dtype | None = None,
+    license: str | None = None,
 ) -> Path:
     """
-    Write what :func:`push_to_hub` uploads: a plain checkpoint (LoRA merged), its versions and its card.
+    Write what :func:`push_to_hub` uploads: of a VLA a plain checkpoint (LoRA merged), of any other policy the zip of
+    the model, its versions and its card.
 
     :param model: the trained model
     :param directory: created if needed
     :param repo_id: ``owner/name`` under which it will be published
     :param result: its success, for the card
-    :param dtype: type in which the weights are stored; None for their own
+    :param dtype: type in which the weights of a VLA are stored; None for their own
+    :param license: see :func:`model_card`
     :return: the directory
-    :raises ValueError: the policy is not a VLA, or the name is none of the hub's
+    :raises ValueError: the name is none of the hub's, or ``dtype`` is given for a policy that is no VLA
     """
+    _check_repo_id(repo_id)
+    directory = Path(directory).expanduser()
     policy: Any = model.policy
-    if not hasattr(policy, "save_checkpoint"):
-        raise ValueError(f"Only a VLAPolicy is published as a checkpoint, got {type(policy).__name__}.")
+    if hasattr(policy, "save_checkpoint"):
+        policy.save_checkpoint(directory, dtype=dtype)
+    else:
+        _check_no_dtype(policy, dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.zip"
+            model.save(path)
+            _copy_zip(path, directory / f"{repo_id.rpartition('/')[2]}.zip")
+        statistics = model.get_vec_normalize_env()
+        if statistics is not None:
+            statistics.save(str(directory / STATISTICS_FILE))
+    _finish(directory, model_card(model, repo_id, result, license), result, _versions(model, result))
+    return directory
+
+
+def write_folder(
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    result: EvaluationResult | None = None,
+    dtype: th.dtype | None = None,
+    license: str | None = None,
+    algorithm: str | None = None,
+    env_id: str | None = None,
+    trust: bool = False,
+) -> Path:
+    """
+    As :func:`write_model_folder`, from what was saved: no env is needed. A checkpoint's directory is copied as it is,
+    with every file that other loaders ask for.
+
+    :param source: see :func:`opd_gym.checkpoints.resolve_checkpoint`
+    :param directory: created if needed
+    :param repo_id: ``owner/name`` under which it will be published
+    :param result: its success, for the card
+    :param dtype: see :func:`write_model_folder`
+    :param license: see :func:`model_card`
+    :param algorithm: class of the algorithm, for the card
+    :param env_id: environment id, for the card
+    :param trust: open a zip even where it holds code, which then runs
+    :return: the directory
+    :raises ValueError: as there; or ``dtype`` is given for a directory
+    """
+    _check_repo_id(repo_id)
+    path, directory = resolve_checkpoint(source), Path(directory).expanduser()
+    facts: dict[str, Any] = {"algorithm": algorithm, "environment": env_id}
+    if path.is_dir():
+        from opd_gym.policies.body import read_checkpoint_config
+
+        if dtype is not None:
+            raise ValueError(f"{path} is published as it is. Convert it first: opd-gym export --dtype ...")
+        about: dict[str, Any] = _of_config(read_checkpoint_config(path)[1])
+        directory.mkdir(parents=True, exist_ok=True)
+        for file in sorted({file for pattern in HUB_FILES for file in path.glob(pattern)}):
+            if not file.name.startswith("."):
+                shutil.copyfile(file, directory / file.name)
+    else:
+        from opd_gym.policies.loading import find_vec_normalize, load_policy
+        from opd_gym.untrusted import read_attributes
+
+        saved = read_attributes(path, keys=("observation_space", "action_space"), trust=trust)
+        policy: Any = load_policy(path, saved["observation_space"], saved["action_space"], trainable=False, trust=trust)
+        about = _of_policy(policy)
+        facts["teacher"] = _public_name(saved.get("teacher"))
+        facts["timesteps"] = f"{saved['num_timesteps']:,}" if saved.get("num_timesteps") else None
+        if hasattr(policy, "save_checkpoint"):
+            policy.save_checkpoint(directory, dtype=dtype)
+        else:
+            _check_no_dtype(policy, dtype)
+            _copy_zip(path, directory / f"{repo_id.rpartition('/')[2]}.zip")
+            statistics = find_vec_normalize(path, env_id)
+            if statistics is not None:
+                shutil.copyfile(statistics, directory / STATISTICS_FILE)
+    found = result.versions if result is not None and result.versions else read_versions(path)
+    _finish(directory, _card(repo_id, algorithm, facts, about, result, license, found), result, found)
+    return directory
+
+
+def _check_repo_id(repo_id: str) -> None:
     if not is_hub_id(repo_id):
         raise ValueError(f"Expected the name on the hub as owner/name, got {repo_id!r}.")
-    directory = Path(directory).expanduser()
-    policy.save_checkpoint(directory, dtype=dtype)
-    write_versions(directory, _versions(model, result))
-    write_atomic(directory / CARD_FILE, model_card(model, repo_id, result))
-    return directory
+
+
+def _check_no_dtype(policy: Any, dtype: th.dtype | None) -> None:
+    if dtype is not None:
+        raise ValueError(f"Only a VLA can be stored in another dtype, and this is a {type(policy).__name__}.")
+
+
+def _copy_zip(source: Path, target: Path) -> None:
+    """The zip of a model without the paths of this machine that it holds."""
+    with zipfile.ZipFile(source) as archive, replacing(target) as temporary, zipfile.ZipFile(temporary, "w") as copy:
+        for item in archive.infolist():
+            content = archive.read(item)
+            if item.filename == "data":
+                content = json.dumps(_without_paths(json.loads(content))).encode()
+            copy.writestr(item, content)
+
+
+def _without_paths(value: Any, key: str = "") -> Any:
+    """Paths as None: a teacher's, a log's. What is pickled stays as it is."""
+    if isinstance(value, dict):
+        return {name: _without_paths(item, name) for name, item in value.items()}
+    return None if isinstance(value, str) and key != ":serialized:" and os.path.isabs(value) else value
+
+
+def _finish(directory: Path, card: str, result: EvaluationResult | None, found: Mapping[str, str]) -> None:
+    if found:
+        write_versions(directory, found)
+    if result is not None:
+        result.save(directory / EVALUATION_FILE)
+    write_atomic(directory / CARD_FILE, card)
 
 
 def push_to_hub(
@@ -135,6 +322,7 @@ def push_to_hub(
     dtype: th.dtype | None = None,
     private: bool = False,
     token: str | None = None,
+    license: str | None = None,
 ) -> str:
     """
     Publish a trained policy on the Hugging Face hub; ``policy_kwargs={"checkpoint": repo_id}`` loads it everywhere.
@@ -142,9 +330,22 @@ def push_to_hub(
     :param model: the trained model
     :param repo_id: ``owner/name``; created if needed
     :param result: its success, for the card
-    :param dtype: type in which the weights are stored; None for their own
+    :param dtype: type in which the weights of a VLA are stored; None for their own
     :param private: whether a new repository is private
     :param token: access token; None for the one of ``hf auth login``
+    :param license: see :func:`model_card`
+    :return: address of the commit
+    :raises ConnectionError: the hub cannot be reached, or does not accept it
+    """
+    return upload(
+        lambda folder: write_model_folder(model, folder, repo_id, result, dtype, license), repo_id, private, token
+    )
+
+
+def upload(write: Callable[[Path], Path], repo_id: str, private: bool = False, token: str | None = None) -> str:
+    """
+    :param write: writes what is to be uploaded into a folder
+    :param repo_id: see :func:`push_to_hub`, as for the arguments that follow
     :return: address of the commit
     :raises ConnectionError: the hub cannot be reached, or does not accept it
     """
@@ -153,7 +354,7 @@ def push_to_hub(
         try:
             # Before anything large is written
             api.create_repo(repo_id, private=private, exist_ok=True)
-            directory = write_model_folder(model, folder, repo_id, result, dtype)
+            directory = write(Path(folder))
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=directory, commit_message=f"Trained with opd_gym {__version__}"
             )
@@ -163,7 +364,33 @@ def push_to_hub(
             reason = next(iter(str(error).splitlines()), "")
             raise ConnectionError(
                 f"The Hugging Face hub did not take {repo_id} ({type(error).__name__}: {reason}). Log in with `hf auth "
-                "login`. Without a network: opd_gym.hub.write_model_folder(model, directory, repo_id) writes what "
-                f"would be uploaded; run `hf upload {repo_id} <directory>` where there is one."
+                "login`. Without a network: opd_gym.hub.write_model_folder(model, directory, repo_id), or `opd-gym hub "
+                f"push --folder`, writes what would be uploaded; run `hf upload {repo_id} <directory>` where there is "
+                "one."
             ) from error
     return str(commit.commit_url)
+
+
+def pull(repo_id: str, directory: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """
+    Fetch a policy into a folder, with its card and its evaluation: no code.
+
+    :param repo_id: ``owner/name``
+    :param directory: created if needed
+    :param revision: branch, tag or commit; None for the newest
+    :return: the directory
+    :raises ConnectionError: the hub cannot be reached, or has no such repository
+    """
+    _check_repo_id(repo_id)
+    try:
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, local_dir=Path(directory), allow_patterns=[*HUB_FILES, CARD_FILE]
+            )
+        )
+    except Exception as error:  # as in upload()
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConnectionError(
+            f"The Hugging Face hub does not give {repo_id} ({type(error).__name__}: {reason}). Without a network: run "
+            f"`hf download {repo_id} --local-dir <directory>` on a machine that has one, and copy the directory."
+        ) from error

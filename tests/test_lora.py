@@ -1,6 +1,7 @@
 """LoRA, precision, gradient checkpointing, micro-batches: what is trained, what is saved, what is computed."""
 
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -410,6 +411,7 @@ def test_folder_for_the_hub(robot_base, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "config.json",
+        "evaluation.json",
         "model.safetensors",
         "versions.json",
     ]
@@ -454,11 +456,36 @@ def test_without_a_network(robot_base, monkeypatch):
         hub.push_to_hub(model, "somebody/robot", token="none")
 
 
-def test_only_policies_of_tokens_are_published(tmp_path):
-    model = OPD("MlpPolicy", vec(1), teacher="expert", device="cpu")
-    with pytest.raises(ValueError, match="Only a VLAPolicy"):
-        hub.write_model_folder(model, tmp_path, "somebody/robot")
+def test_card_has_metrics_and_a_license(robot_base):
+    """As the hub reads them."""
+    model = opd(robot_base)
+    episodes = [replace(episode, env_id="LiberoObject-v0") for episode in evaluation().episodes]
+    card = ModelCard(hub.model_card(model, "somebody/robot", EvaluationResult(episodes), "mit"))
+    (metric,) = card.data.eval_results
+    assert card.data.license == "mit" and card.data.model_name == "robot"
+    assert (metric.dataset_name, metric.metric_type) == ("LiberoObject-v0", "success_rate")
+    assert metric.metric_value == pytest.approx(5 / 6) and metric.metric_args == {"episodes": 6}
+
+
+def test_what_it_started_from_survives_saving(robot_base, tmp_path):
+    """A saved model needs its base no more, but knows it."""
+    model = opd(robot_base)
+    model.policy._reference = "Haozhan72/Openvla-oft-SFT-libero-object-traj1"
+    model._policy_is_built()  # as at the end of the constructor, which would have asked the hub
+    for number in range(2):
+        model.save(tmp_path / f"{number}.zip")
+        model = OPD.load(tmp_path / f"{number}.zip", env=model.env, device="cpu")
+    assert model.policy.base_model == "Haozhan72/Openvla-oft-SFT-libero-object-traj1"
+    card = ModelCard(hub.model_card(model, "somebody/robot"))
+    assert card.data.base_model == "Haozhan72/Openvla-oft-SFT-libero-object-traj1"
+
+
+def test_names_and_types_that_do_not_fit(robot_base, tmp_path):
+    plain = OPD("MlpPolicy", vec(1), teacher="expert", device="cpu")
+    with pytest.raises(ValueError, match="Only a VLA can be stored in another dtype"):
+        hub.write_model_folder(plain, tmp_path, "somebody/robot", dtype=th.float16)
     with pytest.raises(ValueError, match="owner/name"):
-        hub.write_model_folder(
-            algorithm(OPD, teacher="expert", policy_kwargs={"body_kwargs": TINY_BODY}), tmp_path, "x"
-        )
+        hub.write_model_folder(plain, tmp_path, "x")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="opd-gym export"):
+        hub.write_folder(robot_base, tmp_path, "somebody/robot", dtype=th.float16)

@@ -23,6 +23,7 @@ from opd_gym import OPD
 from opd_gym.actions import decode_tokens, encode_actions, to_positions
 from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.envs.wrappers import ActionTokens
+from opd_gym.hub import write_folder
 from opd_gym.instructions import encode_instruction
 from opd_gym.policies.body import checkpoint_settings, read_checkpoint_config
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel, complete_checkpoint
@@ -436,6 +437,9 @@ def test_export_has_what_openvla_oft_asks_for(tmp_path):
     assert {key: exported[key] for key in rope} == rope
     again = OpenVLAModel.from_pretrained(saved).language_model.model.rotary_emb.inv_freq
     assert th.equal(again, model.language_model.model.rotary_emb.inv_freq)
+    # The hub gets all of it
+    uploaded = write_folder(saved, tmp_path / "uploaded", "somebody/openvla")
+    assert {path.name for path in saved.iterdir()} <= {path.name for path in uploaded.iterdir()}
 
 
 def test_gamma_is_the_other_name_of_the_layer_scales(sft, tmp_path):

@@ -285,6 +285,10 @@ def test_new_run_dir_counts_up(tmp_path: Path) -> None:
 
 class _Model:
     num_timesteps = 0
+
+    def get_vec_normalize_env(self) -> None:
+        return None
+
     replay_buffer = None
 
     def save(self, path: Path) -> None:

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack,
 
 from opd_gym import ranks
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, outcome_of_step
-from opd_gym.algorithms.common import PolicyAlgorithm, check_hyperparams
+from opd_gym.algorithms.common import PolicyAlgorithm, check_hyperparams, set_statistics, statistics_of
 from opd_gym.algorithms.randomness import set_rng_states
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
@@ -208,10 +208,15 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         elif resets:
             self._episodes = Dispatcher(self.env, self._next_episode)
             self._episodes.announce_again(so_far)
+        before = statistics_of(vec_normalize)
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if resets and so_far is not None:
             if self._episodes.replay(so_far):
                 self._last_obs, self._last_episode_starts = so_far["obs"], so_far["episode_starts"]
+                # The reset has added observations that were added when these episodes began
+                set_statistics(vec_normalize, before)
+                if vec_normalize is not None and "original_obs" in so_far:
+                    vec_normalize.old_obs = so_far["original_obs"]
             else:
                 # A simulator that does not repeat itself
                 so_far = None
@@ -263,6 +268,9 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             so_far = None  # its workers hang, or the signal that ends the run has reached them as well
         if so_far is not None:
             so_far.update(obs=self._last_obs, episode_starts=self._last_episode_starts)
+            vec_normalize = None if self.env is None else unwrap_vec_normalize(self.env)
+            if vec_normalize is not None:
+                so_far["original_obs"] = vec_normalize.get_original_obs()
             interruption["episodes"] = so_far
         return interruption
 

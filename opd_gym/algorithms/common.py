@@ -9,6 +9,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from stable_baselines3.common.policies import (
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs
 from stable_baselines3.common.utils import get_device
+from stable_baselines3.common.vec_env import VecNormalize
 
 from opd_gym import ranks
 from opd_gym.algorithms.buffers import micro_batches, random_shift
@@ -74,6 +76,31 @@ def check_hyperparams(values: Mapping[str, Any]) -> None:
                 check(limit, **{name: value})
             elif name not in _MAY_BE_NONE:
                 raise ValueError(f"{name} must be a number, got None.")
+
+
+# What a VecNormalize has learned, as far as its save() keeps it
+_STATISTICS = ("obs_rms", "ret_rms")
+
+
+def statistics_of(env: VecNormalize | None) -> dict[str, Any] | None:
+    """
+    :param env: A ``VecNormalize``, or None
+    :return: A copy of its statistics
+    """
+    return None if env is None else {name: deepcopy(getattr(env, name)) for name in _STATISTICS if hasattr(env, name)}
+
+
+def set_statistics(env: VecNormalize | None, statistics: Mapping[str, Any] | None) -> None:
+    """
+    :param env: A ``VecNormalize``, or None
+    :param statistics: See :func:`statistics_of`; None: nothing is done
+    """
+    for name, value in (statistics or {}).items() if env is not None else ():
+        own = getattr(env, name)
+        pairs = [(own[key], value[key]) for key in own] if isinstance(own, dict) else [(own, value)]
+        for target, source in pairs:
+            for attribute, content in vars(source).items():
+                setattr(target, attribute, deepcopy(content))
 
 
 def check_augmentation(augmentation: str | None) -> None:

@@ -477,13 +477,15 @@ class OPD(RolloutAlgorithm):
         else:
             self.replay_buffer.save_to(path)
 
-    def load_replay_buffer(self, path: str | os.PathLike[str]) -> None:
+    def load_replay_buffer(self, path: str | os.PathLike[str], truncate_last_traj: bool = True) -> None:
         """
         Add the states of a file that :meth:`save_replay_buffer` wrote, or take over those of a folder.
 
         :param path: File or folder to read. In a folder, states that were added after this model was saved are removed,
             and what is damaged is named in a warning
+        :param truncate_last_traj: Of Stable-Baselines3, which rl-zoo3 passes; states are kept one by one
         """
+        del truncate_last_traj
         if self.replay_buffer is None:
             raise ValueError("This model keeps no states: make it with state_replay=True.")
         path = pathlib.Path(path)

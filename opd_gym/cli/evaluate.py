@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.utils import get_device
+from stable_baselines3.common.vec_env import VecFrameStack
 
 from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.cli.options import Enjoy, Eval
@@ -16,7 +18,8 @@ from opd_gym.envs.make import build_env
 from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
 from opd_gym.evaluation import EvaluationResult, evaluate_success
 from opd_gym.policies.body import checkpoint_settings
-from opd_gym.policies.loading import check_device, load_policy
+from opd_gym.policies.loading import check_device, find_vec_normalize, load_policy, normalised
+from opd_gym.untrusted import read_yaml
 from opd_gym.versions import differences, read_versions
 from opd_gym.zoo.hyperparams import merge, parse_overrides
 
@@ -56,7 +59,16 @@ def run(args: Eval | Enjoy) -> int:
             "instance -P env_kwargs.visuals=exact."
         )
 
+    stacks = [_frame_stack(path) for path in paths]
+
     def play(env_id: str) -> list[EvaluationResult]:
+        # What Stable-Baselines3, rl-zoo3 and the hub leave beside the zip of a model that was trained behind it
+        statistics = [find_vec_normalize(path, bare_id(env_id)) if path.is_file() else None for path in paths]
+        if len(set(zip(statistics, stacks, strict=True))) > 1:
+            raise ValueError(
+                f"Both policies of a film act in one env, but {names[0]} and {names[1]} differ in their VecNormalize "
+                "or in how many observations they see at once. Film them one by one."
+            )
         env_kwargs: dict[str, Any] = {}
         if bare_id(env_id) in LIBERO_IDS:
             env_kwargs["visuals"] = settings.get("visuals", "light")
@@ -69,6 +81,10 @@ def run(args: Eval | Enjoy) -> int:
         env_kwargs.update(changed)
         env = build_env(env_id, n_envs=args.n_envs, seed=args.seed, settings=settings, **env_kwargs)
         try:
+            if statistics[0] is not None:
+                env = normalised(env, statistics[0], args.trust)
+            if stacks[0]:
+                env = VecFrameStack(env, stacks[0])
             episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
             if env.has_attr("left_out"):
                 left_out = env.get_attr("left_out", indices=0)[0]
@@ -117,3 +133,12 @@ def run(args: Eval | Enjoy) -> int:
         results[0].save(args.output)
         print(f"Every episode: {args.output}")
     return 0
+
+
+def _frame_stack(path: Path) -> int:
+    """How many observations a policy sees at once, as the configuration of its run says; 0 for one."""
+    configs = (folder / "config.yml" for folder in (path, *path.parents[:2]) if (folder / "args.yml").is_file())
+    config = next((file for file in configs if file.is_file()), None)
+    values = {} if config is None else read_yaml(config)
+    found = values.get("frame_stack") if isinstance(values, dict) else None
+    return found if isinstance(found, int) else 0

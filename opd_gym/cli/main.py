@@ -1,4 +1,4 @@
-"""The command line: ``opd-gym train | eval | enjoy | export | report | demos | list | plan | ...``."""
+"""The command line: ``opd-gym train | eval | enjoy | export | hub | report | demos | list | plan | ...``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from tyro.extras import SubcommandApp
 
 from opd_gym.cli import options
 
-ROBOTWIN = "RoboTwin: its runtime, assets and demonstrations."
+GROUPS = {
+    "hub": "Publish policies on the Hugging Face hub, and fetch them.",
+    "robotwin": "RoboTwin: its runtime, assets and demonstrations.",
+}
 # What carries out a command is imported once it is given: `opd-gym --help` has no use for PyTorch.
 COMMANDS = {
     "train": (options.Train, "opd_gym.cli.train:run"),
     "eval": (options.Eval, "opd_gym.cli.evaluate:run"),
     "enjoy": (options.Enjoy, "opd_gym.cli.evaluate:run"),
     "export": (options.Export, "opd_gym.cli.export:run"),
+    "hub push": (options.HubPush, "opd_gym.cli.hub:push"),
+    "hub pull": (options.HubPull, "opd_gym.cli.hub:pull"),
     "report": (options.Report, "opd_gym.cli.report:run"),
     "demos": (options.Demos, "opd_gym.cli.demos:run"),
     "list": (options.List, "opd_gym.cli.listing:run"),
@@ -43,11 +48,13 @@ def parse(argv: Sequence[str]) -> Any:
     :return: one of the classes of :mod:`opd_gym.cli.options`
     :raises SystemExit: they are no command, or ask for help
     """
-    app, robotwin = SubcommandApp(), SubcommandApp()
+    apps = {group: SubcommandApp() for group in ("", *GROUPS)}
+    app = apps[""]
     for command, (cls, _) in COMMANDS.items():
         group, _, name = command.rpartition(" ")
-        (robotwin if group else app).command(cls, name=name, aliases=ALIASES.get(command))  # type: ignore[call-overload]
-    app.command(robotwin, name="robotwin", help=ROBOTWIN)
+        apps[group].command(cls, name=name, aliases=ALIASES.get(command))  # type: ignore[call-overload]
+    for group, text in GROUPS.items():
+        app.command(apps[group], name=group, help=text)
     return app.cli(
         prog="opd-gym",
         description="On-policy distillation for vision-language-action policies.",

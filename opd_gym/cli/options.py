@@ -19,9 +19,18 @@ Algorithm = Literal["opd", "grpo", "ppo", "sft"]
 Dtype = Literal["bfloat16", "float32"]
 
 # What numbers may be, by the name of the option
-_POSITIVE = ("chunk_size", "episodes", "episodes_per_task", "image_size", "n_envs", "n_timesteps", "replays")
+_POSITIVE = (
+    "chunk_size",
+    "episodes",
+    "eval_freq",
+    "episodes_per_task",
+    "image_size",
+    "n_envs",
+    "n_timesteps",
+    "replays",
+)
 _LEAST = {
-    **dict.fromkeys((*_POSITIVE, "scenes", "stride"), 1),
+    **dict.fromkeys((*_POSITIVE, "eval_freq", "scenes", "stride"), 1),
     **dict.fromkeys(("eval_episodes", "task_ids"), 0),
 }
 _INTERVALS = {
@@ -109,9 +118,12 @@ class TrainArgs(Options):
     :param folder: where the directory of the run goes
     :param ray: address of a Ray cluster whose machines host the envs, or "auto" for the one this machine is part of
     :param eval_episodes: held-out episodes to play at the end
+    :param eval_freq: play them every so many decisions as well, in envs of their own, and keep best_model.zip; default:
+        only at the end
     :param device: "auto", "cpu", "cuda", ...
     :param trust: open teacher, student and run even where their files hold code, which then runs
     :param checkpoint_interval: seconds between two checkpoints, at least
+    :param track: log to Weights & Biases as well, as its own variables say (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE)
     :param progress: a progress bar is shown unless --no-progress is given
     :param verbose: print the table of every iteration
     """
@@ -128,9 +140,11 @@ class TrainArgs(Options):
     folder: Annotated[str, option("-f", metavar="DIR")] = "runs"
     ray: Annotated[str | None, option(metavar="ADDRESS")] = None
     eval_episodes: int = 0
+    eval_freq: Number = None
     device: str = "auto"
     trust: Flag = False
     checkpoint_interval: Annotated[float, option(metavar="SECONDS")] = 60.0
+    track: Flag = False
     progress: Flag = True
     verbose: Annotated[UseCounterAction[int], arg(aliases=["-v"])] = 0
 
@@ -243,6 +257,48 @@ class Export(Options):
     output: Annotated[Path, option("-o", metavar="DIR")]
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     trust: Flag = False
+
+
+@dataclass(kw_only=True)
+class HubPush(Options):
+    """
+    Publish a policy on the Hugging Face hub, with a card: a VLA as a plain checkpoint, others as the zip of the model.
+
+    :param checkpoint: directory of a run or of a VLA checkpoint, zip of a model, or a name of the zoo
+    :param repo: owner/name on the hub; created if needed
+    :param evaluation: file of `opd-gym eval -o`, for the card and its metrics; default: evaluation.json of the run
+    :param license: as the hub spells it, for instance mit
+    :param dtype: type in which the weights of a VLA are stored; default: their own
+    :param private: a new repository is private
+    :param folder: write what would be uploaded there instead, without a network
+    :param trust: open a zip even where it holds code, which then runs
+    """
+
+    checkpoint: Annotated[str, Positional, option()]
+    repo: Annotated[str, Positional, option(metavar="OWNER/NAME")]
+    evaluation: Annotated[Path | None, option(metavar="FILE")] = None
+    license: Text = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    private: Flag = False
+    folder: Annotated[Path | None, option("-f", metavar="DIR")] = None
+    trust: Flag = False
+
+
+@dataclass(kw_only=True)
+class HubPull(Options):
+    """
+    Fetch a policy from the Hugging Face hub into a folder, with its card and its evaluation.
+
+    :param repo: owner/name on the hub
+    :param output: folder; default: its name, in this folder
+    :param revision: branch, tag or commit; default: the newest
+    """
+
+    many_files: ClassVar[bool] = True
+
+    repo: Annotated[str, Positional, option(metavar="OWNER/NAME")]
+    output: Annotated[Path | None, option("-o", metavar="DIR")] = None
+    revision: Text = None
 
 
 @dataclass(kw_only=True)

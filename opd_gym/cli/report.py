@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opd_gym.cli.options import Report
-from opd_gym.cli.runs import read_progress
+from opd_gym.cli.runs import read_progress, run_dirs
 from opd_gym.cli.train import read_args
 from opd_gym.envs.registration import bare_id
 from opd_gym.evaluation import EvaluationResult
@@ -225,7 +225,7 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
 
 def _find(folder: Path) -> list[_Found]:
     found = []
-    runs = sorted(path.parent for path in folder.rglob("args.yml"))
+    runs = run_dirs(folder)
     for run in runs:
         args = read_args(run)
         config = parse_yaml((run / "config.yml").read_text(encoding="utf-8")) or {}
@@ -505,7 +505,10 @@ def keep(folders: Iterable[Path], target: Path) -> None:
     :param target: folder to write, which keeps what else it has
     """
     for folder in folders:
+        runs = run_dirs(folder)
         for path in folder.rglob("[!.]*"):
+            if path.name in KEPT and path.parent.parent in runs:
+                continue  # the same for rl-zoo3
             inside = path.relative_to(folder)
             wanted = path.name in KEPT or path.match("progress*.csv") or path.suffix in FILMS
             wanted = wanted or (path.suffix == ".json" and _evaluation(path) is not None)

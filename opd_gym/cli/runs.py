@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import csv
+import json
+import math
 import os
 import shlex
 import socket
 import sys
 import time
+import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, KVWriter, Logger
+from stable_baselines3.common.monitor import ResultsWriter
 
+from opd_gym.algorithms.common import set_statistics, statistics_of
 from opd_gym.checkpoints import run_checkpoints
 from opd_gym.checks import check_at_least_one, check_range
+from opd_gym.envs.registration import bare_id
+from opd_gym.evaluation import EvaluationResult
 from opd_gym.files import replacing, write_atomic
 from opd_gym.versions import differences, read_versions, versions, write_versions
 
 # States to replay, beside the checkpoints
 STATES_FOLDER = "states"
 LOCK_FILE = ".lock"
+
+
+def env_name(env_id: str) -> str:
+    """
+    :param env_id: environment id; it may name the module that registers it, or a namespace (ALE/...)
+    :return: how files and folders are named after it, here and in rl-zoo3
+    """
+    return bare_id(env_id).replace("/", "-")
 
 
 def new_run_dir(folder: str | os.PathLike[str], algo: str, env_id: str) -> Path:
@@ -37,8 +54,7 @@ def new_run_dir(folder: str | os.PathLike[str], algo: str, env_id: str) -> Path:
     """
     parent = Path(folder) / algo
     parent.mkdir(parents=True, exist_ok=True)
-    # An id may name the module that registers it or a namespace (ALE/...).
-    name = env_id.split(":")[-1].replace("/", "-")
+    name = env_name(env_id)
     suffixes = [path.name[len(name) + 1 :] for path in parent.glob(f"{name}_*")]
     number = max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0)
     while True:
@@ -98,6 +114,46 @@ def write_run_files(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping
     write_versions(run_dir, versions())
 
 
+def write_for_rl_zoo3(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping[str, Any]) -> None:
+    """
+    Write what the scripts of rl-zoo3 look for in the folder of a run: ``<env>/config.yml`` and ``<env>/args.yml``, and
+    under the name ``<env>.zip`` the file ``model.zip``, once it is there.
+
+    :param run_dir: directory of the run
+    :param args: arguments of the command line
+    :param hyperparams: see :func:`opd_gym.zoo.hyperparams.rl_zoo3_hyperparams`
+    """
+    name = env_name(args["env"])
+    write_atomic(run_dir / name / "config.yml", yaml.safe_dump(_plain(hyperparams)))
+    # Its ids have no module, and push_to_hub looks for the arguments of the env here alone
+    args = {**args, "env": bare_id(args["env"]), "env_kwargs": hyperparams["env_kwargs"]}
+    write_atomic(run_dir / name / "args.yml", yaml.safe_dump(_plain(args)))
+
+
+def name_for_rl_zoo3(model: Path, name: str) -> None:
+    """
+    Give a file a second name in its folder, without a copy of it.
+
+    :param model: the file
+    :param name: its other name, which may be that of an older file
+    """
+    with replacing(model.with_name(name)) as temporary:
+        try:
+            os.link(model, temporary)
+        except OSError:  # a file system without hard links
+            temporary.symlink_to(model.name)
+
+
+def run_dirs(folder: Path) -> list[Path]:
+    """
+    :param folder: where to look
+    :return: directories of runs in it
+    """
+    found = {path.parent for path in folder.rglob("args.yml")}
+    # In one of them is another args.yml, for rl-zoo3
+    return sorted(path for path in found if path.parent not in found)
+
+
 @contextmanager
 def optional(path: Path) -> Iterator[None]:
     """
@@ -121,6 +177,17 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
+def save_statistics(model: BaseAlgorithm, path: Path) -> None:
+    """
+    :param model: a model, whose env may have a ``VecNormalize``
+    :param path: file for its statistics
+    """
+    env = model.get_vec_normalize_env()
+    if env is not None:
+        with replacing(path) as temporary:
+            env.save(str(temporary))
+
+
 class RunCheckpoint(BaseCallback):
     """
     Keeps the last checkpoints of a run; a killed run loses what came after the last one.
@@ -142,6 +209,7 @@ class RunCheckpoint(BaseCallback):
         self._last_save = time.monotonic()
         self._saved_at = -1
         self._begun: dict[str, Any] | None = None
+        self._statistics: dict[str, Any] | None = None
 
     def save(self, states: bool = True) -> None:
         """
@@ -150,6 +218,8 @@ class RunCheckpoint(BaseCallback):
         :param states: and before it, for a model that is there to have its states, those that OPD replays
         """
         if self._begun is not None:
+            if not self.model._between_iterations:  # type: ignore[attr-defined]
+                set_statistics(self.model.get_vec_normalize_env(), self._statistics)
             # The last checkpoint of a run that is stopped counts no decisions that are lost with it
             self.model.undo_rollout(self._begun)  # type: ignore[attr-defined]
         if self.model.num_timesteps == self._saved_at:
@@ -157,10 +227,12 @@ class RunCheckpoint(BaseCallback):
         if states:
             self.save_states()
         folder = self.run_dir / "checkpoints"
+        save_statistics(self.model, folder / f"model_vecnormalize_{self.model.num_timesteps}_steps.pkl")
         # Atomic: the algorithms of this library replace a file only once the new one is complete.
         self.model.save(folder / f"model_{self.model.num_timesteps}_steps.zip")
         for old in run_checkpoints(self.run_dir)[: -self.keep_last]:
             old.unlink(missing_ok=True)
+            old.with_name(f"{old.stem.replace('model_', 'model_vecnormalize_')}.pkl").unlink(missing_ok=True)
         self._last_save = time.monotonic()
         self._saved_at = self.model.num_timesteps
 
@@ -178,6 +250,7 @@ class RunCheckpoint(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self._begun = self.model.iteration_begun()  # type: ignore[attr-defined]
+        self._statistics = statistics_of(self.model.get_vec_normalize_env())
         self._save_if_due()
 
     def _on_step(self) -> bool:
@@ -190,12 +263,146 @@ class RunCheckpoint(BaseCallback):
         self.save(states=False)  # they follow when all else is written
 
 
-def make_logger(run_dir: Path, verbose: int = 0) -> Logger:
+class EpisodeTable(BaseCallback):
+    """
+    Writes ``monitor.csv``, one row an episode, as ``Monitor`` of Stable-Baselines3 does; a run that goes on adds to it.
+
+    :param run_dir: directory of the run
+    :param env_id: environment id
+    """
+
+    def __init__(self, run_dir: Path, env_id: str):
+        super().__init__()
+        self.path = run_dir / "monitor.csv"
+        self.env_id = env_id
+        self._writer: ResultsWriter | None = None
+        self._began = 0.0
+
+    def _open(self, success: bool) -> ResultsWriter:
+        self._began = time.time()
+        if self.path.exists() and self.path.stat().st_size:
+            with self.path.open(encoding="utf-8") as file:
+                self._began = json.loads(file.readline()[1:])["t_start"]
+                success = "is_success" in file.readline()
+        header: dict[str, float | str] = {"t_start": self._began, "env_id": self.env_id}
+        keys = ("is_success",) if success else ()
+        return ResultsWriter(str(self.path), header, keys, override_existing=not self.path.exists())
+
+    def _on_step(self) -> bool:
+        for info in self.locals.get("infos") or ():
+            if "episode" not in info:
+                continue
+            with optional(self.path):
+                self._writer = self._writer or self._open("is_success" in info)
+                row = {key: info["episode"][key] for key in ("r", "l")}
+                if "is_success" in self._writer.logger.fieldnames:
+                    row["is_success"] = bool(info.get("is_success"))
+                self._writer.write_row({**row, "t": round(time.time() - self._began, 6)})
+        return True
+
+    def _on_training_end(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class Evaluations(BaseCallback):
+    """
+    Plays held-out episodes between two updates, and keeps the best model: ``best_model.zip`` and ``evaluations.npz``,
+    as ``EvalCallback`` of Stable-Baselines3 does, but the same episodes every time. More successes are better; where
+    the env says nothing about them, a higher return.
+
+    :param run_dir: directory of the run; evaluations of an earlier part of it are kept
+    :param evaluate: from the model to how it did
+    :param eval_freq: decisions between two evaluations, at least; after the last update is one more
+    """
+
+    def __init__(self, run_dir: Path, evaluate: Callable[[BaseAlgorithm], EvaluationResult], eval_freq: int):
+        super().__init__()
+        check_at_least_one(eval_freq=eval_freq)
+        self.run_dir = run_dir
+        self.evaluate = evaluate
+        self.eval_freq = eval_freq
+        self._last = 0
+        self._has_rollouts = False
+        self._rows: dict[str, list[np.ndarray]] = {"timesteps": [], "results": [], "ep_lengths": [], "successes": []}
+        self._best = (-math.inf, -math.inf)
+
+    def _on_training_start(self) -> None:
+        path = self.run_dir / "evaluations.npz"
+        if path.exists():
+            with np.load(path) as file:
+                rows = {name: list(file[name]) for name in self._rows}
+            self._best = max(map(self._score, rows["successes"], rows["results"]), default=self._best)
+            # What came after the checkpoint that the run goes on from comes again
+            kept = [i for i, timesteps in enumerate(rows["timesteps"]) if timesteps <= self.model.num_timesteps]
+            self._rows = {name: [values[i] for i in kept] for name, values in rows.items()}
+        self._last = self.model.num_timesteps
+
+    @staticmethod
+    def _score(successes: np.ndarray, returns: np.ndarray) -> tuple[float, float]:
+        """What is compared: NaN is an episode without an outcome."""
+        known = [values[np.isfinite(values)] for values in (successes, returns)]
+        success, mean_return = (float(values.mean()) if len(values) else -math.inf for values in known)
+        return success, mean_return
+
+    def _play(self) -> None:
+        self._last = self.model.num_timesteps
+        result = self.evaluate(self.model)
+        # Lost episodes leave gaps
+        gaps = [math.nan] * len(result.lost)
+        successes = np.array([math.nan if e.success is None else float(e.success) for e in result.episodes] + gaps)
+        row = {
+            "timesteps": np.array(self._last),
+            "results": np.array([episode.reward for episode in result.episodes] + gaps),
+            "ep_lengths": np.array([episode.steps for episode in result.episodes] + gaps),
+            "successes": successes,
+        }
+        for name, values in row.items():
+            self._rows[name].append(values)
+        self.logger.record("eval/mean_reward", result.mean_reward)
+        self.logger.record("eval/mean_ep_length", float(np.nanmean(row["ep_lengths"])))
+        if result.n_judged:
+            self.logger.record("eval/success_rate", result.success_rate)
+        with optional(self.run_dir / "evaluations.npz"), replacing(self.run_dir / "evaluations.npz") as temporary:
+            np.savez(temporary, **{name: np.array(values) for name, values in self._rows.items()})  # type: ignore[arg-type]
+        score = self._score(row["successes"], row["results"])
+        if score > self._best:
+            self._best = score
+            save_statistics(self.model, self.run_dir / "best_model" / "vecnormalize.pkl")
+            self.model.save(self.run_dir / "best_model.zip")
+
+    def _play_if_due(self) -> None:
+        if self.model.num_timesteps - self._last >= self.eval_freq:
+            self._play()
+            # Not the model's dump_logs(), in which all ranks take part
+            self.logger.record("time/total_timesteps", self._last, exclude="tensorboard")
+            if hasattr(self.model, "num_env_steps"):
+                self.logger.record("time/env_steps", self.model.num_env_steps)
+            self.logger.dump(self._last)
+
+    def _on_rollout_start(self) -> None:
+        self._has_rollouts = True
+        self._play_if_due()
+
+    def _on_step(self) -> bool:
+        if not self._has_rollouts:
+            self._play_if_due()
+        return True
+
+    def _on_training_end(self) -> None:
+        # After the last update, unless the training was broken off before it
+        if self._last < self.model.num_timesteps >= self.model._total_timesteps:
+            self._play()  # learn() logs what is left
+
+
+def make_logger(run_dir: Path, verbose: int = 0, track: Mapping[str, Any] | None = None) -> Logger:
     """
     Logger to ``progress.csv``, to TensorBoard where it is installed, and to the screen.
 
     :param run_dir: directory of the run; the table of an earlier part of a resumed run is kept under another name
     :param verbose: 1 to print the table as well
+    :param track: configuration of the run, to log it to Weights & Biases as well; None: not there
     :return: the logger
     """
     table = run_dir / "progress.csv"
@@ -209,9 +416,48 @@ def make_logger(run_dir: Path, verbose: int = 0) -> Logger:
         formats.append(_optional_writer(TensorBoardOutputFormat(str(run_dir)), run_dir))
     except (ImportError, AssertionError):
         pass  # tensorboard is optional
+    if track is not None:
+        formats.append(_optional_writer(WandbOutputFormat(run_dir, track), run_dir))
     if verbose:
         formats.append(HumanOutputFormat(sys.stdout))
     return Logger(folder=str(run_dir), output_formats=formats)
+
+
+class WandbOutputFormat(KVWriter):
+    """
+    Logs numbers to a run of Weights & Biases; a run that goes on is the same one there.
+
+    :param run_dir: directory of the run, where its id and what is not uploaded yet are kept
+    :param config: the complete configuration
+    """
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]):
+        import wandb
+
+        file = run_dir / "wandb_id.txt"
+        if not file.exists():
+            write_atomic(file, uuid.uuid4().hex[:8])
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "opd_gym"),
+            name=f"{run_dir.parent.name}/{run_dir.name}",
+            id=file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(run_dir),
+            config=_plain(config),
+        )
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """
+        :param key_values: what is logged; other things than numbers are left out
+        :param key_excluded: not used
+        :param step: number of decisions
+        """
+        numbers = {key: float(value) for key, value in key_values.items() if isinstance(value, (int, float, np.number))}
+        self.run.log(numbers, step=step)
+
+    def close(self) -> None:
+        """End the run there."""
+        self.run.finish()
 
 
 def _optional_writer(writer: KVWriter, path: Path) -> KVWriter:

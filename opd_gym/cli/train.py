@@ -11,15 +11,18 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from opd_gym import ranks
 from opd_gym.algorithms import algorithm_class
+from opd_gym.algorithms.common import set_statistics, statistics_of
 from opd_gym.checkpoints import (
     lasting_name,
     newest_intact,
@@ -32,19 +35,27 @@ from opd_gym.checks import check_at_least_one
 from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
     STATES_FOLDER,
+    EpisodeTable,
+    Evaluations,
     RunCheckpoint,
+    WandbOutputFormat,
+    env_name,
     locked,
     make_logger,
+    name_for_rl_zoo3,
     new_run_dir,
     optional,
     plot_learning_curve,
+    save_statistics,
+    write_for_rl_zoo3,
     write_run_files,
 )
 from opd_gym.demonstrations import read_statistics
-from opd_gym.envs.make import build_env, env_spec
+from opd_gym.envs.make import build_env, env_spec, import_paths
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.envs.workers.process import give_up
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
+from opd_gym.policies.loading import find_vec_normalize, read_vec_normalize
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import versions, write_versions
 from opd_gym.zoo.hyperparams import (
@@ -52,6 +63,7 @@ from opd_gym.zoo.hyperparams import (
     load_hyperparams,
     merge,
     parse_overrides,
+    rl_zoo3_hyperparams,
     split_hyperparams,
 )
 
@@ -161,6 +173,10 @@ def _load_to_resume(
     model = cls.load(path, env=env, device=args.device, trust=args.trust, **load_kwargs)
     # Loading seeds the generators as at the start; the noise of the first iterations should not come again.
     model.set_random_seed((args.seed or 0) + model.num_timesteps)
+    statistics = find_vec_normalize(path, bare_id(args.env))
+    if statistics is not None and model.get_vec_normalize_env() is not None:
+        saved = statistics_of(read_vec_normalize(statistics, args.trust))
+        set_statistics(model.get_vec_normalize_env(), saved)
     states = path.parent / STATES_FOLDER
     # Of version 0.1
     states = states if states.exists() else states.with_suffix(".npz")
@@ -215,15 +231,16 @@ def _mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def complete_hyperparams(args: TrainArgs) -> dict[str, Any]:
+def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """
     The configuration of a run: the YAML file, the overrides, and the checkpoints that they leave open.
 
     :param args: what the run is started with
+    :param overrides: hyperparameters that win, besides those of ``args``
     :return: plain values, as they are written to ``config.yml``
     """
     values = load_hyperparams(args.algo, args.env, args.config)
-    values = merge(values, parse_overrides(args.hyperparams))
+    values = merge(merge(values, parse_overrides(args.hyperparams)), overrides or {})
     parameters = algorithm_parameters(algorithm_class(args.algo))
     if args.n_timesteps is not None:
         values["n_timesteps"] = args.n_timesteps
@@ -315,6 +332,8 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
 def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult:
     from opd_gym.policies.body import checkpoint_settings
 
+    if args.eval_freq is not None and args.eval_episodes == 0:
+        raise ValueError("--eval-freq plays held-out episodes: say how many, for instance --eval-episodes 20.")
     cls = algorithm_class(args.algo)
     if resume is None or not (resume / "config.yml").exists():  # killed right after args.yml was written
         values = complete_hyperparams(args)
@@ -325,6 +344,14 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         if args.ray is not None:
             values["ray"] = args.ray
     run, kwargs = split_hyperparams(args.algo, values, cls)
+    if args.eval_freq is not None and (kwargs.get("policy_kwargs") or {}).get("shard") and ranks.world_size() > 1:
+        raise ValueError(
+            "--eval-freq plays with the first learner's weights, and shard=true spreads them over all learners. Leave "
+            "it out: --eval-episodes alone plays at the end."
+        )
+    user_callbacks = _user_callbacks(run.get("callback"))
+    if args.track and find_spec("wandb") is None:
+        raise ImportError("--track needs Weights & Biases. Run: pip install 'opd_gym[track]'")
     policy = run.get("policy") or "MlpPolicy"
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
     saved = newest_intact(run_checkpoints(resume)) if resume is not None else None
@@ -338,6 +365,10 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
     slots = {} if getattr(cls, "steps_env", True) else {"n_envs": 1, **off}
     env = build_env(args.env, {**run, **slots}, seed=ranks.rank_seed(args.seed), settings=settings)
     try:
+        eval_env = None
+        if args.eval_freq is not None and ranks.is_main():
+            eval_env = build_env(args.env, run, seed=args.seed, settings=settings)
+            held.callback(eval_env.close)
         if saved is not None:
             model = _load_to_resume(cls, saved, env, args, kwargs)
         else:
@@ -354,13 +385,22 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         assert run_dir is not None
         if ranks.is_main():
             write_run_files(run_dir, asdict(args), values)
+            write_for_rl_zoo3(run_dir, asdict(args), rl_zoo3_hyperparams(args.env, values, settings))
             print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
         checkpoint = RunCheckpoint(run_dir, args.checkpoint_interval)
-        learned, finished = _learn(model, checkpoint, run.get("n_timesteps"), args)
+        callbacks: list[BaseCallback] = [checkpoint, EpisodeTable(run_dir, args.env)]
+        if eval_env is not None and args.eval_freq is not None:
+            callbacks.append(Evaluations(run_dir, partial(_evaluate, env=eval_env, args=args), args.eval_freq))
+        callbacks += user_callbacks
+        tracked = values if args.track else None
+        learned, finished = _learn(model, callbacks, run.get("n_timesteps"), args, tracked)
         if not ranks.is_main():
             return TrainResult(run_dir, model, finished)
         if finished:
+            save_statistics(model, run_dir / env_name(args.env) / "vecnormalize.pkl")
             model.save(run_dir / "model.zip")
+            with optional(run_dir):
+                name_for_rl_zoo3(run_dir / "model.zip", f"{env_name(args.env)}.zip")
             # Once more: now it is known what draws the pictures
             used = versions(env)
             write_versions(run_dir, used)
@@ -378,16 +418,10 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
             return TrainResult(run_dir, model, False)
         result = None
         if args.eval_episodes > 0:
-            if slots:
+            if slots and eval_env is None:
                 env.close()
                 env = build_env(args.env, run, seed=args.seed, settings=settings)
-            result = evaluate_success(
-                model,
-                env,
-                default_episodes(env, args.eval_episodes, suite_horizon=True),
-                progress=args.progress,
-                reward_threshold=default_threshold(args.env),
-            )
+            result = _evaluate(model, eval_env or env, args, args.progress)
             result.save(run_dir / "evaluation.json")
             print(result.to_markdown())
         return TrainResult(run_dir, model, True, result)
@@ -395,10 +429,44 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         env.close()
 
 
+def _user_callbacks(spec: Any) -> list[BaseCallback]:
+    """Those that a configuration names."""
+    callbacks = []
+    for cls, kwargs in import_paths(spec, "callback"):
+        if not (isinstance(cls, type) and issubclass(cls, BaseCallback)):
+            raise ValueError(f"callback: expected a subclass of BaseCallback of Stable-Baselines3, got {cls!r}.")
+        try:
+            callbacks.append(cls(**kwargs))
+        except TypeError as error:
+            raise ValueError(f"callback: {cls.__name__} does not take {kwargs}: {error}") from error
+    return callbacks
+
+
+def _evaluate(model: BaseAlgorithm, env: VecEnv, args: TrainArgs, progress: bool = False) -> EvaluationResult:
+    """The held-out episodes of a run, the same whenever they are played."""
+    normalize = unwrap_vec_normalize(env)
+    if normalize is not None:
+        set_statistics(normalize, statistics_of(model.get_vec_normalize_env()))
+        normalize.training = normalize.norm_reward = False
+    return evaluate_success(
+        model,
+        env,
+        default_episodes(env, args.eval_episodes, suite_horizon=True),
+        progress=progress,
+        reward_threshold=default_threshold(args.env),
+    )
+
+
 def _learn(
-    model: BaseAlgorithm, checkpoint: RunCheckpoint, n_timesteps: int | None, args: TrainArgs
+    model: BaseAlgorithm,
+    callbacks: Sequence[BaseCallback],
+    n_timesteps: int | None,
+    args: TrainArgs,
+    tracked: Mapping[str, Any] | None,
 ) -> tuple[bool, bool]:
-    """Whether anything was learned, and whether the run has all its timesteps."""
+    """Whether anything was learned, and whether the run has all its timesteps. A checkpoint is the first callback."""
+    checkpoint = callbacks[0]
+    assert isinstance(checkpoint, RunCheckpoint)
     stop = _Stop()
     total = n_timesteps if n_timesteps is not None else getattr(model, "default_total_timesteps", None)
     if total is not None and model.num_timesteps > 0:
@@ -407,14 +475,14 @@ def _learn(
             print(f"The run has its {n_timesteps} timesteps already. Ask for more with --n-timesteps.")
             return False, True
     if ranks.is_main():
-        model.set_logger(make_logger(checkpoint.run_dir, args.verbose))
+        model.set_logger(make_logger(checkpoint.run_dir, args.verbose, tracked))
     checkpoint.model = model  # a signal may come before learn() says so
     began = time.monotonic()
     with stop.on_signals():
         try:
             model.learn(
                 total,  # type: ignore[arg-type]
-                callback=[stop, checkpoint],
+                callback=[stop, *callbacks],
                 # One that was stopped in its first iteration goes on as well
                 reset_num_timesteps=model.num_timesteps == 0 and getattr(model, "_interrupted", None) is None,
                 progress_bar=args.progress,
@@ -424,6 +492,9 @@ def _learn(
             if not stop.asked:
                 raise
             checkpoint.save()
+    for writer in model.logger.output_formats:
+        if isinstance(writer, WandbOutputFormat):
+            writer.close()
     if ranks.is_main():
         print(f"{model.num_timesteps} timesteps, {time.monotonic() - began:.0f} s", flush=True)
     # A signal reaches all ranks or one; the first one's callback heeds it
@@ -485,8 +556,9 @@ def run(args: Train) -> int:
             f"--resume goes on with the run's own {', '.join(changed)}. Leave out --{' --'.join(changed)}, or edit "
             f"{args.resume / 'config.yml'}, which is read again."
         )
-    for name in ("n_timesteps", "eval_episodes", "checkpoint_interval", "ray"):
+    for name in ("n_timesteps", "eval_episodes", "eval_freq", "checkpoint_interval", "ray"):
         if given[name] != getattr(TrainArgs(), name):
             setattr(stored, name, given[name])
-    stored.device, stored.progress, stored.verbose, stored.trust = args.device, args.progress, args.verbose, args.trust
+    for name in ("device", "progress", "verbose", "trust", "track"):
+        setattr(stored, name, getattr(args, name) or (name == "track" and stored.track))
     return 0 if train(stored, resume=args.resume).finished else 130

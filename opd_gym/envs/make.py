@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from opd_gym.actions import Statistics
 from opd_gym.checks import check_at_least, check_seed
@@ -53,17 +53,7 @@ def make_env_fn(
     :return: the function; it can be sent to another process
     :raises ValueError: two different sizes of a chunk
     """
-    known = CHUNK_SIZES.get(bare_id(env_id))
-    if bare_id(env_id) in ROBOTWIN_IDS:
-        own = (env_kwargs or {}).get("chunk_size")
-        if own is not None and chunk_size not in (None, own):
-            raise ValueError(f"chunk_size is {chunk_size}, and {own} in env_kwargs. Give one of the two.")
-        chunk_size = chunk_size if own is None else own
-    chunk = known if chunk_size is None else chunk_size
-    tokenised = bool(known) if tokens is None else tokens
-    kwargs = dict(env_kwargs or {})
-    if chunk and bare_id(env_id) in ROBOTWIN_IDS:
-        kwargs["chunk_size"], chunk = chunk, 0
+    kwargs, chunk, tokenised = env_layers(env_id, env_kwargs, chunk_size, tokens)
 
     def build() -> gym.Env:
         register_envs()  # a fresh worker process has not registered them yet
@@ -80,6 +70,29 @@ def make_env_fn(
         return EpisodeControl(Monitor(env))
 
     return build
+
+
+def env_layers(
+    env_id: str, env_kwargs: Mapping[str, Any] | None, chunk_size: int | None, tokens: bool | None
+) -> tuple[dict[str, Any], int, bool]:
+    """
+    :param env_id: registered id
+    :param env_kwargs: see :func:`make_env_fn`, as for the arguments that follow
+    :return: keyword arguments of the env itself; the size of the chunks of an ``ActionChunk`` around it, 0 for none;
+        and whether there is an ``ActionTokens``
+    :raises ValueError: two different sizes of a chunk
+    """
+    known = CHUNK_SIZES.get(bare_id(env_id), 0)
+    kwargs = dict(env_kwargs or {})
+    if bare_id(env_id) in ROBOTWIN_IDS:
+        own = kwargs.get("chunk_size")
+        if own is not None and chunk_size not in (None, own):
+            raise ValueError(f"chunk_size is {chunk_size}, and {own} in env_kwargs. Give one of the two.")
+        chunk_size = chunk_size if own is None else own
+    chunk = known if chunk_size is None else chunk_size
+    if chunk and bare_id(env_id) in ROBOTWIN_IDS:
+        kwargs["chunk_size"], chunk = chunk, 0
+    return kwargs, chunk, bool(known) if tokens is None else tokens
 
 
 def _patience(env_id: str, env_kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -197,17 +210,35 @@ def env_id_of(env: VecEnv) -> str | None:
     return None if spec is None else str(spec.id)
 
 
-def _import_wrapper(path: str) -> Callable[..., gym.Env]:
-    module, _, name = path.replace(":", ".").rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"env_wrapper: cannot import {path!r} ({error}). Expected module.ClassName.") from error
+def import_paths(spec: Any, key: str) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
+    """
+    What a configuration names by import paths; nothing is evaluated.
+
+    :param spec: an import path, a mapping from it to keyword arguments, a list of these, or None
+    :param key: key of the configuration, for errors
+    :return: what was imported, with its keyword arguments
+    :raises ValueError: it is nothing of the kind, or cannot be imported
+    """
+    found: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+    for item in spec if isinstance(spec, list) else [spec] if spec else []:
+        if isinstance(item, Mapping) and len(item) == 1:
+            ((path, kwargs),) = item.items()
+        else:
+            path, kwargs = item, {}
+        if not isinstance(path, str) or not isinstance(kwargs or {}, Mapping):
+            raise ValueError(f"{key}: expected an import path or one mapped to keyword arguments, got {item!r}.")
+        module, _, name = path.replace(":", ".").rpartition(".")
+        try:
+            imported = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{key}: cannot import {path!r} ({error}). Expected module.ClassName.") from error
+        found.append((imported, dict(kwargs or {})))
+    return found
 
 
-def _apply_wrappers(env: gym.Env, wrappers: list[tuple[str, dict[str, Any]]]) -> gym.Env:
-    for path, kwargs in wrappers:
-        env = _import_wrapper(path)(env, **kwargs)
+def _apply_wrappers(env: gym.Env, spec: Any) -> gym.Env:
+    for wrapper, kwargs in import_paths(spec, "env_wrapper"):
+        env = wrapper(env, **kwargs)
     return env
 
 
@@ -216,19 +247,7 @@ def wrapper_function(spec: Any) -> Callable[[gym.Env], gym.Env] | None:
     :param spec: import path of a wrapper, a mapping from it to its keyword arguments, a list of these, or None
     :return: a function that applies them in order and can be sent to a worker process
     """
-    if not spec:
-        return None
-    wrappers: list[tuple[str, dict[str, Any]]] = []
-    for item in spec if isinstance(spec, list) else [spec]:
-        if isinstance(item, Mapping) and len(item) == 1:
-            ((path, kwargs),) = item.items()
-        else:
-            path, kwargs = item, {}
-        if not isinstance(path, str) or not isinstance(kwargs or {}, Mapping):
-            raise ValueError(f"env_wrapper: expected an import path or one mapped to keyword arguments, got {item!r}.")
-        _import_wrapper(path)
-        wrappers.append((path, dict(kwargs or {})))
-    return partial(_apply_wrappers, wrappers=wrappers)
+    return partial(_apply_wrappers, spec=spec) if import_paths(spec, "env_wrapper") else None
 
 
 def build_env(
@@ -252,7 +271,39 @@ def build_env(
     :return: the env
     """
     env_spec(env_id)  # an unknown id is reported here, not in the traceback of a worker process
-    run, settings = dict(run or {}), dict(settings or {})
+    run = dict(run or {})
+    env = make_vec(
+        env_id,
+        n_envs=n_envs or run.get("n_envs") or 1,
+        seed=seed,
+        wrapper=wrapper_function(run.get("env_wrapper")),
+        n_workers=run.get("n_workers"),
+        worker_timeout=run.get("worker_timeout"),
+        ray=run.get("ray"),
+        **env_arguments(env_id, run, settings, **env_kwargs),
+    )
+    try:
+        if run.get("normalize"):
+            given = run["normalize"]
+            env = VecNormalize(env, **(given if isinstance(given, Mapping) else {}))
+        if run.get("frame_stack"):
+            env = VecFrameStack(env, run["frame_stack"])
+    except (TypeError, ValueError, AssertionError) as error:
+        env.close()
+        raise ValueError(f"{env_id} cannot be normalised or stacked as asked: {error}") from error
+    return env
+
+
+def env_arguments(
+    env_id: str, run: Mapping[str, Any], settings: Mapping[str, Any] | None = None, **env_kwargs: Any
+) -> dict[str, Any]:
+    """
+    :param env_id: environment id
+    :param run: see :func:`build_env`, as for the arguments that follow
+    :return: arguments of :func:`make_env_fn`: ``env_kwargs``, ``chunk_size``, ``tokens``, ``n_bins``, ``statistics``,
+        those that are known
+    """
+    settings = settings or {}
     kwargs = {**(run.get("env_kwargs") or {}), **env_kwargs}
     if bare_id(env_id) in CHUNK_SIZES:
         for key in ENV_SETTINGS:
@@ -266,17 +317,7 @@ def build_env(
     if token_kwargs:
         token_kwargs["tokens"] = True
     token_kwargs.update({key: run[key] for key in ("chunk_size", "tokens", "n_bins") if run.get(key) is not None})
-    return make_vec(
-        env_id,
-        n_envs=n_envs or run.get("n_envs") or 1,
-        seed=seed,
-        env_kwargs=kwargs,
-        wrapper=wrapper_function(run.get("env_wrapper")),
-        n_workers=run.get("n_workers"),
-        worker_timeout=run.get("worker_timeout"),
-        ray=run.get("ray"),
-        **token_kwargs,
-    )
+    return {"env_kwargs": kwargs, **token_kwargs}
 
 
 def prepare_env(

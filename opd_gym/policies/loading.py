@@ -13,7 +13,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.untrusted import read_attributes, unpickle
@@ -184,6 +184,18 @@ def read_vec_normalize(path: str | os.PathLike[str], trust: bool = False) -> Vec
     found = unpickle(path.read_bytes(), path, trust)
     if not isinstance(found, VecNormalize):
         raise ValueError(f"{path}: expected what VecNormalize.save() writes, got {type(found).__name__}.")
+    return found
+
+
+def normalised(env: VecEnv, path: str | os.PathLike[str], trust: bool = False) -> VecNormalize:
+    """
+    :param env: Vectorised env
+    :param path: See :func:`read_vec_normalize`, as for ``trust``
+    :return: The env as a model was trained on it, with these statistics, which stay as they are, and its own rewards
+    """
+    found = read_vec_normalize(path, trust)
+    found.set_venv(env)
+    found.training = found.norm_reward = False
     return found
 
 

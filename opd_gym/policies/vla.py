@@ -91,6 +91,7 @@ class VLAPolicy(ActorCriticPolicy):
         with one process, it changes nothing. Not with ``lora``
     :param optimizer_class: the optimizer
     :param optimizer_kwargs: keyword arguments of the optimizer, other than the learning rate
+    :param base_model: what it started from, of a saved policy that no longer needs it; see :attr:`base_model`
     :param sb3_kwargs: other arguments of ``ActorCriticPolicy``; those about feature extractors and MLPs have no effect
     """
 
@@ -114,6 +115,7 @@ class VLAPolicy(ActorCriticPolicy):
         shard: bool = False,
         optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
+        base_model: str | None = None,
         **sb3_kwargs: Any,
     ):
         token_space(action_space)
@@ -142,6 +144,7 @@ class VLAPolicy(ActorCriticPolicy):
         self._trained_state: TrainedState | None = None
         self._checkpoint: Path | None = None
         self._reference = checkpoint
+        self._base_model = base_model
         if checkpoint is not None:
             try:
                 directory = resolve_checkpoint(checkpoint)
@@ -305,7 +308,8 @@ class VLAPolicy(ActorCriticPolicy):
     @property
     def base_model(self) -> str | None:
         """Directory or name of what this policy started from, as far as it is known; None for random weights."""
-        reference = self._config.pretrained_model if self._reference is None else self._reference
+        known = (self._reference, self._base_model, self._config.pretrained_model)
+        reference = next((name for name in known if name is not None), None)
         return None if reference is None else os.fspath(reference)
 
     def portable_kwargs(self) -> dict[str, Any]:
@@ -327,6 +331,7 @@ class VLAPolicy(ActorCriticPolicy):
             shard=self._shard,
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=dict(self.optimizer_kwargs),
+            base_model=None if self.base_model is None else lasting_name(self.base_model),
         )
 
     def _portable_reference(self) -> str | None:

@@ -28,7 +28,10 @@ RUN_KEYS = {
     "ray": "address of the Ray cluster whose machines host the envs, or a mapping of RayVecEnv's arguments",
     "env_kwargs": "keyword arguments of the env",
     "env_wrapper": "import path of a wrapper, a mapping from it to its keyword arguments, or a list of these",
+    "callback": "import path of a callback, or as for env_wrapper",
     "chunk_size": "actions per decision",
+    "normalize": "true for a VecNormalize, or its keyword arguments",
+    "frame_stack": "observations that the policy sees at once",
     "tokens": "whether actions are tokens",
     "n_bins": "tokens of one action dimension",
     "policy": "name of the policy",
@@ -128,6 +131,42 @@ def _entry(entries: dict[str, Any], path: Path, env_id: str, *keys: str) -> dict
     return None
 
 
+def rl_zoo3_hyperparams(env_id: str, values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A configuration as rl-zoo3 reads it, whose envs are single ones made by ``gymnasium.make``: chunks, tokens and what
+    the student's checkpoint asks of the env become ``env_kwargs`` and ``env_wrapper``; processes are left out.
+
+    :param env_id: environment id, with or without the module to import
+    :param values: hyperparameters, as :func:`load_hyperparams` gives them
+    :param settings: what that checkpoint needs, see ``opd_gym.policies.body.checkpoint_settings``
+    :return: plain values
+    """
+    from opd_gym.envs.make import env_arguments, env_layers  # here: `opd-gym --help` has no use for PyTorch
+
+    given = env_arguments(env_id, values, settings)
+    env_kwargs, chunk, tokens = env_layers(env_id, given["env_kwargs"], given.get("chunk_size"), given.get("tokens"))
+    own = values.get("env_wrapper") or []
+    wrappers = list(own) if isinstance(own, list) else [own]
+    if chunk:
+        wrappers.append({"opd_gym.envs.wrappers.ActionChunk": {"chunk_size": chunk}})
+    if tokens:
+        binning = {key: given[key] for key in ("n_bins", "statistics") if key in given}
+        wrappers.append({"opd_gym.envs.wrappers.ActionTokens": binning})
+    wrappers.append("opd_gym.envs.wrappers.EpisodeControl")
+    left_out = ("n_workers", "worker_timeout", "ray", "chunk_size", "tokens", "n_bins")
+    converted = {key: value for key, value in values.items() if key not in left_out}
+    return _plain({**converted, "env_kwargs": env_kwargs, "env_wrapper": wrappers})
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     """
     Hyperparameters from the command line.
@@ -210,7 +249,11 @@ def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[
     for key in ("teacher_kwargs", "policy_kwargs"):
         if isinstance(kwargs.get(key), Mapping) and "trust" in kwargs[key]:
             raise ValueError(f"{key}.trust: a configuration does not say whom you trust. Pass --trust if you do.")
-    for key in ("env_kwargs", "policy_kwargs", "teacher_kwargs"):
+    if isinstance(run.get("normalize"), Mapping) and "gamma" in kwargs:
+        run["normalize"] = {"gamma": kwargs["gamma"], **run["normalize"]}
+    elif run.get("normalize") is True and "gamma" in kwargs:
+        run["normalize"] = {"gamma": kwargs["gamma"]}
+    for key in ("env_kwargs", "policy_kwargs", "teacher_kwargs", "normalize"):
         for part in (run, kwargs):
             if isinstance(part.get(key), str):
                 raise ValueError(
@@ -220,7 +263,7 @@ def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[
     for key in SCHEDULE_KEYS:
         if key in kwargs and "Schedule" in str(parameters[key].annotation) and kwargs[key] != parameters[key].default:
             kwargs[key] = schedule(kwargs[key], key)
-    for key in ("n_timesteps", "n_envs", "n_workers", "chunk_size", "n_bins"):
+    for key in ("n_timesteps", "n_envs", "n_workers", "chunk_size", "n_bins", "frame_stack"):
         if run.get(key) is not None:
             if not isinstance(run[key], (int, float)) or isinstance(run[key], bool):
                 raise ValueError(f"{key}: expected a number, got {run[key]!r}.")

@@ -1,0 +1,61 @@
+"""``opd-gym hub``: policies to the Hugging Face hub, and back."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch as th
+
+from opd_gym import hub
+from opd_gym.checkpoints import resolve_checkpoint
+from opd_gym.cli.options import HubPull, HubPush
+from opd_gym.cli.train import read_args
+from opd_gym.envs.registration import bare_id
+from opd_gym.evaluation import EvaluationResult
+
+
+def push(args: HubPush) -> int:
+    """
+    Publish a policy, or write what would be published.
+
+    :param args: what, and where
+    :return: exit status
+    """
+    path = resolve_checkpoint(args.checkpoint)
+    # model.zip, policy/ and checkpoints/*.zip of a run
+    run = next((folder for folder in (path, *path.parents[:2]) if (folder / "args.yml").is_file()), None)
+    evaluation = args.evaluation
+    algorithm, env_id = None, None
+    if run is not None:
+        started = read_args(run)
+        algorithm, env_id = started.algo.upper(), bare_id(started.env)
+        own = run / hub.EVALUATION_FILE
+        evaluation = own if evaluation is None and own.is_file() else evaluation
+    write = partial(
+        hub.write_folder,
+        path,
+        repo_id=args.repo,
+        result=None if evaluation is None else EvaluationResult.load(evaluation),
+        dtype=None if args.dtype is None else getattr(th, args.dtype),
+        license=args.license,
+        algorithm=algorithm,
+        env_id=env_id,
+        trust=args.trust,
+    )
+    if args.folder is not None:
+        print(write(args.folder))
+        return 0
+    print(hub.upload(lambda folder: write(folder), args.repo, args.private))
+    return 0
+
+
+def pull(args: HubPull) -> int:
+    """
+    Fetch a policy.
+
+    :param args: what, and where to
+    :return: exit status
+    """
+    print(hub.pull(args.repo, args.output or Path(args.repo.rpartition("/")[2]), args.revision))
+    return 0

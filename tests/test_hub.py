@@ -1,0 +1,122 @@
+"""`opd-gym hub` with local folders in the place of the hub."""
+
+from pathlib import Path
+
+import pytest
+import torch as th
+from huggingface_hub import ModelCard
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+from toys import cartpole_teacher
+
+import opd_gym.hub
+from opd_gym import OPD
+from opd_gym.checkpoints import CHECKPOINTS, HUB_FILES, resolve_checkpoint
+from opd_gym.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Of a policy of numbers."""
+    folder = tmp_path_factory.mktemp("run")
+    cartpole_teacher().save(folder / "teacher.zip")
+    words = ["train", "--env", "CartPole-v1", "--teacher", str(folder / "teacher.zip"), "-n", "64", "--no-progress"]
+    words += ["--device", "cpu", "-f", str(folder / "runs"), "--eval-episodes", "2"]
+    assert main([*words, "-P", "gradient_steps=2", "-P", "teacher_kwargs.n_eval_episodes=0"]) == 0
+    return folder / "runs/opd/CartPole-v1_1"
+
+
+def test_push_a_run(run, tmp_path, capsys):
+    words = ["hub", "push", str(run), "somebody/opd-CartPole-v1", "--license", "mit"]
+    assert main([*words, "--folder", str(tmp_path / "up")]) == 0
+    names = {path.name for path in (tmp_path / "up").iterdir()}
+    assert names == {"README.md", "opd-CartPole-v1.zip", "evaluation.json", "versions.json"}
+    card = ModelCard.load(tmp_path / "up/README.md")
+    (metric,) = card.data.eval_results
+    assert (card.data.license, card.data.library_name) == ("mit", "stable-baselines3")
+    assert (metric.dataset_name, metric.metric_type) == ("CartPole-v1", "success_rate")
+    assert "| teacher | teacher.zip |" in card.content and "| timesteps | 128 |" in card.content
+    # No path of this machine, in the zip neither
+    assert str(run.parents[2]) not in card.content
+    loaded = OPD.load(tmp_path / "up/opd-CartPole-v1.zip", device="cpu")
+    assert loaded.teacher is None and loaded.num_timesteps == 128
+    # Whoever downloads it finds the model by the name of the repository
+    assert resolve_checkpoint(tmp_path / "up").name == "opd-CartPole-v1.zip"
+
+
+def test_statistics_of_observations_come_along(tmp_path, capsys):
+    """A policy that balances the pole only behind its VecNormalize: played as it is, and as it is published."""
+    env = VecNormalize(make_vec_env("CartPole-v1"))
+    env.obs_rms.mean[:], env.obs_rms.var[:] = [0.0, 0.0, 5.0, 0.0], [4.0, 4.0, 4.0, 4.0]
+    model = cartpole_teacher()
+    with th.no_grad():
+        weights = model.policy.action_net.weight
+        model.policy.action_net.bias.copy_(weights @ th.tensor([0.0, 0.0, 5.0, 0.0]))
+        weights *= 2.0
+    model.save(tmp_path / "model.zip")
+    env.save(tmp_path / "vec_normalize.pkl")
+    assert main(["hub", "push", str(tmp_path / "model.zip"), "somebody/cart", "-f", str(tmp_path / "up")]) == 0
+    for path in (tmp_path / "model.zip", tmp_path / "up"):
+        capsys.readouterr()
+        words = ["--env", "CartPole-v1", "--checkpoint", str(path), "--episodes", "2", "--no-progress"]
+        assert main(["eval", *words, "--device", "cpu"]) == 0
+        assert "| all | 100.0 % |" in capsys.readouterr().out
+
+
+def test_push_a_checkpoint(tmp_path, capsys):
+    """Every file that is read from a repository, as it is."""
+    assert main(["hub", "push", "libero-object-student", "somebody/student", "-f", str(tmp_path)]) == 0
+    source = CHECKPOINTS / "libero-object-student"
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (source / name).read_bytes()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "robotics" and "| action tokens | 8 actions of 7 dimensions" in card.content
+
+
+class Hub:
+    """What is used of HfApi, in a folder."""
+
+    def __init__(self, token=None):
+        pass
+
+    def create_repo(self, repo_id, private, exist_ok):
+        assert exist_ok
+        (self.root / repo_id).mkdir(parents=True)
+        self.private[repo_id] = private
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        for path in Path(folder_path).iterdir():
+            (self.root / repo_id / path.name).write_bytes(path.read_bytes())
+        return type("Commit", (), {"commit_url": f"https://huggingface.co/{repo_id}/commit/1"})
+
+
+def test_there_and_back(run, tmp_path, monkeypatch, capsys):
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot_download(repo_id, revision, local_dir, allow_patterns):
+        local_dir.mkdir()
+        names = [path.name for path in (Hub.root / repo_id).iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (local_dir / name).write_bytes((Hub.root / repo_id / name).read_bytes())
+        return str(local_dir)
+
+    Hub.root, Hub.private = tmp_path / "hub", {}
+    monkeypatch.setattr(opd_gym.hub, "HfApi", Hub)
+    monkeypatch.setattr(opd_gym.hub, "snapshot_download", snapshot_download)
+    assert main(["hub", "push", str(run), "somebody/cart", "--private"]) == 0
+    assert "https://huggingface.co/somebody/cart/commit/1" in capsys.readouterr().out
+    assert Hub.private == {"somebody/cart": True}
+    (Hub.root / "somebody/cart/modeling.py").write_text("raise SystemExit")  # code of others stays where it is
+    assert main(["hub", "pull", "somebody/cart", "-o", str(tmp_path / "here")]) == 0
+    names = {path.name for path in (tmp_path / "here").iterdir()}
+    assert names == {"README.md", "cart.zip", "evaluation.json", "versions.json"} and "*.py" not in HUB_FILES
+    words = ["--env", "CartPole-v1", "--checkpoint", str(tmp_path / "here"), "--episodes", "1", "--no-progress"]
+    assert main(["eval", *words, "--device", "cpu"]) == 0
+
+
+def test_without_a_network(monkeypatch, capsys, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["hub", "pull", "somebody/robot", "-o", str(tmp_path / "here")]) == 2
+    assert "hf download somebody/robot" in capsys.readouterr().err
