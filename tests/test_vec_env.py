@@ -114,6 +114,9 @@ class Probe(gym.Env):
     def add(self, a, b=0):
         return a + b
 
+    def has_imported(self, module):
+        return module in sys.modules
+
 
 def probes(n_envs: int = 4, n_workers: int = 2, cls=WorkerVecEnv, **kwargs) -> WorkerVecEnv:
     return cls([lambda: EpisodeControl(Probe())] * n_envs, n_workers, **kwargs)
@@ -244,6 +247,12 @@ def test_attributes_methods_and_options(env):
     with pytest.raises(Exception, match="pickle"):
         env.env_method("add", threading.Lock())
     assert env.env_method("add", 1) == [1] * 4
+
+
+def test_workers_start_without_torch(env):
+    """It costs a second and memory in each."""
+    assert env.env_method("has_imported", "gymnasium") == [True] * 4
+    assert env.env_method("has_imported", "torch") == [False] * 4
 
 
 def test_pictures():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
@@ -13,13 +14,18 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.wrappers import ClipAction, OrderEnforcing, PassiveEnvChecker, RescaleAction, TimeLimit
-from stable_baselines3.common.monitor import Monitor
 
 from opd_gym.actions import Statistics, decode_tokens, encode_actions, normalisation_bounds
 from opd_gym.checks import check_at_least, check_at_least_one
 
-# Wrappers that override `step` and neither end an episode nor keep what they have seen
-_TRANSPARENT = (OrderEnforcing, PassiveEnvChecker, Monitor)
+
+def _is_transparent(env: gym.Env) -> bool:
+    """Whether a wrapper that overrides ``step`` neither ends an episode nor keeps what it has seen."""
+    # Where nobody has imported Stable-Baselines3, as in a worker, there is no Monitor; and torch need not be imported
+    monitors = sys.modules.get("stable_baselines3.common.monitor")
+    return isinstance(env, (OrderEnforcing, PassiveEnvChecker)) or (
+        monitors is not None and isinstance(env, monitors.Monitor)
+    )
 
 
 def _layers(env: gym.Env, method: str) -> tuple[gym.Env | None, list[gym.Wrapper]]:
@@ -123,7 +129,7 @@ class ActionChunk(_ExpertThrough):
         while isinstance(env, gym.Wrapper):
             if isinstance(env, TimeLimit):
                 self._time_limits.append(env)
-            elif "step" in _overridden(type(env)) and not isinstance(env, _TRANSPARENT):
+            elif "step" in _overridden(type(env)) and not _is_transparent(env):
                 self._lazy = False
             env = env.env
 
