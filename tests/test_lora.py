@@ -9,6 +9,7 @@ import torch as th
 from golden.openvla import tiny as tiny_openvla
 from gymnasium import spaces
 from huggingface_hub import ModelCard
+from stable_baselines3.common.utils import get_device
 from toys import TINY_BODY, Robot, vec
 from vlas import SMALL, Recorder, logits, observation_space, sample, tensors, train
 
@@ -373,6 +374,7 @@ def test_teacher_in_half_precision(robot_base):
     obs = {key: th.as_tensor(value) for key, value in env.reset().items()}
     labels = th.zeros(2, 4)
     single = make_teacher(robot_base, env, student).distribution(obs, labels)
+    assert make_teacher(robot_base, env, student, device="auto").policy.device == get_device("auto")
     teacher = make_teacher(robot_base, env, student, dtype="bfloat16", device="cpu")
     assert {p.dtype for p in teacher.policy.parameters()} == {th.bfloat16}
     assert teacher.policy.optimizer is None and not any(p.requires_grad for p in teacher.policy.parameters())

@@ -22,7 +22,7 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize
-from toys import Match
+from toys import Match, assert_same
 
 import opd_gym
 from opd_gym.algorithms.opd import OPD
@@ -96,22 +96,6 @@ def wait_until_dead(*pids: int) -> None:
     while any(map(alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def assert_same(a: Any, b: Any) -> None:
-    if isinstance(a, dict):
-        assert set(a) == set(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (tuple, list)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif isinstance(a, np.ndarray):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-    else:
-        assert a == b
 
 
 @pytest.fixture(scope="module")

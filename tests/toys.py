@@ -134,3 +134,20 @@ def cartpole_teacher() -> PPO:
 
 def parameters(model) -> th.Tensor:
     return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
+
+
+def assert_same(a, b):
+    """Nested containers of arrays and plain values are equal, types of arrays included."""
+    if isinstance(a, dict):
+        assert set(a) == set(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (tuple, list)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    else:
+        assert a == b
