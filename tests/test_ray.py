@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import importlib.util
 import os
 import signal
@@ -288,6 +289,21 @@ def test_what_cannot_be_started_is_refused(cluster, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'opd-gym\[ray\]'"):
         opd_gym.make_vec("CartPole-v1", ray="auto")
+
+
+def test_a_registered_env_whose_module_is_not_there_matters_to_who_makes_it(cluster, tmp_path, monkeypatch):
+    """The learner's machine may know envs that the others do not."""
+    (tmp_path / "only_here.py").write_text("from toys import Match\n\n\nclass Mine(Match):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    gym.register("OnlyHere-v0", importlib.import_module("only_here").Mine)
+    try:
+        env = RayVecEnv([lambda: gym.make("CartPole-v1")], 1)
+        env.reset()
+        env.close()
+        with pytest.raises(ImportError, match="OnlyHere-v0 is registered .*No module named 'only_here'"):
+            RayVecEnv([lambda: gym.make("OnlyHere-v0")], 1)
+    finally:
+        del gym.registry["OnlyHere-v0"]
 
 
 # ------------------------------------------------------------------------------------------------------------- teachers

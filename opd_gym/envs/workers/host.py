@@ -17,6 +17,7 @@ from typing import Any
 import cloudpickle
 import gymnasium as gym
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 from opd_gym.envs.workers.memory import Memory
 from opd_gym.envs.workers.process import Learner, Process
@@ -79,6 +80,25 @@ def main(memory: int, last_words: int, connection: int, parent: int) -> None:
         return
 
 
+def _load_spec(env_id: str, spec: bytes) -> EnvSpec:
+    """
+    The specification of an env that the learner's program registered. Its module may be missing here (on another machine),
+    which matters only to those who make that env.
+    """
+    try:
+        return pickle.loads(spec)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+
+    def make(**kwargs: Any) -> gym.Env:
+        raise ImportError(
+            f"{env_id} is registered by the program that started this worker, but cannot be loaded here ({reason}). "
+            "Put its module where the worker's Python finds it: install it there, or set PYTHONPATH."
+        )
+
+    return EnvSpec(env_id, entry_point=make)
+
+
 class _Host:
     """The envs of a worker."""
 
@@ -134,7 +154,7 @@ class _Host:
         sys.argv[:] = argv
         for env_id, spec in registered.items():
             if env_id not in gym.registry:
-                gym.registry[env_id] = pickle.loads(spec)
+                gym.registry[env_id] = _load_spec(env_id, spec)
         for index, env_fn in zip(indices, env_fns, strict=True):
             self.envs[index] = pickle.loads(env_fn)()
         return [(env.observation_space, env.action_space) for env in self.envs.values()]
