@@ -301,6 +301,36 @@ def test_another_body(tmp_path):
     assert (loaded.predict(sample(policy.observation_space), deterministic=True)[0] == 42).all()
 
 
+class PretrainedVLA(ConstantVLA):
+    """A network that comes with weights of its own."""
+
+    class Config(ConstantVLA.Config):
+        model_type = "pretrained_vla"
+
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = th.nn.Embedding(8, 4)
+        self.words.load_state_dict({"weight": th.full((8, 4), 3.0)})
+        self.head = th.nn.Linear(4, 4)
+        th.nn.init.eye_(self.head.weight)
+        self.post_init()
+
+
+def test_weights_that_a_body_brings_are_kept(tmp_path):
+    """transformers would draw them anew, without a word."""
+    register_body("pretrained", PretrainedVLA)
+    policy = make(body="pretrained", body_kwargs=None)
+    assert th.equal(policy.body.words.weight, th.full((8, 4), 3.0))
+    assert th.equal(policy.body.head.weight, th.eye(4))
+    # And those that were trained since come from the checkpoint
+    with th.no_grad():
+        policy.body.head.weight.fill_(2.0)
+    policy.save_checkpoint(tmp_path)
+    assert th.equal(make(checkpoint=tmp_path).body.head.weight, th.full((4, 4), 2.0))
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 

@@ -339,6 +339,11 @@ class VLABody(PreTrainedModel):
     # Names of modules that no pretrained checkpoint brings: LoRA trains them in full
     full_rank_modules: tuple[str, ...] = ()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        # Constructors leave weights as they are to be: transformers would draw all of them anew, those of Linear, Conv
+        # and Embedding that a constructor has read from a file among them.
+        pass
+
     @classmethod
     def create(cls, config: VLAConfig, dtype: th.dtype = th.float32) -> VLABody:
         """

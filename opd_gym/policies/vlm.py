@@ -279,10 +279,6 @@ class VLMModel(VLABody):
         self._prompts: dict[bytes, str] = {}
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        # The parts that are models of transformers have initialised themselves, and the constructor the others.
-        pass
-
     @classmethod
     def create(cls, config: VLAConfig, dtype: th.dtype = th.float32) -> VLMModel:
         """See :meth:`VLABody.create`."""
