@@ -744,6 +744,17 @@ def test_quickstart_without_checkpoints(capsys: pytest.CaptureFixture[str]) -> N
     assert "Pass --student" in capsys.readouterr().err
 
 
+def test_quickstart_says_how_many_minutes_or_episodes_would_do() -> None:
+    from opd_gym.cli.quickstart import _too_few
+
+    # 33 s of starting up, 157 s of 20 episodes twice, 75 s for the rest: 422 s
+    message = _too_few(5.0, 190.0, 157.0, 20)
+    assert "5 minutes are too few" in message and "--minutes to 8 at least" in message
+    # (300 - 33 - 75) s are 24.5 episodes
+    assert "--eval-episodes to 12." in message
+    assert "--eval-episodes" not in _too_few(1.0, 190.0, 157.0, 20)
+
+
 def test_quickstart_takes_what_the_memory_carries() -> None:
     from opd_gym.cli.quickstart import fit_memory
 

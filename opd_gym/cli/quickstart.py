@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,18 @@ def _film(before: EvaluationResult, after: EvaluationResult) -> int | None:
     return next(iter([*better, *solved, *common]), None)
 
 
+def _too_few(minutes: float, elapsed: float, evaluation_time: float, n_episodes: int) -> str:
+    """What is wrong with the minutes, and which would do, for someone who has just waited."""
+    rest = OVERHEAD + MIN_TRAINING
+    message = (
+        f"{minutes:g} minutes are too few here: the {n_episodes} episodes before the training took "
+        f"{evaluation_time:.0f} s, and are played again after it. Raise --minutes to "
+        f"{math.ceil((elapsed + evaluation_time + rest) / 60.0)} at least"
+    )
+    fitting = (60.0 * minutes - (elapsed - evaluation_time) - rest) / (2.0 * evaluation_time / n_episodes)
+    return message + (f", or lower --eval-episodes to {int(fitting)}." if fitting >= 1.0 else ".")
+
+
 def run(args: Quickstart) -> int:
     """
     Evaluate the student, distil, evaluate again, and write curve, film and table.
@@ -163,12 +176,10 @@ def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: Quicksta
     print(f"     {before}", flush=True)
 
     # The evaluation afterwards takes no longer: episodes that succeed are shorter.
-    seconds = 60.0 * args.minutes - (time.monotonic() - began) - evaluation_time - OVERHEAD
+    elapsed = time.monotonic() - began
+    seconds = 60.0 * args.minutes - elapsed - evaluation_time - OVERHEAD
     if seconds < MIN_TRAINING:
-        raise ValueError(
-            f"{args.minutes} minutes are too few here: the evaluation alone took {evaluation_time:.0f} s. "
-            "Raise --minutes, or lower --eval-episodes."
-        )
+        raise ValueError(_too_few(args.minutes, elapsed, evaluation_time, len(episodes)))
     print(f"2/3  On-policy distillation: {seconds / 60:.1f} minutes", flush=True)
     for old in folder.glob("progress*.csv"):
         old.unlink()
