@@ -239,6 +239,7 @@ def test_the_users_random_state_is_left_alone(env):
         ({"suite": "libero_object", "visuals": "nice"}, "visuals"),
         ({"suite": "libero_object", "render_mode": "human"}, "rgb_array"),
         ({"suite": "libero_object", "horizon": 0}, "horizon must be at least 1, got 0"),
+        ({"suite": "libero_object", "image_size": (240, 320)}, "pictures are square.*trained in another env"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(kwargs, message):

@@ -566,8 +566,11 @@ def broken(tmp_path, name=SFT, **changes):
 
 def test_profile_that_does_not_show_is_asked_for(tmp_path):
     path = broken(tmp_path, "my-fine-tuned-model")
-    with pytest.raises(ValueError, match=r"input_profile.*'openvla', 'openvla-oft', 'rlinf'"):
+    with pytest.raises(ValueError, match=r"'openvla', 'openvla-oft', 'rlinf'") as error:
         read_checkpoint_config(path)
+    # The command that the message gives
+    exec(re.search(r'python -c "(.*)"', str(error.value))[1], {})
+    assert read_checkpoint_config(path)[1].input_profile == "openvla-oft"
     with pytest.raises(ValueError, match="must be one of"):
         complete_checkpoint(path, input_profile="vla-rl")
     with pytest.raises(ValueError, match="Unknown fields.*profile"):

@@ -423,8 +423,10 @@ def test_vla_checkpoint_for_another_env_is_refused(tmp_path):
     env = ActionTokens(ActionChunk(Robot(), 4))
     kwargs = dict(teacher="expert", policy_kwargs=dict(body_kwargs=TINY_BODY))
     OPD("VLAPolicy", env, **kwargs).policy.save_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="does not fit the env.*action tokens"):
+    with pytest.raises(ValueError, match="does not fit the env.*action tokens") as error:
         OPD("VLAPolicy", ActionTokens(ActionChunk(Robot(), 8)), **{**kwargs, "teacher": tmp_path})
+    # Once as what was asked for, once as what was found
+    assert str(error.value).count(str(tmp_path)) == 2
 
 
 def test_missing_and_broken_teachers(tmp_path):

@@ -64,7 +64,8 @@ def load_policy(
                 trainable=trainable,
             )
         except ValueError as error:
-            raise ValueError(f"{path} does not fit the env. {error}") from error
+            named = str(error).startswith(str(path))
+            raise ValueError(str(error) if named else f"{path} does not fit the env. {error}") from error
     data, state = _read_zip(path, custom_objects, trust)
     policy_class, kwargs = data["policy_class"], dict(data.get("policy_kwargs") or {})
     accepted = inspect.signature(policy_class.__init__).parameters

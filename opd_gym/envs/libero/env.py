@@ -101,6 +101,11 @@ class LiberoEnv(gym.Env):
             raise ValueError('Exact pictures are smoothed as LIBERO\'s own: msaa=False needs visuals="light".')
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f'render_mode must be None or "rgb_array", got {render_mode!r}.')
+        if isinstance(image_size, (tuple, list)):
+            raise ValueError(
+                f"LIBERO's pictures are square: image_size must be an integer, got {image_size}. A checkpoint that "
+                "asks for such pictures was trained in another env."
+            )
         check_at_least_one(image_size=image_size, max_simulators=max_simulators, horizon=horizon)
         require_libero()
         warn_of_mujoco()

@@ -150,9 +150,10 @@ def detect_profile(directory: Path, implementation: str | None = None) -> str:
         if re.fullmatch(pattern, name):
             return profile
     raise ValueError(
-        f"{directory} does not say what inputs it was trained on, and on others it scores far lower. Say it once: "
-        "opd_gym.policies.openvla.complete_checkpoint(checkpoint, input_profile=...) writes it to its config.json. One "
-        f"of {sorted(INPUT_PROFILES)}, after the code that it was trained with."
+        f"{directory} does not say what inputs it was trained on, and on others it scores far lower. Say it once, by "
+        f"the code that it was trained with, one of {sorted(INPUT_PROFILES)}; this writes it to its config.json: "
+        'python -c "from opd_gym.policies.openvla import complete_checkpoint; '
+        f"complete_checkpoint({str(directory)!r}, input_profile='openvla-oft')\""
     )
 
 
