@@ -383,9 +383,11 @@ def pull(repo_id: str, directory: str | os.PathLike[str], revision: str | None =
     """
     _check_repo_id(repo_id)
     try:
+        # Where the hub cannot be asked, snapshot_download() takes a folder that is there for what was to be fetched
+        commit = HfApi().model_info(repo_id, revision=revision).sha
         return Path(
             snapshot_download(
-                repo_id, revision=revision, local_dir=Path(directory), allow_patterns=[*HUB_FILES, CARD_FILE]
+                repo_id, revision=commit, local_dir=Path(directory), allow_patterns=[*HUB_FILES, CARD_FILE]
             )
         )
     except Exception as error:  # as in upload()

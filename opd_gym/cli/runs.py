@@ -475,6 +475,7 @@ def read_progress(run_dir: Path) -> list[dict[str, float]]:
     """
     :param run_dir: directory of a run
     :return: the rows of its ``progress.csv``; of a resumed run those of all its parts, without what was done twice
+    :raises ValueError: it is damaged
     """
 
     def part(path: Path) -> int:
@@ -483,9 +484,15 @@ def read_progress(run_dir: Path) -> list[dict[str, float]]:
 
     rows: list[dict[str, float]] = []
     for path in sorted(run_dir.glob("progress*.csv"), key=part):
-        with path.open(newline="", encoding="utf-8") as file:
-            new = [{key: _number(value) for key, value in row.items() if key and value} for row in csv.DictReader(file)]
-        new = [row for row in new if "time/total_timesteps" in row]
+        try:
+            text = path.read_text(encoding="utf-8")
+            # The last line of a run that was killed may be a part of one, whose numbers are others
+            lines = text[: text.rfind("\n") + 1].splitlines()
+            table = list(csv.DictReader(lines))
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} is not a table of a run's progress, or is damaged: {error}") from error
+        new = [{key: _number(value) for key, value in row.items() if key and value} for row in table]
+        new = [row for row in new if not math.isnan(row.get("time/total_timesteps", math.nan))]
         if new:
             start = new[0]["time/total_timesteps"]
             # The clocks of each part begin at 0; what was done twice took its time as well

@@ -14,7 +14,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from opd_gym.actions import Statistics
-from opd_gym.checks import check_at_least, check_seed
+from opd_gym.checks import check_at_least, check_range, check_seed
 from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, ROBOTWIN_IDS, bare_id, register_envs, training_defaults
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.tokens import check_starts
@@ -153,6 +153,8 @@ def make_vec(
 
     check_at_least(1, n_envs=n_envs, n_workers=n_workers)
     check_at_least(0, seed=seed, chunk_size=chunk_size)
+    if worker_timeout is not None:
+        check_range("(0, inf]", worker_timeout=worker_timeout)
     asked = {"n_workers": n_workers, "worker_timeout": worker_timeout, "ray": ray}
     given = [name for name, value in asked.items() if value is not None]
     if given and vec_env_cls is not None:
@@ -285,6 +287,9 @@ def build_env(
     try:
         if run.get("normalize"):
             given = run["normalize"]
+            for name in ("gamma", "epsilon", "clip_obs", "clip_reward"):
+                if isinstance(given, Mapping) and name in given:
+                    check_range("[0, inf]", **{f"normalize.{name}": given[name]})
             env = VecNormalize(env, **(given if isinstance(given, Mapping) else {}))
         if run.get("frame_stack"):
             env = VecFrameStack(env, run["frame_stack"])
