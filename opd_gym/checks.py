@@ -13,7 +13,7 @@ def check_at_least(least: int, /, **counts: Any) -> None:
     """
     :param least: the smallest number that makes sense
     :param counts: whole numbers by the name of their argument, NumPy's included; None is left out
-    :raises ValueError: one of them is no integer, or is smaller
+    :raises ValueError: one of them is no integer, is smaller, or is beyond what a C integer can hold
     """
     for name, value in counts.items():
         if value is None:
@@ -22,6 +22,8 @@ def check_at_least(least: int, /, **counts: Any) -> None:
             raise ValueError(f"{name} must be an integer, got {value!r:.80}.")
         if int(value) < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if int(value) >= 2**63:  # C's largest: further on it would be an OverflowError of nothing in particular
+            raise ValueError(f"{name} must be below 2**63, got {value}.")
 
 
 def check_at_least_one(**counts: Any) -> None:
@@ -91,8 +93,6 @@ def _is_a(value: Any, hint: Any) -> bool:
         return any(_is_a(value, part) for part in parts)
     if origin is list:
         return isinstance(value, list) and all(_is_a(item, parts[0]) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
     return isinstance(value, {int: Integral, float: Real}.get(hint, hint))
 
 

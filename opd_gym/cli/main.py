@@ -122,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The message says what to do, a traceback would only hide it
         if getattr(given, "verbose", 0):
             traceback.print_exc()
-        print(f"opd-gym: error: {error}", file=sys.stderr)
+        out_of_memory = isinstance(error, MemoryError) and not str(error)
+        print(f"opd-gym: error: {'out of memory' if out_of_memory else error}", file=sys.stderr)
         return 2
 
 

@@ -368,6 +368,8 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
     if args.track and find_spec("wandb") is None:
         raise ImportError("--track needs Weights & Biases. Run: pip install 'opd_gym[track]'")
     policy = run.get("policy") or "MlpPolicy"
+    if not isinstance(policy, str):
+        raise ValueError(f"policy: expected a name, for instance MlpPolicy, got {policy!r:.80}.")
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
     saved = newest_intact(run_checkpoints(resume)) if resume is not None else None
     source = saved or start
@@ -390,7 +392,10 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
             try:
                 model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
             except TypeError as error:  # a wrong name or type in policy_kwargs, teacher_kwargs, ...
-                raise ValueError(f"The hyperparameters do not fit {args.algo} with {policy}: {error}") from error
+                given = ", ".join(f"{name}={value!r:.80}" for name, value in kwargs.items())
+                raise ValueError(
+                    f"The hyperparameters do not fit {args.algo} with {policy}: {error}. Given are {given}."
+                ) from error
         run_dir = resume
         if run_dir is None and ranks.is_main():
             run_dir = new_run_dir(args.folder, args.algo, args.env)
@@ -575,5 +580,5 @@ def run(args: Train) -> int:
         if given[name] != getattr(TrainArgs(), name):
             setattr(stored, name, given[name])
     for name in ("device", "progress", "verbose", "trust", "track"):
-        setattr(stored, name, getattr(args, name) or (name == "track" and stored.track))
+        setattr(stored, name, stored.track or args.track if name == "track" else getattr(args, name))
     return 0 if train(stored, resume=args.resume).finished else 130

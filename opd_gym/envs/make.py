@@ -14,7 +14,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from opd_gym.actions import Statistics
-from opd_gym.checks import check_at_least, check_range, check_seed
+from opd_gym.checks import check_at_least, check_flag, check_range, check_seed
 from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, ROBOTWIN_IDS, bare_id, register_envs, training_defaults
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.tokens import check_starts
@@ -153,6 +153,7 @@ def make_vec(
 
     check_at_least(1, n_envs=n_envs, n_workers=n_workers)
     check_at_least(0, seed=seed, chunk_size=chunk_size)
+    check_flag(tokens=tokens)
     if worker_timeout is not None:
         check_range("(0, inf]", worker_timeout=worker_timeout)
     asked = {"n_workers": n_workers, "worker_timeout": worker_timeout, "ray": ray}
@@ -240,7 +241,13 @@ def import_paths(spec: Any, key: str) -> list[tuple[Callable[..., Any], dict[str
 
 def _apply_wrappers(env: gym.Env, spec: Any) -> gym.Env:
     for wrapper, kwargs in import_paths(spec, "env_wrapper"):
-        env = wrapper(env, **kwargs)
+        inner = env
+        try:
+            env = wrapper(inner, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"env_wrapper: {wrapper} cannot wrap {inner} with {kwargs}: {error}") from error
+        if not isinstance(env, gym.Env):
+            raise ValueError(f"env_wrapper: {wrapper} makes a {type(env).__name__} of the env, which is none.")
     return env
 
 

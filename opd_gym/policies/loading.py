@@ -132,7 +132,7 @@ def check_device(device: str | th.device) -> str | th.device:
     """
     try:
         found = th.device("cuda" if device == "auto" else device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f'Unknown device {device!r}: expected "auto", "cpu", "cuda", "cuda:1", ...') from error
     if found.type == "cuda" and 0 < th.cuda.device_count() <= (found.index or 0):
         raise ValueError(f"There is no device {device}: PyTorch finds {th.cuda.device_count()}, counted from 0.")
