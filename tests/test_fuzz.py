@@ -26,12 +26,11 @@ from vlas import WRONG, damaged_configurations
 from opd_gym import OPD
 from opd_gym.cli.main import main
 from opd_gym.cli.report import by_task, details, find_policies, overview
-from opd_gym.cli.train import read_args, read_mapping
 from opd_gym.demonstrations import Demonstrations
 from opd_gym.demonstrations.hdf5 import Episode, write_demonstrations
 from opd_gym.envs.libero.plus import read_levels
 from opd_gym.envs.robotwin.assets import unpack
-from opd_gym.envs.robotwin.runtime import is_current_stand_in, robots
+from opd_gym.envs.robotwin.runtime import STAND_IN_MARKER, is_current_stand_in, robots
 from opd_gym.envs.robotwin.tasks import read_seeds
 from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Trace
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult, LostEpisode
@@ -302,6 +301,9 @@ def test_assets_of_robotwin(tmp_path, rng):
         file.writestr("objects/box/model.json", "{}" * 99)
     whole = archive.read_bytes()
     check(archive, (damaged(whole, rng) for _ in range(N)), lambda: unpack(archive, tmp_path / "out"))
+    for content in (b"", b"[1]", b"\xff", b"{"):
+        (tmp_path / STAND_IN_MARKER).write_bytes(content)
+        assert not is_current_stand_in(tmp_path)
     config = tmp_path / "assets" / "embodiments" / "robot" / "config.yml"
     config.parent.mkdir(parents=True)
     values = {"dual_arm": True, "arm_joints_name": [["a", "b", "c", "d", "e", "f"]] * 2}

@@ -127,7 +127,7 @@ def is_current_stand_in(assets_root: Path) -> bool:
     marker = assets_root / STAND_IN_MARKER
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # one that is damaged is written anew
+    except (OSError, ValueError):  # one that is damaged is written anew
         return False
     return isinstance(found, dict) and found.get("version") == STAND_IN_VERSION
 
