@@ -16,6 +16,7 @@ from toys import Match, cartpole_teacher
 
 from opd_gym.algorithms import algorithm_class
 from opd_gym.cli.main import COMMANDS, main
+from opd_gym.evaluation import SAMPLED_EVAL_SEED, EvaluationResult
 from opd_gym.zoo.hyperparams import RUN_KEYS, algorithm_parameters
 
 # How many are tried, and which: more of them by the variables, for a longer look
@@ -224,3 +225,46 @@ def test_of_an_empty_variable(world, capsys):
     ):
         status, said = play(words, capsys)
         assert status == 2 and name in said and "variable of the shell" in said
+
+
+# Command lines that once raised, or were wrong in silence, and what names their fault
+BROKEN = (
+    (f"{PPO_WORDS} -P teacher_kwargs=word", "teacher_kwargs: expected a mapping"),
+    (f"{PPO_WORDS} -P policy_kwargs=[1]", "policy_kwargs: expected a mapping"),
+    (f"{PPO_WORDS} -P policy_kwargs.checkpoint=5", "path of a checkpoint, got 5"),
+    (f"{PPO_WORDS} -P policy=1.5", "policy: expected a name"),
+    (f"{PPO_WORDS} -P env_wrapper=json.dumps", "env_wrapper: .*cannot wrap"),
+    (f"{PPO_WORDS} -P normalize.gamma=abc", "normalize.gamma must be a number"),
+    (f"{PPO_WORDS} -P worker_timeout=0", "worker_timeout must be"),
+    (f"{PPO_WORDS} -P n_steps=99999999999999999999", r"n_steps must be below 2\*\*63"),
+    (f"{OPD_WORDS} -P teacher_kwargs.vec_normalize=1.5", "Expected vec_normalize to be"),
+    ("eval --env Acrobot-v1 --checkpoint teacher.zip --no-progress", "teacher.zip does not fit the env: .*Discrete"),
+    ("eval --env CartPole-v1 --checkpoint teacher.zip -o pipe", "pipe cannot be written: it is a device or a pipe"),
+    ("report results.json --label typo=x -o page.html", "typo=x: nothing is found"),
+)
+
+
+@pytest.mark.parametrize(("words", "told"), BROKEN)
+def test_command_lines_that_once_broke_it(words, told, world, capsys):
+    status, said = play(words.split(), capsys)
+    assert status == 2 and re.search(told, said)
+
+
+class Fragile(Match):
+    """Breaks in one of the held-out episodes, whenever it is played."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed == SAMPLED_EVAL_SEED + 1:
+            raise RuntimeError("it broke")
+        return super().reset(seed=seed, options=options)
+
+
+def test_lost_episodes_are_told_by_the_exit_status(world, capsys):
+    if "Fragile-v0" not in gym.registry:
+        gym.register("Fragile-v0", Fragile)
+    words = f"eval --env Fragile-v0 --checkpoint filmed.zip --episodes 3 {QUICK} -o lost.json".split()
+    assert main(words) == 1
+    assert "1 of 3 episodes were lost" in capsys.readouterr().err
+    assert len(EvaluationResult.load("lost.json").episodes) == 2
+    assert main([*words, "--max-lost", "1"]) == 0
+    assert "lost" not in capsys.readouterr().err

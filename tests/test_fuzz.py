@@ -309,3 +309,55 @@ def test_assets_of_robotwin(tmp_path, rng):
     values = {"dual_arm": True, "arm_joints_name": [["a", "b", "c", "d", "e", "f"]] * 2}
     config.write_text(json.dumps(values))
     check(config, mixed(config.read_bytes(), values, rng, N), lambda: robots(tmp_path, ("robot",)), "Robot 'robot' has")
+
+
+# What once got through a loader, or out of it as another error
+BROKEN = Path(__file__).parent / "golden" / "broken"
+
+
+def in_run(name):
+    """The file takes the place of one in a run."""
+
+    def read(path):
+        run = path.parent / "run"
+        run.mkdir()
+        (run / "args.yml").write_text("algo: ppo\nenv: CartPole-v1\n")
+        (run / "config.yml").write_text("{}\n")
+        path.rename(run / name)
+        try:
+            find_policies([run], {})
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(run / name), str(path))) from error
+
+    return read
+
+
+def as_robot(path):
+    folder = path.parent / "assets" / "embodiments" / "robot"
+    folder.mkdir(parents=True)
+    path.rename(folder / "config.yml")
+    try:
+        robots(path.parent, ("robot",))
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(folder / "config.yml"), str(path))) from error
+
+
+READERS = {
+    "trace": Trace.load,
+    "evaluation": EvaluationResult.load,
+    "args": in_run("args.yml"),
+    "config": in_run("config.yml"),
+    "progress": in_run("progress.csv"),
+    "robot": as_robot,
+    "assets": lambda path: unpack(path, path.parent / "out"),
+    "seeds": read_seeds,
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in BROKEN.iterdir()))
+def test_files_that_once_broke_a_loader(name, tmp_path):
+    path = tmp_path / name
+    shutil.copyfile(BROKEN / name, path)
+    with pytest.raises(ValueError) as error:
+        READERS[name.partition("_")[0]](path)
+    assert str(path) in str(error.value)
