@@ -136,12 +136,12 @@ def run(args: Eval | Enjoy) -> int:
     elif args.output is not None:
         results[0].save(args.output)
         print(f"Every episode: {args.output}")
-    lost = max(len(result.lost) for result in results)
-    if lost > args.max_lost:
+    n_lost = max(len(result.lost) for result in results)
+    if n_lost > args.max_lost:
         n = len(results[0].lost) + len(results[0].episodes)
         print(
-            f"opd-gym: {lost} of {n} episodes were lost (above is why), and what is shown is of the others. If that is "
-            f"good enough: --max-lost {lost}.",
+            f"opd-gym: {n_lost} of {n} episodes were lost (above is why), and what is shown is of the others. If that is "
+            f"good enough: --max-lost {n_lost}.",
             file=sys.stderr,
         )
         return 1

@@ -308,8 +308,9 @@ def _evaluation(path: Path, certain: bool = False) -> EvaluationResult | None:
 def _by_env(result: EvaluationResult | None, env_id: str) -> dict[str, EvaluationResult]:
     """The parts of an evaluation, whose episodes name their env from now on: ``env_id`` where they do not say."""
     parts: dict[str, EvaluationResult] = {}
-    for episode in [] if result is None else [*result.episodes, *result.lost]:
-        named: Any = replace(episode, env_id=bare_id(episode.env_id or env_id))
+    every: list[Any] = [] if result is None else [*result.episodes, *result.lost]
+    for episode in every:
+        named = replace(episode, env_id=bare_id(episode.env_id or env_id))
         part = parts.setdefault(named.env_id, EvaluationResult([], versions=result.versions if result else {}))
         (part.lost if isinstance(named, LostEpisode) else part.episodes).append(named)
     return parts
