@@ -140,8 +140,8 @@ def run(args: Eval | Enjoy) -> int:
     if n_lost > args.max_lost:
         n = len(results[0].lost) + len(results[0].episodes)
         print(
-            f"opd-gym: {n_lost} of {n} episodes were lost (above is why), and what is shown is of the others. If that is "
-            f"good enough: --max-lost {n_lost}.",
+            f"opd-gym: {n_lost} of {n} episodes were lost (above is why), and what is shown is of the others. If that "
+            f"is good enough: --max-lost {n_lost}.",
             file=sys.stderr,
         )
         return 1
