@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -309,3 +310,9 @@ def test_refused(results, tmp_path, capsys):
     (results / "grpo" / f"{ENV}_1" / "evaluation.json").write_text("{")
     with pytest.raises(ValueError, match=r"evaluation\.json is not the result of an evaluation.*or is damaged"):
         find_policies([results], {})
+
+
+def test_a_report_without_its_extra_names_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "pip install 'opd_gym[plots]'" in capsys.readouterr().err

@@ -629,9 +629,15 @@ def report(args: Report) -> None:
 
     :param args: what to compare, and where to write
     :raises ValueError: there is nothing to report, or no policy of the name to compare with
+    :raises ImportError: there is nothing to draw with
     """
     from jinja2 import Environment, select_autoescape
 
+    try:
+        import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise ImportError("A report needs matplotlib and scipy. Run: pip install 'opd_gym[plots]'") from error
     labels = {pattern: text for pattern, text in map(_named, args.label)}
     groups = {name: _task_ids(text) for name, text in map(_named, args.tasks)}
     for folder in args.results:
