@@ -16,9 +16,10 @@ define train
 	else opd-gym train --algo $(2) --env $(3) -f $(1) --no-progress $(4); fi
 endef
 
-# Held-out: greedy actions on all 500 official initial states of a suite, which nobody trained on
+# Held-out: greedy actions on initial states which nobody trained on; of a suite of LIBERO all 500 official ones
+EPISODES ?= 500
 %/evaluation.json: | %/policy/config.json
-	opd-gym eval --env $(patsubst %_1,%,$(notdir $*)) --checkpoint $*/policy --episodes 500 --no-progress -o $@
+	opd-gym eval --env $(patsubst %_1,%,$(notdir $*)) --checkpoint $*/policy --episodes $(EPISODES) $(EVAL) --no-progress -o $@
 
 # $(call reported,ARGUMENTS): tables and curves of what is there, and copies of what they are made from
 define reported

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The main job: a student from one demonstration a task, distilled on-policy from a teacher, against GRPO with the same
-# budget of env steps, on the ten tasks of LIBERO-Object. Every command behind the results; about 75 minutes on two cores.
-# Run it from the root of the repository, after ./quickstart or ./test has made .venv. SEEDS="0" is a third of it.
+# The student and the teacher of LIBERO-Object in opd_gym/zoo/checkpoints: every command that made them, and OPD and GRPO from
+# them; about two hours on two cores. Of the same kind, with more seeds and suites: libero_suites.mk.
+# Run it from the root of the repository, after ./quickstart or ./test has made .venv; or step by step:
+#   benchmarks/libero_object.sh evaluate report
 set -euo pipefail
 export PATH="$PWD/.venv/bin:$PATH"
 RUNS="${RUNS:-runs/libero_object}"
-SEEDS="${SEEDS:-0 1 2}"
+OUT=benchmarks/results/libero_object
 ENV=LiberoObject-v0
 SFT="learning_rate:1e-3 label_smoothing:2.0 augmentation:random_shift_batch policy_kwargs.optimizer_kwargs.weight_decay:1e-4"
 
@@ -41,31 +42,26 @@ checkpoints() {
     #   opd-gym export --env $ENV --checkpoint "$RUNS/student/sft/${ENV}_1/policy" --dtype float16 -o opd_gym/zoo/checkpoints/libero-object-student
 }
 
-# 3. OPD and GRPO from that student (the zoo's defaults for this env), the same number of decisions.
+# 3. OPD and GRPO from that student (the zoo's defaults for this env), the same number of decisions. Held-out evaluation: greedy
+# actions on all 500 of LIBERO's official initial states, which nobody trained on.
 compare() {
-    local seed
-    for seed in $SEEDS; do
-        opd-gym train --algo opd --env $ENV --seed "$seed" --n-timesteps 12000 -f "$RUNS/seed$seed"
-        opd-gym train --algo grpo --env $ENV --seed "$seed" --n-timesteps 12000 -f "$RUNS/seed$seed"
-    done
+    opd-gym train --algo opd --env $ENV --seed 0 --n-timesteps 12000 --eval-episodes 500 -f "$RUNS/seed0"
+    opd-gym train --algo grpo --env $ENV --seed 0 --n-timesteps 12000 --eval-episodes 500 -f "$RUNS/seed0"
 }
-
-# 4. Held-out evaluation: greedy actions on all 500 of LIBERO's official initial states, which nobody trained on.
 evaluate() {
-    local seed
-    evaluate_one libero-object-student student
-    evaluate_one libero-object-teacher teacher
-    evaluate_one libero-object-teacher teacher_exact --env-kwargs visuals:exact
-    for seed in $SEEDS; do
-        evaluate_one "$RUNS/seed$seed/opd/${ENV}_1/policy" "opd_seed$seed"
-        evaluate_one "$RUNS/seed$seed/grpo/${ENV}_1/policy" "grpo_seed$seed"
-    done
+    opd-gym eval --env $ENV --checkpoint libero-object-student --episodes 500 -o "$RUNS/zoo/student.json"
+    opd-gym eval --env $ENV --checkpoint libero-object-teacher --episodes 500 -o "$RUNS/zoo/teacher.json"
+    opd-gym eval --env $ENV --checkpoint libero-object-teacher --episodes 500 -o "$RUNS/zoo/teacher_exact.json" \
+        --env-kwargs visuals:exact
 }
 
-evaluate_one() { opd-gym eval --env $ENV --checkpoint "$1" --episodes 500 -o "$RUNS/eval/$2.json" "${@:3}"; }
-
-# 5. Tables and curves, from the files alone.
-report() { python benchmarks/report.py libero_object --runs "$RUNS"; }
+# 4. Tables and curves, from the files alone.
+report() {
+    opd-gym report "$RUNS" -o "$RUNS/report.html" --markdown "$OUT/results.md" --pictures "$OUT" --keep "$OUT" \
+        --title "The zoo's checkpoints of LIBERO-Object" --reference teacher -l 'zoo/student.json=student' -l '*/grpo/*=GRPO' \
+        -l '*/opd/*=OPD' -l 'zoo/teacher.json=teacher' -l "zoo/teacher_exact.json=the teacher on LIBERO's own pictures" \
+        -l 'teacher/sft/*=teacher before DAgger' -l 'teacher/opd/*=teacher, not rounded' -l 'student/*=student, not rounded'
+}
 
 if [ $# -eq 0 ]; then set -- demos checkpoints compare evaluate report; fi
 for step in "$@"; do "$step"; done

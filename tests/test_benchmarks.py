@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd_gym.evaluation import EpisodeRecord, EvaluationResult
 from opd_gym.versions import versions
 
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
@@ -23,7 +22,6 @@ import gpu  # noqa: E402
 import gymnasium_envs  # noqa: E402
 import libero_throughput  # noqa: E402
 import light_visuals  # noqa: E402
-import report  # noqa: E402
 import scaling  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs the source tree")
@@ -157,86 +155,6 @@ def test_bootstrap_of_paired_differences():
     low, high = light_visuals.bootstrap(difference, seed=0)
     # Standard error of a mean of 100 with variance 0.2: 0.0447.
     assert low == pytest.approx(-1.96 * 0.0447, abs=0.012) and high == pytest.approx(1.96 * 0.0447, abs=0.012)
-
-
-PROGRESS = "time/total_timesteps,time/env_steps,time/episodes,time/time_elapsed,rollout/success_rate\n"
-
-
-def test_report_of_a_comparison(tmp_path, monkeypatch, capsys):
-    runs, output = tmp_path / "runs", tmp_path / "out"
-    solved = {
-        "student": 1,
-        "teacher": 9,
-        "opd_seed0": 9,
-        "opd_seed1": 8,
-        "grpo_seed0": 0,
-        "student80": 4,
-        "grpo80_seed0": 3,
-    }
-    for name, n in solved.items():
-        episodes = [EpisodeRecord(8, i, i < n, 10, 0.0, seed=i) for i in range(10)]
-        EvaluationResult(episodes).save(runs / "eval" / f"{name}.json")
-    folders = {"seed0/opd": 0.2, "seed1/opd": 0.85, "seed0/grpo": 0.0, "seed0/grpo80/grpo": 0.3}
-    for folder, success in folders.items():
-        run = runs / folder / "RoboTwinHandoverBlock-v0_1"
-        run.mkdir(parents=True)
-        (run / "progress.csv").write_text(f"{PROGRESS}4,100,4,60,0.1\n8,200,8,120,{success}\n")
-    monkeypatch.setattr(sys, "argv", ["report.py", "robotwin_handover", "--runs", str(runs), "--output", str(output)])
-    report.main()
-    text = (output / "results.md").read_text()
-    assert capsys.readouterr().out.strip() == text.strip()
-    assert cells(text, "student + OPD")[0][1:6] == ["**85.0 %**", "64.0 to 94.8 %", "90.0 %, 80.0 %", "20", "200"]
-    # Exact binomial tests of 8 of 8 and 7 of 7: 2 / 2**8 and 2 / 2**7.
-    assert cells(text, "opd against student") == [
-        ["opd against student", "0", "8", "0", "0.008"],
-        ["opd against student", "1", "7", "0", "0.016"],
-    ]
-    assert cells(text, "grpo80 against student80") == [["grpo80 against student80", "0", "0", "1", "1.000"]]
-    assert len(cells(text, "opd against grpo")) == 1
-    assert "OPD, seed 1: 90 % of the teacher's success while training after 8 episodes a task, 200 env steps" in text
-    assert "GRPO from 80 scenes, seed 0: 90 % of the teacher's success while training did not reach it" in text
-    assert (output / "curves.png").stat().st_size > 10_000
-    assert (output / "runs" / "grpo80_seed0" / "progress.csv").is_file()
-    assert (output / "eval" / "teacher.json").is_file()
-
-
-def test_report_says_which_evaluations_had_other_versions(tmp_path, monkeypatch):
-    runs, output = tmp_path / "runs", tmp_path / "out"
-    for name, mujoco in {"student": "3.3.2", "opd_seed0": "3.17.0", "teacher": None}.items():
-        episodes = [EpisodeRecord(8, i, True, 10, 0.0, seed=i) for i in range(2)]
-        known = {"mujoco": mujoco} if mujoco else {}
-        EvaluationResult(episodes, versions=known).save(runs / "eval" / f"{name}.json")
-    monkeypatch.setattr(sys, "argv", ["report.py", "robotwin_handover", "--runs", str(runs), "--output", str(output)])
-    with pytest.warns(UserWarning, match="mujoco 3.17.0 and 3.3.2"):
-        report.main()
-    text = (output / "results.md").read_text()
-    assert "- opd, seed 0 and student, seed -: mujoco 3.17.0 and 3.3.2\n" in text and "teacher, seed" not in text
-    success = json.loads((output / "results.json").read_text())["success"]
-    assert success["opd"]["0"]["versions"] == {"mujoco": "3.17.0"} and success["teacher"]["-"]["versions"] == {}
-
-
-def test_report_keeps_the_seeds_of_earlier_results(tmp_path, monkeypatch):
-    def run(seed, solved, *arguments):
-        runs = tmp_path / f"runs{seed}"
-        for name, n in solved.items():
-            episodes = [EpisodeRecord(8, i, i < n, 10, 0.0, seed=i) for i in range(10)]
-            EvaluationResult(episodes).save(runs / "eval" / f"{name}_seed{seed}.json")
-        folder = runs / f"seed{seed}" / "opd" / "RoboTwinHandoverBlock-v0_1"
-        folder.mkdir(parents=True)
-        (folder / "progress.csv").write_text(f"{PROGRESS}4,100,4,60,0.1\n8,200,9,120,0.6\n")
-        argv = ["report.py", "robotwin_handover", "--runs", str(runs), "--output", str(tmp_path / "out"), *arguments]
-        monkeypatch.setattr(sys, "argv", argv)
-        report.main()
-        return (tmp_path / "out" / "results.md").read_text()
-
-    run(0, {"teacher": 6, "opd": 5})
-    text = run(1, {"teacher": 8, "opd": 7}, "--keep")
-    assert cells(text, "student + OPD")[0][3:5] == ["50.0 %, 70.0 %", "20"]
-    assert [row[1:4] for row in cells(text, "opd against teacher")] == [["0", "0", "1"], ["1", "0", "1"]]
-    # Each seed has a teacher of its own: 0.6 is 90 % of the first one's success, not of the second one's
-    assert "OPD, seed 0: 90 % of the teacher's success while training after 9 episodes" in text
-    assert "OPD, seed 1: 90 % of the teacher's success while training did not reach it" in text
-    assert cells(run(2, {"opd": 7}), "student + OPD")[0][3:5] == ["", "10"]
 
 
 def test_students_of_gymnasium_envs_beside_their_teacher(tmp_path, monkeypatch):

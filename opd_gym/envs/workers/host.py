@@ -82,8 +82,8 @@ def main(memory: int, last_words: int, connection: int, parent: int) -> None:
 
 def _load_spec(env_id: str, spec: bytes) -> EnvSpec:
     """
-    The specification of an env that the learner's program registered. Its module may be missing here (on another machine),
-    which matters only to those who make that env.
+    The specification of an env that the learner's program registered. Its module may be missing here (on another
+    machine), which matters only to those who make that env.
     """
     try:
         return pickle.loads(spec)
