@@ -91,6 +91,7 @@ def test_demonstrations_out_of_lerobots_files():
 
 
 def test_a_policy_learns_from_lerobots_files():
+    pytest.importorskip("transformers", reason="pip install opd-gym[vla]")
     body = {"hidden_size": 32, "intermediate_size": 64, "stem_channels": [16, 32], "summary_size": 32, "vocab_size": 64}
     sft = SFT(
         "VLAPolicy",
