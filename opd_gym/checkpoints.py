@@ -123,9 +123,10 @@ def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
         the hub's cache
     :return: an existing directory with ``config.json``, or a zip file
     :raises FileNotFoundError: it is none of these
-    :raises ValueError: a directory with neither or with several models, or files that are only pointers of Git LFS
+    :raises ValueError: a directory with neither or with several models, files that are only pointers of Git LFS, or no
+        name at all
     """
-    name = os.fspath(spec)
+    name = _named(spec)
     found = find_checkpoint(name) if isinstance(spec, str) else None
     if found is not None:
         return found
@@ -156,9 +157,15 @@ def lasting_name(spec: str | os.PathLike[str]) -> str:
     :param spec: see :func:`resolve_checkpoint`
     :return: the absolute path of an existing file or directory; names of the zoo and of the hub stay as they are
     """
-    name = os.fspath(spec)
+    name = _named(spec)
     path = None if isinstance(spec, str) and name in read_registry() else _existing(spec)
     return name if path is None else str(path.absolute())
+
+
+def _named(spec: str | os.PathLike[str]) -> str:
+    if not isinstance(spec, (str, os.PathLike)) or not os.fspath(spec):
+        raise ValueError(f"Expected the name or the path of a checkpoint, got {spec!r:.80}.")
+    return os.fspath(spec)
 
 
 def _existing(spec: str | os.PathLike[str]) -> Path | None:

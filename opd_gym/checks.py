@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def check_at_least(least: int, /, **counts: Any) -> None:
     """
     :param least: the smallest number that makes sense
     :param counts: whole numbers by the name of their argument, NumPy's included; None is left out
-    :raises ValueError: one of them is no integer, or is smaller
+    :raises ValueError: one of them is no integer, is smaller, or is beyond what a C integer can hold
     """
     for name, value in counts.items():
         if value is None:
@@ -20,6 +22,8 @@ def check_at_least(least: int, /, **counts: Any) -> None:
             raise ValueError(f"{name} must be an integer, got {value!r:.80}.")
         if int(value) < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if int(value) >= 2**63:  # C's largest: further on it would be an OverflowError of nothing in particular
+            raise ValueError(f"{name} must be below 2**63, got {value}.")
 
 
 def check_at_least_one(**counts: Any) -> None:
@@ -66,6 +70,30 @@ def check_schedule(interval: str, /, **schedules: Any) -> None:
             continue
         for progress in (1.0, 0.5, 0.0):
             check_range(f"[{interval[1:]}", **{f"{name} at progress {progress}": value(progress)})
+
+
+def check_fields(cls: type, values: Mapping[str, Any]) -> None:
+    """
+    :param cls: a class with type hints, a dataclass for instance
+    :param values: what a file has for its fields; names that it does not have are passed over
+    :raises ValueError: one of them is of another type
+    """
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if name in hints and not _is_a(value, hints[name]):
+            kind = getattr(hints[name], "__name__", None) if get_origin(hints[name]) is None else None
+            raise ValueError(f"{name} must be {kind or hints[name]}, got {value!r:.80}.")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in parts
+    if origin in (Union, UnionType):
+        return any(_is_a(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(item, parts[0]) for item in value)
+    return isinstance(value, {int: Integral, float: Real}.get(hint, hint))
 
 
 def check_seed(seed: Any) -> int | None:

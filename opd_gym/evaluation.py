@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
-from opd_gym.checks import check_at_least
+from opd_gym.checks import check_at_least, check_fields
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
 from opd_gym.files import write_atomic
@@ -315,10 +315,15 @@ class EvaluationResult:
             row += [f"{result.mean_reward:.2f} +/- {result.std_reward:.2f}"] if returns else []
             row += [str(n), f"{mean_steps:.0f}"]
             if reference is not None:
-                low, high = difference_interval(result.n_success, n, reference.n_success, len(reference.episodes))
-                points = 100 * (result.success_rate - reference.success_rate)
                 compared = any(episode.category is not None for episode in result.episodes) and name != "all"
-                row.append(f"{points:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" if compared else "")
+                if compared and result.n_judged and reference.n_judged:
+                    low, high = difference_interval(
+                        result.n_success, result.n_judged, reference.n_success, reference.n_judged
+                    )
+                    points = 100 * (result.success_rate - reference.success_rate)
+                    row.append(f"{points:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+                else:
+                    row.append("")
             rows.append(row)
         return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -352,11 +357,22 @@ class EvaluationResult:
         """
         :param path: file that :meth:`save` wrote
         :return: the result, without pictures
+        :raises OSError: it cannot be opened
+        :raises ValueError: it holds something else, or is damaged
         """
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        episodes = [EpisodeRecord(**episode) for episode in values["episodes"]]
-        lost = [LostEpisode(**episode) for episode in values.get("lost", [])]
-        return cls(episodes, versions=parse_versions(values.get("versions")), lost=lost)
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            for kind, name in ((EpisodeRecord, "episodes"), (LostEpisode, "lost")):
+                for values_of_one in values.get(name, []):
+                    check_fields(kind, values_of_one)
+            episodes = [EpisodeRecord(**episode) for episode in values["episodes"]]
+            lost = [LostEpisode(**episode) for episode in values.get("lost", [])]
+            return cls(episodes, versions=parse_versions(values.get("versions")), lost=lost)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{os.fspath(path)} is not the result of an evaluation, as `opd-gym eval -o` writes it, or is damaged "
+                f"({type(error).__name__}: {error})."
+            ) from error
 
 
 def _category_rows(result: EvaluationResult) -> Iterable[tuple[str, EvaluationResult]]:

@@ -33,8 +33,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     :param path: file to replace; its folder is created
     :return: context manager that gives the path to write to
+    :raises OSError: it is a device, a pipe or a folder
     """
     path = Path(path)
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
@@ -50,6 +52,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _check_replaceable(path: Path) -> None:
+    """Refuse what is there and is no file: root may put one in the place of /dev/null, for the whole machine."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} cannot be written: it is a folder. Name a file.")
+    # /dev/stdout is a link to what another file may be open as
+    if (path.exists() and not path.is_file()) or (path.is_symlink() and os.readlink(path).startswith("/proc/")):
+        raise OSError(f"{path} cannot be written: it is a device or a pipe. Name a file.")
+
+
 def check_writable(path: str | os.PathLike[str], is_folder: bool = False) -> None:
     """
     Find out whether something can be written before the work is done that it is to hold. Nothing is left behind.
@@ -59,8 +70,8 @@ def check_writable(path: str | os.PathLike[str], is_folder: bool = False) -> Non
     :raises OSError: it cannot be written; says why
     """
     path = Path(path).expanduser().absolute()
-    if path.is_dir() and not is_folder:
-        raise IsADirectoryError(f"{path} cannot be written: it is a folder. Name a file.")
+    if not is_folder:
+        _check_replaceable(path)
     folder = next(parent for parent in (path, *path.parents)[not is_folder :] if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):

@@ -198,12 +198,15 @@ def write_model_folder(
     :param dtype: type in which the weights of a VLA are stored; None for their own
     :param license: see :func:`model_card`
     :return: the directory
-    :raises ValueError: the name is none of the hub's, or ``dtype`` is given for a policy that is no VLA
+    :raises ValueError: the name is none of the hub's, ``dtype`` is given for a policy that is no VLA, or the directory
+        has the evaluation or the VecNormalize of another policy
     """
     _check_repo_id(repo_id)
     directory = Path(directory).expanduser()
     policy: Any = model.policy
-    if hasattr(policy, "save_checkpoint"):
+    is_vla = hasattr(policy, "save_checkpoint")
+    _check_nothing_left(directory, result, is_vla or model.get_vec_normalize_env())
+    if is_vla:
         policy.save_checkpoint(directory, dtype=dtype)
     else:
         _check_no_dtype(policy, dtype)
@@ -254,6 +257,7 @@ def write_folder(
         if dtype is not None:
             raise ValueError(f"{path} is published as it is. Convert it first: opd-gym export --dtype ...")
         about: dict[str, Any] = _of_config(read_checkpoint_config(path)[1])
+        _check_nothing_left(directory, result, True)
         directory.mkdir(parents=True, exist_ok=True)
         for file in sorted({file for pattern in HUB_FILES for file in path.glob(pattern)}):
             if not file.name.startswith("."):
@@ -268,11 +272,13 @@ def write_folder(
         facts["teacher"] = _public_name(saved.get("teacher"))
         facts["timesteps"] = f"{saved['num_timesteps']:,}" if saved.get("num_timesteps") else None
         if hasattr(policy, "save_checkpoint"):
+            _check_nothing_left(directory, result, True)
             policy.save_checkpoint(directory, dtype=dtype)
         else:
             _check_no_dtype(policy, dtype)
-            _copy_zip(path, directory / f"{repo_id.rpartition('/')[2]}.zip")
             statistics = find_vec_normalize(path, env_id)
+            _check_nothing_left(directory, result, statistics)
+            _copy_zip(path, directory / f"{repo_id.rpartition('/')[2]}.zip")
             if statistics is not None:
                 shutil.copyfile(statistics, directory / STATISTICS_FILE)
     found = result.versions if result is not None and result.versions else read_versions(path)
@@ -283,6 +289,16 @@ def write_folder(
 def _check_repo_id(repo_id: str) -> None:
     if not is_hub_id(repo_id):
         raise ValueError(f"Expected the name on the hub as owner/name, got {repo_id!r}.")
+
+
+def _check_nothing_left(directory: Path, result: EvaluationResult | None, statistics: Any) -> None:
+    """Refuse a folder whose evaluation or VecNormalize, of another policy, would be taken for this one's."""
+    for name, own in ((EVALUATION_FILE, result), (STATISTICS_FILE, statistics)):
+        if not own and (directory / name).exists():
+            raise ValueError(
+                f"{directory / name} would be published with this policy, and is of another. Name an empty folder, or "
+                "remove it."
+            )
 
 
 def _check_no_dtype(policy: Any, dtype: th.dtype | None) -> None:
@@ -383,9 +399,11 @@ def pull(repo_id: str, directory: str | os.PathLike[str], revision: str | None =
     """
     _check_repo_id(repo_id)
     try:
+        # Where the hub cannot be asked, snapshot_download() takes a folder that is there for what was to be fetched
+        commit = HfApi().model_info(repo_id, revision=revision).sha
         return Path(
             snapshot_download(
-                repo_id, revision=revision, local_dir=Path(directory), allow_patterns=[*HUB_FILES, CARD_FILE]
+                repo_id, revision=commit, local_dir=Path(directory), allow_patterns=[*HUB_FILES, CARD_FILE]
             )
         )
     except Exception as error:  # as in upload()

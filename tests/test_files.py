@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from opd_gym.files import code_dir, replacing, write_atomic
+from opd_gym.files import check_writable, code_dir, replacing, write_atomic
 
 
 def test_a_file_is_replaced_only_once_the_new_one_is_complete(tmp_path):
@@ -60,6 +60,23 @@ def test_the_next_write_removes_what_killed_processes_left(tmp_path):
     with replacing(path) as temporary:
         temporary.write_text("new")
     assert sorted(file.name for file in tmp_path.iterdir()) == [names[0], ".tmp-mine", "model.zip"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_nothing_but_a_file_is_replaced(kind, tmp_path):
+    # As root it would put a file in the place of /dev/null; a pipe here is as little a file
+    path = tmp_path / "results.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/proc/self/fd/1")
+    else:
+        path.mkdir()
+    before = path.lstat()
+    for write in (lambda: write_atomic(path, "new"), lambda: check_writable(path)):
+        with pytest.raises(OSError, match=f"{path} cannot be written: it is a"):
+            write()
+    assert path.lstat() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_block_that_writes_nothing_leaves_the_old_file(tmp_path):

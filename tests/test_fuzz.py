@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +21,25 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 from toys import vec
+from vlas import WRONG, damaged_configurations
 
 from opd_gym import OPD
+from opd_gym.cli.main import main
+from opd_gym.cli.report import by_task, details, find_policies, overview
 from opd_gym.demonstrations import Demonstrations
 from opd_gym.demonstrations.hdf5 import Episode, write_demonstrations
+from opd_gym.envs.libero.plus import read_levels
+from opd_gym.envs.robotwin.assets import unpack
+from opd_gym.envs.robotwin.runtime import STAND_IN_MARKER, is_current_stand_in, robots
+from opd_gym.envs.robotwin.tasks import read_seeds
+from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Trace
+from opd_gym.evaluation import EpisodeRecord, EvaluationResult, LostEpisode
 from opd_gym.policies.loading import load_policy, read_vec_normalize
 from opd_gym.untrusted import read_yaml
 from opd_gym.zoo.hyperparams import load_hyperparams
 
 # How often each file is damaged: more of them by the variable, for a longer look
-N = int(os.environ.get("OPD_GYM_FUZZ", "40"))
+N = int(os.environ.get("OPD_GYM_FUZZ", "30"))
 SEED = int(os.environ.get("OPD_GYM_FUZZ_SEED", "0"))
 
 
@@ -63,7 +77,25 @@ def damaged_members(data: bytes, rng: np.random.Generator) -> bytes:
     return out.getvalue()
 
 
-def check(path: Path, contents: Iterator[bytes], load: Callable[[], object]) -> None:
+def damaged_values(values: object, rng: np.random.Generator) -> Iterator[bytes]:
+    """JSON whose values are of other types, of other sizes, missing, or others' names; without end."""
+    while True:
+        yield from damaged_configurations(values, rng, 100)
+
+
+def mixed(whole: bytes, values: object, rng: np.random.Generator, n: int) -> Iterator[bytes]:
+    """Every second one is damaged in its bytes, the others are JSON with other values."""
+    others = damaged_values(values, rng)
+    return (damaged(whole, rng) if i % 2 else next(others) for i in range(n))
+
+
+def check(path: Path, contents: Iterator[bytes], load: Callable[[], object], *names: str) -> None:
+    """
+    :param path: the file
+    :param contents: what it holds instead
+    :param load: reads it
+    :param names: what an error may name in its place
+    """
     whole = path.read_bytes()
     load()
     outcomes = []
@@ -73,7 +105,7 @@ def check(path: Path, contents: Iterator[bytes], load: Callable[[], object]) -> 
             load()
             outcomes.append(True)
         except (ValueError, OSError) as error:
-            assert str(path) in str(error), f"case {n}: {error!r}"
+            assert any(name in str(error) for name in (str(path), *names)), f"case {n}: {error!r}"
             outcomes.append(False)
         except BaseException as error:
             kept = path.with_name(f"case{n}{path.suffix}")
@@ -142,3 +174,190 @@ def test_replayed_states(tmp_path, rng):
     whole = path.read_bytes()
     way = [damaged, damaged_members]
     check(path, (way[n % 2](whole, rng) for n in range(2 * N)), lambda: model.load_replay_buffer(path))
+
+
+def test_traces(tmp_path, rng):
+    path = tmp_path / "trace.npz"
+    trace = Trace.load(next(EXPERT_TRACES.glob("*.npz")))
+    replace(trace, positions=trace.positions[:3]).save(path)
+    whole = path.read_bytes()
+    way = [damaged, damaged_members]
+    check(path, (way[n % 2](whole, rng) for n in range(4 * N)), lambda: Trace.load(path))
+    with np.load(path) as file:
+        positions, about = file["positions"], json.loads(str(file["about"]))
+
+    def written(positions, about):
+        np.savez(path, positions=positions, about=np.array(about))
+        return path.read_bytes()
+
+    others = damaged_values(about, rng)
+    abouts = [written(positions, next(others).decode("utf-8", "replace")) for _ in range(N)]
+    arrays = [
+        positions.astype(str),
+        positions[:, :3],
+        positions[:0],
+        positions * np.nan,
+        positions[0, 0],
+        about["task"],
+    ]
+    cases = [*abouts, *(written(array, json.dumps(about)) for array in arrays)]
+    path.write_bytes(whole)
+    check(path, iter(cases), lambda: Trace.load(path))
+
+
+def test_seeds_and_levels(tmp_path, rng):
+    seeds, levels = tmp_path / "seeds.json", tmp_path / "levels.json"
+    values = [100000, 100003]
+    seeds.write_text(json.dumps(values))
+    others = [json.dumps(value).encode() for value in (*WRONG, *([100000, value] for value in WRONG))]
+    whole = seeds.read_bytes()
+    check(seeds, chain(others, (damaged(whole, rng) for _ in range(N))), lambda: read_seeds(seeds))
+    tasks = {"libero_object": [{"name": "pick", "difficulty_level": 3, "id": 1}]}
+    levels.write_text(json.dumps(tasks))
+    check(levels, mixed(levels.read_bytes(), tasks, rng, 2 * N), lambda: read_levels(levels))
+
+
+def evaluation(path):
+    episodes = [EpisodeRecord(i % 2, i, i < 3, 50, 1.5, i, env_id="CartPole-v1") for i in range(4)]
+    lost = [LostEpisode(0, 9, 9, "killed", "CartPole-v1")]
+    EvaluationResult(episodes, versions={"mujoco": "3"}, lost=lost).save(path)
+    return json.loads(path.read_text())
+
+
+def test_evaluations(tmp_path, rng):
+    path = tmp_path / "evaluation.json"
+    values = evaluation(path)
+
+    def load():
+        result = EvaluationResult.load(path)
+        return result.to_markdown(), result.to_dict(), result.paired(result) if result.n_judged else None
+
+    check(path, mixed(path.read_bytes(), values, rng, 4 * N), load, "A paired comparison expects")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with all that it may hold."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = (
+        "train --env CartPole-v1 --algo ppo -n 64 -P n_steps=32 -P batch_size=8 -P n_envs=1 --device cpu --no-progress"
+    )
+    words += " --eval-episodes 1 --eval-freq 64"
+    assert main([*words.split(), "-f", str(folder)]) == 0
+    return folder / "ppo" / "CartPole-v1_1"
+
+
+@pytest.mark.parametrize("name", ["args.yml", "config.yml", "progress.csv", "evaluation.json", "command.txt"])
+def test_files_of_a_run_in_a_report(name, finished, tmp_path, rng):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / name
+
+    def load():
+        policies = find_policies([run], {})
+        details(policies, policies[0])
+        by_task(policies)
+        return overview(policies)
+
+    whole = path.read_bytes()
+    contents: Iterator[bytes] = (damaged(whole, rng) for _ in range(2 * N))
+    if path.suffix in (".yml", ".json"):
+        contents = mixed(whole, yaml.safe_load(whole.decode()), rng, 2 * N)
+    # A file of words alone is shown as it is
+    if name == "command.txt":
+        path.write_bytes(b"\xff\0")
+        load()
+    else:
+        check(path, contents, load, "The evaluation of ppo on CartPole-v1", "There is nothing to report")
+    path.write_bytes(damaged(whole, rng))
+    status = main(["report", str(run), "-o", str(tmp_path / "page.html")])
+    assert status in (0, 2)
+
+
+@pytest.mark.parametrize("name", ["args.yml", "config.yml", "monitor.csv", "evaluations.npz"])
+def test_files_of_a_run_that_goes_on(name, finished, tmp_path, rng, capsys):
+    def resume(run):
+        status = main(["train", "--resume", str(run), "-n", "96", "--no-progress", "--device", "cpu"])
+        text = capsys.readouterr().err
+        assert status == 0 or (status == 2 and str(run / name) in text and "Traceback" not in text), text
+        return status
+
+    whole = (finished / name).read_bytes()
+    for number in range(max(N // 20, 1)):
+        run = tmp_path / str(number)
+        shutil.copytree(finished, run)
+        (run / name).write_bytes(damaged(whole, rng) if number % 2 else whole[: len(whole) // 3])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if resume(run):
+                # And what was refused is no hindrance once it is mended
+                (run / name).write_bytes(whole)
+                assert resume(run) == 0
+
+
+def test_assets_of_robotwin(tmp_path, rng):
+    archive = tmp_path / "assets.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("objects/box/model.json", "{}" * 99)
+    whole = archive.read_bytes()
+    check(archive, (damaged(whole, rng) for _ in range(N)), lambda: unpack(archive, tmp_path / "out"))
+    for content in (b"", b"[1]", b"\xff", b"{"):
+        (tmp_path / STAND_IN_MARKER).write_bytes(content)
+        assert not is_current_stand_in(tmp_path)
+    config = tmp_path / "assets" / "embodiments" / "robot" / "config.yml"
+    config.parent.mkdir(parents=True)
+    values = {"dual_arm": True, "arm_joints_name": [["a", "b", "c", "d", "e", "f"]] * 2}
+    config.write_text(json.dumps(values))
+    check(config, mixed(config.read_bytes(), values, rng, N), lambda: robots(tmp_path, ("robot",)), "Robot 'robot' has")
+
+
+# What once got through a loader, or out of it as another error
+BROKEN = Path(__file__).parent / "golden" / "broken"
+
+
+def in_run(name):
+    """The file takes the place of one in a run."""
+
+    def read(path):
+        run = path.parent / "run"
+        run.mkdir()
+        (run / "args.yml").write_text("algo: ppo\nenv: CartPole-v1\n")
+        (run / "config.yml").write_text("{}\n")
+        path.rename(run / name)
+        try:
+            find_policies([run], {})
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(run / name), str(path))) from error
+
+    return read
+
+
+def as_robot(path):
+    folder = path.parent / "assets" / "embodiments" / "robot"
+    folder.mkdir(parents=True)
+    path.rename(folder / "config.yml")
+    try:
+        robots(path.parent, ("robot",))
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(folder / "config.yml"), str(path))) from error
+
+
+READERS = {
+    "trace": Trace.load,
+    "evaluation": EvaluationResult.load,
+    "args": in_run("args.yml"),
+    "config": in_run("config.yml"),
+    "progress": in_run("progress.csv"),
+    "robot": as_robot,
+    "assets": lambda path: unpack(path, path.parent / "out"),
+    "seeds": read_seeds,
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in BROKEN.iterdir()))
+def test_files_that_once_broke_a_loader(name, tmp_path):
+    path = tmp_path / name
+    shutil.copyfile(BROKEN / name, path)
+    with pytest.raises(ValueError) as error:
+        READERS[name.partition("_")[0]](path)
+    assert str(path) in str(error.value)

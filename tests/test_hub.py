@@ -1,5 +1,6 @@
 """`opd-gym hub` with local folders in the place of the hub."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,35 @@ def test_statistics_of_observations_come_along(tmp_path, capsys):
         assert "| all | 100.0 % |" in capsys.readouterr().out
 
 
+def test_an_evaluation_is_published_with_the_model_that_was_evaluated(run, tmp_path, capsys):
+    last, other = run / "checkpoints/model_128_steps.zip", run / "checkpoints/model_64_steps.zip"
+    shutil.copytree(run, tmp_path / "run")
+    run, last, other = (tmp_path / "run" / path.relative_to(run) for path in (run, last, other))
+    model = OPD.load(last, device="cpu")
+    model.num_timesteps = 64
+    model.save(other)
+    model.save(run / "best_model.zip")
+    for number, (path, evaluated) in enumerate(
+        [(run, True), (last, True), (run / "model.zip", True), (other, False), (run / "best_model.zip", False)]
+    ):
+        up = tmp_path / str(number)
+        assert main(["hub", "push", str(path), "somebody/cart", "-f", str(up)]) == 0
+        assert (up / "evaluation.json").exists() == evaluated
+        assert ("is of the run's last model" in capsys.readouterr().err) != evaluated
+    # The run went on after it was evaluated
+    model.num_timesteps = 256
+    model.save(last.with_name("model_256_steps.zip"))
+    assert main(["hub", "push", str(run), "somebody/cart", "-f", str(tmp_path / "on")]) == 0
+    assert not (tmp_path / "on" / "evaluation.json").exists()
+    # Nor with what a folder has of another policy
+    for name in ("evaluation.json", "vec_normalize.pkl"):
+        (tmp_path / "left" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "left" / name).write_text("of another")
+        assert main(["hub", "push", str(other), "somebody/cart", "-f", str(tmp_path / "left")]) == 2
+        assert f"{tmp_path / 'left' / name} would be published" in capsys.readouterr().err
+        (tmp_path / "left" / name).unlink()
+
+
 def test_push_a_checkpoint(tmp_path, capsys):
     """Every file that is read from a repository, as it is."""
     assert main(["hub", "push", "libero-object-student", "somebody/student", "-f", str(tmp_path)]) == 0
@@ -84,6 +114,9 @@ class Hub:
         (self.root / repo_id).mkdir(parents=True)
         self.private[repo_id] = private
 
+    def model_info(self, repo_id, revision):
+        return type("Info", (), {"sha": "1" * 40})
+
     def upload_folder(self, repo_id, folder_path, commit_message):
         for path in Path(folder_path).iterdir():
             (self.root / repo_id / path.name).write_bytes(path.read_bytes())
@@ -95,6 +128,7 @@ def test_there_and_back(run, tmp_path, monkeypatch, capsys):
 
     def snapshot_download(repo_id, revision, local_dir, allow_patterns):
         local_dir.mkdir()
+        assert revision == "1" * 40
         names = [path.name for path in (Hub.root / repo_id).iterdir()]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns):
             (local_dir / name).write_bytes((Hub.root / repo_id / name).read_bytes())
@@ -118,5 +152,9 @@ def test_without_a_network(monkeypatch, capsys, tmp_path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert main(["hub", "pull", "somebody/robot", "-o", str(tmp_path / "here")]) == 2
-    assert "hf download somebody/robot" in capsys.readouterr().err
+    for name in ("here", "there"):
+        if name == "there":  # what is in a folder is not what was to be fetched
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "model.zip").write_text("another")
+        assert main(["hub", "pull", "somebody/robot", "-o", str(tmp_path / name)]) == 2
+        assert "hf download somebody/robot" in capsys.readouterr().err

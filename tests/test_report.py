@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from scipy.stats import binomtest
 
 from opd_gym.cli.main import main
 from opd_gym.cli.report import Policy, bootstrap, by_group, details, find_policies, overview, paired
+from opd_gym.cli.runs import read_progress
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult, LostEpisode
 
 ENV = "LiberoObject-v0"
@@ -125,6 +127,110 @@ def test_bootstrap_draws_seeds_anew_for_each_task():
     assert (low, high) == pytest.approx((0.0, 1.0))
 
 
+def test_intervals_are_those_of_scipy_and_of_resampling_by_hand():
+    for k, n in ((0, 7), (3, 10), (10, 10), (499, 500)):
+        low, high = binomtest(k, n).proportion_ci(method="wilson")
+        assert Policy("x", ENV, results={"0": evaluation(k, n=n)}).score() == pytest.approx(
+            (k / n, low, high), abs=1e-4
+        )
+    scores = np.array([[0.1, 0.5, 0.9], [0.3, 0.4, 1.0], [0.2, 0.9, 0.8]])
+    rng = np.random.default_rng(1)
+    means = np.mean([scores[rng.integers(3, size=(200_000, 3)), task].mean(1) for task in range(3)], axis=0)
+    assert bootstrap(scores) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.005)
+
+
+def test_seeds_of_different_tasks_have_no_mean():
+    def score(second, lost=()):
+        return Policy("opd", ENV, results={"0": evaluation(9, 7), "1": replace(second, lost=list(lost))}).score()
+
+    with pytest.raises(
+        ValueError, match=r"different tasks of LiberoObject-v0 \(seed 0: \[0, 1\]; seed 1: \[0, 1, 2\]\)"
+    ):
+        score(evaluation(9, 7, 2))
+    with pytest.raises(ValueError, match="different tasks"):
+        score(evaluation(9))
+    # Unless all episodes of one were lost
+    assert score(evaluation(7), [LostEpisode(1, 0, 0, "killed")])[0] == pytest.approx(0.8)
+    nothing_said = [replace(episode, success=None) for episode in evaluation(9, 7).episodes]
+    with pytest.raises(ValueError, match="seed 1 does not say"):
+        score(EvaluationResult(nothing_said))
+
+
+def test_what_is_given_twice_counts_once(results):
+    once = find_policies([results], {})
+    twice = find_policies([results, results / "opd", results / "eval" / "teacher.json", results], {})
+    assert [policy.score() for policy in once] == [policy.score() for policy in twice]
+    assert not any(policy.notes for policy in twice)
+
+
+def test_equal_names_in_different_folders_are_different_policies(tmp_path):
+    for folder, k in (("before", 2), ("after", 8)):
+        for seed in (0, 1):
+            evaluation(k).save(tmp_path / folder / f"student_seed{seed}.json")
+    found = {policy.label: policy.score()[0] for policy in find_policies([tmp_path], {})}
+    assert found == {"before/student": 0.2, "after/student": 0.8}
+    assert found == {p.label: p.score()[0] for p in find_policies([tmp_path / "before", tmp_path / "after"], {})}
+
+
+def test_a_seed_that_is_there_twice_and_a_run_that_is_not_finished_are_told(tmp_path, capsys):
+    run(tmp_path, "opd", 0, [0.1, 0.5], evaluation(5), n_timesteps=512)
+    again = run(tmp_path, "opd", 1, [0.1], evaluation(7), n_timesteps=512)
+    (again / "args.yml").write_text(yaml.safe_dump({"algo": "opd", "env": ENV, "seed": 0}))
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "page.html"), "--markdown", str(tmp_path / "t.md")]) == 0
+    for text in (capsys.readouterr().out, *(path.read_text() for path in (tmp_path / "page.html", tmp_path / "t.md"))):
+        assert f"opd: seed 0 is there more than once, in opd/{ENV}_2/ too" in text
+        assert f"seed 0 (opd/{ENV}_2/) has 256 of its 512 timesteps" in text
+
+
+def test_what_an_evaluation_of_a_run_has_of_other_envs_is_apart(results):
+    other = [replace(episode, env_id="LiberoGoal-v0") for episode in evaluation(1, 1).episodes]
+    path = results / "opd" / f"{ENV}_1" / "evaluation.json"
+    own = [replace(episode, env_id=None) for episode in evaluation(9, 7).episodes]
+    # A lost episode is known by its env too
+    lost = [LostEpisode(0, 0, 0, "killed")]
+    EvaluationResult(own[1:] + other, lost=lost).save(path)
+    found = {(policy.label, policy.env_id): policy for policy in find_policies([results], {})}
+    opd, teacher = found["opd", ENV], found["teacher", ENV]
+    assert len(opd.results["0"].episodes) == 19 and found["opd", "LiberoGoal-v0"].score()[0] == 0.1
+    assert [row[1] for row in paired([opd, teacher], teacher)[1:]] == ["0", "1"]
+
+
+def test_settings_of_a_teacher_tell_runs_apart_and_its_name_does_not(results):
+    for seed, settings in ((2, {"teacher_interval": 4}), (3, {"teacher": "x", "teacher_kwargs": {"device": "cuda"}})):
+        run(results, "opd", seed, [0.3], evaluation(5, 5), divergence="reverse_kl", **settings)
+    found = {policy.label: list(policy.results) for policy in find_policies([results], {})}
+    assert found["opd"] == ["0", "1", "3"] and found["opd (teacher_interval=4)"] == ["2"]
+
+
+def test_a_row_that_is_cut_off_has_other_numbers(results):
+    path = results / "opd" / f"{ENV}_1" / "progress.csv"
+    whole = path.read_text()
+    path.write_text(whole[:-4])  # 6000,180,120,0.9 -> 6000,180,120
+    assert read_progress(path.parent)[-1]["time/total_timesteps"] == 512
+
+
+def test_a_damaged_evaluation_is_not_left_out(results):
+    path = results / "eval" / "student_seed1.json"
+    evaluation(5).save(path)
+    (results / "eval" / "settings.json").write_text("{,")  # nobody's evaluation
+    path.write_text(path.read_text()[:-99])
+    with pytest.raises(ValueError, match=f"{path} is not the result.*damaged"):
+        find_policies([results], {})
+
+
+def test_kept_copies(results, tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/x.json", "x.json"):
+        evaluation(5).save(tmp_path / name)
+    words = ["report", "-o", str(tmp_path / "page.html"), "--keep", str(tmp_path / "kept")]
+    # A file is kept as folders are, and what two arguments name once
+    assert main([*words, str(tmp_path / "x.json"), str(results), str(results / "opd")]) == 0
+    assert (tmp_path / "kept" / "x.json").is_file() and not (tmp_path / "kept" / f"{ENV}_1").exists()
+    kept = sorted((tmp_path / "kept").rglob("*"))
+    assert main([*words, str(tmp_path / "x.json"), str(tmp_path / "a")]) == 2
+    assert sorted((tmp_path / "kept").rglob("*")) == kept
+
+
 def test_page(results, tmp_path, capsys, monkeypatch):
     (results / "opd.gif").write_bytes(b"GIF89a")
     monkeypatch.chdir(tmp_path)
@@ -188,12 +294,18 @@ def test_refused(results, tmp_path, capsys):
         ([str(results), "--reference", "nobody"], "one of grpo, opd, teacher"),
         ([str(results), "--label", "eval/*"], "NAME=VALUE"),
         ([str(results), "--tasks", "seen=a-b"], "0-5 or 0,3,7"),
+        ([str(results), "--tasks", "seen=5-3"], "0-5 or 0,3,7"),
+        ([str(results), "--tasks", "seen=0-2-5"], "0-5 or 0,3,7"),
+        ([str(results), "--tasks", "seen=0-999999999999"], "0-5 or 0,3,7"),
         ([str(results), "--keep", str(results / "kept")], "Name another folder"),
     ):
         assert main(["report", *words, "-o", str(tmp_path / "page.html")]) == 2
         assert told in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+    # An experiment that is not finished has a report as well
+    find_policies([results], {"typo/*": "student", "eval/*": "teacher"})
+    assert capsys.readouterr().err == "--label typo/*=student: nothing is found at such a path.\n"
     assert np.isnan(Policy("x", ENV).score()[0])
     (results / "grpo" / f"{ENV}_1" / "evaluation.json").write_text("{")
-    with pytest.raises(ValueError, match=r"evaluation\.json is damaged"):
+    with pytest.raises(ValueError, match=r"evaluation\.json is not the result of an evaluation.*or is damaged"):
         find_policies([results], {})

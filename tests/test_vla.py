@@ -220,6 +220,16 @@ def test_failed_checkpoint_keeps_the_old_one(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_a_weight_beyond_half_precision_is_not_written(tmp_path):
+    policy = make()
+    with th.no_grad():
+        policy.body.proprio.bias[3] = 1e6
+    with pytest.raises(ValueError, match=r"In torch\.float16 .* not the same: proprio\.bias is not finite"):
+        policy.save_checkpoint(tmp_path / "half", dtype=th.float16)
+    assert not list((tmp_path / "half").iterdir())
+    policy.save_checkpoint(tmp_path / "whole", dtype=th.bfloat16)
+
+
 def test_policy_save_and_load(tmp_path):
     policy = make(value_head=True)
     policy.save(tmp_path / "policy.pt")

@@ -19,7 +19,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import get_device
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from opd_gym import ranks
 from opd_gym.algorithms.losses import hermite_nodes, smoothed_labels
@@ -582,6 +582,10 @@ def make_teacher(
         spec = spec.policy
     if isinstance(vec_normalize, (str, os.PathLike)):
         vec_normalize = read_vec_normalize(vec_normalize, trust)
+    elif not (vec_normalize is None or vec_normalize is False or isinstance(vec_normalize, VecNormalize)):
+        raise ValueError(
+            f"Expected vec_normalize to be a path, a VecNormalize, False or None, got {vec_normalize!r:.80}."
+        )
     if isinstance(spec, BasePolicy):
         return PolicyTeacher(spec, env, student, vec_normalize=vec_normalize or None, **kwargs)
     if spec is not None and not isinstance(spec, (str, os.PathLike)):

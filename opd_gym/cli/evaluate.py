@@ -17,7 +17,14 @@ from opd_gym.cli.video import check_film, side_by_side, write_video
 from opd_gym.envs.make import build_env
 from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
 from opd_gym.evaluation import EvaluationResult, evaluate_success
-from opd_gym.policies.loading import check_device, checkpoint_settings, find_vec_normalize, load_policy, normalised
+from opd_gym.policies.loading import (
+    check_device,
+    check_spaces,
+    checkpoint_settings,
+    find_vec_normalize,
+    load_policy,
+    normalised,
+)
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import differences, read_versions
 from opd_gym.zoo.hyperparams import merge, parse_overrides
@@ -28,7 +35,7 @@ def run(args: Eval | Enjoy) -> int:
     Play episodes and print how many succeed.
 
     :param args: what to play
-    :return: exit status
+    :return: exit status; 1 if more episodes were lost than may be
     """
     film = isinstance(args, Enjoy)
     if isinstance(args, Enjoy):
@@ -91,11 +98,15 @@ def run(args: Eval | Enjoy) -> int:
                     counts = ", ".join(f"{n} of {category}" for category, n in left_out.items())
                     print(f"{env_id} leaves out tasks that cannot run here: {counts}.", file=sys.stderr)
             threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(env_id)
+            policies = [
+                load_policy(path, env.observation_space, env.action_space, trainable=False, trust=args.trust)
+                for path in paths
+            ]
+            for policy, path in zip(policies, paths, strict=True):
+                check_spaces(policy, env, path)
             return [
                 evaluate_success(
-                    load_policy(path, env.observation_space, env.action_space, trainable=False, trust=args.trust).to(
-                        device
-                    ),
+                    policy.to(device),
                     env,
                     episodes[: args.episodes] if film else episodes,
                     deterministic=not args.stochastic,
@@ -103,7 +114,7 @@ def run(args: Eval | Enjoy) -> int:
                     reward_threshold=threshold,
                     record=sys.maxsize if film else 0,
                 )
-                for path in paths
+                for policy in policies
             ]
         finally:
             env.close()
@@ -131,6 +142,15 @@ def run(args: Eval | Enjoy) -> int:
     elif args.output is not None:
         results[0].save(args.output)
         print(f"Every episode: {args.output}")
+    n_lost = max(len(result.lost) for result in results)
+    if n_lost > args.max_lost:
+        n = len(results[0].lost) + len(results[0].episodes)
+        print(
+            f"opd-gym: {n_lost} of {n} episodes were lost (above is why), and what is shown is of the others. If that "
+            f"is good enough: --max-lost {n_lost}.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

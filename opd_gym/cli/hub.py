@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 
 import torch as th
 
 from opd_gym import hub
-from opd_gym.checkpoints import resolve_checkpoint
+from opd_gym.checkpoints import resolve_checkpoint, run_checkpoints
 from opd_gym.cli.options import HubPull, HubPush
 from opd_gym.cli.train import read_args
 from opd_gym.envs.registration import bare_id
 from opd_gym.evaluation import EvaluationResult
+from opd_gym.untrusted import read_attributes
 
 
 def push(args: HubPush) -> int:
@@ -31,7 +33,15 @@ def push(args: HubPush) -> int:
         started = read_args(run)
         algorithm, env_id = started.algo.upper(), bare_id(started.env)
         own = run / hub.EVALUATION_FILE
-        evaluation = own if evaluation is None and own.is_file() else evaluation
+        if evaluation is None and own.is_file():
+            if _is_last(path, run):
+                evaluation = own
+            else:
+                print(
+                    f"{own} is of the run's last model, and {path} is another: the card goes without. Evaluate it "
+                    "(opd-gym eval -o FILE) and pass --evaluation FILE.",
+                    file=sys.stderr,
+                )
     write = partial(
         hub.write_folder,
         path,
@@ -48,6 +58,18 @@ def push(args: HubPush) -> int:
         return 0
     print(hub.upload(lambda folder: write(folder), args.repo, args.private))
     return 0
+
+
+def _is_last(path: Path, run: Path) -> bool:
+    """Whether weights are those that a run ended with, and that it evaluated."""
+    final = run / "model.zip"
+    if path.is_dir() or path == final:
+        return True
+    if path not in run_checkpoints(run) or not final.is_file():
+        return False
+    # Otherwise the run went on after it was evaluated, or came to an end after that checkpoint
+    ends = [read_attributes(zipped, keys=()).get("num_timesteps") for zipped in (path, final)]
+    return ends[0] == ends[1]
 
 
 def pull(args: HubPull) -> int:

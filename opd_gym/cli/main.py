@@ -63,6 +63,16 @@ def parse(argv: Sequence[str]) -> Any:
     )
 
 
+def _empty(words: Sequence[str]) -> str | None:
+    """What is given as nothing, which as a path would be this folder."""
+    for before, word in zip(["", *words], words, strict=False):
+        if not word:
+            return f"What follows {before!r}" if before else "The first argument"
+        if word.startswith("--") and word.find("=") == len(word) - 1:
+            return word.removesuffix("=")
+    return None
+
+
 def errors() -> tuple[type[Exception], ...]:
     """
     :return: what bad input raises, and what is missing on the machine
@@ -83,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     :return: exit status
     """
     words = sys.argv[1:] if argv is None else argv
+    if (empty := _empty(words)) is not None:
+        print(f"opd-gym: error: {empty} is empty: is a variable of the shell not set?", file=sys.stderr)
+        return 2
     given = parse(words)
     from opd_gym.envs.registration import register_envs
 
@@ -109,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The message says what to do, a traceback would only hide it
         if getattr(given, "verbose", 0):
             traceback.print_exc()
-        print(f"opd-gym: error: {error}", file=sys.stderr)
+        out_of_memory = isinstance(error, MemoryError) and not str(error)
+        print(f"opd-gym: error: {'out of memory' if out_of_memory else error}", file=sys.stderr)
         return 2
 
 

@@ -31,7 +31,7 @@ _POSITIVE = (
 )
 _LEAST = {
     **dict.fromkeys((*_POSITIVE, "eval_freq", "scenes", "stride"), 1),
-    **dict.fromkeys(("eval_episodes", "task_ids"), 0),
+    **dict.fromkeys(("eval_episodes", "max_lost", "task_ids"), 0),
 }
 _INTERVALS = {
     "checkpoint_interval": "[0, inf)",
@@ -179,6 +179,7 @@ class Play(Options):
     :param n_envs: parallel envs
     :param stochastic: sample actions instead of taking the most likely
     :param reward_threshold: for envs that say nothing about success
+    :param max_lost: episodes that may be lost with their worker; the exit status is 1 if there are more
     :param env_kwargs: for instance visuals:exact horizon:400
     :param param: the same one at a time, spelt as in training: -P env_kwargs.visuals=exact
     :param seed: seed of the envs
@@ -197,6 +198,7 @@ class Play(Options):
     n_envs: int = 2
     stochastic: Flag = False
     reward_threshold: Annotated[float | None, option(metavar="FLOAT")] = None
+    max_lost: int = 0
     env_kwargs: Overrides = field(default_factory=list)
     param: Assignments = field(default_factory=list)
     seed: int = 0

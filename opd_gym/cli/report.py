@@ -8,8 +8,9 @@ import math
 import os
 import shutil
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,11 @@ import numpy as np
 
 from opd_gym.cli.options import Report
 from opd_gym.cli.runs import read_progress, run_dirs
-from opd_gym.cli.train import read_args
+from opd_gym.cli.train import read_args, read_mapping
 from opd_gym.envs.registration import bare_id
-from opd_gym.evaluation import EvaluationResult
+from opd_gym.evaluation import EvaluationResult, LostEpisode
 from opd_gym.files import replacing, write_atomic
 from opd_gym.versions import VERSIONS_FILE, differences
-from opd_gym.zoo.hyperparams import parse_yaml
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,11 +41,15 @@ AXES = {
 }
 SUCCESS = "rollout/success_rate"
 RETURN = "rollout/ep_rew_mean"
-# Settings in which runs of one policy may differ
+# Settings in which runs of one policy may differ, those that they map to values included
 INCIDENTAL = (
-    *("teacher", "demonstrations", "policy_kwargs.checkpoint"),
+    *("teacher", "teacher_kwargs.device", "teacher_kwargs.vec_normalize", "demonstrations", "policy_kwargs.checkpoint"),
     *("n_timesteps", "n_envs", "n_workers", "worker_timeout", "ray"),
 )
+# How a file of `EvaluationResult.save` begins
+_BEGINS = b'{\n "success_rate"'
+# No benchmark has more
+MAX_TASKS = 100_000
 # Training has reached another policy at this share of its success
 SHARE = 0.9
 # Enough for the bounds not to move by what is printed
@@ -62,6 +66,7 @@ class Policy:
     :param curves: seed -> rows of ``progress.csv``
     :param results: seed -> held-out evaluation
     :param commands: the commands of its runs
+    :param notes: sentences about what its numbers do not show
     """
 
     label: str
@@ -69,6 +74,7 @@ class Policy:
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     results: dict[str, EvaluationResult] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def pooled(self) -> EvaluationResult:
@@ -91,22 +97,36 @@ class Policy:
         :param tasks: those that count; None for all
         :return: success rate from 0 to 1, or mean return, and its bounds; NaN without an evaluation
         :raises ImportError: several seeds or returns, and SciPy is not installed
+        :raises ValueError: the seeds were evaluated in different tasks, or an outcome is NaN
         """
-        results = [
-            EvaluationResult([e for e in result.episodes if tasks is None or e.task_id in tasks])
-            for result in self.results.values()
-        ]
-        results = [result for result in results if result.episodes]
+        parts = {
+            seed: EvaluationResult([e for e in result.episodes if tasks is None or e.task_id in tasks])
+            for seed, result in self.results.items()
+        }
+        seeds = [seed for seed, part in parts.items() if part.episodes]
+        results = [parts[seed] for seed in seeds]
         if not results:
             return math.nan, math.nan, math.nan
         judged = self.judged
+        for seed in seeds:
+            if any(math.isnan(_mean(task, judged)) for task in parts[seed].per_task().values()):
+                what = "does not say of each task what was solved, as others do" if judged else "has returns of NaN"
+                raise ValueError(f"The evaluation of {self.label} on {self.env_id} with seed {seed} {what}.")
         episodes = EvaluationResult([episode for result in results for episode in result.episodes])
         returns = np.array([[episode.reward] for episode in episodes.episodes])
         interval = episodes.interval if judged else bootstrap(returns)
         if len(results) == 1:
             return _mean(episodes, judged), *interval
         each = [result.per_task() for result in results]
-        scores = np.array([[_mean(by_task[task], judged) for task in sorted(each[0])] for by_task in each])
+        common = sorted(set.intersection(*map(set, each)))
+        lost = {loss.task_id for result in self.results.values() for loss in result.lost}
+        if not common or {task for by_task in each for task in by_task} - {*common, *lost}:
+            told = "; ".join(f"seed {seed}: {sorted(by_task)}" for seed, by_task in zip(seeds, each, strict=True))
+            raise ValueError(
+                f"The seeds of {self.label} were evaluated in different tasks of {self.env_id} ({told:.300}), so that "
+                "they have no mean. Evaluate all in the same, or give them names of their own with --label."
+            )
+        scores = np.array([[_mean(by_task[task], judged) for task in common] for by_task in each])
         bounds = zip(interval, bootstrap(scores), strict=True)
         return float(scores.mean()), min(next(bounds)), max(next(bounds))
 
@@ -168,8 +188,9 @@ def bootstrap(scores: np.ndarray) -> tuple[float, float]:
 
 @dataclass
 class _Found:
-    """A run, or an evaluation without one: ``name`` is its algorithm or the stem of its file."""
+    """A run, or an evaluation without one: ``name`` is its algorithm or the stem of its file, in ``file``."""
 
+    file: Path
     path: str
     name: str
     env_id: str
@@ -178,6 +199,7 @@ class _Found:
     rows: list[dict[str, float]] = field(default_factory=list)
     result: EvaluationResult | None = None
     command: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Policy]:
@@ -191,7 +213,14 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
     :return: the policies, in the order of ``labels`` and then of their paths
     :raises ValueError: there is nothing in a folder, or a file of a run is damaged
     """
-    found = [item for folder in folders for item in _find(Path(folder).expanduser())]
+    every = [item for folder in folders for item in _find(Path(folder).expanduser())]
+    # A folder may lie in another one that is given
+    found = list({(item.file.resolve(), item.env_id): item for item in reversed(every)}.values())[::-1]
+    _tell_apart(found)
+    for pattern in labels:
+        if not any(fnmatch(item.path, pattern) for item in found):
+            # Of an experiment that is not finished, or a slip
+            print(f"--label {pattern}={labels[pattern]}: nothing is found at such a path.", file=sys.stderr)
     settings: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for item in found:
         settings.setdefault((item.name, item.env_id), []).append(item.settings)
@@ -212,8 +241,11 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
         order.setdefault(label, number)
         policy = policies.setdefault((item.env_id, label), Policy(label, item.env_id))
         seed = item.seed
-        while seed in policy.curves or (item.result is not None and seed in policy.results):
+        while (item.rows and seed in policy.curves) or (item.result is not None and seed in policy.results):
             seed += "'"  # the same seed once more
+        if seed != item.seed:
+            policy.notes.append(f"seed {item.seed} is there more than once, in {item.path} too, and counts as another.")
+        policy.notes += item.notes
         if item.rows:
             policy.curves[seed] = item.rows
         if item.result is not None:
@@ -228,24 +260,32 @@ def _find(folder: Path) -> list[_Found]:
     runs = run_dirs(folder)
     for run in runs:
         args = read_args(run)
-        config = parse_yaml((run / "config.yml").read_text(encoding="utf-8")) or {}
+        if not (run / "config.yml").is_file():
+            continue  # killed before it began
+        config = _flat(read_mapping(run / "config.yml"))
         command = run / "command.txt"
-        result = run / EVALUATION
-        item = _Found(f"{run.relative_to(folder).as_posix()}/", args.algo, bare_id(args.env), str(args.seed or 0))
-        item.settings = {key: value for key, value in _flat(config).items() if not key.startswith(INCIDENTAL)}
+        item = _Found(run, f"{run.relative_to(folder).as_posix()}/", args.algo, bare_id(args.env), str(args.seed or 0))
+        item.settings = {key: value for key, value in config.items() if not _is_incidental(key)}
         item.rows = read_progress(run)
-        item.command = command.read_text(encoding="utf-8").strip() if command.is_file() else ""
-        item.result = _evaluation(result)
-        if item.result is None and result.is_file():
-            raise ValueError(f"{result} is damaged: expected what `opd-gym eval -o` or `train --eval-episodes` writes.")
+        item.command = command.read_text(encoding="utf-8", errors="replace").strip() if command.is_file() else ""
+        total, done = config.get("n_timesteps"), item.rows[-1]["time/total_timesteps"] if item.rows else 0.0
+        if isinstance(total, (int, float)) and done < total:
+            item.notes.append(
+                f"seed {item.seed} ({item.path}) has {done:,.0f} of its {total:,.0f} timesteps: its costs and its "
+                "curve end there."
+            )
+        # `opd-gym eval` may have played other envs as well
+        parts = _by_env(_evaluation(run / EVALUATION, certain=True), item.env_id)
+        item.result = parts.pop(item.env_id, None)
         found.append(item)
+        found += [replace(item, env_id=env_id, rows=[], notes=[], result=part) for env_id, part in parts.items()]
     files = [folder] if folder.suffix == ".json" else sorted(folder.rglob("[!.]*.json"))
     for path in files:
-        if not any(path.is_relative_to(run) for run in runs) and (result_ := _evaluation(path)) is not None:
+        if not any(path.is_relative_to(run) for run in runs):
             name, _, seed = path.stem.partition("_seed")
             shown = path.name if path == folder else path.relative_to(folder).as_posix()
-            for env_id, part in result_.per("env_id").items():
-                found.append(_Found(shown, name, bare_id(env_id or ""), seed or "0", result=part))
+            for env_id, part in _by_env(_evaluation(path, certain=path == folder), "").items():
+                found.append(_Found(path, shown, name, env_id, seed or "0", result=part))
     if not found:
         raise ValueError(
             f"There is nothing to report in {folder}: expected runs of `opd-gym train`, or files of `opd-gym eval -o`."
@@ -253,12 +293,43 @@ def _find(folder: Path) -> list[_Found]:
     return found
 
 
-def _evaluation(path: Path) -> EvaluationResult | None:
-    """None for another JSON file, or none."""
+def _evaluation(path: Path, certain: bool = False) -> EvaluationResult | None:
+    """None for another JSON file, unless it has to be one, and for none."""
     try:
         return EvaluationResult.load(path)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         return None
+    except ValueError:
+        with path.open("rb") as file:
+            if certain or file.read(len(_BEGINS)) == _BEGINS:
+                raise
+        return None
+
+
+def _by_env(result: EvaluationResult | None, env_id: str) -> dict[str, EvaluationResult]:
+    """The parts of an evaluation, whose episodes name their env from now on: ``env_id`` where they do not say."""
+    parts: dict[str, EvaluationResult] = {}
+    every: list[Any] = [] if result is None else [*result.episodes, *result.lost]
+    for episode in every:
+        named = replace(episode, env_id=bare_id(episode.env_id or env_id))
+        part = parts.setdefault(named.env_id, EvaluationResult([], versions=result.versions if result else {}))
+        (part.lost if isinstance(named, LostEpisode) else part.episodes).append(named)
+    return parts
+
+
+def _tell_apart(found: Iterable[_Found]) -> None:
+    """Evaluations of equal names in different folders are of different policies, and not seeds of one."""
+    alone = [item for item in found if item.file.is_file()]
+    for name in (lambda file: f"{file.parent.name}/", lambda file: f"{file.parent}/"):
+        keys = [(item.name, item.env_id, item.seed) for item in alone]
+        equal = {key[0] for key in keys if keys.count(key) > 1}
+        for item in alone:
+            if item.name in equal:
+                item.name = name(item.file) + item.name.rpartition("/")[2]
+
+
+def _is_incidental(key: str) -> bool:
+    return any(key == setting or key.startswith(f"{setting}.") for setting in INCIDENTAL)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -411,6 +482,14 @@ def mixed_versions(policies: Sequence[Policy]) -> list[str]:
     return [f"{every[0][0]} and {name} differ in {', '.join(changed)}." for name, changed in changes if changed]
 
 
+def notes(policies: Sequence[Policy]) -> list[str]:
+    """
+    :param policies: what is compared
+    :return: sentences about what the numbers do not show: seeds that are there twice, runs that are not finished
+    """
+    return [f"{policy.label}: {note}" for policy in policies for note in policy.notes]
+
+
 def draw(policies: Sequence[Policy], column: str, colors: Mapping[str, str]) -> Figure | None:
     """
     Success in training over one measure of its cost, or the return where nothing is said of success: the mean over the
@@ -443,10 +522,15 @@ def draw(policies: Sequence[Policy], column: str, colors: Mapping[str, str]) -> 
         if curves:
             drawn = True
             # Seeds are logged at different places: where all have begun, until the first has ended
-            grid = np.linspace(max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves), 200)
+            start, end = max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves)
+            grid = np.linspace(start, end, 200)
             values = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
-            axis.plot(grid, values.mean(0), color=color, label=policy.label, linewidth=2)
-            if len(curves) > 1:
+            if start < end:
+                axis.plot(grid, values.mean(0), color=color, label=policy.label, linewidth=2)
+            else:
+                for i, curve in enumerate(curves):
+                    axis.plot(*curve.T, color=color, label=None if i else policy.label, linewidth=1)
+            if len(curves) > 1 and start < end:
                 axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
             if measured:
                 error = [[held_out - low], [high - held_out]]
@@ -496,29 +580,47 @@ def markdown(table: Table) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in lines)
 
 
-def keep(folders: Iterable[Path], target: Path) -> None:
+def copies(folders: Iterable[Path], target: Path) -> dict[Path, Path]:
     """
-    Copy what a report is made from, without weights and checkpoints. In copies of what was run, paths below the current
-    folder begin there: nobody's home folder is published.
-
     :param folders: what is reported
-    :param target: folder to write, which keeps what else it has
+    :param target: folder to write
+    :return: what a report is made from, without weights and checkpoints, by its place there
+    :raises ValueError: two of the files would have one place there
     """
+    found: dict[Path, Path] = {}
     for folder in folders:
         runs = run_dirs(folder)
-        for path in folder.rglob("[!.]*"):
+        for path in [folder] if folder.is_file() else folder.rglob("[!.]*"):
             if path.name in KEPT and path.parent.parent in runs:
                 continue  # the same for rl-zoo3
-            inside = path.relative_to(folder)
+            inside = Path(path.name) if path == folder else path.relative_to(folder)
             wanted = path.name in KEPT or path.match("progress*.csv") or path.suffix in FILMS
             wanted = wanted or (path.suffix == ".json" and _evaluation(path) is not None)
-            if wanted and "policy" not in inside.parts:
-                (target / inside).parent.mkdir(parents=True, exist_ok=True)
-                if path.suffix in (".yml", ".txt"):
-                    text = path.read_text(encoding="utf-8").replace(f"{Path.cwd()}{os.sep}", "")
-                    (target / inside).write_text(text, encoding="utf-8")
-                else:
-                    shutil.copyfile(path, target / inside)
+            # A folder may lie in another one that is given
+            if wanted and "policy" not in inside.parts and path.resolve() not in found.values():
+                if target / inside in found:
+                    raise ValueError(
+                        f"--keep: {found[target / inside]} and {path} would both be {target / inside}. Report the "
+                        "folder above them, or rename one."
+                    )
+                found[target / inside] = path.resolve()
+    return found
+
+
+def keep(files: Mapping[Path, Path]) -> None:
+    """
+    Copy what a report is made from. In copies of what was run, paths below the current folder begin there: nobody's
+    home folder is published.
+
+    :param files: see :func:`copies`
+    """
+    for place, path in files.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".yml", ".txt"):
+            text = path.read_text(encoding="utf-8").replace(f"{Path.cwd()}{os.sep}", "")
+            place.write_text(text, encoding="utf-8")
+        else:
+            shutil.copyfile(path, place)
 
 
 def report(args: Report) -> None:
@@ -536,6 +638,7 @@ def report(args: Report) -> None:
         if args.keep is not None and args.keep.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"--keep {args.keep} lies in {folder}, which it is to copy. Name another folder.")
     policies = find_policies(args.results, labels)
+    kept = {} if args.keep is None else copies(args.results, args.keep)
     names = list(dict.fromkeys(policy.label for policy in policies))
     if args.reference is not None and args.reference not in names:
         raise ValueError(f"Expected --reference to be one of {', '.join(names)}; got {args.reference!r}.")
@@ -571,6 +674,7 @@ def report(args: Report) -> None:
         sections=sections,
         films=films(args.results),
         versions=mixed_versions(policies),
+        notes=notes(policies),
     )
     write_atomic(args.output, html)
     if args.markdown is not None:
@@ -578,15 +682,15 @@ def report(args: Report) -> None:
         for section in sections:
             parts.append(f"## {section['env']}\n")
             parts += [markdown(section[name]) for name in ("details", "groups", "paired", "tasks")]
-        write_atomic(args.markdown, "\n".join(filter(None, [*parts, "\n".join(mixed_versions(policies))])))
+        parts += ["\n".join(notes(policies)), "\n".join(mixed_versions(policies))]
+        write_atomic(args.markdown, "\n".join(filter(None, parts)))
     if args.pictures is not None:
         args.pictures.mkdir(parents=True, exist_ok=True)
         for env_id, picture in pictures.items():
             with replacing(args.pictures / f"{env_id.replace('/', '-')}.png") as temporary:
                 temporary.write_bytes(picture)
-    if args.keep is not None:
-        keep(args.results, args.keep)
-    print(markdown(summary) + f"\n{args.output}")
+    keep(kept)
+    print(markdown(summary) + "".join(f"\n{note}" for note in notes(policies)) + f"\n{args.output}")
 
 
 def _named(item: str) -> tuple[str, str]:
@@ -601,6 +705,8 @@ def _task_ids(text: str) -> list[int]:
         ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
     except ValueError:
         raise ValueError(f"Expected tasks as in 0-5 or 0,3,7, got {text!r}.") from None
+    if not all(len(part) <= 2 and 0 <= part[0] <= part[-1] < MAX_TASKS for part in ends):
+        raise ValueError(f"Expected tasks as in 0-5 or 0,3,7, got {text!r}.")
     return [task for part in ends for task in range(part[0], part[-1] + 1)]
 
 

@@ -281,9 +281,12 @@ class EpisodeTable(BaseCallback):
     def _open(self, success: bool) -> ResultsWriter:
         self._began = time.time()
         if self.path.exists() and self.path.stat().st_size:
-            with self.path.open(encoding="utf-8") as file:
-                self._began = json.loads(file.readline()[1:])["t_start"]
-                success = "is_success" in file.readline()
+            try:
+                with self.path.open(encoding="utf-8") as file:
+                    self._began = float(json.loads(file.readline()[1:])["t_start"])
+                    success = "is_success" in file.readline()
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{self.path} does not begin as a table of Monitor does: {error}") from error
         header: dict[str, float | str] = {"t_start": self._began, "env_id": self.env_id}
         keys = ("is_success",) if success else ()
         return ResultsWriter(str(self.path), header, keys, override_existing=not self.path.exists())
@@ -331,9 +334,15 @@ class Evaluations(BaseCallback):
     def _on_training_start(self) -> None:
         path = self.run_dir / "evaluations.npz"
         if path.exists():
-            with np.load(path) as file:
-                rows = {name: list(file[name]) for name in self._rows}
-            self._best = max(map(self._score, rows["successes"], rows["results"]), default=self._best)
+            try:
+                with np.load(path) as file:
+                    rows = {name: list(file[name]) for name in self._rows}
+                self._best = max(map(self._score, rows["successes"], rows["results"]), default=self._best)
+            except Exception as error:  # a damaged file raises anything
+                raise ValueError(
+                    f"{path} does not hold the evaluations of a run, or is damaged ({type(error).__name__}: {error}). "
+                    "Remove it, and best_model.zip is the best from here on."
+                ) from error
             # What came after the checkpoint that the run goes on from comes again
             kept = [i for i, timesteps in enumerate(rows["timesteps"]) if timesteps <= self.model.num_timesteps]
             self._rows = {name: [values[i] for i in kept] for name, values in rows.items()}
@@ -475,6 +484,7 @@ def read_progress(run_dir: Path) -> list[dict[str, float]]:
     """
     :param run_dir: directory of a run
     :return: the rows of its ``progress.csv``; of a resumed run those of all its parts, without what was done twice
+    :raises ValueError: it is damaged
     """
 
     def part(path: Path) -> int:
@@ -483,9 +493,15 @@ def read_progress(run_dir: Path) -> list[dict[str, float]]:
 
     rows: list[dict[str, float]] = []
     for path in sorted(run_dir.glob("progress*.csv"), key=part):
-        with path.open(newline="", encoding="utf-8") as file:
-            new = [{key: _number(value) for key, value in row.items() if key and value} for row in csv.DictReader(file)]
-        new = [row for row in new if "time/total_timesteps" in row]
+        try:
+            text = path.read_text(encoding="utf-8")
+            # The last line of a run that was killed may be a part of one, whose numbers are others
+            lines = text[: text.rfind("\n") + 1].splitlines()
+            table = list(csv.DictReader(lines))
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} is not a table of a run's progress, or is damaged: {error}") from error
+        new = [{key: _number(value) for key, value in row.items() if key and value} for row in table]
+        new = [row for row in new if not math.isnan(row.get("time/total_timesteps", math.nan))]
         if new:
             start = new[0]["time/total_timesteps"]
             # The clocks of each part begin at 0; what was done twice took its time as well

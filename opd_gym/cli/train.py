@@ -31,7 +31,7 @@ from opd_gym.checkpoints import (
     student_for,
     teacher_for,
 )
-from opd_gym.checks import check_at_least_one
+from opd_gym.checks import check_at_least_one, check_fields
 from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
     STATES_FOLDER,
@@ -55,11 +55,12 @@ from opd_gym.envs.make import build_env, env_spec, import_paths
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.envs.workers.process import give_up
 from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
-from opd_gym.policies.loading import find_vec_normalize, read_vec_normalize
+from opd_gym.policies.loading import check_device, find_vec_normalize, read_vec_normalize
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import versions, write_versions
 from opd_gym.zoo.hyperparams import (
     algorithm_parameters,
+    check_mappings,
     load_hyperparams,
     merge,
     parse_overrides,
@@ -218,13 +219,23 @@ def read_args(run_dir: Path) -> TrainArgs:
         raise FileNotFoundError(
             f"{run_dir} is not the directory of a run, or the run was killed before it began: {path.name} is missing."
         )
-    values = _mapping(path)
+    values = read_mapping(path)
     # Whether to trust a run is not for the run to say
     known = {item.name for item in fields(TrainArgs)} - {"trust"}
-    return TrainArgs(**{key: value for key, value in values.items() if key in known})
+    given = {key: value for key, value in values.items() if key in known and value is not None}
+    try:
+        check_fields(TrainArgs, given)
+        return TrainArgs(**given)
+    except ValueError as error:
+        raise ValueError(f"{path} is not what a run was started with, or is damaged: {error}") from error
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """
+    :param path: YAML file, for instance the ``config.yml`` of a run
+    :return: its values by name
+    :raises ValueError: it holds something else
+    """
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must map names to values, got {type(values).__name__}.")
@@ -241,6 +252,7 @@ def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = 
     """
     values = load_hyperparams(args.algo, args.env, args.config)
     values = merge(merge(values, parse_overrides(args.hyperparams)), overrides or {})
+    check_mappings(values)
     parameters = algorithm_parameters(algorithm_class(args.algo))
     if args.n_timesteps is not None:
         values["n_timesteps"] = args.n_timesteps
@@ -257,6 +269,9 @@ def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = 
         if "demonstrations" not in parameters:
             raise ValueError(f"{args.algo} takes no demonstrations. Drop --demonstrations, or use --algo sft.")
         values["demonstrations"] = list(args.demonstrations)
+    given = values.get("demonstrations") or []
+    if not isinstance(given, (str, list)) or not all(isinstance(path, str) for path in given):
+        raise ValueError(f"demonstrations: expected a path, or a list of them, got {given!r:.80}.")
     policy_kwargs = dict(values.get("policy_kwargs") or {})
     if args.student == "none":
         policy_kwargs.pop("checkpoint", None)
@@ -283,7 +298,6 @@ def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = 
     if isinstance(vec_normalize, str):
         values["teacher_kwargs"] = {**values["teacher_kwargs"], "vec_normalize": lasting_name(vec_normalize)}
     if values.get("demonstrations"):
-        given = values["demonstrations"]
         given = [given] if isinstance(given, str) else given
         values["demonstrations"] = [str(Path(path).expanduser().absolute()) for path in given]
     if policy_kwargs:
@@ -334,11 +348,12 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
 
     if args.eval_freq is not None and args.eval_episodes == 0:
         raise ValueError("--eval-freq plays held-out episodes: say how many, for instance --eval-episodes 20.")
+    check_device(args.device)
     cls = algorithm_class(args.algo)
     if resume is None or not (resume / "config.yml").exists():  # killed right after args.yml was written
         values = complete_hyperparams(args)
     else:
-        values = _mapping(resume / "config.yml")
+        values = read_mapping(resume / "config.yml")
         if args.n_timesteps is not None:
             values["n_timesteps"] = args.n_timesteps
         if args.ray is not None:
@@ -353,6 +368,8 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
     if args.track and find_spec("wandb") is None:
         raise ImportError("--track needs Weights & Biases. Run: pip install 'opd_gym[track]'")
     policy = run.get("policy") or "MlpPolicy"
+    if not isinstance(policy, str):
+        raise ValueError(f"policy: expected a name, for instance MlpPolicy, got {policy!r:.80}.")
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
     saved = newest_intact(run_checkpoints(resume)) if resume is not None else None
     source = saved or start
@@ -375,7 +392,10 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
             try:
                 model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
             except TypeError as error:  # a wrong name or type in policy_kwargs, teacher_kwargs, ...
-                raise ValueError(f"The hyperparameters do not fit {args.algo} with {policy}: {error}") from error
+                given = ", ".join(f"{name}={value!r:.80}" for name, value in kwargs.items())
+                raise ValueError(
+                    f"The hyperparameters do not fit {args.algo} with {policy}: {error}. Given are {given}."
+                ) from error
         run_dir = resume
         if run_dir is None and ranks.is_main():
             run_dir = new_run_dir(args.folder, args.algo, args.env)
@@ -560,5 +580,5 @@ def run(args: Train) -> int:
         if given[name] != getattr(TrainArgs(), name):
             setattr(stored, name, given[name])
     for name in ("device", "progress", "verbose", "trust", "track"):
-        setattr(stored, name, getattr(args, name) or (name == "track" and stored.track))
+        setattr(stored, name, stored.track or args.track if name == "track" else getattr(args, name))
     return 0 if train(stored, resume=args.resume).finished else 130

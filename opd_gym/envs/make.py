@@ -14,7 +14,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from opd_gym.actions import Statistics
-from opd_gym.checks import check_at_least, check_seed
+from opd_gym.checks import check_at_least, check_flag, check_range, check_seed
 from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, ROBOTWIN_IDS, bare_id, register_envs, training_defaults
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 from opd_gym.tokens import check_starts
@@ -153,6 +153,9 @@ def make_vec(
 
     check_at_least(1, n_envs=n_envs, n_workers=n_workers)
     check_at_least(0, seed=seed, chunk_size=chunk_size)
+    check_flag(tokens=tokens)
+    if worker_timeout is not None:
+        check_range("(0, inf]", worker_timeout=worker_timeout)
     asked = {"n_workers": n_workers, "worker_timeout": worker_timeout, "ray": ray}
     given = [name for name, value in asked.items() if value is not None]
     if given and vec_env_cls is not None:
@@ -238,7 +241,13 @@ def import_paths(spec: Any, key: str) -> list[tuple[Callable[..., Any], dict[str
 
 def _apply_wrappers(env: gym.Env, spec: Any) -> gym.Env:
     for wrapper, kwargs in import_paths(spec, "env_wrapper"):
-        env = wrapper(env, **kwargs)
+        inner = env
+        try:
+            env = wrapper(inner, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"env_wrapper: {wrapper} cannot wrap {inner} with {kwargs}: {error}") from error
+        if not isinstance(env, gym.Env):
+            raise ValueError(f"env_wrapper: {wrapper} makes a {type(env).__name__} of the env, which is none.")
     return env
 
 
@@ -285,6 +294,9 @@ def build_env(
     try:
         if run.get("normalize"):
             given = run["normalize"]
+            for name in ("gamma", "epsilon", "clip_obs", "clip_reward"):
+                if isinstance(given, Mapping) and name in given:
+                    check_range("[0, inf]", **{f"normalize.{name}": given[name]})
             env = VecNormalize(env, **(given if isinstance(given, Mapping) else {}))
         if run.get("frame_stack"):
             env = VecFrameStack(env, run["frame_stack"])

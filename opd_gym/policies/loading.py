@@ -12,6 +12,7 @@ from typing import Any
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
@@ -129,6 +130,40 @@ def load_policy(
     return policy
 
 
+def check_spaces(policy: BasePolicy, env: VecEnv, checkpoint: str | os.PathLike[str]) -> None:
+    """
+    Refuse an env in which a policy cannot act, or in which its numbers would mean something else. Bounds are not
+    compared: they differ by version of an env.
+
+    :param policy: The policy of a checkpoint
+    :param env: The env that it is to act in
+    :param checkpoint: Where it is from, for the error
+    :raises ValueError: They differ in the kind or the shape of actions, or of observations
+    """
+    pairs = [("acts in", policy.action_space, env.action_space)]
+    # A VLA has said what it misses when it was built, and brings other pictures to its own size
+    if not getattr(policy, "requires_tokens", False):
+        pairs.append(("observes", policy.observation_space, env.observation_space))
+    for does, own, found in pairs:
+        if _form(own) != _form(found):
+            raise ValueError(
+                f"{os.fspath(checkpoint)} does not fit the env: its policy {does} {own}, and the env has {found}. "
+                "Build the env as it was in training (chunks, wrappers, stacked frames), or name the env that it was "
+                "trained in."
+            )
+
+
+def _form(space: spaces.Space) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: _form(part) for key, part in space.items()}
+    if isinstance(space, spaces.Box):
+        # Stable-Baselines3 moves the channels of pictures
+        return sorted(space.shape) if is_image_space(space) else space.shape
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.nvec.tolist()
+    return getattr(space, "n", None), type(space)
+
+
 def check_device(device: str | th.device) -> str | th.device:
     """
     :param device: "auto", or a device of PyTorch
@@ -137,7 +172,7 @@ def check_device(device: str | th.device) -> str | th.device:
     """
     try:
         found = th.device("cuda" if device == "auto" else device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f'Unknown device {device!r}: expected "auto", "cpu", "cuda", "cuda:1", ...') from error
     if found.type == "cuda" and 0 < th.cuda.device_count() <= (found.index or 0):
         raise ValueError(f"There is no device {device}: PyTorch finds {th.cuda.device_count()}, counted from 0.")

@@ -368,7 +368,7 @@ class VLAPolicy(ActorCriticPolicy):
         :param dtype: type in which the weights are stored, for instance ``torch.float16``; None for their own
         :param merge: add LoRA adapters to the weights that they adapt
         :raises ValueError: there are adapters, and they are not to be merged: a plain checkpoint has no place for them;
-            the directory holds another model
+            the directory holds another model; a weight is beyond what ``dtype`` can hold
         """
         if self._lora is not None and not merge:
             raise ValueError(
@@ -384,7 +384,11 @@ class VLAPolicy(ActorCriticPolicy):
         temporary = temporary_beside(directory / PENDING)
         try:
             with _no_progress_bars(), self.whole_weights(), merged(self.body) as body:
-                body = body if dtype is None else copy.deepcopy(body).to(dtype=dtype)  # type: ignore[call-arg,arg-type]
+                if dtype is not None:
+                    body = copy.deepcopy(body).to(dtype=dtype)  # type: ignore[call-arg,arg-type]
+                    for name, value in body.state_dict().items():
+                        if value.is_floating_point():
+                            check_weight(f"In {dtype} the checkpoint is not the same", name, value)
                 body.save_pretrained(temporary)
             for path in temporary.iterdir():
                 path.chmod(0o644)  # safetensors writes files that only their owner can read

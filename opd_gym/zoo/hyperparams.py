@@ -228,6 +228,21 @@ def schedule(value: Any, key: str) -> Any:
     return LinearSchedule(start, 0.0, 1.0)
 
 
+def check_mappings(values: Mapping[str, Any]) -> None:
+    """
+    :param values: hyperparameters, as :func:`load_hyperparams` gives them
+    :raises ValueError: what should map names to values is something else
+    """
+    known = {"env_kwargs", "policy_kwargs", "teacher_kwargs", "demonstration_kwargs", "normalize"}
+    given = {key: values[key] for key in values if key in known}
+    if isinstance(policy_kwargs := given.get("policy_kwargs"), Mapping):
+        given["policy_kwargs.body_kwargs"] = policy_kwargs.get("body_kwargs")
+    for key, value in given.items():
+        if not (value is None or isinstance(value, Mapping) or (key == "normalize" and isinstance(value, bool))):
+            hint = " Nothing is evaluated here: write dict(a=1) as {a: 1}." if isinstance(value, str) else ""
+            raise ValueError(f"{key}: expected a mapping, got {value!r:.80}.{hint}")
+
+
 def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     Check a configuration and part it.
@@ -246,6 +261,7 @@ def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[
         )
     run = {key: value for key, value in values.items() if key in RUN_KEYS}
     kwargs = {key: value for key, value in values.items() if key not in RUN_KEYS}
+    check_mappings(values)
     for key in ("teacher_kwargs", "policy_kwargs"):
         if isinstance(kwargs.get(key), Mapping) and "trust" in kwargs[key]:
             raise ValueError(f"{key}.trust: a configuration does not say whom you trust. Pass --trust if you do.")
@@ -253,13 +269,6 @@ def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[
         run["normalize"] = {"gamma": kwargs["gamma"], **run["normalize"]}
     elif run.get("normalize") is True and "gamma" in kwargs:
         run["normalize"] = {"gamma": kwargs["gamma"]}
-    for key in ("env_kwargs", "policy_kwargs", "teacher_kwargs", "normalize"):
-        for part in (run, kwargs):
-            if isinstance(part.get(key), str):
-                raise ValueError(
-                    f"{key}: expected a mapping, got the string {part[key]!r}. Nothing is evaluated here: write "
-                    "dict(a=1) as {a: 1}."
-                )
     for key in SCHEDULE_KEYS:
         if key in kwargs and "Schedule" in str(parameters[key].annotation) and kwargs[key] != parameters[key].default:
             kwargs[key] = schedule(kwargs[key], key)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 # The snapshot that the runtime was made for; the same archives as its own downloader takes.
@@ -67,5 +69,15 @@ def unpack(archive: Path, folder: Path) -> None:
                 if not (folder / member).resolve().is_relative_to(folder.resolve()):
                     raise ValueError(f"{archive.name} has a member that lies outside its folder: {member}.")
             content.extractall(folder)
-    except zipfile.BadZipFile as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        UnicodeError,
+        OSError,
+    ) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a full disk is no fault of the archive
+            raise
         raise ValueError(f"{archive} is not a zip file: the download is broken. Remove it and try again.") from error

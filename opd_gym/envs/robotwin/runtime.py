@@ -125,7 +125,21 @@ def is_current_stand_in(assets_root: Path) -> bool:
     :return: whether it is a stand-in as this version of the library writes it
     """
     marker = assets_root / STAND_IN_MARKER
-    return marker.is_file() and json.loads(marker.read_text(encoding="utf-8")).get("version") == STAND_IN_VERSION
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # one that is damaged is written anew
+        return False
+    return isinstance(found, dict) and found.get("version") == STAND_IN_VERSION
+
+
+def _robot(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
+    arms = values.get("arm_joints_name") if isinstance(values, dict) else None
+    if not isinstance(arms, list) or not arms or not all(isinstance(joints, list) for joints in arms):
+        raise ValueError(
+            f"{path} does not describe a robot: its arm_joints_name must be a list of joints for each arm."
+        )
+    return values
 
 
 def robots(assets_root: Path, embodiment: tuple[Any, ...]) -> list[tuple[Path, dict[str, Any]]]:
@@ -144,14 +158,14 @@ def robots(assets_root: Path, embodiment: tuple[Any, ...]) -> list[tuple[Path, d
             raise FileNotFoundError(
                 f"There is no robot {folder.name!r} in {folder.parent}; there are: {', '.join(there) or 'none'}."
             )
-    both = [(folder, read_yaml(folder / "config.yml")) for folder in (found[0], found[-1])]
+    both = [(folder, _robot(folder / "config.yml")) for folder in (found[0], found[-1])]
     if len(names) == 1 and not both[0][1].get("dual_arm", False):
         raise ValueError(
             f"Robot {names[0]!r} has one arm. Give two robots and their distance in m, "
             f"({names[0]!r}, {names[0]!r}, 0.6), or one with two arms, such as 'aloha-agilex'."
         )
     for arm, (folder, config) in enumerate(both):
-        joints = config["arm_joints_name"][arm]
+        joints = config["arm_joints_name"][min(arm, len(config["arm_joints_name"]) - 1)]
         if len(joints) != 6:
             raise ValueError(
                 f"Robot {folder.name!r} has {len(joints)} joints in an arm; actions here are those of RoboTwin's "

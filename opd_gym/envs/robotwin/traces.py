@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from opd_gym.actions import JOINTS, to_actions
-from opd_gym.checks import check_at_least_one, check_range
+from opd_gym.checks import check_at_least_one, check_fields, check_range
 from opd_gym.envs.robotwin import runtime
 from opd_gym.envs.robotwin.env import RoboTwinEnv
 from opd_gym.envs.robotwin.tasks import SEED_STRIDE, TASKS
@@ -69,15 +67,21 @@ class Trace:
         try:
             with np.load(path, allow_pickle=False) as file:
                 about, positions = json.loads(str(file["about"])), file["positions"]
+            check_fields(cls, {name: value for name, value in about.items() if name != "embodiment"})
             about["embodiment"] = tuple(about["embodiment"])
             trace = cls(**about, positions=positions)
-        except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a damaged file raises anything
             raise ValueError(
                 f"{path} is not a trace of RoboTwin's expert, or is damaged ({type(error).__name__}: {error}). Remove "
                 "it; `opd-gym robotwin record` writes such files."
             ) from error
-        if trace.positions.ndim != 2 or trace.positions.shape[1] != JOINTS or trace.task not in TASKS:
-            raise ValueError(f"{path} is not a trace: {trace.task!r} with positions of shape {trace.positions.shape}.")
+        positions = np.asarray(positions)
+        if positions.ndim != 2 or positions.shape[1] != JOINTS or not len(positions) or trace.task not in TASKS:
+            raise ValueError(f"{path} is not a trace: {trace.task!r:.80} with positions of shape {positions.shape}.")
+        if positions.dtype.kind != "f" or not np.isfinite(positions).all():
+            raise ValueError(f"{path} is not a trace: its positions are not all numbers.")
         return trace
 
 
