@@ -275,8 +275,7 @@ def play_both(args: argparse.Namespace) -> dict[str, EvaluationResult]:
     from opd_gym.cli.train import default_episodes
     from opd_gym.envs.make import build_env
     from opd_gym.evaluation import evaluate_success
-    from opd_gym.policies.body import checkpoint_settings
-    from opd_gym.policies.loading import load_policy
+    from opd_gym.policies.loading import checkpoint_settings, load_policy
 
     path = resolve_checkpoint(args.policy)
     settings = checkpoint_settings({"checkpoint": path})

@@ -19,7 +19,7 @@ from opd_gym.algorithms.common import PolicyAlgorithm
 from opd_gym.demonstrations import Demonstrations
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
 from opd_gym.instructions import encode_instruction
-from opd_gym.policies.body import checkpoint_settings
+from opd_gym.policies.loading import checkpoint_settings
 
 # Adam divides by the size of the gradient: where that is next to nothing, rounding would decide
 ADAM = {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"eps": 1e-2}}

@@ -25,8 +25,7 @@ from opd_gym.cli.sizes import resolve as resolve_planned
 from opd_gym.cli.train import complete_hyperparams
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
 from opd_gym.files import temporary_beside
-from opd_gym.policies.body import checkpoint_settings
-from opd_gym.policies.loading import load_policy
+from opd_gym.policies.loading import checkpoint_settings, load_policy
 from opd_gym.versions import read_versions
 
 WAYS = ("directory", "zip", "zip without its suffix", "run", "finished run", "zoo", "hub")

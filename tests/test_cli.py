@@ -63,6 +63,7 @@ def told(command: str) -> dict[str, Any]:
         ("demos --env A --task-ids 5 6 -n 40 --stride 2 --perturbation 0.03 -o d",
          {"env": "A", "task_ids": (5, 6), "episodes_per_task": 40, "stride": 2, "perturbation": 0.03,
           "output": Path("d")}),
+        ("demos --env A --format lerobot --videos", {"env": "A", "format": "lerobot", "videos": True}),
         ("list --all", {"all": True}),
         ("plan --student s --full --no-gradient-checkpointing --dtype float32",
          {"student": "s", "full": True, "gradient_checkpointing": False, "dtype": "float32"}),

@@ -341,6 +341,20 @@ def test_recording_with_options_that_make_no_sense(tmp_path, option):
         record_demonstrations("LiberoObject-v0", tmp_path, **option)
 
 
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"format": "zarr"}, "format must be"),
+        ({"format": "lerobot", "stride": 2}, "stride=1"),
+        ({"format": "lerobot", "perturbation": 0.1}, "perturbation=0"),
+        ({"videos": True}, "--format lerobot"),
+    ],
+)
+def test_recording_what_a_format_has_no_place_for(tmp_path, option, match):
+    with pytest.raises(ValueError, match=match):
+        record_demonstrations("LiberoObject-v0", tmp_path, **option)
+
+
 def test_numbers_that_are_not_finite_are_no_labels():
     for array in (np.array([[0.0], [np.nan]]), np.array([[np.inf], [0.0]])):
         with pytest.raises(ValueError, match="actions has"):

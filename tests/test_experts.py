@@ -294,6 +294,7 @@ def test_tasks_without_an_expert_are_named(tmp_path: Any) -> None:
 def test_recording_goes_on_where_it_was(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("libero.libero", reason="pip install opd-gym[libero]")
     from opd_gym.cli.demos import record_demonstrations
+    from opd_gym.demonstrations import read_demonstrations, read_lerobot
     from opd_gym.envs.libero.experts import record
 
     recorded = []
@@ -314,6 +315,18 @@ def test_recording_goes_on_where_it_was(tmp_path: Any, monkeypatch: pytest.Monke
     record_demonstrations("LiberoObject-v0", tmp_path, task_ids=[1], **kwargs)
     record_demonstrations("LiberoObject-v0", tmp_path, task_ids=[0], **{**kwargs, "seed": 1})
     assert recorded == [0, 1, 1, 0] and first.read_bytes() != before
+    # A data set of LeRobot's is recorded as a whole, with every step
+    kwargs |= {"stride": 1, "format": "lerobot"}
+    with pytest.raises(FileExistsError, match="not empty"):
+        record_demonstrations("LiberoObject-v0", tmp_path, task_ids=[0], **kwargs)
+    (folder,) = record_demonstrations("LiberoObject-v0", tmp_path / "lerobot", task_ids=[0], **kwargs)
+    assert record_demonstrations("LiberoObject-v0", folder, task_ids=[0], **kwargs) == [folder]
+    assert recorded == [0, 1, 1, 0, 0]
+    (episode,) = read_lerobot(folder)
+    (stored,) = read_demonstrations(files[0])
+    assert episode.instruction == stored.instruction and len(episode.actions) > 50
+    with pytest.raises(FileExistsError, match="not empty"):
+        record_demonstrations("LiberoObject-v0", folder, task_ids=[0], **{**kwargs, "seed": 1})
 
 
 def test_unknown_goal_is_refused() -> None:

@@ -28,7 +28,7 @@ LAYERS = (
     ("opd_gym.algorithms",),
     ("opd_gym.evaluation",),
     ("opd_gym.hub",),
-    ("opd_gym.cli", "opd_gym.zoo.rl_zoo3"),
+    ("opd_gym.cli", "opd_gym.integrations", "opd_gym.zoo.rl_zoo3"),
     ("opd_gym",),
 )
 # Inside a layer: packages that know nothing of each other

@@ -25,7 +25,8 @@ from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.envs.wrappers import ActionTokens
 from opd_gym.hub import write_folder
 from opd_gym.instructions import encode_instruction
-from opd_gym.policies.body import checkpoint_settings, read_checkpoint_config
+from opd_gym.policies.body import read_checkpoint_config
+from opd_gym.policies.loading import checkpoint_settings
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel, complete_checkpoint
 from opd_gym.policies.openvla.jpeg import jpeg_round_trip
 from opd_gym.policies.openvla.processing import (

@@ -21,7 +21,7 @@ from opd_gym.cli.main import main as opd_gym_main
 from opd_gym.cli.options import TrainArgs
 from opd_gym.cli.train import complete_hyperparams
 from opd_gym.envs.make import build_env
-from opd_gym.policies.body import checkpoint_settings
+from opd_gym.policies.loading import checkpoint_settings
 from opd_gym.untrusted import read_yaml
 from opd_gym.zoo import rl_zoo3 as bridge
 from opd_gym.zoo.hyperparams import HYPERPARAMS, algorithm_parameters, rl_zoo3_hyperparams

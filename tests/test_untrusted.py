@@ -23,8 +23,7 @@ from toys import TINY_BODY, Robot, cartpole_teacher
 from opd_gym import OPD, SFT
 from opd_gym.cli.main import main
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
-from opd_gym.policies.body import checkpoint_settings
-from opd_gym.policies.loading import load_policy, read_vec_normalize
+from opd_gym.policies.loading import checkpoint_settings, load_policy, read_vec_normalize
 from opd_gym.untrusted import parse_yaml, read_attributes, unpickle
 
 CONTINUOUS = ("SAC", "TD3", "DDPG", "TQC", "CrossQ")

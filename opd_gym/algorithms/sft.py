@@ -33,7 +33,7 @@ from opd_gym.algorithms.randomness import set_rng_states
 from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.demonstrations import Demonstrations, PathLike
 from opd_gym.observations import obs_rows
-from opd_gym.policies.body import checkpoint_settings
+from opd_gym.policies.loading import checkpoint_settings
 from opd_gym.tokens import CategoricalTokens, TokenView
 
 SelfSFT = TypeVar("SelfSFT", bound="SFT")
@@ -146,7 +146,7 @@ class SFT(PolicyAlgorithm):
     :param policy: The policy model to use (VLAPolicy, MlpPolicy, CnnPolicy, MultiInputPolicy, ...)
     :param env: The environment that the policy is for: an id (of which one env is made), an env, or a vectorised env;
         it is not stepped
-    :param demonstrations: LIBERO HDF5 file(s) or directories of them, or a Demonstrations object
+    :param demonstrations: LIBERO HDF5 file(s), directories of them, data sets of LeRobot's, or a Demonstrations object
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0), which
         then replaces ``lr_decay``
     :param lr_decay: "cosine" decays the learning rate to 0 over the steps of a ``learn``; "constant"
@@ -158,10 +158,12 @@ class SFT(PolicyAlgorithm):
     :param augmentation: "random_shift" shifts each image by up to 1/16 of its size, "random_shift_batch" all images of
         a minibatch by the same amount (cheaper); None does not
     :param mask_padding: Leave out what a chunk shows beyond the end of its episode (the last action, repeated)
-    :param n_demos: Number of demonstrations to read from each file (LIBERO: one file per task); None: all
+    :param n_demos: Number of demonstrations to read from each file (LIBERO: one file per task), or of each task of
+        LeRobot's; None: all
     :param chunk_size: Number of actions of one decision, where no env says so
     :param image_size: Height and width of the pictures, where no env says so; None: as they are stored
-    :param demonstration_kwargs: Further arguments of ``Demonstrations.from_hdf5`` (cameras, stride, action_offset)
+    :param demonstration_kwargs: Further arguments of ``Demonstrations.from_hdf5`` (cameras, stride, action_offset,
+        lerobot)
     :param validation_fraction: Part of the episodes to validate on
     :param validation_freq: Number of gradient steps between two validations
     :param max_grad_norm: The maximum value for the gradient clipping
@@ -243,7 +245,10 @@ class SFT(PolicyAlgorithm):
         self._n_updates = 0
         if _init_setup_model:
             if demonstrations is None and env is None:
-                raise ValueError("SFT expects demonstrations: LIBERO HDF5 file(s), a directory, or a Demonstrations.")
+                raise ValueError(
+                    "SFT expects demonstrations: LIBERO HDF5 file(s), a directory of them, a data set of LeRobot's, or "
+                    "a Demonstrations."
+                )
             self._setup_model()
 
     # ------------------------------------------------------------------------------------------------------ set-up
@@ -299,7 +304,7 @@ class SFT(PolicyAlgorithm):
         """
         Learn from these demonstrations from now on (more of them, or after ``load``, which brings none along).
 
-        :param demonstrations: LIBERO HDF5 file(s), directories, or a Demonstrations object
+        :param demonstrations: LIBERO HDF5 file(s), directories, data sets of LeRobot's, or a Demonstrations object
         """
         data = demonstrations if isinstance(demonstrations, Demonstrations) else self._read(demonstrations)
         self._check_observations(data)

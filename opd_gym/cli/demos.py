@@ -1,9 +1,10 @@
-"""Demonstrations recorded with the scripted expert, one LIBERO file a task."""
+"""Demonstrations recorded with the scripted expert: one LIBERO file a task, or a data set in LeRobot's format."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import gymnasium as gym
 from tqdm import tqdm
@@ -11,6 +12,10 @@ from tqdm import tqdm
 from opd_gym.checks import check_at_least, check_at_least_one, check_range
 from opd_gym.cli.options import Demos
 from opd_gym.envs.registration import LIBERO_IDS, bare_id
+
+if TYPE_CHECKING:
+    from opd_gym.demonstrations import Episode
+    from opd_gym.envs.libero.env import LiberoEnv
 
 # The expert fails in a few of a hundred initial states. A task that it never solves must not run for ever.
 MAX_ATTEMPTS_PER_EPISODE = 5
@@ -28,13 +33,16 @@ def record_demonstrations(
     image_size: int = 128,
     visuals: str = "light",
     progress: bool = True,
+    format: Literal["hdf5", "lerobot"] = "hdf5",
+    videos: bool = False,
 ) -> list[Path]:
     """
-    Record successful episodes of the scripted expert in sampled initial states, in LIBERO's HDF5 format. A task whose
-    file is there, recorded with the same arguments, is not recorded again.
+    Record successful episodes of the scripted expert in sampled initial states, in LIBERO's HDF5 format or LeRobot's.
+    A task whose file is there, recorded with the same arguments, is not recorded again; a data set of LeRobot's is
+    written as a whole.
 
     :param env_id: LIBERO environment id
-    :param folder: where the files go, ``<task>_demo.hdf5``
+    :param folder: where the files go, ``<task>_demo.hdf5``, or the data set
     :param episodes_per_task: number of successful episodes of each task
     :param task_ids: tasks; None for all tasks of the env
     :param seed: seed of the first episode, counted up for the next ones
@@ -44,24 +52,33 @@ def record_demonstrations(
     :param image_size: height and width of the pictures
     :param visuals: see ``LiberoEnv``
     :param progress: show a progress bar
-    :return: the files
-    :raises ValueError: no scripted expert can play one of the tasks, or it fails too often
+    :param format: "hdf5" or "lerobot"
+    :param videos: whether LeRobot's format gets videos in place of pictures
+    :return: the files, or the folder of the data set
+    :raises FileExistsError: a data set of LeRobot's is to go where something else lies
+    :raises ValueError: no scripted expert can play one of the tasks, it fails too often, or LeRobot's format has no
+        place for what is asked for
     """
     if bare_id(env_id) not in LIBERO_IDS:
         raise ValueError(f"Demonstrations are recorded on LIBERO environments, got {env_id!r}. See `opd-gym list`.")
     check_at_least_one(episodes_per_task=episodes_per_task, chunk_size=chunk_size, stride=stride, image_size=image_size)
     check_range("[0, 1]", perturbation=perturbation)
     check_at_least(0, seed=seed)
-    from opd_gym.demonstrations import Episode, was_recorded, write_demonstrations
+    if format not in ("hdf5", "lerobot"):
+        raise ValueError(f'format must be "hdf5" or "lerobot", got {format!r}.')
+    if format == "lerobot" and (stride > 1 or perturbation > 0.0):
+        raise ValueError(
+            "LeRobot's labels are the actions of the frames that follow, so every step has to be there, and no pushes: "
+            f"expected stride=1 and perturbation=0, got {stride} and {perturbation}. Or record HDF5."
+        )
+    if videos and format != "lerobot":
+        raise ValueError("videos are for LeRobot's format: pass --format lerobot.")
+    from opd_gym.demonstrations import was_recorded, was_recorded_as, write_demonstrations, write_lerobot
+    from opd_gym.demonstrations.lerobot import check_vacant
     from opd_gym.envs.libero import suites
     from opd_gym.envs.libero.env import LiberoEnv
-    from opd_gym.envs.libero.experts.record import record_episode
 
-    env = gym.make(env_id, image_size=image_size, visuals=visuals, max_simulators=1).unwrapped
-    assert isinstance(env, LiberoEnv)
-    files = []
-    tasks = list(task_ids) if task_ids else env.task_ids
-    env.check_expert(tasks)
+    folder = Path(folder).expanduser()
     recipe = {
         "env_name": env_id,
         "episodes_per_task": episodes_per_task,
@@ -72,52 +89,77 @@ def record_demonstrations(
         "image_size": image_size,
         "visuals": visuals,
     }
+    env = gym.make(env_id, image_size=image_size, visuals=visuals, max_simulators=1).unwrapped
+    assert isinstance(env, LiberoEnv)
+    tasks = list(task_ids) if task_ids else env.task_ids
     bar = tqdm(total=len(tasks) * episodes_per_task, desc="recording", unit="episode", disable=not progress)
+
+    def record(task_id: int) -> Iterator[Episode]:
+        for episode in _solved(env, task_id, episodes_per_task, seed, chunk_size, stride, perturbation):
+            yield episode
+            bar.update(1)
+
     try:
+        if format == "lerobot":
+            about = {**recipe, "task_ids": tasks, "videos": videos}
+            if was_recorded_as(folder, about):
+                bar.write(f"{folder} is there already")
+                return [folder]
+            check_vacant(folder)
+            env.check_expert(tasks)
+            episodes = (episode for task_id in tasks for episode in record(task_id))
+            write_lerobot(folder, episodes, videos, env.metadata["render_fps"], "panda", about)
+            return [folder]
+        env.check_expert(tasks)
+        files = []
         for task_id in tasks:
             task = suites.tasks(env.suite)[task_id]
-            path = Path(folder).expanduser() / f"{task.name}_demo.hdf5"
+            path = folder / f"{task.name}_demo.hdf5"
             files.append(path)
             if was_recorded(path, recipe):
                 bar.write(f"{path} is there already")
                 bar.update(episodes_per_task)
                 continue
-            episodes: list[Episode] = []
-            attempt = 0
-            while len(episodes) < episodes_per_task:
-                if attempt >= MAX_ATTEMPTS_PER_EPISODE * episodes_per_task:
-                    raise ValueError(
-                        f"Only {len(episodes)} of {attempt} episodes of task {task_id} were solved by the scripted "
-                        "expert, with states to record. Leave this task out with --task-ids, or lower --perturbation "
-                        "and --stride."
-                    )
-                recorded = record_episode(
-                    env, seed + 1000 * task_id + attempt, task_id, chunk_size, stride, perturbation
-                )
-                attempt += 1
-                if not recorded.success or not len(recorded.actions):
-                    continue
-                episodes.append(
-                    Episode(
-                        {key: value for key, value in recorded.observations.items() if key != "instruction"},
-                        recorded.actions,
-                        action_chunks=recorded.action_chunks,
-                        instruction=env.instruction,
-                        attrs={"task_id": task_id, "seed": recorded.seed},
-                    )
-                )
-                bar.update(1)
             write_demonstrations(
                 path,
-                episodes,
+                record(task_id),
                 task.instruction,
                 env_args=recipe,
                 bddl_file_name=task.bddl_file.name,
             )
+        return files
     finally:
         bar.close()
         env.close()
-    return files
+
+
+def _solved(
+    env: LiberoEnv, task_id: int, n_episodes: int, seed: int, chunk_size: int, stride: int, perturbation: float
+) -> Iterator[Episode]:
+    """Episodes of a task that the expert has solved."""
+    from opd_gym.demonstrations import Episode
+    from opd_gym.envs.libero.experts.record import record_episode
+
+    solved = 0
+    for attempt in range(MAX_ATTEMPTS_PER_EPISODE * n_episodes):
+        recorded = record_episode(env, seed + 1000 * task_id + attempt, task_id, chunk_size, stride, perturbation)
+        if not recorded.success or not len(recorded.actions):
+            continue
+        yield Episode(
+            {key: value for key, value in recorded.observations.items() if key != "instruction"},
+            recorded.actions,
+            action_chunks=recorded.action_chunks,
+            instruction=env.instruction,
+            attrs={"task_id": task_id, "seed": recorded.seed},
+        )
+        solved += 1
+        if solved == n_episodes:
+            return
+    raise ValueError(
+        f"Only {solved} of {MAX_ATTEMPTS_PER_EPISODE * n_episodes} episodes of task {task_id} were solved by the "
+        "scripted expert, with states to record. Leave this task out with --task-ids, or lower --perturbation and "
+        "--stride."
+    )
 
 
 def run(args: Demos) -> int:

@@ -17,8 +17,14 @@ from opd_gym.cli.video import check_film, side_by_side, write_video
 from opd_gym.envs.make import build_env
 from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
 from opd_gym.evaluation import EvaluationResult, evaluate_success
-from opd_gym.policies.body import checkpoint_settings
-from opd_gym.policies.loading import check_device, check_spaces, find_vec_normalize, load_policy, normalised
+from opd_gym.policies.loading import (
+    check_device,
+    check_spaces,
+    checkpoint_settings,
+    find_vec_normalize,
+    load_policy,
+    normalised,
+)
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import differences, read_versions
 from opd_gym.zoo.hyperparams import merge, parse_overrides

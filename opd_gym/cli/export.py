@@ -9,8 +9,7 @@ import torch as th
 from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.cli.options import Export
 from opd_gym.envs.make import build_env
-from opd_gym.policies.body import checkpoint_settings
-from opd_gym.policies.loading import load_policy
+from opd_gym.policies.loading import checkpoint_settings, load_policy
 from opd_gym.versions import read_versions, write_versions
 
 

@@ -113,8 +113,8 @@ class TrainArgs(Options):
     :param teacher: directory of a VLA checkpoint, zip of a model, directory of a run, name of the zoo, or "expert";
         default: the zoo's teacher for this env
     :param student: likewise, to start from; "none" for random weights; default: the zoo's student for this env
-    :param demonstrations: HDF5 files or folders of them, for sft; -P demonstration_kwargs.skip=true leaves out damaged
-        files and names them
+    :param demonstrations: HDF5 files, folders of them, or data sets of LeRobot's, for sft; -P
+        demonstration_kwargs.skip=true leaves out damaged ones and names them
     :param folder: where the directory of the run goes
     :param ray: address of a Ray cluster whose machines host the envs, or "auto" for the one this machine is part of
     :param eval_episodes: held-out episodes to play at the end
@@ -333,7 +333,7 @@ class Report(Options):
 @dataclass(kw_only=True)
 class Demos(Options):
     """
-    Record demonstrations with the scripted expert (HDF5). Run again, it goes on with the tasks that have no file yet.
+    Record demonstrations with the scripted expert. Run again, it goes on with the tasks that have no file yet.
 
     :param env: LIBERO environment id, for instance LiberoObject-v0
     :param task_ids: tasks; default: all of the env
@@ -344,7 +344,9 @@ class Demos(Options):
     :param chunk_size: length of the labels
     :param stride: record every so many steps
     :param perturbation: probability of a push at a step
-    :param output: folder, one file a task
+    :param format: LIBERO's HDF5, one file a task; or one data set of LeRobot's (extra lerobot)
+    :param videos: LeRobot's format with videos in place of pictures
+    :param output: folder of the files, or of the data set
     """
 
     many_files: ClassVar[bool] = True
@@ -358,6 +360,8 @@ class Demos(Options):
     chunk_size: int = 8
     stride: int = 1
     perturbation: float = 0.0
+    format: Literal["hdf5", "lerobot"] = "hdf5"
+    videos: Flag = False
     output: Annotated[Path, option("-o", metavar="DIR")] = Path("runs/demos")
 
 

@@ -123,7 +123,7 @@ def run(args: Quickstart) -> int:
     from opd_gym.algorithms.opd import OPD
     from opd_gym.cli.train import complete_hyperparams, default_episodes, trusting
     from opd_gym.envs.make import build_env
-    from opd_gym.policies.body import checkpoint_settings
+    from opd_gym.policies.loading import checkpoint_settings
     from opd_gym.zoo.hyperparams import split_hyperparams
 
     overrides = [*args.hyperparams, *args.param]

@@ -344,7 +344,7 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
 
 
 def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult:
-    from opd_gym.policies.body import checkpoint_settings
+    from opd_gym.policies.loading import checkpoint_settings
 
     if args.eval_freq is not None and args.eval_episodes == 0:
         raise ValueError("--eval-freq plays held-out episodes: say how many, for instance --eval-episodes 20.")

@@ -18,6 +18,7 @@ from opd_gym.demonstrations.hdf5 import (
     read_demonstrations,
     resize_images,
 )
+from opd_gym.demonstrations.lerobot import read_lerobot
 from opd_gym.demonstrations.untrusted import check_finite
 from opd_gym.instructions import encode_instruction
 from opd_gym.observations import join_obs, obs_rows
@@ -127,15 +128,21 @@ class Demonstrations:
         cameras: Sequence[str] | None = None,
         instruction: str | None = None,
         skip: bool = False,
+        lerobot: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Demonstrations:
         """
-        :param paths: HDF5 files of LIBERO or robomimic, or directories of them; one file per task
-        :param n_demos: number of demonstrations of each file; by default all
+        Also from data sets in LeRobot's format.
+
+        :param paths: HDF5 files of LIBERO or robomimic, or directories of them, one file per task; or folders with a
+            data set of LeRobot's
+        :param n_demos: number of demonstrations of each file, and of each task of LeRobot's; by default all
         :param cameras: cameras to read; by default all
         :param instruction: the task in words; by default what each file or its name says
         :param skip: leave out files that cannot be used, with a warning that names each one and says why
+        :param lerobot: ``layout`` and ``features`` of :func:`opd_gym.demonstrations.read_lerobot`
         :param kwargs: see :meth:`from_episodes`
+        :raises ImportError: a data set of LeRobot's, without the libraries of the extra ``lerobot``
         :raises ValueError: a file cannot be used; names it
         """
         parts: list[Demonstrations] = []
@@ -143,7 +150,11 @@ class Demonstrations:
         files = find_files(paths)
         for file in files:
             try:
-                part = cls.from_episodes(read_demonstrations(file, n_demos, cameras, instruction), **kwargs)
+                if file.is_dir():
+                    episodes = read_lerobot(file, n_demos, cameras, instruction, **(lerobot or {}))
+                else:
+                    episodes = read_demonstrations(file, n_demos, cameras, instruction)
+                part = cls.from_episodes(episodes, **kwargs)
                 if parts:
                     parts[0]._check_alike(part, str(file))
                 parts.append(part)

@@ -23,6 +23,9 @@ from opd_gym.files import replacing
 # Names of LIBERO's files for the cameras of our observations.
 CAMERA_DATASETS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 
+# What a folder is known by that holds a data set of LeRobot's
+LEROBOT_INFO = "meta/info.json"
+
 PathLike = str | os.PathLike[str]
 
 
@@ -352,17 +355,17 @@ def read_demonstrations(
 
 def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
     """
-    :param paths: HDF5 files or directories of them
-    :return: the files, in the order given, directories sorted by name
+    :param paths: HDF5 files or directories of them, or data sets of LeRobot's
+    :return: the files, in the order given, directories sorted by name; a data set of LeRobot's is one of them
     """
     files: list[Path] = []
     for item in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = Path(item).expanduser()
-        if path.is_dir():
+        if path.is_dir() and not (path / LEROBOT_INFO).is_file():
             named = (p for p in path.rglob("*") if p.suffix in (".hdf5", ".h5") and not p.name.startswith("."))
             inside = sorted(p for p in named if not p.is_dir())
             if not inside:
-                raise FileNotFoundError(f"No .hdf5 files in {path}.")
+                raise FileNotFoundError(f"No .hdf5 files in {path}, and no {LEROBOT_INFO} of LeRobot's.")
             files += inside
         else:
             files.append(path)
@@ -386,9 +389,10 @@ def was_recorded(path: PathLike, env_args: Mapping[str, Any]) -> bool:
 
 def read_statistics(paths: PathLike | Sequence[PathLike], skip: bool = False) -> dict[str, Any] | None:
     """
-    Statistics stored with demonstrations: with them, action tokens cover the demonstrated actions.
+    Statistics stored with demonstrations: with them, action tokens cover the demonstrated actions. LeRobot's data sets
+    have none of this kind.
 
-    :param paths: HDF5 files or directories of them
+    :param paths: HDF5 files or directories of them, or data sets of LeRobot's
     :param skip: leave out files that cannot be read
     :return: statistics for ``ActionTokens`` that cover all files; None if no file has any
     :raises ValueError: the files normalise different dimensions, only some have statistics, or one cannot be read
@@ -396,6 +400,9 @@ def read_statistics(paths: PathLike | Sequence[PathLike], skip: bool = False) ->
     found: list[dict[str, Any]] = []
     without: list[str] = []
     for path in find_files(paths):
+        if path.is_dir():  # LeRobot's statistics do not say which dimensions are normalised
+            without.append(str(path))
+            continue
         try:
             with opened(path) as data:
                 statistics = json_attribute(data, "env_args").get("statistics")

@@ -274,7 +274,7 @@ def build_env(
     :param run: the part of the configuration about the env, see ``opd_gym.zoo.hyperparams.split_hyperparams``
     :param n_envs: number of envs; None for what the configuration says
     :param seed: seed of the envs, see :func:`make_vec`
-    :param settings: what a checkpoint needs, see ``opd_gym.policies.body.checkpoint_settings``; it wins over the
+    :param settings: what a checkpoint needs, see ``opd_gym.policies.loading.checkpoint_settings``; it wins over the
         configuration where it comes to pictures
     :param env_kwargs: keyword arguments of the env that win over the configuration's
     :return: the env
@@ -357,7 +357,7 @@ def prepare_env(
     requires_tokens = getattr(policy_class, "requires_tokens", False)
     settings: dict[str, Any] = {}
     if requires_tokens:
-        from opd_gym.policies.body import checkpoint_settings
+        from opd_gym.policies.loading import checkpoint_settings
 
         settings = checkpoint_settings(policy_kwargs or {})
     if isinstance(env, str):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch as th
 from torch import nn
-from transformers import PreTrainedModel
 
 from opd_gym.checks import check_at_least_one, check_range
 
@@ -113,6 +112,8 @@ def linear_layers(body: VLABody) -> list[str]:
     :param body: a body
     :return: names of its linear layers, without output embeddings and without those that are trained in full
     """
+    from transformers import PreTrainedModel
+
     heads = {body.get_submodule(name) for name in body.full_rank_modules}
     for module in body.modules():
         if isinstance(module, PreTrainedModel):

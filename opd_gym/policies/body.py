@@ -19,9 +19,13 @@ import torch as th
 from gymnasium import spaces
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
-from opd_gym.checkpoints import CONFIG_FILE, PENDING, resolve_checkpoint, whole_checkpoint
+try:
+    from transformers import PretrainedConfig, PreTrainedModel
+except ImportError as error:
+    raise ImportError(f"A VLA needs transformers: pip install 'opd-gym[vla]' ({error})") from error
+
+from opd_gym.checkpoints import CONFIG_FILE, PENDING, whole_checkpoint
 from opd_gym.checks import check_at_least
 from opd_gym.files import replacing, sync, temporary_beside
 from opd_gym.policies.adapters import (
@@ -591,44 +595,6 @@ def token_space(action_space: spaces.Space) -> tuple[int, int]:
             "opd_gym.envs.wrappers.ActionTokens makes such a space."
         )
     return int(n_bins[0]), len(action_space.nvec)
-
-
-def checkpoint_settings(policy_kwargs: Mapping[str, Any], trust: bool = False) -> dict[str, Any]:
-    """
-    What an env must be like for a token policy, as far as that is known before there is an env.
-
-    :param policy_kwargs: Keyword arguments of the policy: its ``checkpoint`` (see ``resolve_checkpoint``), or the
-        configuration of its body
-    :param trust: Open a zip whatever it holds; code in it runs
-    :return: ``chunk_size``, ``n_bins``, ``statistics`` (arguments of ``make_vec``), ``image_size``, ``cameras`` and
-        ``visuals`` (of the env), those that are known
-    """
-    checkpoint = policy_kwargs.get("checkpoint")
-    config = policy_kwargs.get("body_kwargs") or {}
-    if checkpoint is not None:
-        try:
-            path = resolve_checkpoint(checkpoint)
-            config = (
-                read_checkpoint_config(path)[1].to_dict()
-                if path.is_dir()
-                else _saved_policy_kwargs(path, trust).get("body_kwargs") or {}
-            )
-        except FileNotFoundError:
-            # A saved algorithm has the arguments of its body, and goes without the checkpoint it once started from
-            if not config:
-                raise
-    settings = {key: config[key] for key in ("n_bins", "statistics") if config.get(key) is not None}
-    if "n_tokens" in config and "action_dim" in config:
-        settings["chunk_size"] = config["n_tokens"] // config["action_dim"]
-    if config.get("image_size"):
-        height, width = (int(size) for size in config["image_size"])
-        settings["image_size"] = height if height == width else (height, width)
-    if config.get("image_keys"):
-        settings["cameras"] = tuple(config["image_keys"])
-    if config.get("libero_images"):
-        # Trained on LIBERO's own pictures
-        settings["visuals"] = "exact"
-    return settings
 
 
 def _saved_policy_kwargs(path: Path, trust: bool) -> dict[str, Any]:

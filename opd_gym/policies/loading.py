@@ -23,6 +23,46 @@ from opd_gym.untrusted import read_attributes, unpickle
 BUILT_FROM = ("policy_class", "policy_kwargs", "observation_space", "action_space", "use_sde")
 
 
+def checkpoint_settings(policy_kwargs: Mapping[str, Any], trust: bool = False) -> dict[str, Any]:
+    """
+    What an env must be like for a token policy, as far as that is known before there is an env.
+
+    :param policy_kwargs: Keyword arguments of the policy: its ``checkpoint`` (see ``resolve_checkpoint``), or the
+        configuration of its body
+    :param trust: Open a zip whatever it holds; code in it runs
+    :return: ``chunk_size``, ``n_bins``, ``statistics`` (arguments of ``make_vec``), ``image_size``, ``cameras`` and
+        ``visuals`` (of the env), those that are known
+    """
+    checkpoint = policy_kwargs.get("checkpoint")
+    config = policy_kwargs.get("body_kwargs") or {}
+    if checkpoint is not None:
+        try:
+            path = resolve_checkpoint(checkpoint)
+            if path.is_dir():
+                from opd_gym.policies.body import read_checkpoint_config
+
+                config = read_checkpoint_config(path)[1].to_dict()
+            else:
+                kwargs = read_attributes(path, keys=("policy_kwargs",), trust=trust).get("policy_kwargs") or {}
+                config = kwargs.get("body_kwargs") or {}
+        except FileNotFoundError:
+            # A saved algorithm has the arguments of its body, and goes without the checkpoint it once started from
+            if not config:
+                raise
+    settings = {key: config[key] for key in ("n_bins", "statistics") if config.get(key) is not None}
+    if "n_tokens" in config and "action_dim" in config:
+        settings["chunk_size"] = config["n_tokens"] // config["action_dim"]
+    if config.get("image_size"):
+        height, width = (int(size) for size in config["image_size"])
+        settings["image_size"] = height if height == width else (height, width)
+    if config.get("image_keys"):
+        settings["cameras"] = tuple(config["image_keys"])
+    if config.get("libero_images"):
+        # Trained on LIBERO's own pictures
+        settings["visuals"] = "exact"
+    return settings
+
+
 def load_policy(
     checkpoint: str | os.PathLike[str],
     observation_space: spaces.Space,

@@ -18,7 +18,6 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from opd_gym import ranks
 from opd_gym.checkpoints import PENDING, lasting_name, resolve_checkpoint
@@ -51,6 +50,9 @@ from opd_gym.tokens import TokenDistribution, token_view
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
+    # Late: what is missing without transformers is said by opd_gym.policies.body
+    from transformers.utils import logging as transformers_logging
+
     # Those of transformers would tear the progress bar of `learn`.
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -138,7 +138,7 @@ def rl_zoo3_hyperparams(env_id: str, values: Mapping[str, Any], settings: Mappin
 
     :param env_id: environment id, with or without the module to import
     :param values: hyperparameters, as :func:`load_hyperparams` gives them
-    :param settings: what that checkpoint needs, see ``opd_gym.policies.body.checkpoint_settings``
+    :param settings: what that checkpoint needs, see ``opd_gym.policies.loading.checkpoint_settings``
     :return: plain values
     """
     from opd_gym.envs.make import env_arguments, env_layers  # here: `opd-gym --help` has no use for PyTorch

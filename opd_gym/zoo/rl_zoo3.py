@@ -19,7 +19,7 @@ from opd_gym.algorithms import algorithm_class
 from opd_gym.cli.options import TrainArgs
 from opd_gym.cli.train import complete_hyperparams
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id, register_envs
-from opd_gym.policies.body import checkpoint_settings
+from opd_gym.policies.loading import checkpoint_settings
 from opd_gym.zoo.hyperparams import SCHEDULE_KEYS, rl_zoo3_hyperparams, schedule
 
 try:

@@ -1,0 +1,1 @@
+"""This library's envs in the programs of other libraries."""
