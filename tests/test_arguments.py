@@ -240,7 +240,6 @@ BROKEN = (
     (f"{OPD_WORDS} -P teacher_kwargs.vec_normalize=1.5", "Expected vec_normalize to be"),
     ("eval --env Acrobot-v1 --checkpoint teacher.zip --no-progress", "teacher.zip does not fit the env: .*Discrete"),
     ("eval --env CartPole-v1 --checkpoint teacher.zip -o pipe", "pipe cannot be written: it is a device or a pipe"),
-    ("report results.json --label typo=x -o page.html", "typo=x: nothing is found"),
 )
 
 

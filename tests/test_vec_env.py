@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -1388,3 +1389,28 @@ def test_a_worker_killed_in_the_middle_of_a_rollout_on_libero():
             assert all(np.array_equal(observations[0], other) for other in observations[1:])
     finally:
         env.close()
+
+
+def test_modules_of_registered_envs_are_imported_by_those_alone_who_make_them(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text(
+        "import os\nimport numpy as np\n"
+        "from gymnasium.envs.classic_control import CartPoleEnv\n\n"
+        f"open({str(tmp_path / 'imported')!r}, 'a').write(f'{{os.getpid()}} ')\n\n\n"
+        "class Slow(CartPoleEnv):\n    def render(self):\n        return np.zeros((4, 6, 3), np.uint8)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    gym.register("Slow-v0", importlib.import_module("slow_to_import").Slow)
+
+    def importers() -> int:
+        return len((tmp_path / "imported").read_text().split())
+
+    try:
+        WorkerVecEnv([lambda: gym.make("CartPole-v1")]).close()
+        assert importers() == 1  # this process
+        env = WorkerVecEnv([lambda: gym.make("Slow-v0", render_mode="rgb_array")])
+        assert importers() == 2
+        env.reset()
+        assert env.env_method("render")[0].shape == (4, 6, 3)
+        env.close()
+    finally:
+        del gym.registry["Slow-v0"]

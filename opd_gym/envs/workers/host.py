@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import cloudpickle
 import gymnasium as gym
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
 
 from opd_gym.envs.workers.memory import Memory
 from opd_gym.envs.workers.process import Learner, Process
@@ -80,23 +81,37 @@ def main(memory: int, last_words: int, connection: int, parent: int) -> None:
         return
 
 
-def _load_spec(env_id: str, spec: bytes) -> EnvSpec:
+class Lazy:
     """
-    The specification of an env that the learner's program registered. Its module may be missing here (on another
-    machine), which matters only to those who make that env.
+    What builds an env that the learner's program registered, unpickled when that env is made: its module may take
+    seconds to import, or be missing here (on another machine), and neither matters to other envs.
+
+    :param env_id: id of the env
+    :param payload: the pickled function or class
     """
-    try:
-        return pickle.loads(spec)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
 
-    def make(**kwargs: Any) -> gym.Env:
-        raise ImportError(
-            f"{env_id} is registered by the program that started this worker, but cannot be loaded here ({reason}). "
-            "Put its module where the worker's Python finds it: install it there, or set PYTHONPATH."
-        )
+    def __init__(self, env_id: str, payload: bytes):
+        self.env_id = env_id
+        self.payload = payload
 
-    return EnvSpec(env_id, entry_point=make)
+    def _load(self) -> Callable[..., gym.Env]:
+        try:
+            return pickle.loads(self.payload)
+        except Exception as error:
+            raise ImportError(
+                f"{self.env_id} is registered by the program that started this worker, but cannot be loaded here "
+                f"({type(error).__name__}: {error}). Put its module where the worker's Python finds it: install it "
+                "there, or set PYTHONPATH."
+            ) from error
+
+    def __call__(self, **kwargs: Any) -> gym.Env:
+        return self._load()(**kwargs)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """``gym.make`` asks a class for its render modes before it builds the env."""
+        # AttributeError of what has none is what gym.make expects of a function
+        return self._load().metadata  # type: ignore[attr-defined]
 
 
 class _Host:
@@ -154,7 +169,9 @@ class _Host:
         sys.argv[:] = argv
         for env_id, spec in registered.items():
             if env_id not in gym.registry:
-                gym.registry[env_id] = _load_spec(env_id, spec)
+                # What it refers to besides may be missing here as well; gym.make then says that it is not registered
+                with suppress(Exception):
+                    gym.registry[env_id] = pickle.loads(spec)
         for index, env_fn in zip(indices, env_fns, strict=True):
             self.envs[index] = pickle.loads(env_fn)()
         return [(env.observation_space, env.action_space) for env in self.envs.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import reprlib
@@ -23,7 +24,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
 from opd_gym.checks import check_at_least_one, check_range
-from opd_gym.envs.workers.host import CALLER_ERRORS, start
+from opd_gym.envs.workers.host import CALLER_ERRORS, Lazy, start
 from opd_gym.envs.workers.memory import Arrays, Layout, Memory, open_memory
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.envs.workers.process import CLOSE_SECONDS, START_SECONDS, WorkerTraceback, exit_text
@@ -694,9 +695,15 @@ def _unsupported(space: spaces.Space) -> ValueError:
 
 
 def _registered() -> dict[str, Any]:
-    """Specifications of all envs, which a script may have registered; those that can be sent."""
+    """
+    Specifications of all envs, which a script may have registered; those that can be sent. What builds an env is
+    pickled on its own: a worker imports its module only if it makes that env.
+    """
     found = {}
     for env_id, spec in gym.registry.items():
         with suppress(Exception):
-            found[env_id] = cloudpickle.dumps(spec)
+            entry_point = spec.entry_point
+            if callable(entry_point):
+                entry_point = Lazy(env_id, cloudpickle.dumps(entry_point))
+            found[env_id] = cloudpickle.dumps(dataclasses.replace(spec, entry_point=entry_point))
     return found
