@@ -93,6 +93,8 @@ def _is_a(value: Any, hint: Any) -> bool:
         return any(_is_a(value, part) for part in parts)
     if origin is list:
         return isinstance(value, list) and all(_is_a(item, parts[0]) for item in value)
+    if isinstance(value, int) and abs(value) >= 2**63:  # no number of anything, and no float either
+        return False
     return isinstance(value, {int: Integral, float: Real}.get(hint, hint))
 
 

@@ -271,7 +271,7 @@ def _find(folder: Path) -> list[_Found]:
         total, done = config.get("n_timesteps"), item.rows[-1]["time/total_timesteps"] if item.rows else 0.0
         if isinstance(total, (int, float)) and done < total:
             item.notes.append(
-                f"seed {item.seed} ({item.path}) has {done:,.0f} of its {total:,.0f} timesteps: its costs and its "
+                f"seed {item.seed} ({item.path}) has {done:,.0f} of its {total:,} timesteps: its costs and its "
                 "curve end there."
             )
         # `opd-gym eval` may have played other envs as well

@@ -358,7 +358,12 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
             values["n_timesteps"] = args.n_timesteps
         if args.ray is not None:
             values["ray"] = args.ray
-    run, kwargs = split_hyperparams(args.algo, values, cls)
+    try:
+        run, kwargs = split_hyperparams(args.algo, values, cls)
+    except ValueError as error:
+        if resume is None:
+            raise
+        raise ValueError(f"{resume / 'config.yml'}: {error}") from error
     if args.eval_freq is not None and (kwargs.get("policy_kwargs") or {}).get("shard") and ranks.world_size() > 1:
         raise ValueError(
             "--eval-freq plays with the first learner's weights, and shard=true spreads them over all learners. Leave "

@@ -73,6 +73,7 @@ def unpack(archive: Path, folder: Path) -> None:
         zipfile.BadZipFile,
         zlib.error,
         EOFError,
+        IndexError,
         NotImplementedError,
         RuntimeError,
         UnicodeError,
