@@ -18,6 +18,11 @@ ENV_object = LiberoObject-v0
 ENV_spatial = LiberoSpatial-v0
 ENV_goal = LiberoGoal-v0
 ENV_10 = Libero10-v0
+# The teacher: DAgger after SFT, or SFT for longer where DAgger made it worse
+TEACHER_object = teacher/opd
+TEACHER_spatial = teacher/longer/sft
+TEACHER_goal = teacher/longer/sft
+TEACHER_10 = teacher/longer/sft
 # Steps of SFT for a student that has room to rise, and successes to rise from
 STUDENT_STEPS_object = 280
 STUDENT_STEPS_spatial = 280
@@ -33,7 +38,7 @@ SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimize
 
 # $(call suite,NAME,ENV)
 define suite
-$(1): $(RUNS)/$(1)/teacher/opd/$(2)_1/evaluation.json $(RUNS)/$(1)/student/sft/$(2)_1/evaluation.json \
+$(1): $(RUNS)/$(1)/$(TEACHER_$(1))/$(2)_1/evaluation.json $(RUNS)/$(1)/student/sft/$(2)_1/evaluation.json \
     $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft,$(RUNS)/$(1)/seed$(seed)/$(algo)/$(2)_1/evaluation.json))
 
 # 1. Demonstrations of the scripted expert on sampled initial states. The teacher's have pushes to recover from.
@@ -47,13 +52,17 @@ $(RUNS)/$(1)/demos/control/done:
 	opd-gym demos --env $(2) -n $(CONTROL_DEMOS_$(1)) --seed 200000 --image-size 64 --stride 8 -o $$(@D)
 	touch $$@
 
-# 2. The teacher: SFT, then the expert corrects it in the states it visits (DAgger). The student: one demonstration a task.
+# 2. The teacher: SFT, then the expert corrects it in the states it visits (DAgger), or SFT goes on.
+# The student: one demonstration a task.
 $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/pushed/done
 $(call train,$(RUNS)/$(1)/teacher,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/pushed --student none --n-timesteps 2000 \
 	    --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05)
 $(RUNS)/$(1)/teacher/opd/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json
 $(call train,$(RUNS)/$(1)/teacher,opd,$(2),--teacher expert --student $(RUNS)/$(1)/teacher/sft/$(2)_1/policy \
 	    --n-timesteps 12000 --hyperparams divergence:forward_kl teacher_kwargs.smoothing:2.0)
+$(RUNS)/$(1)/teacher/longer/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json
+$(call train,$(RUNS)/$(1)/teacher/longer,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/pushed \
+	    --student $(RUNS)/$(1)/teacher/sft/$(2)_1/policy --n-timesteps 4000 --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05)
 $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/plain/done
 $(call train,$(RUNS)/$(1)/student,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/plain --student none --seed 2 \
 	    --n-timesteps $(STUDENT_STEPS_$(1)) --hyperparams $(SFT) learning_rate:1e-3 n_demos:1)
@@ -63,8 +72,8 @@ endef
 # $(call runs,NAME,ENV,SEED)
 # 3. From that student: OPD, GRPO with as many decisions, SFT on as many labelled decisions with as many gradient steps.
 define runs
-$(RUNS)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json: | $(foreach role,teacher/opd student/sft,$(RUNS)/$(1)/$(role)/$(2)_1/policy/config.json)
-$(call train,$(RUNS)/$(1)/seed$(3),opd,$(2),--seed $(3) --n-timesteps 12000 --teacher $(RUNS)/$(1)/teacher/opd/$(2)_1/policy \
+$(RUNS)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json: | $(foreach role,$(TEACHER_$(1)) student/sft,$(RUNS)/$(1)/$(role)/$(2)_1/policy/config.json)
+$(call train,$(RUNS)/$(1)/seed$(3),opd,$(2),--seed $(3) --n-timesteps 12000 --teacher $(RUNS)/$(1)/$(TEACHER_$(1))/$(2)_1/policy \
 	    --student $(RUNS)/$(1)/student/sft/$(2)_1/policy)
 $(RUNS)/$(1)/seed$(3)/grpo/$(2)_1/policy/config.json: | $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json
 $(call train,$(RUNS)/$(1)/seed$(3),grpo,$(2),--seed $(3) --n-timesteps 12000 --student $(RUNS)/$(1)/student/sft/$(2)_1/policy)

@@ -10,10 +10,13 @@ With one process nothing here communicates, and nothing changes.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +31,8 @@ T = TypeVar("T")
 _TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # An evaluation by the first rank may take hours, and the others wait for it. A rank that dies is noticed at once
 TIMEOUT = timedelta(hours=12)
+# Seconds to wait at the end for what gloo still does
+LEAVE_TIMEOUT = 10.0
 # Gradients travel together up to so many bytes
 BUCKET_BYTES = 2**25
 
@@ -68,7 +73,31 @@ def join() -> None:
     if not dist.is_available():
         raise RuntimeError("This build of PyTorch has no torch.distributed: start one process.")
     dist.init_process_group("cpu:gloo,cuda:nccl" if th.cuda.is_available() else "gloo", timeout=TIMEOUT)
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """
+    Before the interpreter ends: a thread of gloo that lets go of a tensor only then, which needs the GIL, would end the
+    process by SIGABRT. They outlive the group where something refers to it, as PyTorch's caches of meshes do.
+    """
+    dist.destroy_process_group()
+    patience = time.monotonic() + LEAVE_TIMEOUT
+    while _gloo_is_busy() and time.monotonic() < patience:
+        time.sleep(0.01)
+
+
+def _gloo_is_busy() -> bool:
+    """
+    :return: whether a thread of gloo runs, or would; False where Linux does not tell
+    """
+    time.sleep(0.01)  # without the GIL: who waits for that alone does not wait any more
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            name, _, state = stat.read_text().rpartition(")")
+            if "gloo_runloop" in name and state.split()[0] == "R":
+                return True
+    return False
 
 
 def local_device(device: th.device | str) -> th.device | str:

@@ -53,7 +53,7 @@ def torchrun(*words: object, n: int = 2, **env: str) -> subprocess.CompletedProc
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [*command, *map(str, words)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **env},
         capture_output=True,
         text=True,
         timeout=300,

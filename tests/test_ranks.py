@@ -1,9 +1,11 @@
 """Several learners under torchrun: together they make the update that one would make of all their rollouts."""
 
+import hashlib
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from gymnasium import spaces
 from ranked import torchrun
 from toys import TINY_BODY, Robot, cartpole_teacher, parameters
 
-from opd_gym import OPD
+from opd_gym import OPD, ranks
 from opd_gym.cli.runs import read_progress
 from opd_gym.policies.vla import VLAPolicy
 
@@ -114,6 +116,25 @@ def test_a_dead_rank_ends_the_run_and_is_named(base):
     assert re.search(r"rank\s*: 1 .*", done.stderr) and "SIGKILL" in done.stderr
     newest = max((base / "checkpoints").glob("rl_model_*_steps.zip"), key=lambda path: int(path.stem.split("_")[-2]))
     assert OPD.load(newest).num_timesteps > 32
+
+
+def test_at_the_end_gloo_is_waited_for(monkeypatch):
+    """A thread of it that needs the GIL while the interpreter ends would abort the process."""
+    monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: None)
+    done = []
+
+    def runs():
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("pt_gloo_runloop")
+        begun.set()
+        hashlib.pbkdf2_hmac("sha512", b"", b"", 1_000_000)  # without the GIL
+        done.append(True)
+
+    begun, thread = threading.Event(), threading.Thread(target=runs)
+    thread.start()
+    begun.wait()
+    ranks._leave()
+    assert done
+    thread.join()
 
 
 def test_on_the_command_line(tmp_path):
