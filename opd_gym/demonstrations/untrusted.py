@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+
+# Seconds for the table of contents of a file, and all attributes
+READ_TIMEOUT = 60
 
 
 def check_finite(name: str, values: np.ndarray) -> None:
@@ -38,6 +47,69 @@ def reading(name: str) -> Iterator[None]:
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
+class _Probe:
+    """The process of :mod:`opd_gym.demonstrations.probe`. It ends with this one, whose end of the pipe closes."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("probe.py")
+        self._owner = os.getpid()
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), str(READ_TIMEOUT)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            start_new_session=True,  # Ctrl-C is for the learner
+        )  # fmt: skip
+
+    def look(self, path: Path) -> int | None:
+        """
+        :param path: a file
+        :return: None if nothing happened to the process; otherwise its exit status
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(str(path.absolute())) + "\n")
+            self._process.stdin.flush()
+        if self._process.stdout.readline():
+            return None
+        return self._process.wait()
+
+    def is_ready(self) -> bool:
+        """
+        :return: whether it still runs, and is not that of the process from which this one was forked
+        """
+        return self._owner == os.getpid() and self._process.poll() is None
+
+    def close(self) -> None:
+        """The process ends."""
+        if self._owner == os.getpid():
+            self._process.kill()
+            self._process.communicate()
+
+
+_probe: _Probe | None = None
+_probe_lock = threading.Lock()
+
+
+def _look_first(path: Path) -> None:
+    """
+    :param path: an HDF5 file
+    :raises ValueError: libhdf5 does not survive it, or loops
+    """
+    global _probe
+    with _probe_lock:
+        if _probe is None or not _probe.is_ready():
+            _probe = _Probe()
+            atexit.register(_probe.close)
+        status = _probe.look(path)
+        if status is None:
+            return
+        atexit.unregister(_probe.close)
+        _probe.close()
+        _probe = None
+    if status == -signal.SIGALRM:
+        raise ValueError(f"{path} is not read in {READ_TIMEOUT} s. It is damaged, or its disk is very slow.")
+    raise ValueError(f"{path} is damaged: the process that read it ended with status {status}.")
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.Group]:
     """
@@ -49,6 +121,7 @@ def opened(path: Path) -> Iterator[h5py.Group]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"Demonstration file {path} does not exist.")
+    _look_first(path)
     try:
         with h5py.File(path, "r") as file:
             data = member(file, "data")

@@ -1,0 +1,64 @@
+"""
+A process that looks at HDF5 files before anyone else does: what damage does to libhdf5, it does to this process.
+
+libhdf5 loops for ever over some damaged files, and reads outside of its memory in others. Started as a script, so that
+it imports no more than h5py. It reads lines on stdin, each the path of a file as JSON, and answers each with a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from typing import Any
+
+
+def look(path: str) -> None:
+    """
+    Touch what the loader may touch: every group, every attribute, and where the parts of every data set lie. What
+    raises an error is passed over: the loader will say it, if it needs it at all. Links to elsewhere are not followed.
+
+    :param path: the file
+    """
+    import h5py
+
+    seen = set()
+
+    def visit(item: Any) -> None:
+        info = h5py.h5o.get_info(item.id)
+        if (info.fileno, info.addr) in seen:
+            return
+        seen.add((info.fileno, info.addr))
+        for name in item.attrs:
+            attempt(item.attrs.get, name)
+        if isinstance(item, h5py.Dataset):
+            if not item.is_virtual and not item.external:
+                attempt(item.id.get_num_chunks if item.chunks else item.id.get_storage_size)
+        elif isinstance(item, h5py.Group):
+            for name in item:
+                if item.id.links.get_info(name.encode("utf-8", "surrogateescape")).type == h5py.h5l.TYPE_HARD:
+                    attempt(lambda name=name: visit(item[name]))
+
+    with h5py.File(path, "r") as file:
+        visit(file)
+
+
+def attempt(function: Any, *args: Any) -> None:
+    """
+    :param function: is called
+    :param args: with these; what it raises does not matter
+    """
+    with contextlib.suppress(Exception):
+        function(*args)
+
+
+if __name__ == "__main__":
+    # A file of the folder of this script must not be taken for a module that h5py imports
+    del sys.path[0]
+    for line in sys.stdin:
+        # Its default is to end the process, also out of a loop in C
+        signal.alarm(int(sys.argv[1]))
+        attempt(look, json.loads(line))
+        signal.alarm(0)
+        print("done", flush=True)
