@@ -253,6 +253,8 @@ class PolicyAlgorithm(BaseAlgorithm):
     steps_env: ClassVar[bool] = True
 
     progress_bar_class: ClassVar[type[BaseCallback]] = DecisionProgressBar
+    # An argument that no other algorithm has: by it a zip shows which of them saved it
+    _own_argument: ClassVar[str]
 
     policy: ActorCriticPolicy
     # What a saved model needs to go on as if it had not been interrupted
@@ -638,8 +640,8 @@ class PolicyAlgorithm(BaseAlgorithm):
         :param kwargs: Extra arguments to change the model when loading
         :return: New model with loaded parameters
         :raises FileNotFoundError: There is no such file
-        :raises ValueError: It is not the zip of a model, holds code such as a learning rate that is a function, has
-            damaged weights, or does not fit the env
+        :raises ValueError: It is not the zip of a model of this algorithm, holds code such as a learning rate that is a
+            function, has damaged weights, or does not fit the env
         """
         file: Any = path
         if isinstance(path, (str, os.PathLike)):
@@ -649,6 +651,11 @@ class PolicyAlgorithm(BaseAlgorithm):
         data = read_attributes(file, custom_objects, trust=trust)
         if not data:
             raise ValueError(f"{path} has no attributes of a model: expected what save() writes.")
+        if cls._own_argument not in data:
+            raise ValueError(
+                f"{path} was not saved by {cls.__name__}: it has no `{cls._own_argument}`. Load it with the algorithm "
+                f"that did. To begin with its weights, create the {cls.__name__} and call its set_parameters(path)."
+            )
         if isinstance(data.get("teacher_kwargs"), dict):
             # Whether to trust is not for the file to say
             data["teacher_kwargs"] = {**data["teacher_kwargs"], "trust": trust}

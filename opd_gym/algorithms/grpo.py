@@ -69,6 +69,7 @@ class GRPO(RolloutAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
+    _own_argument = "n_groups"
     _changed_by_rollouts = (*RolloutAlgorithm._changed_by_rollouts, "_first_group", "_group_seeds")
 
     @zoo_hyperparams

@@ -132,6 +132,8 @@ class OPD(RolloutAlgorithm):
 
     learns_from_rewards = False
 
+    _own_argument = "divergence"
+
     @zoo_hyperparams
     def __init__(
         self,

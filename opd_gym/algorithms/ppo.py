@@ -81,6 +81,7 @@ class PPO(RolloutAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
+    _own_argument = "ratio"
     uses_critic: ClassVar[bool] = True
 
     @zoo_hyperparams

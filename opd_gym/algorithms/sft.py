@@ -176,6 +176,7 @@ class SFT(PolicyAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
+    _own_argument = "label_smoothing"
     default_total_timesteps = 2_000
     steps_env: ClassVar[bool] = False
     progress_bar_class: ClassVar[type[BaseCallback]] = GradientStepProgressBar
