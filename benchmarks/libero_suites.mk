@@ -23,11 +23,15 @@ TEACHER_object = teacher/opd
 TEACHER_spatial = teacher/longer/sft
 TEACHER_goal = teacher/longer/sft
 TEACHER_10 = teacher/longer/sft
-# Steps of SFT for a student that has room to rise, and successes to rise from
+# Steps of SFT for a student that has room to rise, and successes to rise from; and its demonstrations of each task
 STUDENT_STEPS_object = 280
-STUDENT_STEPS_spatial = 280
-STUDENT_STEPS_goal = 280
+STUDENT_STEPS_spatial = 500
+STUDENT_STEPS_goal = 500
 STUDENT_STEPS_10 = 600
+STUDENT_DEMOS_object = 1
+STUDENT_DEMOS_spatial = 2
+STUDENT_DEMOS_goal = 2
+STUDENT_DEMOS_10 = 2
 # Demonstrations a task of the offline control: as many decisions as OPD's teacher labels (12,000), and as many env steps
 CONTROL_DEMOS_object = 120
 CONTROL_DEMOS_spatial = 150
@@ -53,7 +57,7 @@ $(RUNS)/$(1)/demos/control/done:
 	touch $$@
 
 # 2. The teacher: SFT, then the expert corrects it in the states it visits (DAgger), or SFT goes on.
-# The student: one demonstration a task.
+# The student: one or two demonstrations a task.
 $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/pushed/done
 $(call train,$(RUNS)/$(1)/teacher,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/pushed --student none --n-timesteps 2000 \
 	    --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05)
@@ -65,7 +69,7 @@ $(call train,$(RUNS)/$(1)/teacher/longer,sft,$(2),--demonstrations $(RUNS)/$(1)/
 	    --student $(RUNS)/$(1)/teacher/sft/$(2)_1/policy --n-timesteps 4000 --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05)
 $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/plain/done
 $(call train,$(RUNS)/$(1)/student,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/plain --student none --seed 2 \
-	    --n-timesteps $(STUDENT_STEPS_$(1)) --hyperparams $(SFT) learning_rate:1e-3 n_demos:1)
+	    --n-timesteps $(STUDENT_STEPS_$(1)) --hyperparams $(SFT) learning_rate:1e-3 n_demos:$(STUDENT_DEMOS_$(1)))
 $(foreach seed,$(SEEDS),$(eval $(call runs,$(1),$(2),$(seed))))
 endef
 

@@ -123,7 +123,7 @@ def read_versions(path: str | os.PathLike[str]) -> dict[str, str]:
     for folder in (path, *path.parents[:2]):
         try:
             return parse_versions(json.loads((folder / VERSIONS_FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
     return {}
 

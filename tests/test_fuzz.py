@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch as th
 import yaml
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -29,13 +30,16 @@ from opd_gym.cli.report import by_task, details, find_policies, overview
 from opd_gym.demonstrations import Demonstrations, untrusted
 from opd_gym.demonstrations.hdf5 import Episode, write_demonstrations
 from opd_gym.envs.libero.plus import read_levels
+from opd_gym.envs.libero.suites import read_states
 from opd_gym.envs.robotwin.assets import unpack
 from opd_gym.envs.robotwin.runtime import STAND_IN_MARKER, is_current_stand_in, robots
 from opd_gym.envs.robotwin.tasks import read_seeds
 from opd_gym.envs.robotwin.traces import EXPERT_TRACES, Trace
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult, LostEpisode
 from opd_gym.policies.loading import load_policy, read_vec_normalize
+from opd_gym.policies.openvla.published import load_proprio
 from opd_gym.untrusted import read_yaml
+from opd_gym.versions import read_versions
 from opd_gym.zoo.hyperparams import load_hyperparams
 
 # How often each file is damaged: more of them by the variable, for a longer look
@@ -156,6 +160,41 @@ def test_demonstrations(tmp_path, rng, monkeypatch):
     write_demonstrations(path, [episode, episode], instruction="pick up the milk")
     whole = path.read_bytes()
     check(path, (damaged(whole, rng) for _ in range(2 * N)), lambda: Demonstrations.from_hdf5(path))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pruned_init"])
+@pytest.mark.parametrize("way", [damaged, damaged_members])
+def test_initial_states(way, suffix, tmp_path, rng):
+    path = tmp_path / f"pick_up_the_milk{suffix}"
+    states = rng.normal(size=(2, 5))
+    if suffix == ".npz":
+        np.savez(path, states=states)
+    else:
+        th.save(states, path)
+    np.testing.assert_array_equal(read_states(path), states)
+    whole = path.read_bytes()
+    check(path, (way(whole, rng) for _ in range(2 * N)), lambda: read_states.__wrapped__(path))
+
+
+@pytest.mark.parametrize("way", [damaged, damaged_members])
+def test_projectors_of_proprioception(way, tmp_path, rng):
+    path = tmp_path / "proprio_projector--1_checkpoint.pt"
+    th.save({"module.fc1.weight": th.randn(3, 8), "module.fc1.bias": th.randn(3)}, path)
+    whole = path.read_bytes()
+    check(path, (way(whole, rng) for _ in range(2 * N)), lambda: load_proprio(path))
+
+
+def test_versions(tmp_path, rng):
+    """They are for a warning: what cannot be read says nothing."""
+    path = tmp_path / "versions.json"
+    values = {"mujoco": "3.3.2", "torch": "2.13"}
+    path.write_text(json.dumps(values))
+    assert read_versions(tmp_path) == values
+    deep = b"[" * 100_000
+    for content in chain([deep], mixed(path.read_bytes(), values, rng, 2 * N)):
+        path.write_bytes(content)
+        found = read_versions(tmp_path)
+        assert all(isinstance(text, str) for pair in found.items() for text in pair)
 
 
 def test_yaml(tmp_path, rng):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,13 +130,11 @@ def load_init_states(task: TaskSpec) -> np.ndarray:
     :param task: which task
     :return: float64 array of shape ``(n_states, 1 + nq + nv)``: time, qpos, qvel
     :raises FileNotFoundError: the installed LIBERO has none for this task
+    :raises ValueError: its file is damaged
     """
     for path in task.init_state_files:
-        if path.suffix == ".npz" and path.exists():
-            with np.load(path, allow_pickle=False) as archive:
-                return np.asarray(archive["states"], dtype=np.float64)
         if path.exists():
-            return _load_torch_states(path)
+            return read_states(path)
     raise FileNotFoundError(
         f"LIBERO ships no official initial states for {task.suite!r}, task {task.task_id} ({task.name}). "
         f'Use init_states="sampled".{config_note()}'
@@ -146,21 +143,36 @@ def load_init_states(task: TaskSpec) -> np.ndarray:
 
 # Hundreds of LIBERO-Plus' tasks share a file, and an evaluation counts the states of each task
 @functools.lru_cache(maxsize=16)
-def _load_torch_states(path: Path) -> np.ndarray:
-    """The original LIBERO stores a NumPy array with torch.save; only the classes an array needs are allowed to load."""
+def read_states(path: Path) -> np.ndarray:
+    """
+    :param path: ``.npz``, or what LIBERO wrote with ``torch.save``: an array, of which no code is run
+    :return: float64 array of shape ``(n_states, state size)``, not to be written to
+    :raises ValueError: it is something else, or damaged
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                states = archive["states"]
+        else:
+            states = _load_torch_array(path)
+        states = np.array(states, dtype=np.float64)
+    except Exception as error:  # a pickle that is damaged raises anything
+        raise ValueError(f"{path} is not a plain array of initial states: {error!r}") from error
+    # LIBERO-Plus stores a single state as a vector
+    states = np.atleast_2d(states)
+    if states.ndim != 2 or not states.size or not np.isfinite(states).all():
+        raise ValueError(f"{path} has an array of shape {states.shape}, expected finite numbers, a row for each state.")
+    states.flags.writeable = False
+    return states
+
+
+def _load_torch_array(path: Path) -> Any:
     import torch
 
     reconstruct = np.zeros(1).__reduce__()[0]
-
+    # The classes that an array needs
     allowed: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.float64)), reconstruct]
     # Files that NumPy 1 wrote have its name of the function
     allowed.append((reconstruct, "numpy.core.multiarray._reconstruct"))
-    try:
-        with torch.serialization.safe_globals(allowed):
-            states = torch.load(path, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is not a plain array of initial states: {error}") from error
-    # LIBERO-Plus stores a single state as a vector
-    states = np.atleast_2d(np.array(states, dtype=np.float64))
-    states.flags.writeable = False
-    return states
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(path, weights_only=True)
