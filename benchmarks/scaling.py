@@ -1,5 +1,6 @@
 """
-What a second process gives, and what the machinery for it costs: simulators in workers, learners under torchrun.
+What a second process gives, and what the machinery for it costs: simulators in workers and in Ray's actors, a teacher
+in Ray's actors, learners under torchrun.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --quick    # sees that it runs; the numbers mean nothing
@@ -7,7 +8,7 @@ What a second process gives, and what the machinery for it costs: simulators in 
 All that is compared runs in turns (A B C, A B C) and its ratios are taken within a turn, so that what slows the machine
 for a while slows all of it. CPU time, of all processes together, stands beside wall-clock: on a machine of two cores
 that does something else as well, a second process gets less than a core. Writes ``results.json`` and ``results.md``.
-Needs psutil.
+Needs psutil; what is hosted by Ray is left out where Ray is not installed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ import torch as th
 from gpu import StandIn
 from gymnasium import spaces
 from libero_throughput import machine, spread
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from opd_gym import OPD, ranks
+from opd_gym.algorithms.remote_teacher import RemoteTeacher
+from opd_gym.algorithms.teachers import Teacher, make_teacher
 from opd_gym.cli.plan import table
 from opd_gym.envs.make import make_env_fn
+from opd_gym.envs.workers.ray_vec_env import RayVecEnv
 from opd_gym.envs.workers.vec_env import WorkerVecEnv
 from opd_gym.files import write_atomic
 from opd_gym.policies.vla import VLAPolicy
@@ -53,6 +58,14 @@ ENGINES: dict[str, Callable[[list[Callable[[], gym.Env]]], VecEnv]] = {
     "1 worker": functools.partial(WorkerVecEnv, n_workers=1),
     "2 workers": functools.partial(WorkerVecEnv, n_workers=2),
 }
+RAY_ENGINES: dict[str, Callable[[list[Callable[[], gym.Env]]], VecEnv]] = {
+    "1 Ray actor": functools.partial(RayVecEnv, n_workers=1),
+    "2 Ray actors": functools.partial(RayVecEnv, n_workers=2),
+}
+# How many actors share the teacher's work, likewise
+TEACHERS = {"in this process": 0, "1 Ray actor": 1, "2 Ray actors": 2}
+# Observations that the teacher is asked about at once, and how often in a turn
+ASKED, REQUESTS = 32, 8
 # Whose learners are compared, likewise: the words before the script. Each process does the same work
 LEARNERS: dict[str, list[str]] = {
     "1 process": [],
@@ -83,10 +96,37 @@ def libero() -> Callable[[], gym.Env]:
 KINDS: dict[str, Callable[[], Callable[[], gym.Env]]] = {"LIBERO, light": libero, "no simulator": stand_in}
 
 
-def _cpu_of_all() -> float:
+def _cpu_of_all(with_ray: bool = False) -> float:
+    """
+    :param with_ray: whether Ray's processes count, which are there beside all engines
+    :return: CPU seconds of this process and those that it has started
+    """
     this = psutil.Process()
-    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    processes = [this]
+    for child in this.children():
+        with suppress(psutil.NoSuchProcess):
+            if with_ray or "/ray/" not in " ".join(child.cmdline()):
+                processes += [child, *child.children(recursive=True)]
+    times = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            times.append(process.cpu_times())
     return sum(t.user + t.system for t in times)
+
+
+def has_ray() -> bool:
+    """
+    Connect to a Ray cluster of this machine alone.
+
+    :return: whether Ray is installed
+    """
+    if importlib.util.find_spec("ray") is None:
+        return False
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    return True
 
 
 @contextmanager
@@ -98,17 +138,24 @@ def measured(found: dict[str, float], cpu: Callable[[], float]) -> Iterator[None
     found["cpu_seconds"] = found.get("cpu_seconds", 0.0) + cpu() - cpu_before
 
 
-def envs(kind: str, n_envs: int, n_steps: int, repeats: int) -> list[dict[str, Any]]:
+def envs(
+    engines: dict[str, Callable[[list[Callable[[], gym.Env]]], VecEnv]],
+    kind: str,
+    n_envs: int,
+    n_steps: int,
+    repeats: int,
+) -> list[dict[str, Any]]:
     """
     The same actions in the same episodes, by each engine in turn.
 
+    :param engines: ``ENGINES``, and others
     :param kind: key of ``KINDS``
     :param n_envs: number of envs
     :param n_steps: decisions of each env in a turn
     :param repeats: number of turns
     :return: one record a turn and engine
     """
-    hosted = {name: make([KINDS[kind]()] * n_envs) for name, make in ENGINES.items()}
+    hosted = {name: make([KINDS[kind]()] * n_envs) for name, make in engines.items()}
     actions = np.random.default_rng(0).integers(96, 160, (n_steps, n_envs, 56))
     records = []
     try:
@@ -118,7 +165,7 @@ def envs(kind: str, n_envs: int, n_steps: int, repeats: int) -> list[dict[str, A
                 env.seed(0)
                 env.reset()
                 found: dict[str, float] = {}
-                with measured(found, _cpu_of_all):
+                with measured(found, functools.partial(_cpu_of_all, "Ray" in name)):
                     for action in actions:
                         obs = env.step(action)[0]
                 seen.append(obs)
@@ -131,6 +178,44 @@ def envs(kind: str, n_envs: int, n_steps: int, repeats: int) -> list[dict[str, A
     finally:
         for env in hosted.values():
             env.close()
+    return records
+
+
+def teachers(repeats: int) -> list[dict[str, Any]]:
+    """
+    The same observations labelled by each in turn. All requests of a turn are sent before the first answer is awaited,
+    to the actors by turns.
+
+    :param repeats: number of turns
+    :return: one record a turn and number of actors
+    """
+    env = DummyVecEnv([stand_in()] * ASKED)
+    student = VLAPolicy(env.observation_space, env.action_space, lambda _: 0.0, trainable=False)
+    observations = [obs_as_tensor(env.reset(), "cpu") for _ in range(REQUESTS)]
+    labels = th.empty(ASKED, 0)
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        student.save_checkpoint(folder)
+        asked: dict[str, list[Teacher]] = {"in this process": [make_teacher(folder, env, student)]}
+        for name, n in TEACHERS.items():
+            if n:
+                # Another batch size is another actor
+                asked[name] = [
+                    RemoteTeacher(folder, env, student, ray={"max_batch_size": 1024 * n + i}) for i in range(n)
+                ]
+        for repeat in range(-1, repeats):
+            seen = []
+            for name, by in asked.items():
+                found: dict[str, float] = {}
+                with measured(found, functools.partial(_cpu_of_all, "Ray" in name)):
+                    answers = [by[i % len(by)].ask(obs, labels) for i, obs in enumerate(observations)]
+                    seen.append([answer().flatten() for answer in answers])
+                if repeat >= 0:  # the first turn starts the actors
+                    decisions = ASKED * REQUESTS
+                    records.append({"kind": "teacher", "what": name, "repeat": repeat, "decisions": decisions, **found})
+            for other in seen[1:]:
+                for first, second in zip(seen[0], other, strict=True):
+                    th.testing.assert_close(first, second)
     return records
 
 
@@ -219,7 +304,7 @@ def ratios(records: list[dict[str, Any]], kind: str, what: str, key: str) -> lis
 def to_markdown(results: dict[str, Any]) -> str:
     """
     :param results: what :func:`main` writes as JSON
-    :return: two tables
+    :return: three tables
     """
     where, records = results["machine"], results["records"]
     lines = [
@@ -230,11 +315,12 @@ def to_markdown(results: dict[str, Any]) -> str:
         "is that of all processes.",
         "",
     ]
-    rows = []
-    for kind in KINDS:
-        for what in ENGINES:
-            found = [r for r in records if r["kind"] == kind and r["what"] == what]
-            if found:
+    for title, kinds in (("envs", list(KINDS)), ("labels", ["teacher"])):
+        rows = []
+        for kind in kinds:
+            of_kind = [record for record in records if record["kind"] == kind]
+            for what in dict.fromkeys(record["what"] for record in of_kind):
+                found = [record for record in of_kind if record["what"] == what]
                 rows.append(
                     (
                         kind,
@@ -245,8 +331,8 @@ def to_markdown(results: dict[str, Any]) -> str:
                         spread(ratios(records, kind, what, "cpu_seconds"), 2),
                     )
                 )
-    head = ("envs", "hosted", "decisions/s", "x the first", "CPU ms a decision", "CPU, x the first")
-    lines += [table(head, *rows), ""]
+        head = (title, "hosted", "decisions/s", "x the first", "CPU ms a decision", "CPU, x the first")
+        lines += [table(head, *rows), ""] if rows else []
     rows = []
     for what in LEARNERS:
         found = [r for r in records if r["kind"] == "learner" and r["what"] == what]
@@ -298,11 +384,19 @@ def main(argv: list[str] | None = None) -> None:
         return
     repeats, n_envs, n_steps = (1, 2, 2) if args.quick else (args.repeats, args.n_envs, args.n_steps)
     results: dict[str, Any] = {"machine": machine(), "note": args.note, "records": []}
+    with_ray = has_ray()
+    engines = {**ENGINES, **(RAY_ENGINES if with_ray else {})}
     has_libero = importlib.util.find_spec("libero") is not None
     for kind in KINDS if has_libero else ["no simulator"]:
         # What has no simulator takes a hundredth of the time
-        results["records"] += envs(kind, n_envs, n_steps * (1 if kind.startswith("LIBERO") else 20), repeats)
+        results["records"] += envs(engines, kind, n_envs, n_steps * (1 if kind.startswith("LIBERO") else 20), repeats)
         print(f"{kind}: measured", flush=True)
+    if with_ray:
+        import ray
+
+        results["records"] += teachers(repeats)
+        print("teacher: measured", flush=True)
+        ray.shutdown()
     env = stand_in()()
     policy = VLAPolicy(env.observation_space, env.action_space, lambda _: 0.0)
     results["trained"] = sum(p.numel() for p in policy.parameters() if p.requires_grad)
