@@ -105,7 +105,8 @@ def _cpu_of_all(with_ray: bool = False) -> float:
     processes = [this]
     for child in this.children():
         with suppress(psutil.NoSuchProcess):
-            if with_ray or "/ray/" not in " ".join(child.cmdline()):
+            # A worker's later arguments are where it may import from, which Ray adds to
+            if with_ray or "/ray/" not in " ".join(child.cmdline()[:3]):
                 processes += [child, *child.children(recursive=True)]
     times = []
     for process in processes:
