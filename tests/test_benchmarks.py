@@ -204,9 +204,11 @@ def test_scaling_is_taken_within_a_turn():
         }
         for n, what in ((1, "1 process"), (2, "2 processes"))
     ]
-    results = {"machine": libero_throughput.machine(), "note": "", "records": records + learners, "trained": 7}
+    labels = [{**record, "kind": "teacher"} for record in records]
+    results = {"machine": libero_throughput.machine(), "note": "", "records": records + labels + learners, "trained": 7}
     text = scaling.to_markdown(results)
     rows = [row for row in cells(text, "no simulator") if row[1] == "2 workers"]
     assert [row[3] for row in rows] == ["1.60"]
+    assert [row[3] for row in cells(text, "teacher")] == ["1.00", "1.60"]
     # Twice the work in five fourths of the time
     assert cells(text, "2 processes")[0][2] == "1.60"
