@@ -16,6 +16,8 @@ from opd_gym.untrusted import read_yaml
 ZOO = Path(__file__).parent / "zoo"
 REGISTRY_FILE = ZOO / "checkpoints.yml"
 CHECKPOINTS = ZOO / "checkpoints"
+# Those that the wheel has no room for, where the package is used from its repository
+REPOSITORY_CHECKPOINTS = Path(__file__).resolve().parents[1] / "benchmarks" / "checkpoints"
 CONFIG_FILE = "config.json"
 # The whole of a checkpoint while its files take the places of older ones
 PENDING = ".opd_gym-new"
@@ -47,8 +49,9 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """Directory of ``config.json`` and ``model.safetensors``."""
-        return CHECKPOINTS / self.name
+        """Directory of ``config.json`` and ``model.safetensors``, in the package or in its repository."""
+        inside, outside = CHECKPOINTS / self.name, REPOSITORY_CHECKPOINTS / self.name
+        return outside if outside.is_dir() and not inside.is_dir() else inside
 
 
 def read_registry(path: Path | None = None) -> dict[str, Checkpoint]:
@@ -79,7 +82,7 @@ def read_registry(path: Path | None = None) -> dict[str, Checkpoint]:
 
 def checkpoint_names() -> list[str]:
     """
-    :return: names of the checkpoints that come with the package
+    :return: names of the checkpoints that come with the package or its repository
     """
     return list(read_registry())
 
@@ -97,7 +100,10 @@ def checkpoint_path(name: str) -> Path:
         raise ValueError(f"The zoo has no checkpoint {name!r}, and no such path exists. Known: {known}.")
     path = registry[name].path
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"The files of the zoo's checkpoint {name!r} are missing: expected them in {path}.")
+        raise FileNotFoundError(
+            f"The files of the zoo's checkpoint {name!r} are missing: expected them in {path}. The wheel has not "
+            f"all of them: copy benchmarks/checkpoints/{name} of the repository there, or pass the path of your copy."
+        )
     return path
 
 

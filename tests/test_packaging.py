@@ -61,6 +61,7 @@ def test_everything_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     }
     assert {"opd_gym/py.typed", "opd_gym/zoo/checkpoints.yml", "opd_gym/zoo/hyperparams/opd.yml"} <= wanted
     assert wanted - names == set()
+    assert sum(info.compress_size for info in wheel.infolist()) < 20e6
 
 
 def test_metadata(wheel: zipfile.ZipFile) -> None:

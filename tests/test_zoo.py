@@ -223,6 +223,7 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "checkpoints" / name / "config.json").write_text("{}")
     monkeypatch.setattr(registry, "REGISTRY_FILE", tmp_path / "checkpoints.yml")
     monkeypatch.setattr(registry, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(registry, "REPOSITORY_CHECKPOINTS", tmp_path / "repository")
     return tmp_path
 
 
@@ -244,8 +245,14 @@ def test_checkpoint_path(zoo: Path, tmp_path: Path) -> None:
     assert registry.checkpoint_path("expert-one") == zoo / "checkpoints" / "expert-one"
     with pytest.raises(ValueError, match=r"expert-all, expert-one, beginner"):
         registry.checkpoint_path("nothing")
-    with pytest.raises(FileNotFoundError, match="beginner"):
+    with pytest.raises(FileNotFoundError, match=r"copy benchmarks/checkpoints/beginner of the repository"):
         registry.checkpoint_path("beginner")
+    for name in ("beginner", "expert-one"):
+        (zoo / "repository" / name).mkdir(parents=True)
+        (zoo / "repository" / name / "config.json").write_text("{}")
+    assert registry.checkpoint_path("beginner") == zoo / "repository" / "beginner"
+    # What comes with the package is taken first
+    assert registry.checkpoint_path("expert-one") == zoo / "checkpoints" / "expert-one"
     model = tmp_path / "model.zip"
     model.write_bytes(b"")
     assert registry.resolve_checkpoint(tmp_path / "model") == registry.resolve_checkpoint(model) == model
