@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     for repeat in range(repeats):
         for name, ours in ENVS.items():
             # The fast ones take more steps, or they would be measured for a moment only
-            n = n_steps * (10 if ours is not None and ours[0] == "light" else 1)
+            n = n_steps * (6 if ours is not None and ours[0] == "light" else 1)
             python = args.lerobot_python if ours is None else args.python
             words = [
                 python,
