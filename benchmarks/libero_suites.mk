@@ -91,4 +91,5 @@ $(foreach name,$(SUITES),$(eval $(call suite,$(name),$(ENV_$(name)))))
 # 4. Held-out evaluation: common.mk. 5. Tables and curves
 report:
 	$(call reported,--title "OPD on LIBERO" --reference teacher -l '*student/*=student' -l '*seed*/sft/*=SFT' \
-	    -l '*seed*/grpo/*=GRPO' -l '*seed*/opd/*=OPD' -l '*teacher/opd/*=teacher' -l '*teacher/sft/*=teacher before DAgger')
+	    -l '*seed*/grpo/*=GRPO' -l '*seed*/opd/*=OPD' -l '*teacher/opd/*=teacher' -l '*teacher/longer/*=teacher' \
+	    -l '*teacher/sft/*=teacher at first')
