@@ -2,7 +2,8 @@
 A process that looks at HDF5 files before anyone else does: what damage does to libhdf5, it does to this process.
 
 libhdf5 loops for ever over some damaged files, and reads outside of its memory in others. Started as a script, so that
-it imports no more than h5py. It reads lines on stdin, each the path of a file as JSON, and answers each with a line.
+it imports no more than h5py. It reads lines on stdin, each a number of seconds and the path of a file as JSON, and
+answers each with a line, or ends.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ import signal
 import sys
 from typing import Any
 
+if __name__ == "__main__":
+    # A file of the folder of this script must not be taken for a module that h5py imports
+    del sys.path[0]
+
+import h5py  # noqa: E402
+
 
 def look(path: str) -> None:
     """
@@ -21,8 +28,6 @@ def look(path: str) -> None:
 
     :param path: the file
     """
-    import h5py
-
     seen = set()
 
     def visit(item: Any) -> None:
@@ -54,11 +59,10 @@ def attempt(function: Any, *args: Any) -> None:
 
 
 if __name__ == "__main__":
-    # A file of the folder of this script must not be taken for a module that h5py imports
-    del sys.path[0]
     for line in sys.stdin:
+        seconds, file_path = json.loads(line)
         # Its default is to end the process, also out of a loop in C
-        signal.alarm(int(sys.argv[1]))
-        attempt(look, json.loads(line))
+        signal.alarm(seconds)
+        attempt(look, file_path)
         signal.alarm(0)
         print("done", flush=True)

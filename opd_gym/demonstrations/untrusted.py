@@ -54,7 +54,7 @@ class _Probe:
         script = Path(__file__).with_name("probe.py")
         self._owner = os.getpid()
         self._process = subprocess.Popen(
-            [sys.executable, str(script), str(READ_TIMEOUT)],
+            [sys.executable, str(script)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             start_new_session=True,  # Ctrl-C is for the learner
         )  # fmt: skip
@@ -66,7 +66,7 @@ class _Probe:
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(str(path.absolute())) + "\n")
+            self._process.stdin.write(json.dumps([READ_TIMEOUT, str(path.absolute())]) + "\n")
             self._process.stdin.flush()
         if self._process.stdout.readline():
             return None
