@@ -19,7 +19,7 @@ pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_
 
 from opd_gym.envs.libero.physics import OscStepper  # noqa: E402
 from opd_gym.envs.libero.simulator import NO_OP, Simulator, _global_seed  # noqa: E402
-from opd_gym.envs.libero.suites import load_init_states, tasks  # noqa: E402
+from opd_gym.envs.libero.suites import load_init_states, read_states, tasks  # noqa: E402
 
 
 def actions(n, seed=0):
@@ -451,8 +451,6 @@ def test_original_liberos_initial_states_load(tmp_path, module):
 
     import torch
 
-    from opd_gym.envs.libero.suites import _load_torch_states
-
     states = np.random.default_rng(0).normal(size=(3, 5))
     buffer = io.BytesIO()
     torch.save(states, buffer)
@@ -464,7 +462,7 @@ def test_original_liberos_initial_states_load(tmp_path, module):
                 assert b"numpy._core.multiarray" in raw
                 raw = raw.replace(b"numpy._core.multiarray", module.encode())
             target.writestr(name, raw)
-    np.testing.assert_array_equal(_load_torch_states(path), states)
+    np.testing.assert_array_equal(read_states(path), states)
 
 
 def test_sft_of_an_id_starts_no_simulator():
