@@ -112,21 +112,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--python", default=sys.executable, help="Python that has LeRobot and this library")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--size", type=int, default=128, help="height and width of both pictures")
-    parser.add_argument(
-        "--n-steps", type=int, default=40, help="env steps of LeRobot's env; of ours as many or tenfold"
-    )
+    parser.add_argument("--n-steps", type=int, default=40, help="env steps a turn, six times as many of light ones")
     parser.add_argument("--quick", action="store_true", help="one short turn")
     parser.add_argument("--note", default="", help="for the results: what else the machine did, for instance")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "lerobot_env")
     parser.add_argument("--play", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if not args.play and not 1 <= args.n_steps <= 45:
+        parser.error("--n-steps has to be 1 to 45: an episode has 280 steps, of which 10 are not counted")
     if args.play:
         print(json.dumps(play(args.play, args.size, args.n_steps)))
         return
-    from libero_throughput import machine
-
-    from opd_gym.files import write_atomic
-    from opd_gym.versions import write_results
+    from libero_throughput import machine, write_both
 
     repeats, n_steps = (1, 4) if args.quick else (args.repeats, args.n_steps)
     results: dict[str, Any] = {"machine": machine(), "note": args.note, "size": args.size, "records": []}
@@ -136,17 +133,8 @@ def main(argv: list[str] | None = None) -> None:
             # The fast ones take more steps, or they would be measured for a moment only
             n = n_steps * (6 if ours is not None and ours[0] == "light" else 1)
             python = args.lerobot_python if ours is None else args.python
-            words = [
-                python,
-                str(Path(__file__).resolve()),
-                "--play",
-                name,
-                "--size",
-                str(args.size),
-                "--n-steps",
-                str(n),
-            ]
-            done = subprocess.run(words, capture_output=True, text=True, env=env)
+            words = ["--play", name, "--size", str(args.size), "--n-steps", str(n)]
+            done = subprocess.run([python, __file__, *words], capture_output=True, text=True, env=env)
             if done.returncode != 0:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
             found = json.loads(done.stdout.splitlines()[-1])
@@ -155,11 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     for key in ("task", "shapes", "position"):
         if len({json.dumps(record[key]) for record in results["records"]}) > 1:
             raise SystemExit(f"The envs differ in {key}: {results['records']}")
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_results(args.output / "results.json", results)
-    text = to_markdown(results)
-    write_atomic(args.output / "results.md", text)
-    print(text)
+    write_both(args.output, results, to_markdown(results))
 
 
 if __name__ == "__main__":

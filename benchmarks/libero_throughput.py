@@ -758,6 +758,21 @@ def spread(values: Iterable[float | None], digits: int = 1) -> str:
     return median if low == high else f"{median} ({low} to {high})"
 
 
+def write_both(folder: Path, results: dict[str, Any], text: str) -> None:
+    """
+    :param folder: where ``results.json`` and ``results.md`` go
+    :param results: what was measured
+    :param text: the same as tables, which are printed too
+    """
+    from opd_gym.files import write_atomic
+    from opd_gym.versions import write_results
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_results(folder / "results.json", results)
+    write_atomic(folder / "results.md", text)
+    print(text)
+
+
 def env_steps_per_second(record: Record) -> float:
     """Control steps of all envs by the wall-clock of stepping alone."""
     steps = record["episodes"] * record["decisions"] * CHUNK * record["processes"]

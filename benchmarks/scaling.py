@@ -33,7 +33,7 @@ import psutil
 import torch as th
 from gpu import StandIn
 from gymnasium import spaces
-from libero_throughput import machine, spread
+from libero_throughput import machine, spread, write_both
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
@@ -46,7 +46,6 @@ from opd_gym.envs.workers.ray_vec_env import RayVecEnv
 from opd_gym.envs.workers.vec_env import WorkerVecEnv
 from opd_gym.files import write_atomic
 from opd_gym.policies.vla import VLAPolicy
-from opd_gym.versions import write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 CAMERAS = ["agentview", "wrist"]
@@ -402,11 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     policy = VLAPolicy(env.observation_space, env.action_space, lambda _: 0.0)
     results["trained"] = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     results["records"] += learners(repeats)
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_results(args.output / "results.json", results)
-    text = to_markdown(results)
-    write_atomic(args.output / "results.md", text)
-    print(text)
+    write_both(args.output, results, to_markdown(results))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from opd_gym.demonstrations import (
     Episode,
     read_demonstrations,
     read_statistics,
+    untrusted,
     write_demonstrations,
 )
 from opd_gym.demonstrations.hdf5 import axis_angle_to_quat, quat_to_axis_angle, resize_images
@@ -582,3 +583,12 @@ def test_clear_errors(tmp_path):
         Demonstrations.from_hdf5(tmp_path / "x.hdf5", cameras=["birdview"])
     with pytest.raises(ValueError, match="3 rows, the episode has 4 actions"):
         Episode({"proprio": np.zeros((3, 9))}, np.zeros((4, 7)))
+
+
+def test_a_process_that_does_not_start_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "pick_up_the_milk_demo.hdf5"
+    path.write_bytes(b"")
+    monkeypatch.setattr(untrusted, "_probe", None)
+    monkeypatch.setattr(untrusted.sys, "path", [str(tmp_path)])
+    with pytest.raises(RuntimeError, match="No process could be started that reads HDF5 files"):
+        untrusted._look_first(path)

@@ -253,8 +253,8 @@ class PolicyAlgorithm(BaseAlgorithm):
     steps_env: ClassVar[bool] = True
 
     progress_bar_class: ClassVar[type[BaseCallback]] = DecisionProgressBar
-    # An argument that no other algorithm has: by it a zip shows which of them saved it
-    _own_argument: ClassVar[str]
+    # An argument that no other algorithm has: by it a zip shows which of them saved it. Every zip has this one
+    _own_argument: ClassVar[str] = "policy_class"
 
     policy: ActorCriticPolicy
     # What a saved model needs to go on as if it had not been interrupted

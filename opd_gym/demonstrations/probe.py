@@ -2,8 +2,8 @@
 A process that looks at HDF5 files before anyone else does: what damage does to libhdf5, it does to this process.
 
 libhdf5 loops for ever over some damaged files, and reads outside of its memory in others. Started as a script, so that
-it imports no more than h5py. It reads lines on stdin, each a number of seconds and the path of a file as JSON, and
-answers each with a line, or ends.
+it imports no more than h5py, with the folders to import from as arguments. It says when it is ready, reads lines on
+stdin, each a number of seconds and the path of a file as JSON, and answers each with a line, or ends.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 from typing import Any
 
 if __name__ == "__main__":
-    # A file of the folder of this script must not be taken for a module that h5py imports
-    del sys.path[0]
+    # Where the caller imports from, and not the folder of this script, whose files h5py might take for others
+    sys.path[:] = sys.argv[1:]
 
 import h5py  # noqa: E402
 
@@ -59,6 +59,7 @@ def attempt(function: Any, *args: Any) -> None:
 
 
 if __name__ == "__main__":
+    print("ready", flush=True)
     for line in sys.stdin:
         seconds, file_path = json.loads(line)
         # Its default is to end the process, also out of a loop in C

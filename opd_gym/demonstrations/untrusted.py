@@ -54,10 +54,16 @@ class _Probe:
         script = Path(__file__).with_name("probe.py")
         self._owner = os.getpid()
         self._process = subprocess.Popen(
-            [sys.executable, str(script)],
+            [sys.executable, str(script), *sys.path],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             start_new_session=True,  # Ctrl-C is for the learner
         )  # fmt: skip
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise RuntimeError(
+                f"No process could be started that reads HDF5 files: {sys.executable} ended with status "
+                f"{self._process.wait()}. Does `import h5py` work there?"
+            )
 
     def look(self, path: Path) -> int | None:
         """
@@ -106,7 +112,9 @@ def _look_first(path: Path) -> None:
         _probe.close()
         _probe = None
     if status == -signal.SIGALRM:
-        raise ValueError(f"{path} is not read in {READ_TIMEOUT} s. It is damaged, or its disk is very slow.")
+        raise ValueError(
+            f"{path} is not read in {READ_TIMEOUT} s. It is damaged, or its disk is very slow: then copy it to another."
+        )
     raise ValueError(f"{path} is damaged: the process that read it ended with status {status}.")
 
 
