@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch as th
 from huggingface_hub import ModelCard
+from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 from toys import cartpole_teacher
 
 import opd_gym.hub
@@ -62,6 +63,24 @@ def test_statistics_of_observations_come_along(tmp_path, capsys):
         words = ["--env", "CartPole-v1", "--checkpoint", str(path), "--episodes", "2", "--no-progress"]
         assert main(["eval", *words, "--device", "cpu"]) == 0
         assert "| all | 100.0 % |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("env_id", "n_stack", "normalised"), [("CartPole-v1", 3, False), ("MountainCar-v0", 2, True)])
+def test_a_policy_of_several_observations_is_played_with_as_many(tmp_path, capsys, env_id, n_stack, normalised):
+    env = make_vec_env(env_id)
+    env = VecNormalize(env) if normalised else env
+    model = SB3PPO("MlpPolicy", VecFrameStack(env, n_stack), n_steps=8, device="cpu")
+    model.save(tmp_path / "model.zip")
+    if normalised:
+        env.save(tmp_path / "vec_normalize.pkl")
+    assert main(["hub", "push", str(tmp_path / "model.zip"), "somebody/stacked", "-f", str(tmp_path / "up")]) == 0
+    words = ["eval", "--checkpoint", str(tmp_path / "up"), "--episodes", "1", "--no-progress", "--device", "cpu"]
+    assert main([*words, "--env", env_id]) == 0
+    capsys.readouterr()
+    # Observations of another number or other bounds are not taken for a stack
+    for other in {"Acrobot-v1", "Pendulum-v1", "CartPole-v1", "MountainCar-v0"} - {env_id}:
+        assert main([*words, "--env", other]) == 2
+        assert "does not fit the env" in capsys.readouterr().err
 
 
 def test_an_evaluation_is_published_with_the_model_that_was_evaluated(run, tmp_path, capsys):

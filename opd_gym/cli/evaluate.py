@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.utils import get_device
@@ -24,8 +23,8 @@ from opd_gym.policies.loading import (
     find_vec_normalize,
     load_policy,
     normalised,
+    stacked_frames,
 )
-from opd_gym.untrusted import read_yaml
 from opd_gym.versions import differences, read_versions
 from opd_gym.zoo.hyperparams import merge, parse_overrides
 
@@ -46,11 +45,18 @@ def run(args: Eval | Enjoy) -> int:
     names = [args.checkpoint] if before is None else [before, args.checkpoint]
     paths = [resolve_checkpoint(name) for name in names]
     settings = checkpoint_settings({"checkpoint": paths[-1]}, args.trust)
-    if checkpoint_settings({"checkpoint": paths[0]}, args.trust) != settings:
-        raise ValueError(
-            f"Both policies of a film act in one env, but {names[0]} and {names[1]} differ in what they were trained "
-            "with (pictures, chunk or the statistics of their action tokens). Film them one by one."
-        )
+
+    def check_same(values: list[Any], what: str) -> None:
+        if values[0] != values[-1]:
+            raise ValueError(
+                f"Both policies of a film act in one env, but {names[0]} and {names[1]} differ in {what}. Film them "
+                "one by one."
+            )
+
+    check_same(
+        [checkpoint_settings({"checkpoint": paths[0]}, args.trust), settings],
+        "what they were trained with (pictures, chunk or the statistics of their action tokens)",
+    )
 
     plus = ("categories", "difficulty", "difficulty_file")
     given = [name for name in plus if getattr(args, name)]
@@ -65,16 +71,10 @@ def run(args: Eval | Enjoy) -> int:
             "instance -P env_kwargs.visuals=exact."
         )
 
-    stacks = [_frame_stack(path) for path in paths]
-
     def play(env_id: str) -> list[EvaluationResult]:
         # What Stable-Baselines3, rl-zoo3 and the hub leave beside the zip of a model that was trained behind it
         statistics = [find_vec_normalize(path, bare_id(env_id)) if path.is_file() else None for path in paths]
-        if len(set(zip(statistics, stacks, strict=True))) > 1:
-            raise ValueError(
-                f"Both policies of a film act in one env, but {names[0]} and {names[1]} differ in their VecNormalize "
-                "or in how many observations they see at once. Film them one by one."
-            )
+        check_same(statistics, "their VecNormalize")
         env_kwargs: dict[str, Any] = {}
         if bare_id(env_id) in LIBERO_IDS:
             env_kwargs["visuals"] = settings.get("visuals", "light")
@@ -89,7 +89,9 @@ def run(args: Eval | Enjoy) -> int:
         try:
             if statistics[0] is not None:
                 env = normalised(env, statistics[0], args.trust)
-            if stacks[0]:
+            stacks = [stacked_frames(path, env.observation_space, args.trust) for path in paths]
+            check_same(stacks, "how many observations they see at once")
+            if stacks[0] > 1:
                 env = VecFrameStack(env, stacks[0])
             episodes = default_episodes(env, args.episodes, args.task_ids, args.init_states)
             if env.has_attr("left_out"):
@@ -152,12 +154,3 @@ def run(args: Eval | Enjoy) -> int:
         )
         return 1
     return 0
-
-
-def _frame_stack(path: Path) -> int:
-    """How many observations a policy sees at once, as the configuration of its run says; 0 for one."""
-    configs = (folder / "config.yml" for folder in (path, *path.parents[:2]) if (folder / "args.yml").is_file())
-    config = next((file for file in configs if file.is_file()), None)
-    values = {} if config is None else read_yaml(config)
-    found = values.get("frame_stack") if isinstance(values, dict) else None
-    return found if isinstance(found, int) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
 from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.untrusted import read_attributes, unpickle
@@ -131,6 +133,34 @@ def load_policy(
     return policy
 
 
+def stacked_frames(checkpoint: str | os.PathLike[str], observation_space: spaces.Space, trust: bool = False) -> int:
+    """
+    How many observations a policy sees at once (``VecFrameStack``), which nothing beside a zip says on the hub: so many
+    as make its observations out of the env's, bounds included.
+
+    :param checkpoint: See :func:`opd_gym.checkpoints.resolve_checkpoint`
+    :param observation_space: Of the env that it is to act in
+    :param trust: Open a zip whatever it holds; code in it runs
+    :return: 1 where it sees the env's observations as they are, or where no stack of them fits
+    """
+    path = resolve_checkpoint(checkpoint)
+    if path.is_dir():
+        return 1
+    own = read_attributes(path, keys=("observation_space",), trust=trust).get("observation_space")
+    pair = own, observation_space
+    first, found = (space[min(space)] if isinstance(space, spaces.Dict) else space for space in pair)
+    if not isinstance(first, spaces.Box) or not isinstance(found, spaces.Box):
+        return 1
+    n, rest = divmod(math.prod(first.shape), max(math.prod(found.shape), 1))
+    if n < 2 or rest:
+        return 1
+    try:
+        stacked = StackedObservations(1, n, observation_space).stacked_observation_space  # type: ignore[arg-type]
+    except TypeError:  # a part of it cannot be stacked
+        return 1
+    return n if (_form(stacked), _bounds(stacked)) == (_form(own), _bounds(own)) else 1
+
+
 def check_spaces(policy: BasePolicy, env: VecEnv, checkpoint: str | os.PathLike[str]) -> None:
     """
     Refuse an env in which a policy cannot act, or in which its numbers would mean something else. Bounds are not
@@ -154,7 +184,7 @@ def check_spaces(policy: BasePolicy, env: VecEnv, checkpoint: str | os.PathLike[
             )
 
 
-def _form(space: spaces.Space) -> Any:
+def _form(space: Any) -> Any:
     if isinstance(space, spaces.Dict):
         return {key: _form(part) for key, part in space.items()}
     if isinstance(space, spaces.Box):
@@ -163,6 +193,12 @@ def _form(space: spaces.Space) -> Any:
     if isinstance(space, spaces.MultiDiscrete):
         return space.nvec.tolist()
     return getattr(space, "n", None), type(space)
+
+
+def _bounds(space: Any) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: _bounds(part) for key, part in space.items()}
+    return [sorted(bound.ravel()) for bound in (space.low, space.high)] if isinstance(space, spaces.Box) else None
 
 
 def check_device(device: str | th.device) -> str | th.device:
@@ -268,9 +304,15 @@ def normalised(env: VecEnv, path: str | os.PathLike[str], trust: bool = False) -
     :param env: Vectorised env
     :param path: See :func:`read_vec_normalize`, as for ``trust``
     :return: The env as a model was trained on it, with these statistics, which stay as they are, and its own rewards
+    :raises ValueError: They are of observations of another shape
     """
     found = read_vec_normalize(path, trust)
-    found.set_venv(env)
+    try:
+        found.set_venv(env)
+    except AssertionError as error:
+        raise ValueError(
+            f"{os.fspath(path)} does not fit the env: {error}. It has the statistics of another env's observations."
+        ) from error
     found.training = found.norm_reward = False
     return found
 
