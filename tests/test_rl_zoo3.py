@@ -7,21 +7,22 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 import yaml
 from stable_baselines3.common.monitor import load_results
-from toys import cartpole_teacher
+from toys import cartpole_teacher, parameters
 
 pytest.importorskip("rl_zoo3", reason="rl-zoo3 is not installed: pip install 'opd_gym[rl_zoo3]'")
 
 import optuna
 
-from opd_gym import GRPO, OPD
+from opd_gym import GRPO, OPD, SFT
 from opd_gym.algorithms import algorithm_class
 from opd_gym.cli.main import main as opd_gym_main
 from opd_gym.cli.options import TrainArgs
 from opd_gym.cli.train import complete_hyperparams
 from opd_gym.envs.make import build_env
-from opd_gym.policies.loading import checkpoint_settings
+from opd_gym.policies.loading import checkpoint_settings, load_policy
 from opd_gym.untrusted import read_yaml
 from opd_gym.zoo import rl_zoo3 as bridge
 from opd_gym.zoo.hyperparams import HYPERPARAMS, algorithm_parameters, rl_zoo3_hyperparams
@@ -157,6 +158,21 @@ def test_grpo(folder):
     run(*words, "--device", "cpu", "-params", "n_envs:2", "n_groups:1", "group_size:2", "clip_range:0.1")
     model = GRPO.load(folder / "logs/grpo/CartPole-v1_1/CartPole-v1.zip", device="cpu")
     assert model._n_finished == 2 and model.clip_range == 0.1
+
+
+def test_sft(folder):
+    """On LIBERO, from demonstrations of the expert."""
+    pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
+    env_id = "LiberoObjectTask3-v0"
+    words = ["demos", "--env", env_id, "--image-size", "64", "--stride", "8", "-o", "demos", "--no-progress"]
+    assert opd_gym_main(words) == 0
+    words = ["train", "--algo", "sft", "--env", env_id, "-n", "2", "--eval-freq", "-1", "-f", "logs", "--device", "cpu"]
+    run(*words, "-params", "demonstrations:'demos'", "policy_kwargs:dict(checkpoint='libero-object-student')")
+    model = SFT.load(folder / f"logs/sft/{env_id}_1/{env_id}.zip", demonstrations="demos", device="cpu")
+    assert model.num_timesteps == model._n_updates == 2
+    student = load_policy("libero-object-student", model.observation_space, model.action_space)
+    distance = parameters(model) - th.nn.utils.parameters_to_vector(student.parameters())
+    assert 0 < distance.abs().max() < 0.01
 
 
 def test_plots(trained, own_run, capsys):

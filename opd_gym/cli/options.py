@@ -347,6 +347,7 @@ class Demos(Options):
     :param format: LIBERO's HDF5, one file a task; or one data set of LeRobot's (extra lerobot)
     :param videos: LeRobot's format with videos in place of pictures
     :param output: folder of the files, or of the data set
+    :param progress: a progress bar is shown unless --no-progress is given
     """
 
     many_files: ClassVar[bool] = True
@@ -363,6 +364,7 @@ class Demos(Options):
     format: Literal["hdf5", "lerobot"] = "hdf5"
     videos: Flag = False
     output: Annotated[Path, option("-o", metavar="DIR")] = Path("runs/demos")
+    progress: Flag = True
 
 
 @dataclass
@@ -610,3 +612,4 @@ class RobotwinDemos(Options):
     seed: int = 0
     n_envs: int = 2
     output: Annotated[Path, option("-o", metavar="DIR")] = Path("runs/demos")
+    progress: Flag = True
