@@ -10,10 +10,13 @@ import subprocess
 import sys
 import zipfile
 from email import message_from_bytes
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import opd_gym
 
@@ -85,6 +88,21 @@ def test_every_dependency_was_tested_in_one_version() -> None:
     assert "torch==2.13.0" in lines
     # A local build (torch +cpu, +cu130) exists on some machines only, and so do files and addresses.
     assert [line for line in lines if "+" in line or "@" in line or "/" in line] == []
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_what_is_pinned_can_be_installed(python: str) -> None:
+    """One Python runs the tests; what another needs in an older version has a line of its own."""
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        installed = next(iter(distributions(name=pin.name)), None)
+        if installed is None or not pin.specifier.contains(installed.version):
+            continue
+        wanted = installed.metadata["Requires-Python"]
+        if wanted and (pin.marker is None or pin.marker.evaluate({"python_version": python})):
+            assert f"{python}.20" in SpecifierSet(wanted), f"{line} wants Python {wanted}"
 
 
 def test_no_file_names_a_package_index() -> None:
