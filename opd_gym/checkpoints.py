@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from opd_gym.checks import did_you_mean
 from opd_gym.untrusted import read_yaml
 
 ZOO = Path(__file__).parent / "zoo"
@@ -97,7 +98,8 @@ def checkpoint_path(name: str) -> Path:
     registry = read_registry()
     if name not in registry:
         known = ", ".join(registry) or "none yet"
-        raise ValueError(f"The zoo has no checkpoint {name!r}, and no such path exists. Known: {known}.")
+        hint = did_you_mean(name, registry)
+        raise ValueError(f"The zoo has no checkpoint {name!r}, and no such path exists. {hint}Known: {known}.")
     path = registry[name].path
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
@@ -142,9 +144,9 @@ def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
     if isinstance(spec, str) and is_hub_id(spec):
         return _in_directory(_download(spec), spec)
     raise FileNotFoundError(
-        f"There is no checkpoint {name!r}. Expected the directory of a VLA checkpoint or of a run, the zip of a model, "
-        "the id on the Hugging Face hub (owner/name) of a VLA or of a model of Stable-Baselines3, or a name of the zoo "
-        f"({', '.join(checkpoint_names())})."
+        f"There is no checkpoint {name!r}. {did_you_mean(name, checkpoint_names())}Expected the directory of a VLA "
+        "checkpoint or of a run, the zip of a model, the id on the Hugging Face hub (owner/name) of a VLA or of a "
+        f"model of Stable-Baselines3, or a name of the zoo ({', '.join(checkpoint_names())})."
     )
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """
+    :param word: what was given, and is not known
+    :param known: what could have been meant
+    :return: a sentence to begin an error's hint with, or "" where nothing is near
+    """
+    near = difflib.get_close_matches(str(word), [str(name) for name in known], n=1)
+    return f"Did you mean {near[0]!r}? " if near else ""
 
 
 def check_at_least(least: int, /, **counts: Any) -> None:

@@ -103,6 +103,27 @@ def test_documented_commands_are_understood(line: str) -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("trian --env CartPole-v1", "There is no command 'trian'. Did you mean 'train'?"),
+        ("hubb push", "Did you mean 'hub'?"),
+        ("xyz", "There is no command 'xyz'. `opd-gym --help` lists all."),
+        ("train --env CartPole-v1 -P diveregnce=jsd", "diveregnce. Did you mean 'divergence'? Of the run"),
+        ("train --env LiberoObject-v0 --student libero-object-studnt", "Did you mean 'libero-object-student'?"),
+        ("train --env CartPole-v1", "Pass teacher= (--teacher): the directory"),
+        ("train --resume nowhere", "There is no nowhere."),
+        ("report nowhere", "There is no nowhere."),
+        ("eval --env CartPole-v1 --checkpoint libero-object-student",
+         "CartPole-v1 cannot be built as libero-object-student needs it. ActionChunk needs a Box action space"),
+    ],
+)  # fmt: skip
+def test_slips_are_told(command, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "name", ["libero_suites", "libero_grpo", "libero_objectives", "libero_forgetting", "robotwin_handover"]
 )
 def test_commands_of_experiments_are_understood(name: str) -> None:

@@ -506,7 +506,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     command = [sys.executable, "-m", "opd_gym.cli", "train", "--algo", "opd", "--env", "CartPole-v1"]
     command += ["--teacher", str(teacher), "-f", str(tmp_path), "-n", "1000000", "--no-progress", "--device", "cpu"]
     command += ["--checkpoint-interval", "0.05", "--hyperparams", *SMALL]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
     run = tmp_path / "opd" / "CartPole-v1_1"
     try:
         deadline = time.monotonic() + 600  # only against waiting for ever
@@ -516,12 +517,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
         assert main(["train", "--resume", str(run)]) == 2
         assert f"Process {process.pid} on {socket.gethostname()} is training into {run}" in capsys.readouterr().err
         process.send_signal(signum)
-        output, _ = process.communicate(timeout=600)
+        output, said = process.communicate(timeout=600)
     finally:
         process.kill()
-    if signum == signal.SIGTERM:
-        assert process.returncode == 130 and "--resume" in output
     steps = int(re.findall(r"\d+", run_checkpoints(run)[-1].name)[0])
+    if signum == signal.SIGTERM:
+        assert process.returncode == 130 and "Stopping after this step or update" in said
+        assert f"Stopped, {steps:,} timesteps are kept. Go on with: opd-gym train --resume {run}" in output
     assert main(["train", "--resume", str(run), "-n", str(steps + 32), "--no-progress", "--device", "cpu"]) == 0
     resumed = opd_gym.OPD.load(run / "model.zip")
     assert resumed.num_timesteps == steps + 32

@@ -182,12 +182,21 @@ def _not_finite_in(name: str, values: Any) -> list[str]:
 
 
 class DecisionProgressBar(ProgressBarCallback):
-    """Progress bar that counts decisions: envs that stand still make none."""
+    """
+    Progress bar that counts decisions (envs that stand still make none) and says when the policy learns from
+    them. It stays full while the last iteration, a whole one, makes more than was asked for.
+    """
+
+    def _on_rollout_start(self) -> None:
+        self.pbar.set_description("acting")
 
     def _on_step(self) -> bool:
         done = self.model.num_timesteps - self.model._num_timesteps_at_start
-        self.pbar.update(done - self.pbar.n)
+        self.pbar.update(min(done, self.pbar.total or done) - self.pbar.n)
         return True
+
+    def _on_rollout_end(self) -> None:
+        self.pbar.set_description("learning")
 
 
 def zoo_hyperparams(init: _Init) -> _Init:

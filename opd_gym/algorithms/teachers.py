@@ -626,9 +626,9 @@ def _load_teacher(
         spec = find_teacher(env_id) if env_id else None
         if spec is None:
             raise ValueError(
-                f"No teacher given, and the zoo has none for {env_id or 'this env'}. Pass teacher=: the directory of a "
-                'VLA checkpoint, the zip of a model of Stable-Baselines3 or sb3-contrib, "expert" where the env has a '
-                "scripted expert, or a policy."
+                f"No teacher given, and the zoo has none for {env_id or 'this env'}. Pass teacher= (--teacher): the "
+                'directory of a VLA checkpoint, the zip of a model of Stable-Baselines3 or sb3-contrib, "expert" where '
+                "the env has a scripted expert, or a policy."
             )
     try:
         path = resolve_checkpoint(spec)

@@ -85,7 +85,12 @@ def run(args: Eval | Enjoy) -> int:
         if film:
             env_kwargs["render_mode"] = "rgb_array"
         env_kwargs.update(changed)
-        env = build_env(env_id, n_envs=args.n_envs, seed=args.seed, settings=settings, **env_kwargs)
+        try:
+            env = build_env(env_id, n_envs=args.n_envs, seed=args.seed, settings=settings, **env_kwargs)
+        except ValueError as error:
+            if not settings:
+                raise
+            raise ValueError(f"{env_id} cannot be built as {args.checkpoint} needs it. {error}") from error
         try:
             if statistics[0] is not None:
                 env = normalised(env, statistics[0], args.trust)
@@ -129,7 +134,7 @@ def run(args: Eval | Enjoy) -> int:
         lost = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.lost]
         results = [EvaluationResult(episodes, versions=played[-1][1].versions, lost=lost)]
     for name, path, result in zip(names, paths, results, strict=True):
-        print(result.to_markdown())
+        print(result.to_markdown("" if len(results) == 1 else f"{name}, by task"))
         others = differences(read_versions(path), result.versions)
         if others:
             print(f"Not what {name} was trained with: {', '.join(others)}")

@@ -12,6 +12,7 @@ from typing import Any
 from tyro.conf import DisallowNone, FlagCreatePairsOff
 from tyro.extras import SubcommandApp
 
+from opd_gym.checks import did_you_mean
 from opd_gym.cli import options
 
 GROUPS = {
@@ -73,6 +74,14 @@ def _empty(words: Sequence[str]) -> str | None:
     return None
 
 
+def _unknown_command(word: str) -> str | None:
+    """What to say of a word that is no command; of an option nothing."""
+    known = {name.partition(" ")[0] for name in [*COMMANDS, *(alias for names in ALIASES.values() for alias in names)]}
+    if word.startswith("-") or word in known:
+        return None
+    return f"There is no command {word!r}. {did_you_mean(word, known)}`opd-gym --help` lists all."
+
+
 def errors() -> tuple[type[Exception], ...]:
     """
     :return: what bad input raises, and what is missing on the machine
@@ -95,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if (empty := _empty(words)) is not None:
         print(f"opd-gym: error: {empty} is empty: is a variable of the shell not set?", file=sys.stderr)
+        return 2
+    if words and (unknown := _unknown_command(words[0])) is not None:
+        print(f"opd-gym: error: {unknown}", file=sys.stderr)
         return 2
     given = parse(words)
     from opd_gym.envs.registration import register_envs

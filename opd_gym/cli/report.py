@@ -286,6 +286,8 @@ def _find(folder: Path) -> list[_Found]:
             shown = path.name if path == folder else path.relative_to(folder).as_posix()
             for env_id, part in _by_env(_evaluation(path, certain=path == folder), "").items():
                 found.append(_Found(path, shown, name, env_id, seed or "0", result=part))
+    if not found and not folder.exists():
+        raise FileNotFoundError(f"There is no {folder}.")
     if not found:
         raise ValueError(
             f"There is nothing to report in {folder}: expected runs of `opd-gym train`, or files of `opd-gym eval -o`."

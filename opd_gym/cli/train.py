@@ -146,6 +146,8 @@ class _Stop(BaseCallback):
                         null = os.open(os.devnull, os.O_WRONLY)
                         os.dup2(null, fd)
                         os.close(null)
+            with suppress(OSError):
+                os.write(2, b"\nStopping after this step or update, with a checkpoint; once more ends it at once.\n")
 
         signums = [signal.SIGINT, signal.SIGTERM]
         # Not below nohup, and Windows has no such signal
@@ -215,6 +217,8 @@ def read_args(run_dir: Path) -> TrainArgs:
     :return: what it was started with
     """
     path = run_dir / "args.yml"
+    if not run_dir.exists():
+        raise FileNotFoundError(f"There is no {run_dir}.")
     if not path.is_file():
         raise FileNotFoundError(
             f"{run_dir} is not the directory of a run, or the run was killed before it began: {path.name} is missing."
@@ -439,7 +443,8 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         with optional(run_dir / "curve.png"):
             plot_learning_curve(run_dir, title=f"{args.algo} on {args.env}")
         if not finished:
-            print(f"Stopped. Go on with: opd-gym train --resume {run_dir}", flush=True)
+            kept = f"{model.num_timesteps:,} timesteps are kept"
+            print(f"Stopped, {kept}. Go on with: opd-gym train --resume {run_dir}", flush=True)
             return TrainResult(run_dir, model, False)
         result = None
         if args.eval_episodes > 0:

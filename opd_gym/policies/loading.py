@@ -178,10 +178,16 @@ def check_spaces(policy: BasePolicy, env: VecEnv, checkpoint: str | os.PathLike[
     for does, own, found in pairs:
         if _form(own) != _form(found):
             raise ValueError(
-                f"{os.fspath(checkpoint)} does not fit the env: its policy {does} {own}, and the env has {found}. "
-                "Build the env as it was in training (chunks, wrappers, stacked frames), or name the env that it was "
-                "trained in."
+                f"{os.fspath(checkpoint)} does not fit the env: its policy {does} {_named(own)}, and the env "
+                f"has {_named(found)}. Build the env as it was in training (chunks, wrappers, stacked frames), "
+                "or name the env that it was trained in."
             )
+
+
+def _named(space: spaces.Space) -> str:
+    if isinstance(space, spaces.MultiDiscrete) and len(set(space.nvec.flat)) == 1:
+        return f"MultiDiscrete({space.nvec.size} times {space.nvec.flat[0]})"
+    return str(space)
 
 
 def _form(space: Any) -> Any:

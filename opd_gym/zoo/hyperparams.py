@@ -13,6 +13,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from opd_gym.checks import did_you_mean
 from opd_gym.envs.registration import ROBOTWIN_IDS, bare_id, training_defaults
 from opd_gym.untrusted import parse_yaml, read_yaml
 
@@ -257,6 +258,7 @@ def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[
     if unknown:
         raise ValueError(
             f"Unknown hyperparameters of {algo}: {', '.join(map(str, unknown))}. "
+            f"{did_you_mean(str(unknown[0]), [*RUN_KEYS, *parameters])}"
             f"Of the run: {', '.join(RUN_KEYS)}. Of the algorithm: {', '.join(parameters)}."
         )
     run = {key: value for key, value in values.items() if key in RUN_KEYS}
