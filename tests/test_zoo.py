@@ -684,7 +684,7 @@ def test_quickstart(
     assert read_versions(folder / "policy") == versions()
     results = json.loads((folder / "results.json").read_text())
     tasks = [episode["task_id"] for episode in results["after"]["episodes"]]
-    assert tasks == [0, 0, 1, 1] == [episode["task_id"] for episode in results["before"]["episodes"]]
+    assert tasks == [0, 1, 0, 1] == [episode["task_id"] for episode in results["before"]["episodes"]]
     # Chunks of two actions, episodes of six.
     assert [episode["steps"] for episode in results["after"]["episodes"]] == [6] * 4
     assert results["total_seconds"] > 0
@@ -753,15 +753,28 @@ def test_quickstart_without_checkpoints(capsys: pytest.CaptureFixture[str]) -> N
     assert "Pass --student" in capsys.readouterr().err
 
 
-def test_quickstart_says_how_many_minutes_or_episodes_would_do() -> None:
+def test_quickstart_says_how_many_minutes_would_do() -> None:
     from opd_gym.cli.quickstart import _too_few
 
-    # 33 s of starting up, 157 s of 20 episodes twice, 75 s for the rest: 422 s
-    message = _too_few(5.0, 190.0, 157.0, 20)
-    assert "5 minutes are too few" in message and "--minutes to 8 at least" in message
-    # (300 - 33 - 75) s are 24.5 episodes
-    assert "--eval-episodes to 12." in message
-    assert "--eval-episodes" not in _too_few(1.0, 190.0, 157.0, 20)
+    # 270 s until then, 4 episodes of 10 s once more, 75 s for the rest: 385 s
+    message = _too_few(5.0, 270.0, 10.0, 4)
+    assert "5 minutes are too few" in message and "--minutes to 7 at least" in message
+
+
+@pytest.mark.parametrize(
+    ("seconds", "per_episode", "n_tasks", "expected"),
+    [
+        (900.0, 3.0, 2, 20),  # all that were asked for
+        (145.0, 7.0, 2, 6),  # (72 s / 7 s + 4) / 2 are 7, of two tasks 6: 56 s of evaluation are to come
+        (145.0, 7.0, 1, 7),
+        (20.0, 7.0, 2, 4),  # no less than what was played
+        (900.0, 0.0, 2, 20),
+    ],
+)
+def test_quickstart_leaves_half_of_the_time_to_the_training(seconds, per_episode, n_tasks, expected) -> None:
+    found = quickstart.fit_episodes(seconds, per_episode, n_played=4, n_tasks=n_tasks, n_episodes=20)
+    assert found == expected
+    assert found == 4 or per_episode * (2 * found - 4) <= seconds / 2
 
 
 def test_quickstart_takes_what_the_memory_carries() -> None:

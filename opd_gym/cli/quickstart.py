@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +102,42 @@ def _film(before: EvaluationResult, after: EvaluationResult) -> int | None:
     return next(iter([*better, *solved, *common]), None)
 
 
-def _too_few(minutes: float, elapsed: float, evaluation_time: float, n_episodes: int) -> str:
+def in_turns(episodes: list[EpisodeSpec]) -> list[EpisodeSpec]:
+    """
+    :param episodes: held-out episodes, task by task
+    :return: the same, one of each task in turn: wherever they are cut off, all tasks are there
+    """
+    turns: Counter[Any] = Counter()
+    numbered = []
+    for spec in episodes:
+        task = (spec.options or {}).get("task_id")
+        numbered.append((turns[task], spec))
+        turns[task] += 1
+    return [spec for _, spec in sorted(numbered, key=lambda pair: pair[0])]
+
+
+def fit_episodes(seconds: float, per_episode: float, n_played: int, n_tasks: int, n_episodes: int) -> int:
+    """
+    How many episodes to evaluate, before and after each, so that half of the time is left for the training.
+
+    :param seconds: what is left
+    :param per_episode: what one took so far
+    :param n_played: how many were played
+    :param n_tasks: the number is a multiple of it
+    :param n_episodes: how many were asked for
+    :return: at least those that were played
+    """
+    fitting = (seconds / 2.0 / max(per_episode, 1e-6) + n_played) / 2.0
+    return max(n_played, min(n_episodes, int(fitting) // n_tasks * n_tasks))
+
+
+def _too_few(minutes: float, elapsed: float, per_episode: float, n_episodes: int) -> str:
     """What is wrong with the minutes, and which would do, for someone who has just waited."""
-    rest = OVERHEAD + MIN_TRAINING
-    message = (
-        f"{minutes:g} minutes are too few here: the {n_episodes} episodes before the training took "
-        f"{evaluation_time:.0f} s, and are played again after it. Raise --minutes to "
-        f"{math.ceil((elapsed + evaluation_time + rest) / 60.0)} at least"
+    enough = elapsed + per_episode * n_episodes + OVERHEAD + MIN_TRAINING
+    return (
+        f"{minutes:g} minutes are too few here: an episode takes {per_episode:.0f} s, and {n_episodes} are played "
+        f"before and after the training. Raise --minutes to {math.ceil(enough / 60.0)} at least."
     )
-    fitting = (60.0 * minutes - (elapsed - evaluation_time) - rest) / (2.0 * evaluation_time / n_episodes)
-    return message + (f", or lower --eval-episodes to {int(fitting)}." if fitting >= 1.0 else ".")
 
 
 def run(args: Quickstart) -> int:
@@ -162,24 +190,34 @@ def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: Quicksta
     from opd_gym.cli.video import side_by_side, write_video
 
     folder: Path = args.folder
-    tasks = [(spec.options or {}).get("task_id") for spec in episodes]
-    recorded = [i for i, task in enumerate(tasks) if task not in tasks[:i]][:4]
+    episodes = in_turns(episodes)
+    n_tasks = len({(spec.options or {}).get("task_id") for spec in episodes})
+    recorded = range(min(n_tasks, 4))
 
     if env.has_attr("task_ids"):
         # Building a simulator takes seconds and happens once: it must not be counted as time of the evaluation.
         for task in tqdm(env.get_attr("task_ids", indices=0)[0], desc="starting simulators", unit="task", leave=False):
             env.env_method("reset", options={"task_id": int(task)})
     print(f"1/3  Success of the student before: {len(episodes)} held-out episodes", flush=True)
+    first = episodes[: n_tasks * math.ceil(2 * env.num_envs / n_tasks)]
     start = time.monotonic()
-    before = evaluate_success(model, env, episodes, record=recorded)
-    evaluation_time = time.monotonic() - start
+    before = evaluate_success(model, env, first, record=recorded)
+    now = time.monotonic()
+    per_episode = (now - start) / len(first)
+    left = 60.0 * args.minutes - (now - began) - OVERHEAD
+    n_episodes = fit_episodes(left, per_episode, len(first), n_tasks, len(episodes))
+    # The evaluation afterwards takes no longer: episodes that succeed are shorter.
+    seconds = left - per_episode * (2 * n_episodes - len(first))
+    if seconds < MIN_TRAINING:
+        raise ValueError(_too_few(args.minutes, now - began, per_episode, len(first)))
+    if n_episodes < len(episodes):
+        print(f"     An episode takes {per_episode:.0f} s here: {n_episodes} of {len(episodes)}, for time to train")
+    episodes = episodes[:n_episodes]
+    if rest := episodes[len(first) :]:
+        more = evaluate_success(model, env, rest)
+        before = replace(before, episodes=[*before.episodes, *more.episodes], lost=[*before.lost, *more.lost])
     print(f"     {before}", flush=True)
 
-    # The evaluation afterwards takes no longer: episodes that succeed are shorter.
-    elapsed = time.monotonic() - began
-    seconds = 60.0 * args.minutes - elapsed - evaluation_time - OVERHEAD
-    if seconds < MIN_TRAINING:
-        raise ValueError(_too_few(args.minutes, elapsed, evaluation_time, len(episodes)))
     print(f"2/3  On-policy distillation: {seconds / 60:.1f} minutes", flush=True)
     for old in folder.glob("progress*.csv"):
         old.unlink()
