@@ -234,6 +234,9 @@ def test_kept_copies(results, tmp_path):
 
 def test_page(results, tmp_path, capsys, monkeypatch):
     (results / "opd.gif").write_bytes(b"GIF89a")
+    (results / "run").mkdir()
+    for name in ("after.gif", "after.mp4"):  # the same film
+        (results / "run" / name).write_bytes(b"a film")
     monkeypatch.chdir(tmp_path)
     command = results / "opd" / f"{ENV}_1" / "command.txt"
     command.write_text(f"opd-gym train --student {tmp_path}/runs/student")
@@ -243,6 +246,8 @@ def test_page(results, tmp_path, capsys, monkeypatch):
     assert main(words) == 0
     text = page.read_text(encoding="utf-8")
     assert "A &lt;b&gt;" in text and text.count("<svg") == 3 and "data:image/gif;base64,R0lGODlh" in text
+    assert re.findall("<figcaption>(.+?)</figcaption>", text) == ["opd", "run/after"]
+    assert text.count("data:video/mp4") == 1 == text.count("data:image/gif")
     # Nothing is loaded from elsewhere
     assert not re.search(r"(src|href)=\"(?!data:|#)", re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
     assert "| opd | 85.0 % |" in table.read_text(encoding="utf-8")

@@ -225,12 +225,13 @@ def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: Quicksta
     budget = TimeBudget(seconds)
     # The budget ends it.
     model.learn(10**9, callback=budget)
+    few = ""
     if bare_id(args.env) in LIBERO_IDS and model.num_timesteps < FEW_DECISIONS:
-        print(
-            f"     Only {model.num_timesteps} decisions: success falls before it rises, and needs some {FEW_DECISIONS} "
-            "to be above its start. Raise --minutes.",
-            flush=True,
+        few = (
+            f"Only {model.num_timesteps} decisions: success falls before it rises, and needs some {FEW_DECISIONS} to "
+            "be above its start. Raise --minutes.\n"
         )
+        print(f"     {few}", end="", flush=True)
     model.save(folder / "model.zip")
     if hasattr(model.policy, "save_checkpoint"):
         model.policy.save_checkpoint(folder / "policy")
@@ -262,10 +263,12 @@ def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: Quicksta
         "total_seconds": total,
     }
     write_results(folder / "results.json", results, env)
+    named = f" (tasks {', '.join(map(str, args.task_ids))})" if args.task_ids else ""
     table = (
-        f"| {args.env}, {len(episodes)} held-out episodes | success (95 % interval) |\n|---|---|\n"
+        f"| {args.env}{named}, {len(episodes)} held-out episodes | success (95 % interval) |\n|---|---|\n"
         f"| student before | {before} |\n| after OPD | {after} |\n\n"
-        f"{env_steps} env steps of training in {budget.elapsed / 60:.1f} minutes; {total / 60:.1f} minutes in all.\n"
+        f"{model.num_timesteps} decisions of training ({env_steps} env steps) in {budget.elapsed / 60:.1f} minutes; "
+        f"{total / 60:.1f} minutes in all.\n{few}"
     )
     write_atomic(folder / "results.md", table)
     print(f"\n{table}\nResults, curve and film: {folder}/", flush=True)

@@ -557,17 +557,22 @@ def draw(policies: Sequence[Policy], column: str, colors: Mapping[str, str]) -> 
 def films(folders: Iterable[Path]) -> list[dict[str, str]]:
     """
     :param folders: where to look
-    :return: the name of each, its media type and its content as a ``data:`` address
+    :return: where each lies, its media type and its content as a ``data:`` address; of a film in two formats one
     """
-    everything = (path for folder in folders if folder.is_dir() for path in folder.rglob("[!.]*"))
-    paths = sorted(path for path in everything if path.suffix in FILMS)
+    order = list(FILMS)
+    chosen: dict[Path, tuple[str, Path]] = {}
+    for folder in folders:
+        found = [path for path in folder.rglob("[!.]*") if path.suffix in FILMS] if folder.is_dir() else []
+        for path in sorted(found, key=lambda path: (path.with_suffix(""), order.index(path.suffix))):
+            shown = path.relative_to(folder).with_suffix("").as_posix()
+            chosen.setdefault(path.with_suffix(""), (shown, path))
     return [
         {
-            "name": path.stem.replace("_", " "),
+            "name": shown,
             "kind": FILMS[path.suffix],
             "data": f"data:{FILMS[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}",
         }
-        for path in paths
+        for shown, path in chosen.values()
     ]
 
 
