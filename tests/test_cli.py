@@ -149,7 +149,6 @@ def test_commands_are_documented() -> None:
     ("command", "message"),
     [
         ("", "train, eval, enjoy"),
-        ("trian", "trian"),
         ("train --n-timestep 3", "--n-timesteps"),
         ("train -n x", "'x'"),
         ("train --algo sac", "opd.*grpo.*ppo.*sft"),

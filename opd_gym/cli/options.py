@@ -598,6 +598,7 @@ class RobotwinDemos(Options):
     :param seed: seed of the pushes
     :param n_envs: simulators at once; the demonstrations are the same
     :param output: folder, one file a task
+    :param progress: a progress bar is shown unless --no-progress is given
     """
 
     many_files: ClassVar[bool] = True

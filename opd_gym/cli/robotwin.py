@@ -306,6 +306,7 @@ def run_demos(args: RobotwinDemos) -> int:
             perturbation=args.perturbation,
             seed=args.seed,
             n_envs=args.n_envs,
+            progress=args.progress,
             chunk_size=args.chunk_size,
             image_size=args.image_size,
             cameras=args.cameras,
