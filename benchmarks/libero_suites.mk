@@ -18,7 +18,7 @@ ENV_object = LiberoObject-v0
 ENV_spatial = LiberoSpatial-v0
 ENV_goal = LiberoGoal-v0
 ENV_10 = Libero10-v0
-# The teacher: DAgger after SFT, or SFT for longer, as for Spatial, which DAgger did not help. Goal and 10 have not run yet
+# The teacher: DAgger after SFT, or SFT for longer, as for Spatial, which DAgger did not help; 10 has not run yet
 TEACHER_object = teacher/opd
 TEACHER_spatial = teacher/longer/sft
 TEACHER_goal = teacher/longer/sft

@@ -68,6 +68,10 @@ def test_runs_are_named_after_the_settings_that_tell_them_apart(results):
     run(results, "opd", 2, [0.3], evaluation(5, 5), divergence="jsd")
     labels = [policy.label for policy in find_policies([results], {})]
     assert sorted(labels) == ["grpo", "opd", "opd (divergence=jsd)", "teacher"]
+    # As many with the one as with the other
+    run(results, "opd", 3, [0.3], evaluation(5, 5), divergence="jsd")
+    labels = {policy.label for policy in find_policies([results], {})}
+    assert labels == {"grpo", "opd (divergence=reverse_kl)", "opd (divergence=jsd)", "teacher"}
     named = find_policies([results], {"eval/*": "the teacher", f"opd/{ENV}_3/*": "third"})
     assert [policy.label for policy in named][:2] == ["the teacher", "third"]
 

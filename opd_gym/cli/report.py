@@ -205,8 +205,8 @@ class _Found:
 def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Policy]:
     """
     Read all runs and evaluations below some folders. Runs of one algorithm and env with the same settings are seeds of
-    one policy, named after the algorithm and where its settings differ from those of most runs. Evaluations
-    outside of a run, ``NAME_seed0.json``, are named after their files.
+    one policy, named after the algorithm and the settings that most runs have otherwise; where there is no majority,
+    after all that differ. Evaluations outside of a run, ``NAME_seed0.json``, are named after their files.
 
     :param folders: runs, evaluations, or folders that hold some
     :param labels: pattern of a path below its folder -> name of what is there; the first match counts
@@ -224,13 +224,13 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
     settings: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for item in found:
         settings.setdefault((item.name, item.env_id), []).append(item.settings)
-    common = {key: max(alike, key=alike.count) for key, alike in settings.items()}
+    common = {key: _usual(alike) for key, alike in settings.items()}
     policies: dict[tuple[str, str], Policy] = {}
     order: dict[str, int] = {}
     for item in found:
         label = item.name
         usual = common[item.name, item.env_id]
-        told = [key for key in sorted({*usual, *item.settings}) if usual.get(key) != item.settings.get(key)]
+        told = [key for key in sorted(usual) if usual[key] != [item.settings.get(key)]]
         if told:
             label += f" ({', '.join(f'{key}={item.settings.get(key)}' for key in told)})"
         number = len(labels)
@@ -253,6 +253,17 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
         if item.command:
             policy.commands.append(item.command)
     return sorted(policies.values(), key=lambda policy: order[policy.label])
+
+
+def _usual(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The commonest values of each setting: several where none is commoner than the others."""
+    usual: dict[str, list[Any]] = {}
+    for key in {key for each in settings for key in each}:
+        values = [each.get(key) for each in settings]
+        most = max(map(values.count, values))
+        top = [value for value in values if values.count(value) == most]
+        usual[key] = [value for i, value in enumerate(top) if value not in top[:i]]
+    return usual
 
 
 def _find(folder: Path) -> list[_Found]:
