@@ -546,7 +546,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
         (["train", "--env", "CartPole-v1", "--hyperparams", "learning_rate"], "key:value"),
         (["train", "--algo", "grpo", "--env", "CartPole-v1", "--teacher", "expert"], "grpo has no teacher"),
         (["train", "--algo", "ppo", "--env", "CartPole-v1", "--demonstrations", "x"], "takes no demonstrations"),
-        (["train", "--resume", "/no/such/run"], "args.yml"),
+        (["train", "--resume", "/no/such/run"], "There is no /no/such/run"),
         (["eval", "--env", "CartPole-v1", "--checkpoint", "nobody"], "nobody"),
         (["demos", "--env", "CartPole-v1"], "LIBERO"),
         (["train", "--algo", "ppo", "--env", "CartPole-v1", "--device", "gpu"], "Unknown device 'gpu'"),
