@@ -114,7 +114,7 @@ def test_documented_commands_are_understood(line: str) -> None:
         ("train --resume nowhere", "There is no nowhere."),
         ("report nowhere", "There is no nowhere."),
         ("eval --env CartPole-v1 --checkpoint libero-object-student",
-         "CartPole-v1 cannot be built as libero-object-student needs it. ActionChunk needs a Box action space"),
+         "CartPole-v1 cannot be built for libero-object-student: ActionChunk needs a Box action space"),
     ],
 )  # fmt: skip
 def test_slips_are_told(command, said, capsys, tmp_path, monkeypatch):

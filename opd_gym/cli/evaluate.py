@@ -90,7 +90,7 @@ def run(args: Eval | Enjoy) -> int:
         except ValueError as error:
             if not settings:
                 raise
-            raise ValueError(f"{env_id} cannot be built as {args.checkpoint} needs it. {error}") from error
+            raise ValueError(f"{env_id} cannot be built for {args.checkpoint}: {error}") from error
         try:
             if statistics[0] is not None:
                 env = normalised(env, statistics[0], args.trust)
