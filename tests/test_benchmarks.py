@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from opd_gym.evaluation import EvaluationResult
 from opd_gym.versions import versions
 
 pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_gym[libero]'")
@@ -24,6 +25,7 @@ import lerobot_env  # noqa: E402
 import libero_throughput  # noqa: E402
 import light_visuals  # noqa: E402
 import scaling  # noqa: E402
+import short_runs  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs the source tree")
 
@@ -226,3 +228,10 @@ def test_scaling_is_taken_within_a_turn():
     assert [row[3] for row in cells(text, "teacher")] == ["1.00", "1.60"]
     # Twice the work in five fourths of the time
     assert cells(text, "2 processes")[0][2] == "1.60"
+
+
+def test_short_runs_write_what_was_played(tmp_path, capsys):
+    short_runs.main("little", decisions=4, n_steps=2, episodes=1, output=tmp_path)
+    result = EvaluationResult.load(tmp_path / "little.json")
+    assert [episode.task_id for episode in result.episodes] == [0, 1]
+    assert "little: 4 decisions, 40 gradient steps" in capsys.readouterr().out

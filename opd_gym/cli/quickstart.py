@@ -20,7 +20,7 @@ from opd_gym.files import write_atomic
 from opd_gym.versions import versions, write_results, write_versions
 
 # Decisions a task after which success on LIBERO-Object passes the student's; until then it is below
-DECISIONS_A_TASK = 250
+DECISIONS_A_TASK = 300
 # Below so many minutes: more gradient steps a decision, and actions nearer to the greedy ones that are evaluated.
 # 512 decisions on two tasks of LIBERO-Object then take the zoo's student from 70 to 80 %; with the steps alone, to 0 %
 SHORT = 10.0
