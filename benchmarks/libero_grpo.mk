@@ -8,9 +8,10 @@ include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 ENV = LiberoObject-v0
 SEEDS ?= 0
 
-# One thing at a time is changed of the zoo's setting: 8 groups of 8, two minibatches of 32 trajectories, 1e-4, temperature 1
-CHANGES = learning_rate:1e-4 learning_rate:1e-5 learning_rate:3e-5 learning_rate:3e-4 temperature:0.7 temperature:1.3 \
-    n_groups:16 trajectories_per_batch:64 n_epochs:2
+# One thing at a time is changed of the zoo's setting: 8 groups of 8, two minibatches of 32 trajectories, 1e-4, temperature 1.
+# No temperature above 1: there the student succeeds in one episode of six, at 0.3 in one of two
+CHANGES = temperature:0.3 learning_rate:1e-4 learning_rate:3e-4 learning_rate:3e-5 temperature:0.6 n_groups:16 \
+    trajectories_per_batch:64 n_epochs:2
 $(foreach seed,$(SEEDS),$(foreach change,$(CHANGES),\
     $(eval $(call run,$(subst $(colon),_,$(change)),grpo,$(ENV),$(seed),--n-timesteps 12000 --hyperparams $(change)))))
 
