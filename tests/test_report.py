@@ -11,10 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from opd_gym.cli.main import main
-from opd_gym.cli.report import Policy, bootstrap, by_group, details, find_policies, overview, paired
+from opd_gym.cli.report import (
+    Policy,
+    bootstrap,
+    by_group,
+    details,
+    draw,
+    draw_learning,
+    find_policies,
+    overview,
+    paired,
+)
 from opd_gym.cli.runs import read_progress
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult, LostEpisode
 
@@ -266,6 +277,33 @@ def test_page(results, tmp_path, capsys, monkeypatch):
     assert "70.9 to 92.9 %" in again and "data:image/gif" in again
 
 
+def ends(figure: Figure | None) -> list[tuple[tuple[float, ...], ...]]:
+    """First and last point of each line that has a name."""
+    assert figure is not None
+    points = [np.asarray(line.get_xydata()) for line in figure.axes[0].lines if str(line.get_label())[0] != "_"]
+    return [(tuple(line[0].tolist()), tuple(line[-1].tolist())) for line in points]
+
+
+def test_what_came_before_moves_the_curves_and_learning_is_drawn_where_it_was_written(results, tmp_path):
+    path = results / "opd" / f"{ENV}_1" / "progress.csv"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([f"{header},train/entropy", f"{rows[0]},", f"{rows[1]},3.0", f"{rows[2]},2.0", ""]))
+    page = tmp_path / "page.html"
+    words = ["report", str(results), "-o", str(page), "--pictures", str(tmp_path), "--before", "opd=90000,30"]
+    assert main(words) == 0
+    # Success over env steps, gradient steps and minutes; over two of these with what came before; entropy, and no KL
+    assert page.read_text(encoding="utf-8").count("<svg") == 6
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"{ENV}{end}.png" for end in ("", "-before", "-entropy")}
+    policies = find_policies([results], {})
+    colors = {policy.label: "C0" for policy in policies}
+    figure = draw(policies, "time/env_steps", colors, {"opd": {"time/env_steps": 90_000.0}})
+    # The bounds of each curve; the teacher has none
+    assert ends(figure)[:2] == [((2.0, 10.0), (6.0, 20.0)), ((92.0, 10.0), (96.0, 90.0))]
+    # Where it was written in one seed of two
+    assert ends(draw_learning(policies, "train/entropy", colors)) == [((80.0, 3.0), (120.0, 2.0))]
+    assert draw_learning(policies, "train/kl", colors) is None
+
+
 def test_where_nothing_says_what_is_solved_returns_are_compared(tmp_path):
     env_id = "Pendulum-v1"
 
@@ -307,6 +345,9 @@ def test_refused(results, tmp_path, capsys):
         ([str(results), "--tasks", "seen=5-3"], "0-5 or 0,3,7"),
         ([str(results), "--tasks", "seen=0-2-5"], "0-5 or 0,3,7"),
         ([str(results), "--tasks", "seen=0-999999999999"], "0-5 or 0,3,7"),
+        ([str(results), "--before", "opd=1"], "NAME=ENV_STEPS,MINUTES"),
+        ([str(results), "--before", "opd=-1,nan"], "NAME=ENV_STEPS,MINUTES"),
+        ([str(results), "--before", "nobody=1,1"], "grpo, opd, teacher; got nobody"),
         ([str(results), "--keep", str(results / "kept")], "Name another folder"),
     ):
         assert main(["report", *words, "-o", str(tmp_path / "page.html")]) == 2

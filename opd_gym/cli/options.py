@@ -314,6 +314,7 @@ class Report(Options):
     :param label: what is found at a path is called NAME, for instance 'student/*=student'; in the table's order
     :param reference: name of what the others are compared with, for instance teacher
     :param tasks: success of these tasks alone as well, for instance seen=0-5
+    :param before: what a policy had cost when its training began, for instance its teacher: curves with it as well
     :param markdown: the tables as Markdown as well
     :param pictures: folder for the curves of each env as PNG
     :param keep: folder for copies of all that the page is made from, to be published: no weights
@@ -325,6 +326,9 @@ class Report(Options):
     label: Annotated[UseAppendAction[list[str]], option("-l", metavar="PATTERN=NAME")] = field(default_factory=list)
     reference: Text = None
     tasks: Annotated[UseAppendAction[list[str]], option(metavar="NAME=TASKS")] = field(default_factory=list)
+    before: Annotated[UseAppendAction[list[str]], option(metavar="NAME=ENV_STEPS,MINUTES")] = field(
+        default_factory=list
+    )
     markdown: Annotated[Path | None, option(metavar="FILE")] = None
     pictures: Annotated[Path | None, option(metavar="DIR")] = None
     keep: Annotated[Path | None, option(metavar="DIR")] = None

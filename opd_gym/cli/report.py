@@ -26,6 +26,7 @@ from opd_gym.files import replacing, write_atomic
 from opd_gym.versions import VERSIONS_FILE, differences
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -41,6 +42,13 @@ AXES = {
 }
 SUCCESS = "rollout/success_rate"
 RETURN = "rollout/ep_rew_mean"
+# What is drawn of the learning itself, over gradient steps: column -> its name
+LEARNING = {
+    "train/kl": "reverse KL to the teacher (nats a token)",
+    "train/entropy": "entropy of the policy (nats a token)",
+}
+# What a policy had cost when its training began: label -> column -> value
+Before = Mapping[str, Mapping[str, float]]
 # Settings in which runs of one policy may differ, those that they map to values included
 INCIDENTAL = (
     *("teacher", "teacher_kwargs.device", "teacher_kwargs.vec_normalize", "demonstrations", "policy_kwargs.checkpoint"),
@@ -503,7 +511,9 @@ def notes(policies: Sequence[Policy]) -> list[str]:
     return [f"{policy.label}: {note}" for policy in policies for note in policy.notes]
 
 
-def draw(policies: Sequence[Policy], column: str, colors: Mapping[str, str]) -> Figure | None:
+def draw(
+    policies: Sequence[Policy], column: str, colors: Mapping[str, str], before: Before | None = None
+) -> Figure | None:
     """
     Success in training over one measure of its cost, or the return where nothing is said of success: the mean over the
     seeds between the lowest and the highest. Diamonds are the same of held-out episodes after training, with its
@@ -512,39 +522,24 @@ def draw(policies: Sequence[Policy], column: str, colors: Mapping[str, str]) -> 
     :param policies: of one env
     :param column: one of :data:`AXES`
     :param colors: of the policies, by label
+    :param before: what policies had cost when their training began, which moves their curves to the right
     :return: the figure; None if no run has a curve
     """
-    from matplotlib.figure import Figure
-
     runs = [rows for policy in policies for rows in policy.curves.values()]
     key = SUCCESS if any(SUCCESS in row for rows in runs for row in rows) else RETURN
     label, unit = AXES[column]
     scale = 100.0 if key == SUCCESS else 1.0
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = _figure(f"{label}, with what came before" if before else label)
     drawn = False
     for policy in policies:
         color = colors[policy.label]
-        curves = [
-            np.array([(row[column] / unit, scale * row[key]) for row in rows if column in row and key in row])
-            for rows in policy.curves.values()
-        ]
-        curves = [curve for curve in curves if len(curve) > 1]
+        spent = (before or {}).get(policy.label, {}).get(column, 0.0)
+        curves = _curves(policy, column, unit, key, scale, spent)
         measured = bool(policy.results) and policy.judged == (key == SUCCESS)
         held_out, low, high = (scale * value for value in policy.score()) if measured else (math.nan,) * 3
         if curves:
             drawn = True
-            # Seeds are logged at different places: where all have begun, until the first has ended
-            start, end = max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves)
-            grid = np.linspace(start, end, 200)
-            values = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
-            if start < end:
-                axis.plot(grid, values.mean(0), color=color, label=policy.label, linewidth=2)
-            else:
-                for i, curve in enumerate(curves):
-                    axis.plot(*curve.T, color=color, label=None if i else policy.label, linewidth=1)
-            if len(curves) > 1 and start < end:
-                axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+            _draw_seeds(axis, curves, color, policy.label)
             if measured:
                 error = [[held_out - low], [high - held_out]]
                 x = statistics.mean(curve[-1, 0] for curve in curves)
@@ -554,15 +549,74 @@ def draw(policies: Sequence[Policy], column: str, colors: Mapping[str, str]) -> 
             axis.axhline(held_out, linestyle="--", color=color, label=text)
     if not drawn:
         return None
-    axis.set_xlabel(label)
     axis.set_ylabel("success (%)" if key == SUCCESS else "mean return of an episode")
     if key == SUCCESS:
         axis.set_ylim(-2, 102)
-    axis.set_xlim(left=0)
+    return _finished(figure)
+
+
+def draw_learning(policies: Sequence[Policy], key: str, colors: Mapping[str, str]) -> Figure | None:
+    """
+    :param policies: of one env
+    :param key: one of :data:`LEARNING`
+    :param colors: of the policies, by label
+    :return: it over gradient steps, drawn as by :func:`draw`; None if no run says anything of it
+    """
+    column = "train/n_updates"
+    figure, axis = _figure(AXES[column][0])
+    drawn = False
+    for policy in policies:
+        curves = _curves(policy, column, AXES[column][1], key)
+        if curves:
+            drawn = True
+            _draw_seeds(axis, curves, colors[policy.label], policy.label)
+    if not drawn:
+        return None
+    axis.set_ylabel(LEARNING[key])
+    axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+    return _finished(figure)
+
+
+def _figure(label: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axis = figure.subplots()
+    axis.set_xlabel(label)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def _finished(figure: Figure) -> Figure:
+    figure.axes[0].set_xlim(left=0)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return figure
+
+
+def _curves(
+    policy: Policy, column: str, unit: float, key: str, scale: float = 1.0, spent: float = 0.0
+) -> list[np.ndarray]:
+    """Of each seed that has more than a point: what it cost, and what it had reached by then."""
+    curves = [
+        np.array([((row[column] + spent) / unit, scale * row[key]) for row in rows if column in row and key in row])
+        for rows in policy.curves.values()
+    ]
+    return [curve for curve in curves if len(curve) > 1]
+
+
+def _draw_seeds(axis: Axes, curves: Sequence[np.ndarray], color: str, label: str) -> None:
+    # Seeds are logged at different places: where all have begun, until the first has ended
+    start, end = max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves)
+    if start >= end:
+        for i, curve in enumerate(curves):
+            axis.plot(*curve.T, color=color, label=None if i else label, linewidth=1)
+        return
+    grid = np.linspace(start, end, 200)
+    values = np.stack([np.interp(grid, curve[:, 0], curve[:, 1]) for curve in curves])
+    axis.plot(grid, values.mean(0), color=color, label=label, linewidth=2)
+    if len(curves) > 1:
+        axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
 
 
 def films(folders: Iterable[Path]) -> list[dict[str, str]]:
@@ -666,19 +720,29 @@ def report(args: Report) -> None:
     names = list(dict.fromkeys(policy.label for policy in policies))
     if args.reference is not None and args.reference not in names:
         raise ValueError(f"Expected --reference to be one of {', '.join(names)}; got {args.reference!r}.")
+    before = dict(map(_before, args.before))
+    if unknown := before.keys() - set(names):
+        raise ValueError(f"Expected --before to be of {', '.join(names)}; got {', '.join(sorted(unknown))}.")
     colors = {name: f"C{number}" for number, name in enumerate(names)}
     sections: list[dict[str, Any]] = []
     pictures: dict[str, bytes] = {}
     for env_id in dict.fromkeys(policy.env_id for policy in policies):
         here = [policy for policy in policies if policy.env_id == env_id]
         reference = next((policy for policy in here if policy.label == args.reference and policy.results), None)
-        figures = [(label, draw(here, column, colors)) for column, (label, _) in AXES.items()]
+        figures = [(label, env_id, draw(here, column, colors)) for column, (label, _) in AXES.items()]
+        if any(policy.label in before for policy in here):
+            figures += [
+                (f"{AXES[column][0]}, with what came before", f"{env_id}-before", draw(here, column, colors, before))
+                for column in ("time/env_steps", "time/time_elapsed")
+            ]
+        for key, label in LEARNING.items():
+            figures.append((label, f"{env_id}-{key.partition('/')[2]}", draw_learning(here, key, colors)))
         svgs = []
-        for number, (label, figure) in enumerate(figures):
+        for label, file, figure in figures:
             if figure is not None:
                 svgs.append((label, _svg(figure)))
-                if number == 0:
-                    pictures[env_id] = _png(figure)
+                if file not in pictures:
+                    pictures[file] = _png(figure)
         sections.append(
             {
                 "env": env_id,
@@ -710,8 +774,8 @@ def report(args: Report) -> None:
         write_atomic(args.markdown, "\n".join(filter(None, parts)))
     if args.pictures is not None:
         args.pictures.mkdir(parents=True, exist_ok=True)
-        for env_id, picture in pictures.items():
-            with replacing(args.pictures / f"{env_id.replace('/', '-')}.png") as temporary:
+        for name, picture in pictures.items():
+            with replacing(args.pictures / f"{name.replace('/', '-')}.png") as temporary:
                 temporary.write_bytes(picture)
     keep(kept)
     print(markdown(summary) + "".join(f"\n{note}" for note in notes(policies)) + f"\n{args.output}")
@@ -722,6 +786,19 @@ def _named(item: str) -> tuple[str, str]:
     if not name or not text:
         raise ValueError(f"Expected NAME=VALUE, as in --label 'student/*=student' or --tasks seen=0-5, got {item!r}.")
     return name, text
+
+
+def _before(item: str) -> tuple[str, dict[str, float]]:
+    name, text = _named(item)
+    try:
+        steps, minutes = map(float, text.split(","))
+        if not (0.0 <= steps < math.inf and 0.0 <= minutes < math.inf):
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"Expected --before NAME=ENV_STEPS,MINUTES with two numbers from 0 on, got {item!r}."
+        ) from None
+    return name, {"time/env_steps": steps, "time/time_elapsed": 60.0 * minutes}
 
 
 def _task_ids(text: str) -> list[int]:
