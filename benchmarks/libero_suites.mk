@@ -23,6 +23,14 @@ TEACHER_object = teacher/opd
 TEACHER_spatial = teacher/longer/sft
 TEACHER_goal = teacher/longer/sft
 TEACHER_10 = teacher/longer/sft
+# Tasks 5 and 9 of LIBERO-Long have no expert, so nobody trains or is measured on them
+TASKS_10 = 0 1 2 3 4 6 7 8
+$(RUNS)/10/%/evaluation.json: EVAL = --task-ids $(TASKS_10)
+$(RUNS)/10/%/evaluation.json: EPISODES = 400
+comma := ,
+space := $(subst ,, )
+# $(call only,NAME): a suite's tasks as a hyperparameter
+only = $(if $(TASKS_$(1)),env_kwargs.task_ids:[$(subst $(space),$(comma),$(TASKS_$(1)))])
 # Steps of SFT for a student that has room to rise, and successes to rise from; and its demonstrations of each task
 STUDENT_STEPS_object = 280
 STUDENT_STEPS_spatial = 500
@@ -47,29 +55,29 @@ $(1): $(RUNS)/$(1)/$(TEACHER_$(1))/$(2)_1/evaluation.json $(RUNS)/$(1)/student/s
 
 # 1. Demonstrations of the scripted expert on sampled initial states. The teacher's have pushes to recover from.
 $(RUNS)/$(1)/demos/pushed/done:
-	opd-gym demos --env $(2) -n 40 --seed 50000 --image-size 64 --stride 2 --perturbation 0.03 -o $$(@D)
+	opd-gym demos --env $(2) $(if $(TASKS_$(1)),--task-ids $(TASKS_$(1))) -n 40 --seed 50000 --image-size 64 --stride 2 --perturbation 0.03 -o $$(@D)
 	touch $$@
 $(RUNS)/$(1)/demos/plain/done:
-	opd-gym demos --env $(2) -n 8 --seed 90000 --image-size 64 -o $$(@D)
+	opd-gym demos --env $(2) $(if $(TASKS_$(1)),--task-ids $(TASKS_$(1))) -n 8 --seed 90000 --image-size 64 -o $$(@D)
 	touch $$@
 $(RUNS)/$(1)/demos/control/done:
-	opd-gym demos --env $(2) -n $(CONTROL_DEMOS_$(1)) --seed 200000 --image-size 64 --stride 8 -o $$(@D)
+	opd-gym demos --env $(2) $(if $(TASKS_$(1)),--task-ids $(TASKS_$(1))) -n $(CONTROL_DEMOS_$(1)) --seed 200000 --image-size 64 --stride 8 -o $$(@D)
 	touch $$@
 
 # 2. The teacher: SFT, then the expert corrects it in the states it visits (DAgger), or SFT goes on.
 # The student: one or two demonstrations a task.
 $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/pushed/done
 $(call train,$(RUNS)/$(1)/teacher,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/pushed --student none --n-timesteps 2000 \
-	    --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05)
+	    --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05 $(call only,$(1)))
 $(RUNS)/$(1)/teacher/opd/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json
 $(call train,$(RUNS)/$(1)/teacher,opd,$(2),--teacher expert --student $(RUNS)/$(1)/teacher/sft/$(2)_1/policy \
-	    --n-timesteps 12000 --hyperparams divergence:forward_kl teacher_kwargs.smoothing:2.0)
+	    --n-timesteps 12000 --hyperparams divergence:forward_kl teacher_kwargs.smoothing:2.0 $(call only,$(1)))
 $(RUNS)/$(1)/teacher/longer/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json
 $(call train,$(RUNS)/$(1)/teacher/longer,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/pushed \
-	    --student $(RUNS)/$(1)/teacher/sft/$(2)_1/policy --n-timesteps 4000 --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05)
+	    --student $(RUNS)/$(1)/teacher/sft/$(2)_1/policy --n-timesteps 4000 --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05 $(call only,$(1)))
 $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/plain/done
 $(call train,$(RUNS)/$(1)/student,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/plain --student none --seed 2 \
-	    --n-timesteps $(STUDENT_STEPS_$(1)) --hyperparams $(SFT) learning_rate:1e-3 n_demos:$(STUDENT_DEMOS_$(1)))
+	    --n-timesteps $(STUDENT_STEPS_$(1)) --hyperparams $(SFT) learning_rate:1e-3 n_demos:$(STUDENT_DEMOS_$(1)) $(call only,$(1)))
 $(foreach seed,$(SEEDS),$(eval $(call runs,$(1),$(2),$(seed))))
 endef
 
@@ -78,12 +86,13 @@ endef
 define runs
 $(RUNS)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json: | $(foreach role,$(TEACHER_$(1)) student/sft,$(RUNS)/$(1)/$(role)/$(2)_1/policy/config.json)
 $(call train,$(RUNS)/$(1)/seed$(3),opd,$(2),--seed $(3) --n-timesteps 12000 --teacher $(RUNS)/$(1)/$(TEACHER_$(1))/$(2)_1/policy \
-	    --student $(RUNS)/$(1)/student/sft/$(2)_1/policy)
+	    --student $(RUNS)/$(1)/student/sft/$(2)_1/policy $(addprefix --hyperparams ,$(call only,$(1))))
 $(RUNS)/$(1)/seed$(3)/grpo/$(2)_1/policy/config.json: | $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json
-$(call train,$(RUNS)/$(1)/seed$(3),grpo,$(2),--seed $(3) --n-timesteps 12000 --student $(RUNS)/$(1)/student/sft/$(2)_1/policy)
+$(call train,$(RUNS)/$(1)/seed$(3),grpo,$(2),--seed $(3) --n-timesteps 12000 --student $(RUNS)/$(1)/student/sft/$(2)_1/policy \
+	    $(addprefix --hyperparams ,$(call only,$(1))))
 $(RUNS)/$(1)/seed$(3)/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/control/done $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json
 $(call train,$(RUNS)/$(1)/seed$(3),sft,$(2),--seed $(3) --n-timesteps 1880 --demonstrations $(RUNS)/$(1)/demos/control \
-	    --student $(RUNS)/$(1)/student/sft/$(2)_1/policy --hyperparams $(SFT) learning_rate:lin_5e-4)
+	    --student $(RUNS)/$(1)/student/sft/$(2)_1/policy --hyperparams $(SFT) learning_rate:lin_5e-4 $(call only,$(1)))
 endef
 
 $(foreach name,$(SUITES),$(eval $(call suite,$(name),$(ENV_$(name)))))
