@@ -289,14 +289,16 @@ def test_what_came_before_moves_the_curves_and_learning_is_drawn_where_it_was_wr
     header, *rows = path.read_text().splitlines()
     path.write_text("\n".join([f"{header},train/entropy", f"{rows[0]},", f"{rows[1]},3.0", f"{rows[2]},2.0", ""]))
     page = tmp_path / "page.html"
-    words = ["report", str(results), "-o", str(page), "--pictures", str(tmp_path), "--before", "opd=90000,30"]
+    words = ["report", str(results), "-o", str(page), "--pictures", str(tmp_path), "--before", f"opd@{ENV}=90000,30"]
     assert main(words) == 0
     # Success over env steps, gradient steps and minutes; over two of these with what came before; entropy, and no KL
     assert page.read_text(encoding="utf-8").count("<svg") == 6
     assert {path.name for path in tmp_path.glob("*.png")} == {f"{ENV}{end}.png" for end in ("", "-before", "-entropy")}
     policies = find_policies([results], {})
     colors = {policy.label: "C0" for policy in policies}
-    figure = draw(policies, "time/env_steps", colors, {"opd": {"time/env_steps": 90_000.0}})
+    figure = draw(
+        policies, "time/env_steps", colors, {"opd": {"time/env_steps": 9e4}, "grpo@Other-v0": {"time/env_steps": 1.0}}
+    )
     # The bounds of each curve; the teacher has none
     assert ends(figure)[:2] == [((2.0, 10.0), (6.0, 20.0)), ((92.0, 10.0), (96.0, 90.0))]
     # Where it was written in one seed of two
@@ -347,7 +349,10 @@ def test_refused(results, tmp_path, capsys):
         ([str(results), "--tasks", "seen=0-999999999999"], "0-5 or 0,3,7"),
         ([str(results), "--before", "opd=1"], "NAME=ENV_STEPS,MINUTES"),
         ([str(results), "--before", "opd=-1,nan"], "NAME=ENV_STEPS,MINUTES"),
-        ([str(results), "--before", "nobody=1,1"], "grpo, opd, teacher; got nobody"),
+        (
+            [str(results), "--before", "nobody=1,1"],
+            f"grpo, grpo@{ENV}, opd, opd@{ENV}, teacher, teacher@{ENV}; got nobody",
+        ),
         ([str(results), "--keep", str(results / "kept")], "Name another folder"),
     ):
         assert main(["report", *words, "-o", str(tmp_path / "page.html")]) == 2

@@ -314,7 +314,8 @@ class Report(Options):
     :param label: what is found at a path is called NAME, for instance 'student/*=student'; in the table's order
     :param reference: name of what the others are compared with, for instance teacher
     :param tasks: success of these tasks alone as well, for instance seen=0-5
-    :param before: what a policy had cost when its training began, for instance its teacher: curves with it as well
+    :param before: what a policy had cost when its training began, for instance for its teacher: curves with that as
+        well. NAME@ENV is the policy in one of several envs
     :param markdown: the tables as Markdown as well
     :param pictures: folder for the curves of each env as PNG
     :param keep: folder for copies of all that the page is made from, to be published: no weights

@@ -47,7 +47,7 @@ LEARNING = {
     "train/kl": "reverse KL to the teacher (nats a token)",
     "train/entropy": "entropy of the policy (nats a token)",
 }
-# What a policy had cost when its training began: label -> column -> value
+# What a policy had cost when its training began: label, or label@env -> column -> value
 Before = Mapping[str, Mapping[str, float]]
 # Settings in which runs of one policy may differ, those that they map to values included
 INCIDENTAL = (
@@ -533,7 +533,7 @@ def draw(
     drawn = False
     for policy in policies:
         color = colors[policy.label]
-        spent = (before or {}).get(policy.label, {}).get(column, 0.0)
+        spent = _of(before or {}, policy).get(column, 0.0)
         curves = _curves(policy, column, unit, key, scale, spent)
         measured = bool(policy.results) and policy.judged == (key == SUCCESS)
         held_out, low, high = (scale * value for value in policy.score()) if measured else (math.nan,) * 3
@@ -721,8 +721,9 @@ def report(args: Report) -> None:
     if args.reference is not None and args.reference not in names:
         raise ValueError(f"Expected --reference to be one of {', '.join(names)}; got {args.reference!r}.")
     before = dict(map(_before, args.before))
-    if unknown := before.keys() - set(names):
-        raise ValueError(f"Expected --before to be of {', '.join(names)}; got {', '.join(sorted(unknown))}.")
+    known = {*names, *(f"{policy.label}@{policy.env_id}" for policy in policies)}
+    if unknown := ", ".join(sorted(before.keys() - known)):
+        raise ValueError(f"Expected --before to be of one of {', '.join(sorted(known))}; got {unknown}.")
     colors = {name: f"C{number}" for number, name in enumerate(names)}
     sections: list[dict[str, Any]] = []
     pictures: dict[str, bytes] = {}
@@ -730,7 +731,7 @@ def report(args: Report) -> None:
         here = [policy for policy in policies if policy.env_id == env_id]
         reference = next((policy for policy in here if policy.label == args.reference and policy.results), None)
         figures = [(label, env_id, draw(here, column, colors)) for column, (label, _) in AXES.items()]
-        if any(policy.label in before for policy in here):
+        if any(_of(before, policy) for policy in here):
             figures += [
                 (f"{AXES[column][0]}, with what came before", f"{env_id}-before", draw(here, column, colors, before))
                 for column in ("time/env_steps", "time/time_elapsed")
@@ -796,9 +797,13 @@ def _before(item: str) -> tuple[str, dict[str, float]]:
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"Expected --before NAME=ENV_STEPS,MINUTES with two numbers from 0 on, got {item!r}."
+            f"Expected --before NAME=ENV_STEPS,MINUTES or NAME@ENV=... with two numbers from 0 on, got {item!r}."
         ) from None
     return name, {"time/env_steps": steps, "time/time_elapsed": 60.0 * minutes}
+
+
+def _of(before: Before, policy: Policy) -> Mapping[str, float]:
+    return before.get(f"{policy.label}@{policy.env_id}", before.get(policy.label, {}))
 
 
 def _task_ids(text: str) -> list[int]:
