@@ -5,6 +5,8 @@ NAME := $(basename $(notdir $(firstword $(MAKEFILE_LIST))))
 RUNS ?= runs/$(NAME)
 OUT ?= benchmarks/results/$(NAME)
 colon := :
+comma := ,
+space := $(subst ,, )
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -15,6 +17,10 @@ define train
 	if [ -e $(1)/$(2)/$(3)_1/args.yml ]; then opd-gym train --resume $(1)/$(2)/$(3)_1 --no-progress; \
 	else opd-gym train --algo $(2) --env $(3) -f $(1) --no-progress $(4); fi
 endef
+
+# $(call task_ids,SUITE), $(call only,SUITE): the tasks of TASKS_SUITE, if it names some, as an option and as a hyperparameter
+task_ids = $(if $(TASKS_$(1)),--task-ids $(TASKS_$(1)))
+only = $(if $(TASKS_$(1)),env_kwargs.task_ids:[$(subst $(space),$(comma),$(TASKS_$(1)))])
 
 # Held-out: greedy actions on initial states which nobody trained on; of a suite of LIBERO all 500 official ones
 EPISODES ?= 500

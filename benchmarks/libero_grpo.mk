@@ -3,7 +3,7 @@
 #   make -f benchmarks/libero_grpo.mk -j2          the sweep, half of OPD's decisions each; by a rough count two hours on two cores
 #   make -f benchmarks/libero_grpo.mk long BEST="temperature:0.3 n_epochs:4"
 #   make -f benchmarks/libero_grpo.mk report
-DECISIONS ?= 6000
+DECISIONS ?= 4000
 EPISODES ?= 200
 include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 

@@ -10,6 +10,10 @@ OUT=benchmarks/results/libero_object
 ENV=LiberoObject-v0
 SFT="learning_rate:1e-3 label_smoothing:2.0 augmentation:random_shift_batch policy_kwargs.optimizer_kwargs.weight_decay:1e-4"
 
+# What the zoo's settings were then
+OPD="learning_rate:lin_5e-4 group_size:8 temperature:1.0"
+GRPO="learning_rate:1e-4 temperature:1.0 n_epochs:1"
+
 # 1. Demonstrations of the scripted expert, on sampled initial states: 40 a task with pushes to recover from, and plain ones.
 demos() {
     local half
@@ -30,8 +34,9 @@ checkpoints() {
     # shellcheck disable=SC2086
     opd-gym train --algo sft --env $ENV --demonstrations "$RUNS/demos/pushed" --student none --n-timesteps 2000 \
         --hyperparams $SFT validation_fraction:0.05 -f "$RUNS/teacher"
+    # shellcheck disable=SC2086
     opd-gym train --algo opd --env $ENV --teacher expert --student "$RUNS/teacher/sft/${ENV}_1/policy" --n-timesteps 4000 \
-        --hyperparams divergence:forward_kl teacher_kwargs.smoothing:2.0 -f "$RUNS/teacher"
+        --hyperparams $OPD divergence:forward_kl teacher_kwargs.smoothing:2.0 -f "$RUNS/teacher"
     # 4,000 decisions were too few (95.4 % of the 500 official states): it went on from there
     opd-gym train --resume "$RUNS/teacher/opd/${ENV}_1" --n-timesteps 12000
     # shellcheck disable=SC2086
@@ -42,11 +47,13 @@ checkpoints() {
     #   opd-gym export --env $ENV --checkpoint "$RUNS/student/sft/${ENV}_1/policy" --dtype float16 -o opd_gym/zoo/checkpoints/libero-object-student
 }
 
-# 3. OPD and GRPO from that student (the zoo's defaults for this env), the same number of decisions. Held-out evaluation: greedy
+# 3. OPD and GRPO from that student, the same number of decisions. Held-out evaluation: greedy
 # actions on all 500 of LIBERO's official initial states, which nobody trained on.
 compare() {
-    opd-gym train --algo opd --env $ENV --seed 0 --n-timesteps 12000 --eval-episodes 500 -f "$RUNS/seed0"
-    opd-gym train --algo grpo --env $ENV --seed 0 --n-timesteps 12000 --eval-episodes 500 -f "$RUNS/seed0"
+    # shellcheck disable=SC2086
+    opd-gym train --algo opd --env $ENV --seed 0 --n-timesteps 12000 --hyperparams $OPD --eval-episodes 500 -f "$RUNS/seed0"
+    # shellcheck disable=SC2086
+    opd-gym train --algo grpo --env $ENV --seed 0 --n-timesteps 12000 --hyperparams $GRPO --eval-episodes 500 -f "$RUNS/seed0"
 }
 evaluate() {
     opd-gym eval --env $ENV --checkpoint libero-object-student --episodes 500 -o "$RUNS/zoo/student.json"

@@ -1,8 +1,9 @@
-# OPD against GRPO, SFT and its teacher on the four suites of LIBERO, with every command behind the results.
+# OPD against GRPO, SFT and its teacher on the four suites of LIBERO. All begin with the zoo's student; libero_object.sh and
+# libero_checkpoints.mk made it and its teacher.
 #
-#   make -f benchmarks/libero_suites.mk                      everything, one thing after another; by a rough count two days on two cores
-#   make -f benchmarks/libero_suites.mk -j2 spatial SEEDS=0  one suite, one seed, two things at once
-#   make -f benchmarks/libero_suites.mk -n object            print the commands
+#   make -f benchmarks/libero_suites.mk                      everything, one thing after another; by a rough count ten hours on two cores
+#   make -f benchmarks/libero_suites.mk -j2 object SEEDS=0   one suite, one seed, two things at once
+#   make -f benchmarks/libero_suites.mk -n spatial           print the commands
 #
 # Run it from the root of the repository, after ./quickstart or ./test has made .venv. Stop it at any time: it goes on where
 # it was, and a training goes on from its last checkpoint.
@@ -11,6 +12,7 @@ include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 
 SUITES ?= object spatial goal 10
 SEEDS ?= 0 1 2
+DECISIONS ?= 4000
 .PHONY: $(SUITES)
 all: $(SUITES)
 
@@ -18,87 +20,44 @@ ENV_object = LiberoObject-v0
 ENV_spatial = LiberoSpatial-v0
 ENV_goal = LiberoGoal-v0
 ENV_10 = Libero10-v0
-# The teacher: DAgger after SFT, or SFT for longer, as for Spatial, which DAgger did not help; 10 has not run yet
-TEACHER_object = teacher/opd
-TEACHER_spatial = teacher/longer/sft
-TEACHER_goal = teacher/longer/sft
-TEACHER_10 = teacher/longer/sft
-# Tasks 5 and 9 of LIBERO-Long have no expert, so nobody trains or is measured on them
+# Tasks 5 and 9 of LIBERO-Long have no expert, so the teacher has not learnt them and nobody is measured on them
 TASKS_10 = 0 1 2 3 4 6 7 8
-$(RUNS)/10/%/evaluation.json: EVAL = --task-ids $(TASKS_10)
-$(RUNS)/10/%/evaluation.json: EPISODES = 400
-comma := ,
-space := $(subst ,, )
-# $(call only,NAME): a suite's tasks as a hyperparameter
-only = $(if $(TASKS_$(1)),env_kwargs.task_ids:[$(subst $(space),$(comma),$(TASKS_$(1)))])
-# Steps of SFT for a student that has room to rise, and successes to rise from; and its demonstrations of each task
-STUDENT_STEPS_object = 280
-STUDENT_STEPS_spatial = 500
-STUDENT_STEPS_goal = 500
-STUDENT_STEPS_10 = 600
-STUDENT_DEMOS_object = 1
-STUDENT_DEMOS_spatial = 2
-STUDENT_DEMOS_goal = 2
-STUDENT_DEMOS_10 = 2
-# Demonstrations a task of the offline control: as many decisions as OPD's teacher labels (12,000), and as many env steps
-CONTROL_DEMOS_object = 120
-CONTROL_DEMOS_spatial = 150
-CONTROL_DEMOS_goal = 170
-CONTROL_DEMOS_10 = 60
+$(RUNS)/10/%.json: EVAL = --task-ids $(TASKS_10)
+$(RUNS)/10/%.json: EPISODES = 400
+# Demonstrations a task of the offline control: as many labelled decisions as OPD's teacher labels, and with them as many env steps
+CONTROL_DEMOS_object = 40
+CONTROL_DEMOS_spatial = 50
+CONTROL_DEMOS_goal = 55
+CONTROL_DEMOS_10 = 25
 
-SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimizer_kwargs.weight_decay:1e-4
+SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimizer_kwargs.weight_decay:1e-4 learning_rate:lin_1e-3
 
 # $(call suite,NAME,ENV)
 define suite
-$(1): $(RUNS)/$(1)/$(TEACHER_$(1))/$(2)_1/evaluation.json $(RUNS)/$(1)/student/sft/$(2)_1/evaluation.json \
+$(1): $(foreach role,student teacher,$(RUNS)/$(1)/$(role).json) \
     $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft,$(RUNS)/$(1)/seed$(seed)/$(algo)/$(2)_1/evaluation.json))
-
-# 1. Demonstrations of the scripted expert on sampled initial states. The teacher's have pushes to recover from.
-$(RUNS)/$(1)/demos/pushed/done:
-	opd-gym demos --env $(2) $(if $(TASKS_$(1)),--task-ids $(TASKS_$(1))) -n 40 --seed 50000 --image-size 64 --stride 2 --perturbation 0.03 -o $$(@D)
+$(RUNS)/$(1)/student.json $(RUNS)/$(1)/teacher.json: $(RUNS)/$(1)/%.json:
+	opd-gym eval --env $(2) --checkpoint libero-$(1)-$$* --episodes $$(EPISODES) $$(EVAL) --no-progress -o $$@
+$(RUNS)/$(1)/demos/done:
+	opd-gym demos --env $(2) $(call task_ids,$(1)) -n $(CONTROL_DEMOS_$(1)) --seed 200000 --image-size 64 --stride 8 -o $$(@D)
 	touch $$@
-$(RUNS)/$(1)/demos/plain/done:
-	opd-gym demos --env $(2) $(if $(TASKS_$(1)),--task-ids $(TASKS_$(1))) -n 8 --seed 90000 --image-size 64 -o $$(@D)
-	touch $$@
-$(RUNS)/$(1)/demos/control/done:
-	opd-gym demos --env $(2) $(if $(TASKS_$(1)),--task-ids $(TASKS_$(1))) -n $(CONTROL_DEMOS_$(1)) --seed 200000 --image-size 64 --stride 8 -o $$(@D)
-	touch $$@
-
-# 2. The teacher: SFT, then the expert corrects it in the states it visits (DAgger), or SFT goes on.
-# The student: one or two demonstrations a task.
-$(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/pushed/done
-$(call train,$(RUNS)/$(1)/teacher,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/pushed --student none --n-timesteps 2000 \
-	    --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05 $(call only,$(1)))
-$(RUNS)/$(1)/teacher/opd/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json
-$(call train,$(RUNS)/$(1)/teacher,opd,$(2),--teacher expert --student $(RUNS)/$(1)/teacher/sft/$(2)_1/policy \
-	    --n-timesteps 12000 --hyperparams divergence:forward_kl teacher_kwargs.smoothing:2.0 $(call only,$(1)))
-$(RUNS)/$(1)/teacher/longer/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json
-$(call train,$(RUNS)/$(1)/teacher/longer,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/pushed \
-	    --student $(RUNS)/$(1)/teacher/sft/$(2)_1/policy --n-timesteps 4000 --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05 $(call only,$(1)))
-$(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/plain/done
-$(call train,$(RUNS)/$(1)/student,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/plain --student none --seed 2 \
-	    --n-timesteps $(STUDENT_STEPS_$(1)) --hyperparams $(SFT) learning_rate:1e-3 n_demos:$(STUDENT_DEMOS_$(1)) $(call only,$(1)))
 $(foreach seed,$(SEEDS),$(eval $(call runs,$(1),$(2),$(seed))))
 endef
 
-# $(call runs,NAME,ENV,SEED)
-# 3. From that student: OPD, GRPO with as many decisions, SFT on as many labelled decisions with as many gradient steps.
+# $(call runs,NAME,ENV,SEED): OPD; GRPO with as many decisions; SFT on as many labelled decisions with as many gradient steps
 define runs
-$(RUNS)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json: | $(foreach role,$(TEACHER_$(1)) student/sft,$(RUNS)/$(1)/$(role)/$(2)_1/policy/config.json)
-$(call train,$(RUNS)/$(1)/seed$(3),opd,$(2),--seed $(3) --n-timesteps 12000 --teacher $(RUNS)/$(1)/$(TEACHER_$(1))/$(2)_1/policy \
-	    --student $(RUNS)/$(1)/student/sft/$(2)_1/policy $(addprefix --hyperparams ,$(call only,$(1))))
-$(RUNS)/$(1)/seed$(3)/grpo/$(2)_1/policy/config.json: | $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json
-$(call train,$(RUNS)/$(1)/seed$(3),grpo,$(2),--seed $(3) --n-timesteps 12000 --student $(RUNS)/$(1)/student/sft/$(2)_1/policy \
-	    $(addprefix --hyperparams ,$(call only,$(1))))
-$(RUNS)/$(1)/seed$(3)/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/control/done $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json
-$(call train,$(RUNS)/$(1)/seed$(3),sft,$(2),--seed $(3) --n-timesteps 1880 --demonstrations $(RUNS)/$(1)/demos/control \
-	    --student $(RUNS)/$(1)/student/sft/$(2)_1/policy --hyperparams $(SFT) learning_rate:lin_5e-4 $(call only,$(1)))
+$(RUNS)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json:
+$(call train,$(RUNS)/$(1)/seed$(3),opd,$(2),--seed $(3) --n-timesteps $(DECISIONS) $(addprefix --hyperparams ,$(call only,$(1))))
+$(RUNS)/$(1)/seed$(3)/grpo/$(2)_1/policy/config.json:
+$(call train,$(RUNS)/$(1)/seed$(3),grpo,$(2),--seed $(3) --n-timesteps $(DECISIONS) $(addprefix --hyperparams ,$(call only,$(1))))
+$(RUNS)/$(1)/seed$(3)/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/done
+$(call train,$(RUNS)/$(1)/seed$(3),sft,$(2),--seed $(3) --n-timesteps 1280 --demonstrations $(RUNS)/$(1)/demos \
+	    --student libero-$(1)-student --hyperparams $(SFT) $(call only,$(1)))
 endef
 
 $(foreach name,$(SUITES),$(eval $(call suite,$(name),$(ENV_$(name)))))
 
-# 4. Held-out evaluation: common.mk. 5. Tables and curves
+# Held-out evaluation: common.mk. Tables and curves:
 report:
-	$(call reported,--title "OPD on LIBERO" --reference teacher -l '*student/*=student' -l '*seed*/sft/*=SFT' \
-	    -l '*seed*/grpo/*=GRPO' -l '*seed*/opd/*=OPD' -l '*teacher/opd/*=teacher' -l '*teacher/longer/*=teacher' \
-	    -l '*teacher/sft/*=teacher at first')
+	$(call reported,--title "OPD on LIBERO" --reference teacher -l '*student.json=student' -l '*/sft/*=SFT' \
+	    -l '*/grpo/*=GRPO' -l '*/opd/*=OPD' -l '*teacher.json=teacher')
