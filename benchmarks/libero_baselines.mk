@@ -1,28 +1,32 @@
-# Two more rivals of OPD on LIBERO-Object, with as many decisions: PPO, and GRPO that begins where a third of OPD's decisions
-# have led. Student and teacher are the zoo's. OPD to the paper's letter (estimator) and DAgger with hard labels (divergence:
-# hard_ce, the teacher's most probable tokens in the student's states) are in libero_objectives.mk, GRPO in libero_grpo.mk.
+# Two more rivals of OPD: PPO with as many decisions on LIBERO-Object, and GRPO that goes on from OPD's policies of LIBERO-Spatial
+# and -Goal, where the teacher leaves most to gain, with as many decisions again. OPD to the paper's letter (estimator) and DAgger
+# with hard labels (divergence: hard_ce, the teacher's most probable tokens in the student's states) are in libero_objectives.mk,
+# settings of GRPO in libero_grpo.mk.
 #
-#   make -f benchmarks/libero_baselines.mk -j2     6 runs, by a rough count two and a half hours on two cores
+#   make -f benchmarks/libero_baselines.mk -j2     9 runs after those of libero_suites.mk, by a rough count an hour and a half on two cores
 #   make -f benchmarks/libero_baselines.mk ppo SEEDS=0
 #   make -f benchmarks/libero_baselines.mk report
 include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 
-ENV = LiberoObject-v0
 SEEDS ?= 0 1 2
+OPD = runs/libero_suites
 .PHONY: ppo opd_then_grpo
-ppo: $(foreach seed,$(SEEDS),$(RUNS)/ppo/seed$(seed)/ppo/$(ENV)_1/evaluation.json)
-opd_then_grpo: $(foreach seed,$(SEEDS),$(RUNS)/opd_then_grpo/seed$(seed)/grpo/$(ENV)_1/evaluation.json)
+ppo: $(foreach seed,$(SEEDS),$(RUNS)/ppo/seed$(seed)/ppo/LiberoObject-v0_1/evaluation.json)
 
-# OPD's 4,000 decisions are the run of libero_objectives.mk with the zoo's setting, and GRPO makes 8,000
-OBJECTIVES = runs/libero_objectives/temperature_1.0
-FIRST = $(OBJECTIVES)/seed$(seed)/opd/$(ENV)_1/policy
-$(OBJECTIVES)/%/policy/config.json:
-	$(MAKE) -f benchmarks/libero_objectives.mk $@
+$(OPD)/%/policy/config.json:
+	$(MAKE) -f benchmarks/libero_suites.mk $@
+
+# $(call further,SUITE,ENV,SEED)
+define further
+opd_then_grpo: $(RUNS)/opd_then_grpo/seed$(3)/grpo/$(2)_1/evaluation.json
+$(call run,opd_then_grpo,grpo,$(2),$(3),--n-timesteps 4000 --student $(OPD)/$(1)/seed$(3)/opd/$(2)_1/policy)
+$(RUNS)/opd_then_grpo/seed$(3)/grpo/$(2)_1/policy/config.json: | $(OPD)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json
+endef
 
 $(foreach seed,$(SEEDS),\
-    $(eval $(call run,ppo,ppo,$(ENV),$(seed),--n-timesteps 12000))\
-    $(eval $(call run,opd_then_grpo,grpo,$(ENV),$(seed),--n-timesteps 8000 --student $(FIRST)))\
-    $(eval $(RUNS)/opd_then_grpo/seed$(seed)/grpo/$(ENV)_1/policy/config.json: | $(FIRST)/config.json))
+    $(eval $(call run,ppo,ppo,LiberoObject-v0,$(seed),--n-timesteps 4000))\
+    $(eval $(call further,spatial,LiberoSpatial-v0,$(seed)))\
+    $(eval $(call further,goal,LiberoGoal-v0,$(seed))))
 
 report:
-	$(call reported,--title "PPO, and GRPO after OPD, on LIBERO-Object" -l 'ppo/*=PPO' -l 'opd_then_grpo/*=OPD then GRPO')
+	$(call reported,--title "More rivals of OPD on LIBERO" -l 'ppo/*=PPO' -l 'opd_then_grpo/*=OPD then GRPO')

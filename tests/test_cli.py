@@ -124,18 +124,18 @@ def test_slips_are_told(command, said, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["libero_suites", "libero_grpo", "libero_objectives", "libero_forgetting", "robotwin_handover"]
+    "name", sorted(path.stem for path in (ROOT / "benchmarks").glob("libero*.mk")) + ["robotwin_handover"]
 )
 def test_commands_of_experiments_are_understood(name: str) -> None:
     path = ROOT / "benchmarks" / f"{name}.mk"
     words = ["make", "-n", "-f", str(path.relative_to(ROOT)), "all", "report"]
     printed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
     commands = set(re.findall(r"opd-gym [^;\n]*", printed))
-    assert len(commands) > 20
+    assert len(commands) > 10
     for command in commands:
         assert type(parse(shlex.split(command)[1:])) in dict(COMMANDS.values())
     # What is trained is evaluated as well
-    trained = set(re.findall(r"--resume (\S+)", printed))
+    trained = set(re.findall(rf"--resume (runs/{name}/\S+)", printed))
     evaluated = {found.removesuffix("/policy") for found in re.findall(r"--checkpoint (\S+/policy)", printed)}
     assert {run for run in trained if "/teacher/sft/" not in run} == evaluated
 
