@@ -4,9 +4,9 @@ What do short runs of OPD do to their student? Two tasks of LIBERO-Object, the z
 ::
 
     python benchmarks/short_runs.py student --decisions 0
-    python benchmarks/short_runs.py zoo
-    python benchmarks/short_runs.py more_steps --n-steps 32
-    python benchmarks/short_runs.py more_steps_calm --n-steps 32 --temperature 0.3  # as a quickstart below ten minutes
+    python benchmarks/short_runs.py zoo  # as ./quickstart trains
+    python benchmarks/short_runs.py fewer_steps --n-steps 128
+    python benchmarks/short_runs.py far_from_greedy --temperature 1.0
 
 Each writes the 30 held-out episodes after it to ``benchmarks/results/short_runs/NAME.json``. One seed.
 """
@@ -32,9 +32,9 @@ TASKS = (0, 1)
 def main(
     name: tyro.conf.Positional[str],
     decisions: int = 512,
-    n_steps: int = 128,
-    temperature: float = 1.0,
-    learning_rate: float = 5e-4,
+    n_steps: int = 64,
+    temperature: float = 0.3,
+    learning_rate: float = 1e-3,
     episodes: int = 15,
     output: Path = RESULTS,
 ) -> None:

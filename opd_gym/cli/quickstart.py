@@ -20,11 +20,7 @@ from opd_gym.files import write_atomic
 from opd_gym.versions import versions, write_results, write_versions
 
 # Decisions a task after which success on LIBERO-Object passes the student's; until then it is below
-DECISIONS_A_TASK = 300
-# Below so many minutes: more gradient steps a decision, and actions nearer to the greedy ones that are evaluated.
-# 512 decisions on two tasks of LIBERO-Object then take the zoo's student from 70 to 80 %; with the steps alone, to 0 %
-SHORT = 10.0
-HYPERPARAMS_WHEN_SHORT = ("n_steps:32", "group_size:1", "temperature:0.3")
+DECISIONS_A_TASK = 200
 # Seconds of the budget that are for starting up, the curve and the film
 OVERHEAD = 45.0
 # GB, measured: the learner, and a worker with ten tasks (half as much once their models are in the cache).
@@ -158,8 +154,7 @@ def run(args: Quickstart) -> int:
     from opd_gym.policies.loading import checkpoint_settings
     from opd_gym.zoo.hyperparams import split_hyperparams
 
-    short = bare_id(args.env) in LIBERO_IDS and args.minutes < SHORT
-    overrides = [*(HYPERPARAMS_WHEN_SHORT if short else ()), *args.hyperparams, *args.param]
+    overrides = [*args.hyperparams, *args.param]
     train_args = TrainArgs(
         "opd", args.env, seed=args.seed, teacher=args.teacher, student=args.student, hyperparams=overrides
     )

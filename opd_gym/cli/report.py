@@ -722,8 +722,8 @@ def report(args: Report) -> None:
         raise ValueError(f"Expected --reference to be one of {', '.join(names)}; got {args.reference!r}.")
     before = dict(map(_before, args.before))
     known = {*names, *(f"{policy.label}@{policy.env_id}" for policy in policies)}
-    if unknown := ", ".join(sorted(before.keys() - known)):
-        raise ValueError(f"Expected --before to be of one of {', '.join(sorted(known))}; got {unknown}.")
+    for name in sorted(before.keys() - known):
+        print(f"--before {name}: nothing is called that; there is {', '.join(sorted(known))}.", file=sys.stderr)
     colors = {name: f"C{number}" for number, name in enumerate(names)}
     sections: list[dict[str, Any]] = []
     pictures: dict[str, bytes] = {}
