@@ -1,5 +1,5 @@
 # OPD against GRPO, SFT and its teacher on the four suites of LIBERO. All begin with the zoo's student; libero_object.sh and
-# libero_checkpoints.mk made it and its teacher.
+# libero_suites_12000.mk made it and its teacher.
 #
 #   make -f benchmarks/libero_suites.mk                      everything, one thing after another; by a rough count ten hours on two cores
 #   make -f benchmarks/libero_suites.mk -j2 object SEEDS=0   one suite, one seed, two things at once
