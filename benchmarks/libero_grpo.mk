@@ -27,4 +27,5 @@ $(RUNS)/long/seed0/grpo/$(ENV)_1/policy/config.json:
 	$(call train,$(RUNS)/long/seed0,grpo,$(ENV),--n-timesteps 40000 --hyperparams $(BEST))
 
 report:
-	$(call reported,--title "GRPO on LIBERO-Object" -l 'long/*=ten times the decisions')
+	$(call reported,--title "GRPO on LIBERO-Object" $(foreach change,$(CHANGES),\
+	    -l '$(subst $(colon),_,$(change))/*=$(subst +, ,$(subst $(colon), ,$(change)))') -l 'long/*=ten times the decisions')

@@ -3,7 +3,7 @@
 # are the zoo's. Half the decisions of libero_suites.mk: after 4,000 of them OPD is where its teacher is, and nothing is left to
 # tell apart.
 #
-#   make -f benchmarks/libero_objectives.mk -j2                    54 runs of 2,000 decisions, by a rough count five hours on two cores
+#   make -f benchmarks/libero_objectives.mk -j2                    57 runs of 2,000 decisions, by a rough count five hours on two cores
 #   make -f benchmarks/libero_objectives.mk divergence SEEDS=0
 #   make -f benchmarks/libero_objectives.mk report
 DECISIONS ?= 2000
@@ -14,9 +14,9 @@ ENV = LiberoObject-v0
 SEEDS ?= 0 1 2
 
 # One thing at a time is changed of the zoo's setting: reverse KL, exact, groups of 1, replay, 40 gradient steps every 128
-# decisions, a learning rate of lin_1e-3, temperature 0.3
+# decisions, a learning rate of lin_1e-3, temperature 0.05
 STUDIES = zoo divergence estimator group_size state_replay gradient_steps learning_rate temperature teacher
-zoo = temperature:0.3
+zoo = temperature:0.05
 divergence = divergence:forward_kl divergence:jsd divergence:hard_ce
 # The paper's letter: sampled tokens of the last rollout, seen once
 estimator = estimator:sampled
@@ -26,7 +26,7 @@ state_replay = state_replay:false
 with_false = gradient_steps:auto
 gradient_steps = gradient_steps:10 gradient_steps:20 gradient_steps:80
 learning_rate = learning_rate:lin_5e-4 learning_rate:lin_2e-3
-temperature = temperature:1.0
+temperature = temperature:0.3 temperature:1.0
 # Of the seconds that it takes, time/teacher_seconds in progress.csv is the teacher's part
 teacher = teacher_interval:2 teacher_interval:4 teacher_kwargs.dtype:bfloat16
 
