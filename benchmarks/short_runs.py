@@ -4,9 +4,8 @@ What do short runs of OPD do to their student? Two tasks of LIBERO-Object, the z
 ::
 
     python benchmarks/short_runs.py student --decisions 0
-    python benchmarks/short_runs.py zoo  # as ./quickstart trains
+    python benchmarks/short_runs.py more_steps
     python benchmarks/short_runs.py fewer_steps --n-steps 128
-    python benchmarks/short_runs.py far_from_greedy --temperature 1.0
 
 Each writes the 30 held-out episodes after it to ``benchmarks/results/short_runs/NAME.json``. One seed.
 """

@@ -55,7 +55,7 @@ def test_the_readmes_program_runs_as_a_script(tmp_path):
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["program.py", "student_after_opd.zip"]
     model = OPD.load(tmp_path / "student_after_opd", device="cpu")
-    assert model.num_timesteps == 256 and model._n_updates == model.gradient_steps
+    assert model.num_timesteps == 128 and model._n_updates == model.gradient_steps
     # The settings of the zoo, and another student than before
     assert sorted(model.observation_space["agentview"].shape) == [3, 64, 64]
     before = VLAPolicy(model.observation_space, model.action_space, lambda _: 0.0, **STUDENT)
