@@ -8,16 +8,16 @@ include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 ENV = LiberoObject-v0
 SEEDS ?= 0 1 2
 TASKS_seen = 0 1 2 3 4 5
-SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimizer_kwargs.weight_decay:1e-4 learning_rate:lin_5e-4
+SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimizer_kwargs.weight_decay:1e-4 learning_rate:lin_1e-3
 PERTURBED = LiberoObjectSwap-v0 LiberoObjectObject-v0 LiberoObjectLan-v0
 
 # The offline control has as many labelled decisions, all of the six tasks
 $(RUNS)/demos/done:
-	opd-gym demos --env $(ENV) $(call task_ids,seen) -n 200 --seed 200000 --image-size 64 --stride 8 -o $(@D)
+	opd-gym demos --env $(ENV) $(call task_ids,seen) -n 67 --seed 200000 --image-size 64 --stride 8 -o $(@D)
 	touch $@
 
-$(foreach seed,$(SEEDS),$(foreach algo,opd grpo,$(eval $(call run,$(algo),$(algo),$(ENV),$(seed),--n-timesteps 12000 --hyperparams $(call only,seen)))))
-$(foreach seed,$(SEEDS),$(eval $(call run,sft,sft,$(ENV),$(seed),--n-timesteps 1880 --demonstrations $(RUNS)/demos \
+$(foreach seed,$(SEEDS),$(foreach algo,opd grpo,$(eval $(call run,$(algo),$(algo),$(ENV),$(seed),--n-timesteps 4000 --hyperparams $(call only,seen)))))
+$(foreach seed,$(SEEDS),$(eval $(call run,sft,sft,$(ENV),$(seed),--n-timesteps 1280 --demonstrations $(RUNS)/demos \
 	    --student libero-object-student --hyperparams $(SFT))))
 $(foreach seed,$(SEEDS),$(eval $(RUNS)/sft/seed$(seed)/sft/$(ENV)_1/policy/config.json: | $(RUNS)/demos/done))
 

@@ -11,7 +11,7 @@ ENV=LiberoObject-v0
 SFT="learning_rate:1e-3 label_smoothing:2.0 augmentation:random_shift_batch policy_kwargs.optimizer_kwargs.weight_decay:1e-4"
 
 # What the zoo's settings were then
-OPD="learning_rate:lin_5e-4 group_size:8 temperature:1.0"
+OPD="learning_rate:lin_5e-4 n_steps:128 group_size:8 temperature:1.0"
 GRPO="learning_rate:1e-4 temperature:1.0 n_epochs:1"
 
 # 1. Demonstrations of the scripted expert, on sampled initial states: 40 a task with pushes to recover from, and plain ones.

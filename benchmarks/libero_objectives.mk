@@ -1,7 +1,7 @@
 # Which parts of OPD matter on LIBERO-Object: the divergence, the estimator, the group size, the replay of states, the number
 # of gradient steps, the learning rate, the temperature, how often and how precisely the teacher is asked. Student and teacher
-# are the zoo's. Half the decisions of libero_suites.mk: after 4,000 of them OPD is where its teacher is, and nothing is left to
-# tell apart.
+# are the zoo's. Half the decisions of libero_suites.mk: after 4,000 of them OPD is near its teacher, and little is left to tell
+# apart.
 #
 #   make -f benchmarks/libero_objectives.mk -j2                    57 runs of 2,000 decisions, by a rough count five hours on two cores
 #   make -f benchmarks/libero_objectives.mk divergence SEEDS=0

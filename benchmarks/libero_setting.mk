@@ -1,4 +1,4 @@
-# How OPD's setting for LIBERO in the zoo was chosen: one change after the other, each kept if it helped.
+# How OPD's setting for LIBERO in the zoo was chosen: one change after the other.
 #
 #   make -f benchmarks/libero_setting.mk            10 runs of 4,000 decisions, by a rough count four hours on one core
 #   make -f benchmarks/libero_setting.mk report

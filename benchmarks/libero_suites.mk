@@ -1,4 +1,4 @@
-# OPD against GRPO, SFT and its teacher on the four suites of LIBERO. All begin with the zoo's student; libero_object.sh and
+# OPD against GRPO, SFT and its teacher on the suites of LIBERO. All begin with the zoo's student; libero_object.sh and
 # libero_suites_12000.mk made it and its teacher.
 #
 #   make -f benchmarks/libero_suites.mk                      everything, one thing after another; by a rough count ten hours on two cores
@@ -10,7 +10,8 @@
 
 include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 
-SUITES ?= object spatial goal 10
+# The zoo has no checkpoints of 10 yet
+SUITES ?= object spatial goal
 SEEDS ?= 0 1 2
 DECISIONS ?= 4000
 .PHONY: $(SUITES)

@@ -20,7 +20,7 @@ from opd_gym.files import write_atomic
 from opd_gym.versions import versions, write_results, write_versions
 
 # Decisions a task after which success on LIBERO-Object passes the student's; until then it is below
-DECISIONS_A_TASK = 200
+DECISIONS_A_TASK = 300
 # Seconds of the budget that are for starting up, the curve and the film
 OVERHEAD = 45.0
 # GB, measured: the learner, and a worker with ten tasks (half as much once their models are in the cache).
