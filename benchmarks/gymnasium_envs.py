@@ -46,6 +46,7 @@ from stable_baselines3.common.policies import BasePolicy
 from tqdm import tqdm
 
 from opd_gym import OPD
+from opd_gym.cli.report import bootstrap
 from opd_gym.files import write_atomic
 from opd_gym.untrusted import parse_yaml
 from opd_gym.versions import write_results
@@ -100,12 +101,30 @@ ENVS: dict[str, str | type[gym.Env]] = {
     "LunarLander": "LunarLander-v3",
     "Pendulum": "Pendulum-v1",
     "Thrusters": Thrusters,
+    "Hopper": "Hopper-v5",
+    "HalfCheetah": "HalfCheetah-v5",
 }
 # Env steps of each method: what DAgger needs, rounded to a power of two
-BUDGETS = {"CartPole": 4096, "Acrobot": 4096, "LunarLander": 32768, "Pendulum": 8192, "Thrusters": 4096}
+BUDGETS = {
+    "CartPole": 4096,
+    "Acrobot": 4096,
+    "LunarLander": 32768,
+    "Pendulum": 8192,
+    "Thrusters": 4096,
+    "Hopper": 32768,
+    "HalfCheetah": 32768,
+}
 
 # Mean return of ten episodes at which a teacher's training ends
-GOOD_ENOUGH = {"CartPole": 500.0, "Acrobot": -85.0, "LunarLander": 240.0, "Pendulum": -150.0, "Thrusters": 90.0}
+GOOD_ENOUGH = {
+    "CartPole": 500.0,
+    "Acrobot": -85.0,
+    "LunarLander": 240.0,
+    "Pendulum": -150.0,
+    "Thrusters": 90.0,
+    "Hopper": 2500.0,
+    "HalfCheetah": 4000.0,
+}
 
 
 def made(env_name: str) -> gym.Env:
@@ -195,6 +214,8 @@ RECIPES = [
         16,
         dict(n_steps=1024, batch_size=64, gae_lambda=0.98, gamma=0.999, n_epochs=4, ent_coef=0.01),
     ),
+    Recipe("Hopper", "SAC", 200_000, kwargs=dict(learning_starts=10_000)),
+    Recipe("HalfCheetah", "SAC", 150_000, kwargs=dict(learning_starts=10_000)),
 ]
 
 
@@ -383,17 +404,20 @@ def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, 
     lines = [
         "# OPD, DAgger and BC on Gymnasium envs",
         "",
-        f"Mean return of {N_EVAL_EPISODES} deterministic episodes, by training seed. Env steps, updates and CPU time",
-        "are means over the seeds. See benchmarks/README.md.",
+        f"Mean return of {N_EVAL_EPISODES} deterministic episodes by training seed, from the same states for all,",
+        "with a bootstrap's interval over the seeds. Env steps, updates and CPU time are means over the seeds. See",
+        "benchmarks/README.md.",
         "",
-        "| teacher | its return | method | return, seed by seed | mean | env steps | updates | CPU s | CPU of DAgger |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| teacher | its return | method | return, seed by seed | mean | 95 % interval | env steps | updates | CPU s | "
+        "CPU of DAgger |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, teacher in teachers.items():
         of_teacher = [r for r in records if r["teacher"] == name]
         for label in dict.fromkeys(map(label_of, of_teacher)):
             runs = [r for r in of_teacher if label_of(r) == label]
             means = [float(np.mean(r["returns"])) for r in runs]
+            low, high = bootstrap(np.array(means)[:, None])
             steps, updates, cpu_s = (np.mean([r[key] for r in runs]) for key in ("env_steps", "updates", "cpu_s"))
             # Beside each other on one machine, seed by seed
             pairs = {(r["seed"], r["n_envs"]): r["cpu_s"] for r in of_teacher if r["method"] == "dagger"}
@@ -401,7 +425,8 @@ def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, 
             ratio = f"{np.median(ratios):.2f}" if ratios else ""
             lines.append(
                 f"| {name} | {np.mean(teacher['returns']):.1f} | {label} | {', '.join(f'{m:.1f}' for m in means)} | "
-                f"{np.mean(means):.1f} | {steps:.0f} | {updates:.0f} | {cpu_s:.1f} | {ratio} |"
+                f"{np.mean(means):.1f} | {low:.1f} to {high:.1f} | {steps:.0f} | {updates:.0f} | {cpu_s:.1f} | "
+                f"{ratio} |"
             )
     return "\n".join(lines) + "\n"
 
