@@ -10,8 +10,8 @@ include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 ENV = LiberoObject-v0
 SEEDS ?= 0
 
-# + is "and"; the rest is the zoo's: 8 groups of 8, two minibatches of 32 trajectories. No temperature above 1: there the student
-# succeeds in one episode of six, at 0.3 in one of two
+# + is "and"; the rest is the zoo's: 8 groups of 8, two minibatches of 32 trajectories. No temperature above 1, at which the student
+# already succeeds in one episode of six; at 0.3 in one of four, and in half of them after some iterations
 CHANGES = temperature:1.0+n_epochs:1 temperature:0.6+n_epochs:1 temperature:0.3+n_epochs:1 \
     temperature:0.3+n_epochs:4 temperature:0.3+n_epochs:4+learning_rate:3e-5 temperature:0.3+n_epochs:8 \
     temperature:0.3+n_epochs:4+learning_rate:3e-4 temperature:0.3+n_epochs:4+n_groups:4+trajectories_per_batch:16

@@ -12,14 +12,14 @@ from opd_gym.policies.loading import load_policy
 
 
 def main(
-    decisions: int = 1536, n_steps: int = 64, episodes: int = 10, tasks: tuple[int, ...] = (4, 7), seed: int = 0
+    decisions: int = 2048, n_steps: int = 64, episodes: int = 10, tasks: tuple[int, ...] = (4, 7), seed: int = 0
 ) -> None:
     # What the zoo says of LiberoObject-v0, for two of its tasks; render_mode is for the film
     env_kwargs = {"task_ids": tasks, "visuals": "light", "image_size": 64, "horizon": 160, "render_mode": "rgb_array"}
     env = make_vec("LiberoObject-v0", n_envs=2, seed=seed, env_kwargs=env_kwargs)
     student = {"checkpoint": "libero-object-student"}
-    zoo: dict[str, Any] = {"learning_rate": LinearSchedule(5e-4, 0.0, 1.0), "augmentation": "random_shift_batch"}
-    zoo |= {"policy_kwargs": student, "gradient_steps": 40, "n_steps": n_steps}
+    zoo: dict[str, Any] = {"learning_rate": LinearSchedule(1e-3, 0.0, 1.0), "augmentation": "random_shift_batch"}
+    zoo |= {"policy_kwargs": student, "gradient_steps": 40, "n_steps": n_steps, "temperature": 0.05}
     model = OPD("VLAPolicy", env, teacher="libero-object-teacher", seed=seed, **zoo)
     teacher = load_policy("libero-object-teacher", env.observation_space, env.action_space)
 
