@@ -12,7 +12,7 @@ include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 
 SUITES ?= object spatial goal 10
 SEEDS ?= 0 1 2
-.PHONY: $(SUITES) checkpoints
+.PHONY: $(SUITES) checkpoints counts
 all: $(SUITES)
 
 ENV_object = LiberoObject-v0
@@ -114,6 +114,14 @@ goal: $(RUNS)/goal/task_0_sampled_actions.json
 $(RUNS)/goal/task_0_sampled_actions.json: | $(RUNS)/goal/seed0/opd/LiberoGoal-v0_1/policy/config.json
 	opd-gym eval --env LiberoGoal-v0 --checkpoint $(RUNS)/goal/seed0/opd/LiberoGoal-v0_1/policy --task-ids 0 --episodes 50 \
 	    --stochastic --no-progress -o $@
+
+# What the teachers' demonstrations took: a line of every second step of an episode was recorded
+COUNTED = import glob, h5py, json; \
+    n = [len(e['actions']) for f in glob.glob('$(RUNS)/$(1)/demos/pushed/*.hdf5') for e in h5py.File(f)['data'].values()]; \
+    json.dump({'episodes': len(n), 'env_steps': 2 * sum(n)}, open('$(OUT)/$(1)/teacher_demonstrations.json', 'w'))
+counts: $(foreach name,$(SUITES),count_$(name))
+count_%:
+	mkdir -p $(OUT)/$* && python -c "$(call COUNTED,$*)"
 
 # 4. Held-out evaluation: common.mk. 5. Tables and curves
 report:
