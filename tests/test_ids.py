@@ -46,6 +46,10 @@ def test_every_registered_id_is_named_and_none_twice():
     assert set(ids.LIBERO_PLUS) == LIBERO_PLUS_IDS.keys() and set(SAMPLE) < set(PLAYED)
     # An id in a registry is a promise of how to train on it
     assert all(training_defaults(env_id)["n_envs"] == 2 for env_id in ours)
+    for env_id, kwargs in LIBERO_IDS.items():
+        # Training episodes may end sooner than evaluated ones, and not later
+        evaluated = suites.horizon(kwargs["suite"])
+        assert training_defaults(env_id)["env_kwargs"].get("horizon", evaluated) <= evaluated
     # RoboTwin's envs need its runtime: tests/test_robotwin.py makes them
     pro = [*ids.LIBERO_PRO, *ids.NO_OBJECT_FILES, *ids.NO_TASK_FILES]
     assert {LIBERO_IDS[env_id]["suite"] for env_id in pro} == set(suites.PRO_SUITES)

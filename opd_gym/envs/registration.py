@@ -66,8 +66,11 @@ def training_defaults(env_id: str) -> dict[str, Any]:
         return {"n_envs": 2, "env_kwargs": env_kwargs}
     if env_id in LIBERO_IDS:
         env_kwargs = {"visuals": "light", "image_size": 64}
-        if LIBERO_IDS[env_id]["suite"].startswith(("libero_object", "libero_spatial")):
+        suite = LIBERO_IDS[env_id]["suite"]
+        if suite.startswith(("libero_object", "libero_spatial")):
             # A solved episode takes about 90 of the 280 steps, or 70 of 220; a lost one is lost early
             env_kwargs["horizon"] = 160
+        elif suite.startswith("libero_10"):
+            env_kwargs["horizon"] = 320  # of 520; a solved episode takes 130 to 210
         return {"n_envs": 2, "env_kwargs": env_kwargs}
     return {}
