@@ -19,11 +19,11 @@ ENV_object = LiberoObject-v0
 ENV_spatial = LiberoSpatial-v0
 ENV_goal = LiberoGoal-v0
 ENV_10 = Libero10-v0
-# The teacher: DAgger after SFT, or SFT for longer, as for Spatial, which DAgger did not help; 10 has not run
+# The teacher: SFT, then DAgger (Object), or SFT for longer, after which Long's was not good enough, and has DAgger as well
 TEACHER_object = teacher/opd
 TEACHER_spatial = teacher/longer/sft
 TEACHER_goal = teacher/longer/sft
-TEACHER_10 = teacher/longer/sft
+TEACHER_10 = teacher/corrected/opd
 # Tasks 5 and 9 of LIBERO-Long have no expert, so nobody trains or is measured on them
 TASKS_10 = 0 1 2 3 4 6 7 8
 $(RUNS)/10/%/evaluation.json: EVAL = --task-ids $(TASKS_10)
@@ -80,6 +80,9 @@ $(call train,$(RUNS)/$(1)/teacher,opd,$(2),--teacher expert --student $(RUNS)/$(
 $(RUNS)/$(1)/teacher/longer/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json
 $(call train,$(RUNS)/$(1)/teacher/longer,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/pushed \
 	    --student $(RUNS)/$(1)/teacher/sft/$(2)_1/policy --n-timesteps 4000 --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05 $(call only,$(1)))
+$(RUNS)/$(1)/teacher/corrected/opd/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/longer/sft/$(2)_1/policy/config.json
+$(call train,$(RUNS)/$(1)/teacher/corrected,opd,$(2),--teacher expert --student $(RUNS)/$(1)/teacher/longer/sft/$(2)_1/policy \
+	    --n-timesteps 8000 --hyperparams temperature:0.3 divergence:forward_kl teacher_kwargs.smoothing:2.0 $(call only,$(1)))
 $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/plain/done
 $(call train,$(RUNS)/$(1)/student,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/plain --student none --seed 2 \
 	    --n-timesteps $(STUDENT_STEPS_$(1)) --hyperparams $(SFT) learning_rate:1e-3 n_demos:$(STUDENT_DEMOS_$(1)) $(call only,$(1)))
