@@ -20,7 +20,7 @@ ENV_spatial = LiberoSpatial-v0
 ENV_goal = LiberoGoal-v0
 ENV_10 = Libero10-v0
 # The teacher: SFT, then DAgger (Object), or SFT for longer. That of Long is not good enough yet, 53 %; DAgger after it
-# (teacher/corrected) was stopped after 4,224 decisions, as success had fallen from 75 to 7 % of its training episodes
+# (teacher/corrected) was stopped after 4,224 decisions, when 7 of its last 100 training episodes succeeded
 TEACHER_object = teacher/opd
 TEACHER_spatial = teacher/longer/sft
 TEACHER_goal = teacher/longer/sft
