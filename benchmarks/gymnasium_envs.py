@@ -8,11 +8,12 @@ the folder to be called ``site-packages``.) ::
     pip install --no-deps --target SIDE/site-packages imitation==1.0.1 datasets pyarrow pandas dill multiprocess \
         xxhash jsonpickle huggingface-sb3 pytz python-dateutil wasabi box2d==2.3.10 pygame-ce
 
-    PYTHONPATH=SIDE/site-packages python benchmarks/gymnasium_envs.py --work ~/teachers              # what is published
+    PYTHONPATH=SIDE/site-packages python benchmarks/gymnasium_envs.py --work ~/teachers              # all of it
     PYTHONPATH=SIDE/site-packages python benchmarks/gymnasium_envs.py --work ~/teachers --methods opd --set group_size=1
     python benchmarks/gymnasium_envs.py --report                                       # table and picture only
 
-Teachers are trained once and kept in ``--work``. Each run writes one JSON file, and is skipped where that is there.
+Hopper and HalfCheetah have not been run yet. Teachers are trained once and kept in ``--work``. Each run writes one JSON
+file, and is skipped where that is there.
 """
 
 from __future__ import annotations
