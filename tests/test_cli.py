@@ -134,9 +134,9 @@ def test_commands_of_experiments_are_understood(name: str) -> None:
     assert len(commands) > 20
     for command in commands:
         assert type(parse(shlex.split(command)[1:])) in dict(COMMANDS.values())
-    # What is trained is evaluated as well
+    # What is trained is evaluated as well (and perhaps what another file trained)
     trained = set(re.findall(rf"--resume (runs/{name}/\S+)", printed))
-    evaluated = {found.removesuffix("/policy") for found in re.findall(r"--checkpoint (\S+/policy)", printed)}
+    evaluated = set(re.findall(rf"--checkpoint (runs/{name}/\S+)/policy", printed))
     assert {run for run in trained if "/teacher/sft/" not in run} == evaluated
 
 
