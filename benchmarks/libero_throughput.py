@@ -938,11 +938,15 @@ def report(result: dict[str, Any]) -> str:
     records, modes, settings, about = (result[key] for key in ("records", "modes", "settings", "machine"))
     processes = settings["processes"]
     renderer = next((r["gl_renderer"] for r in records if r.get("gl_renderer")), "unknown renderer")
+    measured, planned = len(records), result["planned"]
+    repeats = max(record["repeat"] for record in records) + 1  # begun
+    stopped = f" Stopped after {measured} of {planned} processes." if measured < planned else ""
     text = (
         f"{settings['suite']}, tasks {', '.join(map(str, settings['tasks']))}; two cameras of "
-        f"{settings['image_size']} x {settings['image_size']}; {settings['repeats']} repetitions of "
+        f"{settings['image_size']} x {settings['image_size']}; {repeats} repetition{'s' * (repeats > 1)} of "
         f"{settings['episodes']} episodes of {settings['decisions'] * CHUNK} env steps (decisions of {CHUNK}); median "
-        f"(smallest to largest).\n\n{about['cpu']}, {about['cores']} cores, {about['memory_gb']} GB, {renderer}; "
+        f"(smallest to largest).{stopped}\n\n"
+        f"{about['cpu']}, {about['cores']} cores, {about['memory_gb']} GB, {renderer}; "
         f"load before the run {about['load_before']}; opd_gym at {about['commit']}.\n\n"
     )
     if any(mode not in MANY for mode in modes):
@@ -1013,11 +1017,13 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {key: getattr(args, key) for key in keys},
         "modes": [mode for mode in LABELS if mode in args.modes],
         "not_installed": missing,
+        "planned": 0,
         "records": [],
     }
     with tempfile.TemporaryDirectory(prefix="libero_throughput_") as temporary:
         folder = Path(temporary)
         plans = list(schedule(args, prepare(args.suite, wanted, folder), modes))
+        result["planned"] = len(plans)
         with tqdm(plans, unit="process", smoothing=0) as bar:
             for cache, plan in bar:
                 heat = "cold" if plan.cold else "warm"
