@@ -19,12 +19,13 @@ ENV_object = LiberoObject-v0
 ENV_spatial = LiberoSpatial-v0
 ENV_goal = LiberoGoal-v0
 ENV_10 = Libero10-v0
-# The teacher: SFT, then DAgger (Object), or SFT for longer. That of Long is not good enough yet, 53 %; DAgger after it
-# (teacher/corrected) was stopped after 4,224 decisions, when 7 of its last 100 training episodes succeeded
+# The teacher: SFT, then DAgger (Object), or SFT for longer. That is not good enough for Long, 53 %, so its teacher has more
+# demonstrations and steps after it. DAgger instead of them (teacher/corrected) was stopped after 4,224 decisions, when 7 of its
+# last 100 training episodes succeeded.
 TEACHER_object = teacher/opd
 TEACHER_spatial = teacher/longer/sft
 TEACHER_goal = teacher/longer/sft
-TEACHER_10 = teacher/longer/sft
+TEACHER_10 = teacher/more/sft
 # Tasks 5 and 9 of LIBERO-Long have no expert, so nobody trains or is measured on them
 TASKS_10 = 0 1 2 3 4 6 7 8
 $(RUNS)/10/%/evaluation.json: EVAL = --task-ids $(TASKS_10)
@@ -81,6 +82,12 @@ $(call train,$(RUNS)/$(1)/teacher,opd,$(2),--teacher expert --student $(RUNS)/$(
 $(RUNS)/$(1)/teacher/longer/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/sft/$(2)_1/policy/config.json
 $(call train,$(RUNS)/$(1)/teacher/longer,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/pushed \
 	    --student $(RUNS)/$(1)/teacher/sft/$(2)_1/policy --n-timesteps 4000 --hyperparams $(SFT) learning_rate:1e-3 validation_fraction:0.05 $(call only,$(1)))
+$(RUNS)/$(1)/demos/more/done:
+	opd-gym demos --env $(2) $(call task_ids,$(1)) -n 80 --seed 60000 --image-size 64 --stride 2 --perturbation 0.03 -o $$(@D)
+	touch $$@
+$(RUNS)/$(1)/teacher/more/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/longer/sft/$(2)_1/policy/config.json $(RUNS)/$(1)/demos/more/done
+$(call train,$(RUNS)/$(1)/teacher/more,sft,$(2),--demonstrations $(RUNS)/$(1)/demos/pushed $(RUNS)/$(1)/demos/more \
+	    --student $(RUNS)/$(1)/teacher/longer/sft/$(2)_1/policy --n-timesteps 8000 --hyperparams $(SFT) learning_rate:lin_1e-3 validation_fraction:0.05 $(call only,$(1)))
 $(RUNS)/$(1)/teacher/corrected/opd/$(2)_1/policy/config.json: | $(RUNS)/$(1)/teacher/longer/sft/$(2)_1/policy/config.json
 $(call train,$(RUNS)/$(1)/teacher/corrected,opd,$(2),--teacher expert --student $(RUNS)/$(1)/teacher/longer/sft/$(2)_1/policy \
 	    --n-timesteps 8000 --hyperparams temperature:0.3 divergence:forward_kl teacher_kwargs.smoothing:2.0 $(call only,$(1)))
@@ -113,6 +120,9 @@ endef
 
 $(foreach name,$(SUITES),$(eval $(call suite,$(name),$(ENV_$(name)))))
 
+# Long's teacher before it had more demonstrations
+10: $(RUNS)/10/teacher/longer/sft/$(ENV_10)_1/evaluation.json
+
 # What OPD's policy of Goal does at temperature 1 in the task in which it is furthest behind its teacher
 goal: $(RUNS)/goal/task_0_sampled_actions.json
 $(RUNS)/goal/task_0_sampled_actions.json: | $(RUNS)/goal/seed0/opd/LiberoGoal-v0_1/policy/config.json
@@ -131,4 +141,4 @@ count_%:
 report:
 	$(call reported,--title "OPD on LIBERO" --reference teacher -l '*student/*=student' -l '*seed*/sft/*=SFT' \
 	    -l '*seed*/grpo/*=GRPO' -l '*seed*/opd/*=OPD' -l '*teacher/opd/*=teacher' -l '*teacher/longer/*=teacher' \
-	    -l '*teacher/sft/*=teacher at first')
+	    -l '*teacher/more/*=teacher' -l '*teacher/sft/*=teacher at first')
