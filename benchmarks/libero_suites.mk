@@ -25,7 +25,8 @@ ENV_10 = Libero10-v0
 TASKS_10 = 0 1 2 3 4 6 7 8
 $(RUNS)/10/%.json: EVAL = --task-ids $(TASKS_10)
 $(RUNS)/10/%.json: EPISODES = 400
-# Demonstrations a task of the offline control: as many labelled decisions as OPD's teacher labels, and with them as many env steps
+# Demonstrations a task of the offline controls, of the scripted expert and of OPD's own teacher (its successes): about as many
+# labelled decisions as OPD's teacher labels, and with them as many env steps
 CONTROL_DEMOS_object = 40
 CONTROL_DEMOS_spatial = 50
 CONTROL_DEMOS_goal = 55
@@ -36,16 +37,20 @@ SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimize
 # $(call suite,NAME,ENV)
 define suite
 $(1): $(foreach role,student teacher,$(RUNS)/$(1)/$(role).json) \
-    $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft,$(RUNS)/$(1)/seed$(seed)/$(algo)/$(2)_1/evaluation.json))
+    $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft of_teacher/sft,$(RUNS)/$(1)/seed$(seed)/$(algo)/$(2)_1/evaluation.json))
 $(RUNS)/$(1)/student.json $(RUNS)/$(1)/teacher.json: $(RUNS)/$(1)/%.json:
 	opd-gym eval --env $(2) --checkpoint libero-$(1)-$$* --episodes $$(EPISODES) $$(EVAL) --no-progress -o $$@
 $(RUNS)/$(1)/demos/done:
 	opd-gym demos --env $(2) $(call task_ids,$(1)) -n $(CONTROL_DEMOS_$(1)) --seed 200000 --image-size 64 --stride 8 -o $$(@D)
 	touch $$@
+$(RUNS)/$(1)/demos_of_teacher/done:
+	opd-gym demos --env $(2) $(call task_ids,$(1)) -n $(CONTROL_DEMOS_$(1)) --seed 200000 --stride 8 --checkpoint libero-$(1)-teacher -o $$(@D)
+	touch $$@
 $(foreach seed,$(SEEDS),$(eval $(call runs,$(1),$(2),$(seed))))
 endef
 
-# $(call runs,NAME,ENV,SEED): OPD; GRPO with as many decisions; SFT on as many labelled decisions with as many gradient steps
+# $(call runs,NAME,ENV,SEED): OPD; GRPO with as many decisions; SFT on as many labelled decisions with as many gradient steps, of the
+# scripted expert and of the teacher
 define runs
 $(RUNS)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json:
 $(call train,$(RUNS)/$(1)/seed$(3),opd,$(2),--seed $(3) --n-timesteps $(DECISIONS) $(addprefix --hyperparams ,$(call only,$(1))))
@@ -53,6 +58,9 @@ $(RUNS)/$(1)/seed$(3)/grpo/$(2)_1/policy/config.json:
 $(call train,$(RUNS)/$(1)/seed$(3),grpo,$(2),--seed $(3) --n-timesteps $(DECISIONS) $(addprefix --hyperparams ,$(call only,$(1))))
 $(RUNS)/$(1)/seed$(3)/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/done
 $(call train,$(RUNS)/$(1)/seed$(3),sft,$(2),--seed $(3) --n-timesteps 1280 --demonstrations $(RUNS)/$(1)/demos \
+	    --student libero-$(1)-student --hyperparams $(SFT) $(call only,$(1)))
+$(RUNS)/$(1)/seed$(3)/of_teacher/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos_of_teacher/done
+$(call train,$(RUNS)/$(1)/seed$(3)/of_teacher,sft,$(2),--seed $(3) --n-timesteps 1280 --demonstrations $(RUNS)/$(1)/demos_of_teacher \
 	    --student libero-$(1)-student --hyperparams $(SFT) $(call only,$(1)))
 endef
 
@@ -62,6 +70,6 @@ $(foreach name,$(SUITES),$(eval $(call suite,$(name),$(ENV_$(name)))))
 # Goal as counted by libero_suites_12000.mk, of Object about 33,000) and of DAgger (Object's), and in minutes: about 20 of recording,
 # the rest training, on two cores beside other work
 report:
-	$(call reported,--title "OPD on LIBERO" --reference teacher -l '*student.json=student' -l '*/sft/*=SFT' \
+	$(call reported,--title "OPD on LIBERO" --reference teacher -l '*student.json=student' -l '*/of_teacher/*=SFT on the teacher' -l '*/sft/*=SFT' \
 	    -l '*/grpo/*=GRPO' -l '*/opd/*=OPD' -l '*teacher.json=teacher' $(foreach cost,\
 	    LiberoObject-v0=128000$(comma)135 LiberoSpatial-v0=26424$(comma)153 LiberoGoal-v0=28302$(comma)100,--before OPD@$(cost)))

@@ -537,6 +537,34 @@ def test_an_episode_without_a_state_to_record():
     assert record_episode(Pushed(), seed=0, task_id=0, chunk_size=8, stride=100).observations["t"].tolist() == [[0]]
 
 
+def test_an_episode_of_a_policy():
+    """Its chunks of 5 are carried out whole, exactly, and thrown away at a push; a push is never a label."""
+    asked = []
+
+    def policy(obs):
+        asked.append(int(obs["t"][0]))
+        return (asked[-1] + np.arange(5)[:, None] * 0.01) * np.ones(7)
+
+    found = record_episode(Pushed(), seed=0, task_id=0, chunk_size=4, stride=3, policy=policy)
+    assert asked == [0, 5, 10, 15, 20, 25]
+    steps = found.observations["t"][:, 0]
+    assert steps.tolist() == list(range(0, 30, 3))
+    wanted = [5 * (t // 5) + t % 5 * 0.01 for t in range(30)]
+    wanted += [wanted[-1]] * 4
+    for step, chunk in zip(steps, found.action_chunks, strict=True):
+        np.testing.assert_allclose(chunk, np.repeat(np.array(wanted[step : step + 4])[:, None], 7, 1), rtol=1e-6)
+
+    asked.clear()
+    found = record_episode(Pushed(), seed=0, task_id=0, chunk_size=2, stride=1, perturbation=0.2, policy=policy)
+    steps = found.observations["t"][:, 0]
+    # The gaps are the pushes, and the policy is asked again right after each
+    after_pushes = [b for a, b in zip(steps, steps[1:], strict=False) if b > a + 1]
+    assert after_pushes and set(after_pushes) <= set(asked)
+    for step, action in zip(steps, found.actions, strict=True):
+        begin = max(t for t in asked if t <= step)
+        np.testing.assert_allclose(action, begin + (step - begin) * 0.01, rtol=1e-6)
+
+
 def test_plain_arrays():
     rng = np.random.default_rng(0)
     data = Demonstrations(rng.normal(size=(10, 3)).astype(np.float32), np.array([0, 1, 2, 1, 0] * 2))

@@ -329,6 +329,35 @@ def test_recording_goes_on_where_it_was(tmp_path: Any, monkeypatch: pytest.Monke
         record_demonstrations("LiberoObject-v0", folder, task_ids=[0], **{**kwargs, "seed": 1})
 
 
+@pytest.mark.libero
+def test_recording_a_policy(tmp_path: Any) -> None:
+    """With the pictures and the chunks that it was trained with; its labels are what it decides in these states."""
+    pytest.importorskip("libero.libero", reason="pip install opd-gym[libero]")
+    from opd_gym import make_vec
+    from opd_gym.cli.demos import record_demonstrations
+    from opd_gym.demonstrations import read_demonstrations
+    from opd_gym.instructions import encode_instruction
+    from opd_gym.policies.loading import load_policy
+
+    name = "libero-object-teacher"
+    with pytest.raises(FileNotFoundError, match="no-such-policy"):
+        record_demonstrations("LiberoObject-v0", tmp_path, checkpoint="no-such-policy")
+    (path,) = record_demonstrations(
+        "LiberoObject-v0", tmp_path, task_ids=[1], stride=8, checkpoint=name, progress=False
+    )
+    (episode,) = read_demonstrations(path)
+    env = make_vec("LiberoObject-v0", env_kwargs={"image_size": 64, "visuals": "light"})
+    policy = load_policy(name, env.observation_space, env.action_space, trainable=False)
+    obs = dict(episode.observations)
+    obs["instruction"] = np.stack([encode_instruction(episode.instruction, 128)] * len(episode.actions))
+    tokens = policy.predict(obs, deterministic=True)[0]
+    decided = env.envs[0].get_wrapper_attr("decode")(tokens)
+    env.close()
+    assert episode.action_chunks.shape == decided.shape == (len(tokens), 8, 7) and len(tokens) > 5
+    # The last chunk is cut short by success
+    np.testing.assert_allclose(episode.action_chunks[:-1], decided[:-1], atol=1e-6)
+
+
 def test_unknown_goal_is_refused() -> None:
     from opd_gym.envs.libero.experts import make_expert, supports
 

@@ -1,23 +1,28 @@
-"""Demonstrations recorded with the scripted expert: one LIBERO file a task, or a data set in LeRobot's format."""
+"""Demonstrations by the scripted expert or a policy: one LIBERO file a task, or a data set in LeRobot's format."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium as gym
+import numpy as np
 from tqdm import tqdm
 
 from opd_gym.checks import check_at_least, check_at_least_one, check_range
 from opd_gym.cli.options import Demos
+from opd_gym.envs.make import DEFAULT_CHUNK_SIZE, env_arguments, make_env_fn
 from opd_gym.envs.registration import LIBERO_IDS, bare_id
+from opd_gym.envs.wrappers import ActionTokens
 
 if TYPE_CHECKING:
     from opd_gym.demonstrations import Episode
     from opd_gym.envs.libero.env import LiberoEnv
 
-# The expert fails in a few of a hundred initial states. A task that it never solves must not run for ever.
+# The expert fails in a few of a hundred initial states, a policy in more. A task that they never solve must not run for
+# ever.
 MAX_ATTEMPTS_PER_EPISODE = 5
 
 
@@ -27,17 +32,22 @@ def record_demonstrations(
     episodes_per_task: int = 1,
     task_ids: Sequence[int] | None = None,
     seed: int = 0,
-    chunk_size: int = 8,
+    chunk_size: int | None = None,
     stride: int = 1,
     perturbation: float = 0.0,
-    image_size: int = 128,
-    visuals: str = "light",
+    image_size: int | None = None,
+    visuals: str | None = None,
     progress: bool = True,
     format: Literal["hdf5", "lerobot"] = "hdf5",
     videos: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    trust: bool = False,
 ) -> list[Path]:
     """
-    Record successful episodes of the scripted expert in sampled initial states, in LIBERO's HDF5 format or LeRobot's.
+    Record successful episodes in sampled initial states, in LIBERO's HDF5 format or LeRobot's. The scripted expert
+    plays them, or a policy, with its most likely actions.
+
     A task whose file is there, recorded with the same arguments, is not recorded again; a data set of LeRobot's is
     written as a whole.
 
@@ -46,18 +56,23 @@ def record_demonstrations(
     :param episodes_per_task: number of successful episodes of each task
     :param task_ids: tasks; None for all tasks of the env
     :param seed: seed of the first episode, counted up for the next ones
-    :param chunk_size: number of actions of a label
+    :param chunk_size: number of actions of a label; None for as many as the policy decides at once, or 8
     :param stride: record one of every ``stride`` steps
     :param perturbation: probability of a push at a step, see :func:`opd_gym.envs.libero.experts.record.record_episode`
-    :param image_size: height and width of the pictures
-    :param visuals: see ``LiberoEnv``
+    :param image_size: height and width of the pictures; None for what the policy was trained with, or 128
+    :param visuals: see ``LiberoEnv``; None for what the policy was trained with, or "light"
     :param progress: show a progress bar
     :param format: "hdf5" or "lerobot"
     :param videos: whether LeRobot's format gets videos in place of pictures
+    :param checkpoint: policy that plays, see :func:`opd_gym.checkpoints.resolve_checkpoint`; None for the scripted
+        expert
+    :param device: where the policy computes
+    :param trust: open a checkpoint's zip whatever it holds; code in it runs
     :return: the files, or the folder of the data set
     :raises FileExistsError: a data set of LeRobot's is to go where something else lies
-    :raises ValueError: no scripted expert can play one of the tasks, it fails too often, or LeRobot's format has no
-        place for what is asked for
+    :raises FileNotFoundError: there is no such checkpoint
+    :raises ValueError: no scripted expert can play one of the tasks, the policy does not fit the env, one of them fails
+        too often, or LeRobot's format has no place for what is asked for
     """
     if bare_id(env_id) not in LIBERO_IDS:
         raise ValueError(f"Demonstrations are recorded on LIBERO environments, got {env_id!r}. See `opd-gym list`.")
@@ -79,6 +94,16 @@ def record_demonstrations(
     from opd_gym.envs.libero.env import LiberoEnv
 
     folder = Path(folder).expanduser()
+    settings: dict[str, Any] = {}
+    if checkpoint is not None:
+        from opd_gym.policies.loading import checkpoint_settings
+
+        settings = checkpoint_settings({"checkpoint": checkpoint}, trust)
+    chunk_size = chunk_size or settings.get("chunk_size", DEFAULT_CHUNK_SIZE)
+    pictures: dict[str, Any] = {
+        "image_size": image_size or settings.get("image_size", 128),
+        "visuals": visuals or settings.get("visuals", "light"),
+    }
     recipe = {
         "env_name": env_id,
         "episodes_per_task": episodes_per_task,
@@ -86,16 +111,22 @@ def record_demonstrations(
         "chunk_size": chunk_size,
         "stride": stride,
         "perturbation": perturbation,
-        "image_size": image_size,
-        "visuals": visuals,
+        **pictures,
+        **({} if checkpoint is None else {"checkpoint": str(checkpoint)}),
     }
-    env = gym.make(env_id, image_size=image_size, visuals=visuals, max_simulators=1).unwrapped
+    policy: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
+    if checkpoint is None:
+        env = gym.make(env_id, **pictures, max_simulators=1).unwrapped
+    else:
+        outer = make_env_fn(env_id, **env_arguments(env_id, {}, settings, **pictures, max_simulators=1))()
+        policy = _acting(outer, checkpoint, device, trust)
+        env = outer.unwrapped
     assert isinstance(env, LiberoEnv)
     tasks = list(task_ids) if task_ids else env.task_ids
     bar = tqdm(total=len(tasks) * episodes_per_task, desc="recording", unit="episode", disable=not progress)
 
     def record(task_id: int) -> Iterator[Episode]:
-        for episode in _solved(env, task_id, episodes_per_task, seed, chunk_size, stride, perturbation):
+        for episode in _solved(env, task_id, episodes_per_task, seed, chunk_size, stride, perturbation, policy):
             yield episode
             bar.update(1)
 
@@ -106,11 +137,13 @@ def record_demonstrations(
                 bar.write(f"{folder} is there already")
                 return [folder]
             check_vacant(folder)
-            env.check_expert(tasks)
+            if policy is None:
+                env.check_expert(tasks)
             episodes = (episode for task_id in tasks for episode in record(task_id))
             write_lerobot(folder, episodes, videos, env.metadata["render_fps"], "panda", about)
             return [folder]
-        env.check_expert(tasks)
+        if policy is None:
+            env.check_expert(tasks)
         files = []
         for task_id in tasks:
             task = suites.tasks(env.suite)[task_id]
@@ -133,16 +166,46 @@ def record_demonstrations(
         env.close()
 
 
+def _acting(
+    env: gym.Env, checkpoint: str | os.PathLike[str], device: str, trust: bool
+) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """From an observation of the raw env to the actions that a policy decides on in ``env``, which has its tokens."""
+    from stable_baselines3.common.utils import get_device
+
+    from opd_gym.policies.loading import check_device, check_spaces, load_policy
+
+    policy = load_policy(checkpoint, env.observation_space, env.action_space, trainable=False, trust=trust)
+    check_spaces(policy, env, checkpoint)
+    policy.to(get_device(check_device(device)))
+    layer: Any = env
+    while not isinstance(layer, ActionTokens):
+        layer = layer.env
+
+    def act(obs: dict[str, np.ndarray]) -> np.ndarray:
+        tokens = policy.predict({key: value[None] for key, value in obs.items()}, deterministic=True)[0]
+        return layer.action(tokens[0])
+
+    return act
+
+
 def _solved(
-    env: LiberoEnv, task_id: int, n_episodes: int, seed: int, chunk_size: int, stride: int, perturbation: float
+    env: LiberoEnv,
+    task_id: int,
+    n_episodes: int,
+    seed: int,
+    chunk_size: int,
+    stride: int,
+    perturbation: float,
+    policy: Callable[[dict[str, np.ndarray]], np.ndarray] | None,
 ) -> Iterator[Episode]:
-    """Episodes of a task that the expert has solved."""
+    """Episodes of a task that the expert, or a policy, has solved."""
     from opd_gym.demonstrations import Episode
     from opd_gym.envs.libero.experts.record import record_episode
 
     solved = 0
     for attempt in range(MAX_ATTEMPTS_PER_EPISODE * n_episodes):
-        recorded = record_episode(env, seed + 1000 * task_id + attempt, task_id, chunk_size, stride, perturbation)
+        of_attempt = seed + 1000 * task_id + attempt
+        recorded = record_episode(env, of_attempt, task_id, chunk_size, stride, perturbation, policy)
         if not recorded.success or not len(recorded.actions):
             continue
         yield Episode(
@@ -155,10 +218,10 @@ def _solved(
         solved += 1
         if solved == n_episodes:
             return
+    player = "scripted expert" if policy is None else "policy"
     raise ValueError(
         f"Only {solved} of {MAX_ATTEMPTS_PER_EPISODE * n_episodes} episodes of task {task_id} were solved by the "
-        "scripted expert, with states to record. Leave this task out with --task-ids, or lower --perturbation and "
-        "--stride."
+        f"{player}, with states to record. Leave this task out with --task-ids, or lower --perturbation and --stride."
     )
 
 

@@ -338,19 +338,24 @@ class Report(Options):
 @dataclass(kw_only=True)
 class Demos(Options):
     """
-    Record demonstrations with the scripted expert. Run again, it goes on with the tasks that have no file yet.
+    Record demonstrations by the scripted expert, or by a policy. Run again, it goes on with the tasks that have no file
+    yet.
 
     :param env: LIBERO environment id, for instance LiberoObject-v0
     :param task_ids: tasks; default: all of the env
     :param episodes_per_task: successful episodes of each
     :param seed: seed of the first episode
-    :param image_size: side of the pictures
-    :param visuals: how they are drawn
-    :param chunk_size: length of the labels
+    :param checkpoint: policy that plays, with its most likely actions: name of the zoo, directory or zip; default: the
+        scripted expert
+    :param image_size: side of the pictures; default: what the policy was trained with, or 128
+    :param visuals: how they are drawn; default: as for image_size, or light
+    :param chunk_size: length of the labels; default: what the policy decides at once, or 8
     :param stride: record every so many steps
     :param perturbation: probability of a push at a step
     :param format: LIBERO's HDF5, one file a task; or one data set of LeRobot's (extra lerobot)
     :param videos: LeRobot's format with videos in place of pictures
+    :param device: where a policy computes: "auto", "cpu", "cuda", ...
+    :param trust: open a checkpoint even where it holds code, which then runs
     :param output: folder of the files, or of the data set
     :param progress: a progress bar is shown unless --no-progress is given
     """
@@ -361,13 +366,16 @@ class Demos(Options):
     task_ids: Numbers = None
     episodes_per_task: Annotated[int, option("-n")] = 1
     seed: int = 0
-    image_size: int = 128
-    visuals: Literal["exact", "light"] = "light"
-    chunk_size: int = 8
+    checkpoint: str | None = None
+    image_size: int | None = None
+    visuals: Literal["exact", "light"] | None = None
+    chunk_size: int | None = None
     stride: int = 1
     perturbation: float = 0.0
     format: Literal["hdf5", "lerobot"] = "hdf5"
     videos: Flag = False
+    device: str = "auto"
+    trust: Flag = False
     output: Annotated[Path, option("-o", metavar="DIR")] = Path("runs/demos")
     progress: Flag = True
 

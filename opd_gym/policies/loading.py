@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
@@ -161,7 +162,7 @@ def stacked_frames(checkpoint: str | os.PathLike[str], observation_space: spaces
     return n if (_form(stacked), _bounds(stacked)) == (_form(own), _bounds(own)) else 1
 
 
-def check_spaces(policy: BasePolicy, env: VecEnv, checkpoint: str | os.PathLike[str]) -> None:
+def check_spaces(policy: BasePolicy, env: VecEnv | gym.Env, checkpoint: str | os.PathLike[str]) -> None:
     """
     Refuse an env in which a policy cannot act, or in which its numbers would mean something else. Bounds are not
     compared: they differ by version of an env.

@@ -1,7 +1,9 @@
-"""Demonstrations by the scripted experts, recorded at states where a chunked policy might have to decide."""
+"""Demonstrations by a scripted expert or a policy, recorded at states where a chunked policy might have to decide."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ class RecordedEpisode:
     T is 0 where no state could be recorded.
 
     :param observations: arrays ``(T, ...)`` by key
-    :param action_chunks: float32 ``(T, K, D)``: the expert's actions in the K steps after each observation
+    :param action_chunks: float32 ``(T, K, D)``: the actions in the K steps after each observation
     :param actions: float32 ``(T, D)``: the first of them
     :param task_id: the task
     :param seed: seed of the reset
@@ -46,14 +48,20 @@ def _perturbation(rng: np.random.Generator) -> tuple[int, np.ndarray]:
 
 
 def record_episode(
-    env: LiberoEnv, seed: int, task_id: int, chunk_size: int = 8, stride: int = 1, perturbation: float = 0.0
+    env: LiberoEnv,
+    seed: int,
+    task_id: int,
+    chunk_size: int = 8,
+    stride: int = 1,
+    perturbation: float = 0.0,
+    policy: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None,
 ) -> RecordedEpisode:
     """
-    Let the scripted expert play one episode, and label each state with the chunk of its next actions.
+    Let the scripted expert, or a policy, play one episode, and label each state with the chunk of its next actions.
 
-    With ``perturbation`` the expert is sometimes pushed off its way and has to recover (noise injection as in DART,
+    With ``perturbation`` the player is sometimes pushed off its way and has to recover (noise injection as in DART,
     https://arxiv.org/abs/1703.09327), so that a policy also learns from states its own errors lead to. A state is
-    recorded only if its next ``chunk_size`` steps are the expert's own: a push is never a label.
+    recorded only if its next ``chunk_size`` steps are the player's own: a push is never a label.
 
     :param env: raw LIBERO env
     :param seed: seed of the reset and of the perturbations
@@ -61,6 +69,8 @@ def record_episode(
     :param chunk_size: number of actions of a chunk
     :param stride: record one of every ``stride`` steps
     :param perturbation: probability of a push at a step
+    :param policy: from an observation to the float actions ``(K, 7)`` that are carried out before it is asked again, or
+        until the next push; None for the scripted expert, which is asked at every step
     :return: the episode
     """
     check_at_least_one(chunk_size=chunk_size, stride=stride)
@@ -72,16 +82,26 @@ def record_episode(
     actions: list[np.ndarray] = []
     clean: list[bool] = []
     left, push, rest = 0, np.zeros(7, dtype=np.float32), 0
+    planned: deque[np.ndarray] = deque()
     done = success = False
     while not done:
         step = len(actions)
         if left == 0 and rest == 0 and rng.random() < perturbation:
             left, push = _perturbation(rng)
             rest = chunk_size + int(rng.integers(8, 25))
+        obs = None
         if left == 0 and step % stride == 0:
-            observations.append((step, env.current_observation()))
-        # Rounded to tokens, as a token policy would execute it.
-        action = decode_tokens(encode_actions(env.expert_action() if left == 0 else push))
+            obs = env.current_observation()
+            observations.append((step, obs))
+        if left > 0:
+            planned.clear()
+        elif policy is not None and not planned:
+            planned.extend(policy(env.current_observation() if obs is None else obs))
+        if planned:
+            action = np.asarray(planned.popleft(), dtype=np.float32)
+        else:
+            # Rounded to tokens, as a token policy would execute it.
+            action = decode_tokens(encode_actions(env.expert_action() if left == 0 else push))
         if left > 0 and push[6] == 0.0 and actions:
             action[6] = actions[-1][6]
         actions.append(action)
@@ -91,7 +111,7 @@ def record_episode(
         _, _, terminated, truncated, info = env.step(action)
         done, success = terminated or truncated, bool(info["is_success"])
     env.observe = True
-    # The expert stands still once it has succeeded: the last action is repeated.
+    # Everyone stands still after a success: the last action is repeated.
     executed = np.stack(actions + [actions[-1]] * chunk_size)
     is_clean = np.array(clean + [True] * chunk_size)
     kept = [(step, obs) for step, obs in observations if is_clean[step : step + chunk_size].all()]
