@@ -119,6 +119,15 @@ def run_checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def run_of(path: Path) -> Path | None:
+    """
+    :param path: a checkpoint, see :func:`resolve_checkpoint`
+    :return: directory of the run that it lies in: its ``model.zip``, ``policy/``, ``checkpoints/*.zip``, ...; None if
+        there is none
+    """
+    return next((folder for folder in (path, *path.parents[:2]) if (folder / "args.yml").is_file()), None)
+
+
 def resolve_checkpoint(spec: str | os.PathLike[str]) -> Path:
     """
     Where the weights are that somebody names, wherever a checkpoint is named: as ``teacher=``, in

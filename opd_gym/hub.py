@@ -50,7 +50,9 @@ def model_card(
         "environment": env_id,
         "teacher": _public_name(getattr(model, "teacher", None)),
     }
-    return _card(repo_id, algorithm, facts, _of_policy(model.policy), result, license, _versions(model, result))
+    normalised = model.get_vec_normalize_env() is not None
+    found = _versions(model, result)
+    return _card(repo_id, algorithm, facts, _of_policy(model.policy), result, license, found, normalised)
 
 
 def _of_policy(policy: Any) -> dict[str, Any]:
@@ -81,12 +83,14 @@ def _card(
     result: EvaluationResult | None,
     license: str | None,
     found: Mapping[str, str],
+    normalised: bool,
 ) -> str:
     """
-    :param algorithm: class of the algorithm, if known
+    :param algorithm: class of this library's algorithm, if known
     :param facts: rows of the card about the training
     :param about: rows about the policy; ``base`` is what it started from, and no row
     :param found: versions
+    :param normalised: whether the policy saw observations of a ``VecNormalize``
     """
     about = dict(about)
     base = about.pop("base", None)
@@ -107,13 +111,25 @@ def _card(
     rows = {**facts, **about, "versions": ", ".join(f"{key} {version}" for key, version in found.items())}
     trained = f", trained with {algorithm}" if algorithm else ""
     env = f'"{env_id}"' if env_id else "env"
-    policy = (
-        f'OPD("VLAPolicy", {env}, policy_kwargs={{"checkpoint": "{repo_id}"}})'
-        if is_vla
-        else f'{algorithm or "OPD"}.load(resolve_checkpoint("{repo_id}"))'
-    )
-    imports = [f"from opd_gym import {'OPD' if is_vla else algorithm or 'OPD'}"]
-    imports += [] if is_vla else ["from opd_gym.checkpoints import resolve_checkpoint"]
+    if is_vla:
+        lines = [
+            "from opd_gym import OPD",
+            "",
+            f'model = OPD("VLAPolicy", {env}, policy_kwargs={{"checkpoint": "{repo_id}"}})',
+        ]
+    else:
+        names = [] if algorithm else ["load_policy"]
+        names += ["find_vec_normalize", "read_vec_normalize"] if normalised else []
+        lines = [f"from opd_gym import {algorithm}"] if algorithm else []
+        lines += ["from opd_gym.checkpoints import resolve_checkpoint"]
+        lines += [f"from opd_gym.policies.loading import {', '.join(sorted(names))}"] if names else []
+        lines += ["", f'path = resolve_checkpoint("{repo_id}")']
+        loaded = (
+            f"{algorithm}.load(path)" if algorithm else "load_policy(path, env.observation_space, env.action_space)"
+        )
+        lines += [f"model = {loaded}"]
+        if normalised:
+            lines += ["observation = read_vec_normalize(find_vec_normalize(path, None)).normalize_obs(observation)"]
     return "\n".join(
         [
             f"---\n{data.to_yaml()}\n---",
@@ -130,9 +146,7 @@ def _card(
             "## How to load it",
             "",
             "```python",
-            *imports,
-            "",
-            f"model = {policy}",
+            *lines,
             "action, _ = model.predict(observation, deterministic=True)",
             "```",
             "",
@@ -282,7 +296,8 @@ def write_folder(
             if statistics is not None:
                 shutil.copyfile(statistics, directory / STATISTICS_FILE)
     found = result.versions if result is not None and result.versions else read_versions(path)
-    _finish(directory, _card(repo_id, algorithm, facts, about, result, license, found), result, found)
+    normalised = (directory / STATISTICS_FILE).is_file()
+    _finish(directory, _card(repo_id, algorithm, facts, about, result, license, found, normalised), result, found)
     return directory
 
 

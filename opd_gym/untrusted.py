@@ -97,6 +97,13 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = {key[1] for key in keys if keys.count(key) > 1 and key[0] != "tag:yaml.org,2002:merge"}
+        if twice:
+            raise yaml.YAMLError(f"it has a key twice: {', '.join(sorted(twice))}, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
         if node is not None:

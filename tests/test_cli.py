@@ -112,6 +112,11 @@ def test_documented_commands_are_understood(line: str) -> None:
         ("train --env LiberoObject-v0 --student libero-object-studnt", "Did you mean 'libero-object-student'?"),
         ("train --env CartPole-v1", "Pass teacher= (--teacher): the directory"),
         ("train --resume nowhere", "There is no nowhere."),
+        ("train --env CartPole-v1 --teacher expert -P n_envs=0", "n_envs must be at least 1, got 0"),
+        ("train --env CartPole-v1 --teacher expert -P n_timesteps=0", "n_timesteps must be at least 1, got 0"),
+        ("train --env CartPole-v1 --teacher expert -P env_kwargs.render_mode=7",
+         "CartPole-v1 does not take its env_kwargs {'render_mode': 7}"),
+        ("train --algo sft --env CartPole-v1", "pass --demonstrations"),
         ("report nowhere", "There is no nowhere."),
         ("eval --env CartPole-v1 --checkpoint libero-object-student",
          "CartPole-v1 cannot be built for libero-object-student: ActionChunk needs a Box action space"),
@@ -261,4 +266,4 @@ def test_both_spellings_are_one_list(monkeypatch: pytest.MonkeyPatch, capsys: py
     # A policy is played as it was trained
     for bad in ("learning_rate=1", "env_kwargs=1"):
         assert main(["eval", "--env", "E", "--checkpoint", "libero-object-student", "-P", bad]) == 2
-        assert "only env_kwargs can be changed" in capsys.readouterr().err
+        assert "only env_kwargs and env_wrapper can be changed" in capsys.readouterr().err

@@ -310,18 +310,19 @@ def test_recording_goes_on_where_it_was(tmp_path: Any, monkeypatch: pytest.Monke
     before = first.read_bytes()
     files = record_demonstrations("LiberoObject-v0", tmp_path, task_ids=[0, 1], **kwargs)
     assert recorded == [0, 1] and files[0] == first and first.read_bytes() == before and files[1].is_file()
-    # Other arguments, or half a file, and it is recorded again
+    # What was recorded with other arguments, or by somebody else, is not replaced, and nothing before it recorded
     files[1].write_bytes(files[1].read_bytes()[:5000])
-    record_demonstrations("LiberoObject-v0", tmp_path, task_ids=[1], **kwargs)
-    record_demonstrations("LiberoObject-v0", tmp_path, task_ids=[0], **{**kwargs, "seed": 1})
-    assert recorded == [0, 1, 1, 0] and first.read_bytes() != before
+    for task_ids, other in (([2, 1], kwargs), ([0], {**kwargs, "seed": 1})):
+        with pytest.raises(FileExistsError, match="_demo.hdf5: there already, and not what this command records"):
+            record_demonstrations("LiberoObject-v0", tmp_path, task_ids=task_ids, **other)
+    assert recorded == [0, 1] and first.read_bytes() == before
     # A data set of LeRobot's is recorded as a whole, with every step
     kwargs |= {"stride": 1, "format": "lerobot"}
     with pytest.raises(FileExistsError, match="not empty"):
         record_demonstrations("LiberoObject-v0", tmp_path, task_ids=[0], **kwargs)
     (folder,) = record_demonstrations("LiberoObject-v0", tmp_path / "lerobot", task_ids=[0], **kwargs)
     assert record_demonstrations("LiberoObject-v0", folder, task_ids=[0], **kwargs) == [folder]
-    assert recorded == [0, 1, 1, 0, 0]
+    assert recorded == [0, 1, 0]
     (episode,) = read_lerobot(folder)
     (stored,) = read_demonstrations(files[0])
     assert episode.instruction == stored.instruction and len(episode.actions) > 50

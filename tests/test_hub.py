@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch as th
 from huggingface_hub import ModelCard
@@ -63,6 +64,26 @@ def test_statistics_of_observations_come_along(tmp_path, capsys):
         words = ["--env", "CartPole-v1", "--checkpoint", str(path), "--episodes", "2", "--no-progress"]
         assert main(["eval", *words, "--device", "cpu"]) == 0
         assert "| all | 100.0 % |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_what_a_card_says_about_loading_works(tmp_path, normalised):
+    """Of a model that Stable-Baselines3 trained, by an algorithm that nothing names."""
+    env = make_vec_env("CartPole-v1")
+    model = SB3PPO("MlpPolicy", env, n_steps=8, device="cpu")
+    model.save(tmp_path / "model.zip")
+    observation = np.full((1, 4), 0.02, dtype=np.float32)
+    if normalised:
+        env = VecNormalize(env)
+        env.obs_rms.mean[:], env.obs_rms.var[:] = 0.02, 1e-6
+        env.save(tmp_path / "vec_normalize.pkl")
+    assert main(["hub", "push", str(tmp_path / "model.zip"), "somebody/cart", "-f", str(tmp_path / "up")]) == 0
+    code = (tmp_path / "up" / "README.md").read_text().split("```python")[1].split("```")[0]
+    names = {"env": env, "observation": observation + 0.001}
+    exec(code.replace("somebody/cart", str(tmp_path / "up")), names)  # noqa: S102
+    seen = env.normalize_obs(observation + 0.001) if normalised else observation + 0.001
+    assert names["action"] == model.predict(seen, deterministic=True)[0]
+    np.testing.assert_allclose(names["observation"], seen, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("env_id", "n_stack", "normalised"), [("CartPole-v1", 3, False), ("MountainCar-v0", 2, True)])

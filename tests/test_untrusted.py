@@ -235,3 +235,10 @@ def test_yaml_that_grows_without_end_is_refused():
         with pytest.raises(ValueError, match="not YAML that can be read"):
             parse_yaml(text)
     assert parse_yaml("a: &a {x: 5e-4}\nb: {<<: *a, y: 1}")["b"] == {"x": 5e-4, "y": 1}
+
+
+def test_a_key_that_is_there_twice_is_refused():
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}")["b"] == {"x": 3, "y": 2}
+    for text in ("E: {n: 1}\nF: 2\nE: {m: 3}", "E: {n: 1, n: 1}"):
+        with pytest.raises(ValueError, match="a key twice: [En], line 1"):
+            parse_yaml(text)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch as th
 import yaml
 from gymnasium import spaces
 from stable_baselines3 import PPO as SB3PPO
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import LinearSchedule
 from toys import parameters
 
@@ -34,10 +36,13 @@ from opd_gym import OPD, PPO, make_vec
 from opd_gym import checkpoints as registry
 from opd_gym.algorithms import algorithm_class
 from opd_gym.checkpoints import run_checkpoints
-from opd_gym.cli import quickstart
+from opd_gym.cli import options, quickstart
+from opd_gym.cli import train as cli_train
+from opd_gym.cli.evaluate import trained_in
 from opd_gym.cli.main import main
 from opd_gym.cli.runs import (
     STATES_FOLDER,
+    Evaluations,
     RunCheckpoint,
     locked,
     make_logger,
@@ -49,7 +54,7 @@ from opd_gym.cli.train import TrainArgs, train
 from opd_gym.cli.video import side_by_side, write_video
 from opd_gym.envs.make import wrapper_function
 from opd_gym.envs.registration import LIBERO_IDS
-from opd_gym.evaluation import EvaluationResult
+from opd_gym.evaluation import EpisodeRecord, EvaluationResult
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import read_versions, versions, write_versions
 from opd_gym.zoo import hyperparams as config
@@ -480,7 +485,8 @@ def test_what_a_run_can_do_without_does_not_end_it(teacher: Path, tmp_path: Path
     assert any(f"{states} could not be written" in text and "File too large" in text for text in texts)
     assert not list(states.iterdir())
     assert opd_gym.OPD.load(run / "model.zip").num_timesteps == 4096
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["model_4096_steps.zip", STATES_FOLDER]
+    kept = ["config.yml", "model_4096_steps.zip", STATES_FOLDER]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
     (run / "curve.png").unlink()
     (run / "curve.png").mkdir()
     with pytest.warns(UserWarning, match="curve.png could not be written .*The run goes on"):
@@ -839,6 +845,152 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on(
     assert main(["train", "--resume", str(tmp_path), "--no-progress", "--device", "cpu"]) == 0
     assert read_yaml(tmp_path / "config.yml")["n_timesteps"] == 32
     assert opd_gym.OPD.load(tmp_path / "model.zip").num_timesteps == 32
+
+
+def test_a_configuration_that_was_changed(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the teacher lies may change; what the saved model has as it was is refused, not ignored."""
+    assert _train(teacher, tmp_path, "-n", "64", "--hyperparams", *SMALL) == 0
+    run = tmp_path / "opd" / "CartPole-v1_1"
+    path = run / "config.yml"
+    before = path.read_text()
+    values = yaml.safe_load(before)
+    path.write_text(yaml.safe_dump({**values, "learning_rate": 0.5, "divergence": "jsd"}))
+    resume = ["train", "--resume", str(run), "--no-progress", "--device", "cpu", "-n"]
+    assert main([*resume, "128"]) == 2
+    said = capsys.readouterr().err
+    assert "learning_rate (None, now 0.5)" in said and "divergence (None, now 'jsd')" in said
+    moved = tmp_path / "moved.zip"
+    moved.write_bytes(teacher.read_bytes())
+    path.write_text(yaml.safe_dump({**values, "teacher": str(moved)}))
+    assert main([*resume, "128"]) == 0
+    assert opd_gym.OPD.load(run / "model.zip").teacher == str(moved)
+    path.write_text(before)
+    assert main([*resume, "192"]) == 0
+    assert opd_gym.OPD.load(run / "model.zip").teacher == str(teacher)
+
+
+def test_a_run_is_played_in_its_own_env(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrapper = "env_wrapper={gymnasium.wrappers.TimeLimit: {max_episode_steps: 7}}"
+    assert _train(teacher, tmp_path, "-n", "32", "-P", wrapper, "--hyperparams", *SMALL) == 0
+    run = tmp_path / "opd" / "CartPole-v1_1"
+    played = ["eval", "--env", "CartPole-v1", "--no-progress", "--episodes", "3", "-o", str(tmp_path / "out.json")]
+    for checkpoint in (run, run / "model.zip"):
+        assert main([*played, "--checkpoint", str(checkpoint)]) == 0
+        assert [episode.steps for episode in EvaluationResult.load(tmp_path / "out.json").episodes] == [7, 7, 7]
+    assert main([*played, "--checkpoint", str(run), "-P", wrapper.replace("7", "5")]) == 0
+    assert [episode.steps for episode in EvaluationResult.load(tmp_path / "out.json").episodes] == [5, 5, 5]
+    capsys.readouterr()
+    assert main([*played, "--checkpoint", str(run), "--task-ids", "3"]) == 2
+    assert "no tasks" in capsys.readouterr().err
+
+
+def test_of_a_benchmark_the_tasks_and_the_horizon_of_training_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "args.yml").write_text("env: LiberoObject-v0\n")
+    env_kwargs = {"visuals": "exact", "image_size": 64, "horizon": 160, "task_ids": [1, 2]}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump({"env_kwargs": env_kwargs, "n_envs": 2, "learning_rate": 1.0}))
+    kept = {"env_kwargs": {"visuals": "exact", "image_size": 64}}
+    for checkpoint in (tmp_path, tmp_path / "policy", tmp_path / "checkpoints" / "model_8_steps.zip"):
+        assert trained_in(checkpoint, "opd_gym:LiberoObject-v0") == kept
+    assert trained_in(tmp_path, "LiberoGoal-v0") == {"env_kwargs": {"visuals": "exact"}}
+    assert trained_in(tmp_path, "CartPole-v1") == {"env_kwargs": {}}
+    assert trained_in(tmp_path / "a" / "b" / "c", "LiberoObject-v0") == {}
+
+
+def test_an_evaluation_that_was_broken_off(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one in the training is made up for, the last one's old result does not stand beside a newer model."""
+    evaluate = "opd_gym.cli.train._evaluate"
+    original = cli_train._evaluate
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    more = ("--eval-episodes", "2", "--hyperparams", *SMALL)
+    monkeypatch.setattr(evaluate, broken)
+    assert _train(teacher, tmp_path, "-n", "64", "--eval-freq", "1000", *more) == 130
+    run = tmp_path / "opd" / "CartPole-v1_1"
+    assert not (run / "best_model.zip").exists() and len(list((run / "checkpoints" / STATES_FOLDER).iterdir())) == 1
+    monkeypatch.setattr(evaluate, original)
+    resume = ["train", "--resume", str(run), "--no-progress", "--device", "cpu"]
+    assert main(resume) == 0
+    assert (run / "best_model.zip").exists() and (run / "evaluation.json").exists()
+    with np.load(run / "evaluations.npz") as rows:
+        assert rows["timesteps"].tolist() == [64]
+    # Nothing is left to be made up for, and other episodes would not be comparable
+    assert main(resume) == 0
+    with np.load(run / "evaluations.npz") as rows:
+        assert rows["timesteps"].tolist() == [64]
+    assert main([*resume, "--eval-episodes", "3"]) == 2
+
+    assert _train(teacher, tmp_path, "-n", "64", *more) == 0
+    run = tmp_path / "opd" / "CartPole-v1_2"
+    assert (run / "evaluation.json").exists()
+    monkeypatch.setattr(evaluate, broken)
+    assert main(["train", "--resume", str(run), "--no-progress", "--device", "cpu", "-n", "128"]) == 130
+    assert opd_gym.OPD.load(run / "model.zip").num_timesteps == 128 and not (run / "evaluation.json").exists()
+
+
+def test_evaluations_are_due_as_if_the_run_had_not_been_killed(tmp_path: Path) -> None:
+    """A run that is killed more often than it is evaluated."""
+    played = []
+    expert = SB3PPO("MlpPolicy", "CartPole-v1", n_steps=64)
+
+    def evaluate(model: Any) -> EvaluationResult:
+        played.append(model.num_timesteps)
+        return EvaluationResult([EpisodeRecord(-1, -1, True, 3, 1.0)])
+
+    for part in range(3):
+        model = opd_gym.OPD("MlpPolicy", "CartPole-v1", teacher=expert, n_steps=8)
+        model.num_timesteps = 40 * part
+        model.set_logger(Logger(folder=None, output_formats=[]))
+        callback = Evaluations(tmp_path, evaluate, 64)
+        callback.init_callback(model)
+        callback.on_training_start({}, {})
+        for steps in range(8):
+            model.num_timesteps = 40 * part + 8 * steps
+            callback.on_rollout_start()
+    assert played == [64, 128]
+    with np.load(tmp_path / "evaluations.npz") as rows:
+        assert rows["timesteps"].tolist() == [64, 128]
+    # The best model is written before its score, and missed if it is gone
+    (tmp_path / "best_model.zip").unlink()
+    callback = Evaluations(tmp_path, evaluate, 64)
+    callback.init_callback(model)
+    callback.make_up(model)
+    assert played == [64, 128, 136] and (tmp_path / "best_model.zip").exists()
+
+
+def test_states_of_a_checkpoint_that_was_never_finished(teacher: Path, tmp_path: Path) -> None:
+    assert _train(teacher, tmp_path, "-n", "64", "--hyperparams", *SMALL) == 0
+    run = tmp_path / "opd" / "CartPole-v1_1"
+    for path in [*run_checkpoints(run), run / "model.zip"]:
+        path.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert main(["train", "--resume", str(run), "--no-progress", "--device", "cpu", "-n", "128"]) == 0
+    model = opd_gym.OPD.load(run / "model.zip")
+    model.load_replay_buffer(run / "checkpoints" / STATES_FOLDER)
+    assert model.replay_buffer.size == 128
+
+
+def test_the_highest_seed_goes_on(teacher: Path, tmp_path: Path) -> None:
+    assert _train(teacher, tmp_path, "-n", "32", "--seed", str(2**32 - 1), "--hyperparams", *SMALL) == 0
+    run = tmp_path / "opd" / "CartPole-v1_1"
+    assert main(["train", "--resume", str(run), "--no-progress", "--device", "cpu", "-n", "64"]) == 0
+
+
+def test_episodes_that_would_count_twice() -> None:
+    with pytest.raises(ValueError, match="--env names something twice: A A"):
+        options.Eval(env=("A", "A"), checkpoint="c")
+    with pytest.raises(ValueError, match="--task-ids names something twice: 3 1 3"):
+        options.Eval(env=("A",), checkpoint="c", task_ids=(3, 1, 3))
+
+
+def test_a_home_that_the_shell_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert TrainArgs(folder="~/runs").folder == str(tmp_path / "runs")
+    assert options.Demos(env="E", output=Path("~/d")).output == tmp_path / "d"
+    assert options.Report(results=(Path("~/a"), Path("b"))).results == (tmp_path / "a", Path("b"))
 
 
 def test_two_processes_do_not_train_into_one_directory(tmp_path: Path) -> None:

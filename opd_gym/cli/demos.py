@@ -49,7 +49,7 @@ def record_demonstrations(
     plays them, or a policy, with its most likely actions.
 
     A task whose file is there, recorded with the same arguments, is not recorded again; a data set of LeRobot's is
-    written as a whole.
+    written as a whole. No other file is replaced.
 
     :param env_id: LIBERO environment id
     :param folder: where the files go, ``<task>_demo.hdf5``, or the data set
@@ -69,7 +69,7 @@ def record_demonstrations(
     :param device: where the policy computes
     :param trust: open a checkpoint's zip whatever it holds; code in it runs
     :return: the files, or the folder of the data set
-    :raises FileExistsError: a data set of LeRobot's is to go where something else lies
+    :raises FileExistsError: where the recording is to go lies something else
     :raises FileNotFoundError: there is no such checkpoint
     :raises ValueError: no scripted expert can play one of the tasks, the policy does not fit the env, one of them fails
         too often, or LeRobot's format has no place for what is asked for
@@ -144,12 +144,18 @@ def record_demonstrations(
             return [folder]
         if policy is None:
             env.check_expert(tasks)
-        files = []
-        for task_id in tasks:
+        names = {task_id: f"{suites.tasks(env.suite)[task_id].name}_demo.hdf5" for task_id in tasks}
+        files = [folder / name for name in names.values()]
+        there = [path for path in files if was_recorded(path, recipe)]
+        others = [str(path) for path in files if path.exists() and path not in there]
+        if others:
+            raise FileExistsError(
+                f"{', '.join(others)}: there already, and not what this command records, from {recipe}. Name another "
+                "folder (--output), or remove what is there."
+            )
+        for task_id, path in zip(tasks, files, strict=True):
             task = suites.tasks(env.suite)[task_id]
-            path = folder / f"{task.name}_demo.hdf5"
-            files.append(path)
-            if was_recorded(path, recipe):
+            if path in there:
                 bar.write(f"{path} is there already")
                 bar.update(episodes_per_task)
                 continue

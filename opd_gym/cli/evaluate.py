@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecFrameStack
 
-from opd_gym.checkpoints import resolve_checkpoint
+from opd_gym.checkpoints import resolve_checkpoint, run_of
 from opd_gym.cli.options import Enjoy, Eval
-from opd_gym.cli.train import default_episodes, default_threshold
+from opd_gym.cli.train import default_episodes, default_threshold, read_args, read_mapping
 from opd_gym.cli.video import check_film, side_by_side, write_video
 from opd_gym.envs.make import build_env
-from opd_gym.envs.registration import LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
+from opd_gym.envs.registration import CHUNK_SIZES, LIBERO_IDS, LIBERO_PLUS_IDS, bare_id
 from opd_gym.evaluation import EvaluationResult, evaluate_success
 from opd_gym.policies.loading import (
     check_device,
@@ -27,6 +28,31 @@ from opd_gym.policies.loading import (
 )
 from opd_gym.versions import differences, read_versions
 from opd_gym.zoo.hyperparams import merge, parse_overrides
+
+
+def trained_in(checkpoint: Path, env_id: str) -> dict[str, Any]:
+    """
+    The env that a run was trained in, as far as it is that of its evaluation as well.
+
+    :param checkpoint: a checkpoint; it need not lie in a run
+    :param env_id: environment id that it is evaluated in
+    :return: part of the run's configuration, see :func:`opd_gym.envs.make.build_env`; of a benchmark neither tasks
+        nor initial states nor how long an episode is; of another env of LIBERO only how it is drawn
+    """
+    run_dir = run_of(checkpoint)
+    if run_dir is None or not (run_dir / "config.yml").is_file():
+        return {}
+    own, asked = bare_id(read_args(run_dir).env), bare_id(env_id)
+    values = read_mapping(run_dir / "config.yml")
+    env_kwargs = dict(values.get("env_kwargs") or {})
+    if own != asked:
+        both = own in LIBERO_IDS and asked in LIBERO_IDS
+        return {"env_kwargs": {key: env_kwargs[key] for key in ("visuals", "msaa") if both and key in env_kwargs}}
+    if asked in CHUNK_SIZES:
+        for key in ("task_ids", "init_states", "horizon"):
+            env_kwargs.pop(key, None)
+    kept = ("env_wrapper", "chunk_size", "tokens", "n_bins")
+    return {"env_kwargs": env_kwargs, **{key: values[key] for key in kept if values.get(key) is not None}}
 
 
 def run(args: Eval | Enjoy) -> int:
@@ -65,10 +91,11 @@ def run(args: Eval | Enjoy) -> int:
 
     overrides = merge(parse_overrides(f"env_kwargs.{item}" for item in args.env_kwargs), parse_overrides(args.param))
     changed = overrides.pop("env_kwargs", {})
+    wrapped = {"env_wrapper": overrides.pop("env_wrapper")} if "env_wrapper" in overrides else {}
     if overrides or not isinstance(changed, dict):
         raise ValueError(
-            f"-P {', -P '.join(args.param)}: a policy is played as it was trained; only env_kwargs can be changed, for "
-            "instance -P env_kwargs.visuals=exact."
+            f"-P {', -P '.join(args.param)}: a policy is played as it was trained; only env_kwargs and env_wrapper can "
+            "be changed, for instance -P env_kwargs.visuals=exact."
         )
 
     def play(env_id: str) -> list[EvaluationResult]:
@@ -76,17 +103,24 @@ def run(args: Eval | Enjoy) -> int:
         statistics = [find_vec_normalize(path, bare_id(env_id)) if path.is_file() else None for path in paths]
         check_same(statistics, "their VecNormalize")
         env_kwargs: dict[str, Any] = {}
+        # The zoo's checkpoints lie in no run
+        trained = [found for found in (trained_in(path, env_id) for path in paths) if found] or [{}]
+        check_same(trained, "the env that they were trained in")
+        built = {**trained[0], **wrapped}
         if bare_id(env_id) in LIBERO_IDS:
-            env_kwargs["visuals"] = settings.get("visuals", "light")
+            drawn = trained[0].get("env_kwargs", {}).get("visuals", "light")
+            env_kwargs["visuals"] = settings.get("visuals", drawn)
             if args.task_ids:
                 env_kwargs["task_ids"] = tuple(args.task_ids)
         if bare_id(env_id) in LIBERO_PLUS_IDS:
             env_kwargs.update({name: getattr(args, name) for name in plus})
+        if bare_id(env_id) not in CHUNK_SIZES and any(trained[0].values()):
+            print(f"The env is as in training: {trained[0]}", file=sys.stderr)
         if film:
             env_kwargs["render_mode"] = "rgb_array"
         env_kwargs.update(changed)
         try:
-            env = build_env(env_id, n_envs=args.n_envs, seed=args.seed, settings=settings, **env_kwargs)
+            env = build_env(env_id, built, n_envs=args.n_envs, seed=args.seed, settings=settings, **env_kwargs)
         except ValueError as error:
             if not settings:
                 raise

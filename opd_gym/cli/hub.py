@@ -9,7 +9,7 @@ from pathlib import Path
 import torch as th
 
 from opd_gym import hub
-from opd_gym.checkpoints import resolve_checkpoint, run_checkpoints
+from opd_gym.checkpoints import resolve_checkpoint, run_checkpoints, run_of
 from opd_gym.cli.options import HubPull, HubPush
 from opd_gym.cli.train import read_args
 from opd_gym.envs.registration import bare_id
@@ -25,8 +25,7 @@ def push(args: HubPush) -> int:
     :return: exit status
     """
     path = resolve_checkpoint(args.checkpoint)
-    # model.zip, policy/ and checkpoints/*.zip of a run
-    run = next((folder for folder in (path, *path.parents[:2]) if (folder / "args.yml").is_file()), None)
+    run = run_of(path)
     evaluation = args.evaluation
     algorithm, env_id = None, None
     if run is not None:

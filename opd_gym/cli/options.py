@@ -5,6 +5,7 @@ and their help.
 Nothing heavy is imported here, so that ``--help`` answers at once.
 """
 
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -92,6 +93,14 @@ class Options:
             name, value = f"--{item.name.replace('_', '-')}", getattr(self, item.name)
             if value == () and item.default != ():
                 raise ValueError(f"{name} needs at least one value.")
+            named = ("task_ids", "env", "categories", "difficulty", "demonstrations")
+            if item.name in named and isinstance(value, (list, tuple)) and len(set(value)) < len(value):
+                raise ValueError(f"{name} names something twice: {' '.join(map(str, value))}.")
+            # A shell leaves the ~ of --output=~/x as it is
+            if isinstance(value, Path) or item.name == "folder" and isinstance(value, str):
+                object.__setattr__(self, item.name, type(value)(os.path.expanduser(value)))
+            elif isinstance(value, tuple) and value and isinstance(value[0], Path):
+                object.__setattr__(self, item.name, tuple(path.expanduser() for path in value))
             for one in value if isinstance(value, tuple) else (value,):
                 if item.name in _LEAST:
                     check_at_least(_LEAST[item.name], **{name: one})
@@ -339,7 +348,7 @@ class Report(Options):
 class Demos(Options):
     """
     Record demonstrations by the scripted expert, or by a policy. Run again, it goes on with the tasks that have no file
-    yet.
+    yet; it replaces none.
 
     :param env: LIBERO environment id, for instance LiberoObject-v0
     :param task_ids: tasks; default: all of the env

@@ -35,6 +35,8 @@ from opd_gym.versions import differences, read_versions, versions, write_version
 # States to replay, beside the checkpoints
 STATES_FOLDER = "states"
 LOCK_FILE = ".lock"
+# What the checkpoints of a run were made with, where somebody edits config.yml
+USED_CONFIG = "checkpoints/config.yml"
 
 
 def env_name(env_id: str) -> str:
@@ -103,7 +105,8 @@ def write_run_files(run_dir: Path, args: Mapping[str, Any], hyperparams: Mapping
     :param hyperparams: the complete configuration, overrides included
     """
     write_atomic(run_dir / "args.yml", yaml.safe_dump(_plain(args), sort_keys=False))
-    write_atomic(run_dir / "config.yml", yaml.safe_dump(_plain(hyperparams), sort_keys=False))
+    for name in ("config.yml", USED_CONFIG):
+        write_atomic(run_dir / name, yaml.safe_dump(_plain(hyperparams), sort_keys=False))
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n"
     path = run_dir / "command.txt"
     # A run that was resumed has more than one command.
@@ -197,15 +200,18 @@ class RunCheckpoint(BaseCallback):
     :param run_dir: directory of the run; checkpoints go to ``checkpoints/model_<timesteps>_steps.zip``
     :param interval: least number of seconds between two checkpoints
     :param keep_last: number of checkpoints to keep
+    :param states_at_end: at the end of the training save the states that are replayed as well, because it may take a
+        while until the caller does
     """
 
-    def __init__(self, run_dir: Path, interval: float = 60.0, keep_last: int = 2):
+    def __init__(self, run_dir: Path, interval: float = 60.0, keep_last: int = 2, states_at_end: bool = False):
         super().__init__()
         check_at_least_one(keep_last=keep_last)
         check_range("[0, inf)", interval=interval)
         self.run_dir = run_dir
         self.interval = interval
         self.keep_last = keep_last
+        self.states_at_end = states_at_end
         self._last_save = time.monotonic()
         self._saved_at = -1
         self._begun: dict[str, Any] | None = None
@@ -260,7 +266,7 @@ class RunCheckpoint(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._saved_at = -1  # the last iteration was trained after the last checkpoint of this number of timesteps
-        self.save(states=False)  # they follow when all else is written
+        self.save(states=self.states_at_end)  # else they follow when all else is written
 
 
 class EpisodeTable(BaseCallback):
@@ -337,7 +343,8 @@ class Evaluations(BaseCallback):
             try:
                 with np.load(path) as file:
                     rows = {name: list(file[name]) for name in self._rows}
-                self._best = max(map(self._score, rows["successes"], rows["results"]), default=self._best)
+                if (self.run_dir / "best_model.zip").exists():
+                    self._best = max(map(self._score, rows["successes"], rows["results"]), default=self._best)
             except Exception as error:  # a damaged file raises anything
                 raise ValueError(
                     f"{path} does not hold the evaluations of a run, or is damaged ({type(error).__name__}: {error}). "
@@ -346,7 +353,19 @@ class Evaluations(BaseCallback):
             # What came after the checkpoint that the run goes on from comes again
             kept = [i for i, timesteps in enumerate(rows["timesteps"]) if timesteps <= self.model.num_timesteps]
             self._rows = {name: [values[i] for i in kept] for name, values in rows.items()}
-        self._last = self.model.num_timesteps
+        self._last = max(map(int, self._rows["timesteps"]), default=0)
+
+    def make_up(self, model: BaseAlgorithm) -> None:
+        """
+        Play the evaluation after the last update, if the training ended and it was never finished.
+
+        :param model: the trained model
+        """
+        self.model = model
+        self._on_training_start()
+        if self._last < model.num_timesteps:
+            model.set_logger(Logger(folder=None, output_formats=[]))
+            self._play()
 
     @staticmethod
     def _score(successes: np.ndarray, returns: np.ndarray) -> tuple[float, float]:
@@ -373,13 +392,14 @@ class Evaluations(BaseCallback):
         self.logger.record("eval/mean_ep_length", float(np.nanmean(row["ep_lengths"])))
         if result.n_judged:
             self.logger.record("eval/success_rate", result.success_rate)
-        with optional(self.run_dir / "evaluations.npz"), replacing(self.run_dir / "evaluations.npz") as temporary:
-            np.savez(temporary, **{name: np.array(values) for name, values in self._rows.items()})  # type: ignore[arg-type]
         score = self._score(row["successes"], row["results"])
         if score > self._best:
             self._best = score
             save_statistics(self.model, self.run_dir / "best_model" / "vecnormalize.pkl")
             self.model.save(self.run_dir / "best_model.zip")
+        # After the model that its best row is of: one that is missing would never be made up for
+        with optional(self.run_dir / "evaluations.npz"), replacing(self.run_dir / "evaluations.npz") as temporary:
+            np.savez(temporary, **{name: np.array(values) for name, values in self._rows.items()})  # type: ignore[arg-type]
 
     def _play_if_due(self) -> None:
         if self.model.num_timesteps - self._last >= self.eval_freq:
@@ -416,7 +436,8 @@ def make_logger(run_dir: Path, verbose: int = 0, track: Mapping[str, Any] | None
     """
     table = run_dir / "progress.csv"
     if table.exists():
-        number = 1 + len(list(run_dir.glob("progress.*.csv")))
+        parts = [path.name.split(".")[1] for path in run_dir.glob("progress.*.csv")]
+        number = 1 + max((int(part) for part in parts if part.isdigit()), default=0)
         os.replace(table, run_dir / f"progress.{number}.csv")
     formats: list[KVWriter] = [_optional_writer(CSVOutputFormat(str(table)), table)]
     try:

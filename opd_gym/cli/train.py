@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import stat
 import sys
@@ -35,6 +37,7 @@ from opd_gym.checks import check_at_least_one, check_fields
 from opd_gym.cli.options import Train, TrainArgs
 from opd_gym.cli.runs import (
     STATES_FOLDER,
+    USED_CONFIG,
     EpisodeTable,
     Evaluations,
     RunCheckpoint,
@@ -59,6 +62,7 @@ from opd_gym.policies.loading import check_device, find_vec_normalize, read_vec_
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import versions, write_versions
 from opd_gym.zoo.hyperparams import (
+    RUN_KEYS,
     algorithm_parameters,
     check_mappings,
     load_hyperparams,
@@ -86,9 +90,11 @@ def default_episodes(
     :param init_states: "eval" or "sampled", see :func:`eval_episodes`
     :param suite_horizon: evaluate at the suite's own horizon, whatever the env was made with for training
     :return: reset specs
-    :raises ValueError: there are not so many official initial states
+    :raises ValueError: there are not so many official initial states, or there is nothing to choose from
     """
     if not env.has_attr("task_ids"):
+        if task_ids or init_states != "eval":
+            raise ValueError("This env has no tasks and no initial states to choose from: name neither.")
         return [EpisodeSpec(seed=SAMPLED_EVAL_SEED + i) for i in range(n_episodes)]
     tasks = list(task_ids) if task_ids else [int(task) for task in env.get_attr("task_ids", indices=0)[0]]
     if n_episodes < len(tasks) and env.has_attr("sample_tasks"):
@@ -167,15 +173,24 @@ class _Stop(BaseCallback):
 
 
 def _load_to_resume(
-    cls: type[BaseAlgorithm], path: Path, env: VecEnv, args: TrainArgs, kwargs: Mapping[str, Any]
+    cls: type[BaseAlgorithm],
+    path: Path,
+    env: VecEnv,
+    args: TrainArgs,
+    kwargs: Mapping[str, Any],
+    changed: Sequence[str],
 ) -> BaseAlgorithm:
-    """The model of a run's last checkpoint, with what its zip leaves out."""
+    """The model of a run's last checkpoint, with what its zip leaves out, and what has changed of the configuration."""
     load_kwargs: dict[str, Any] = {}
+    if "teacher" in changed:
+        load_kwargs["teacher"] = kwargs.get("teacher")
+    if "teacher_kwargs" in changed:
+        load_kwargs["teacher_kwargs"] = kwargs.get("teacher_kwargs") or {}
     if "demonstrations" in algorithm_parameters(cls):
         load_kwargs["demonstrations"] = kwargs.get("demonstrations")
     model = cls.load(path, env=env, device=args.device, trust=args.trust, **load_kwargs)
     # Loading seeds the generators as at the start; the noise of the first iterations should not come again.
-    model.set_random_seed((args.seed or 0) + model.num_timesteps)
+    model.set_random_seed(((args.seed or 0) + model.num_timesteps) % 2**32)
     statistics = find_vec_normalize(path, bare_id(args.env))
     if statistics is not None and model.get_vec_normalize_env() is not None:
         saved = statistics_of(read_vec_normalize(statistics, args.trust))
@@ -274,6 +289,8 @@ def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = 
             raise ValueError(f"{args.algo} takes no demonstrations. Drop --demonstrations, or use --algo sft.")
         values["demonstrations"] = list(args.demonstrations)
     given = values.get("demonstrations") or []
+    if "demonstrations" in parameters and not given:
+        raise ValueError(f"{args.algo} learns from demonstrations: pass --demonstrations, a file or a folder.")
     if not isinstance(given, (str, list)) or not all(isinstance(path, str) for path in given):
         raise ValueError(f"demonstrations: expected a path, or a list of them, got {given!r:.80}.")
     policy_kwargs = dict(values.get("policy_kwargs") or {})
@@ -332,6 +349,31 @@ def trusting(algo: str, kwargs: Mapping[str, Any], trust: bool) -> dict[str, Any
     return {**kwargs, **{name: {**(kwargs.get(name) or {}), "trust": True} for name in names if trust}}
 
 
+def changes(run_dir: Path, values: Mapping[str, Any]) -> list[str]:
+    """
+    What somebody has changed of a run's configuration since its last checkpoint.
+
+    :param run_dir: directory of a run
+    :param values: its configuration now
+    :return: names of the values
+    :raises ValueError: some are a matter of the saved model, which has them as they were
+    """
+    path = run_dir / USED_CONFIG
+    before = read_mapping(path) if path.is_file() else dict(values)
+    found = [key for key in {**before, **values} if before.get(key) != values.get(key)]
+    may_change = {"teacher", "teacher_kwargs", "demonstrations", *RUN_KEYS} - {"policy"}
+    refused = [
+        f"{key} ({before.get(key)!r:.40}, now {values.get(key)!r:.40})" for key in found if key not in may_change
+    ]
+    if refused:
+        raise ValueError(
+            f"{run_dir / 'config.yml'} was changed: {', '.join(refused)}. A run goes on with what it began with, but "
+            "for the env, the teacher and the demonstrations. Undo that, or begin another run with its weights: "
+            f"--student {run_dir}."
+        )
+    return found
+
+
 def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
     """
     Train, keeping checkpoints, logs, the configuration and a learning curve in a run directory.
@@ -381,6 +423,10 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         raise ValueError(f"policy: expected a name, for instance MlpPolicy, got {policy!r:.80}.")
     start = (kwargs.get("policy_kwargs") or {}).get("checkpoint")
     saved = newest_intact(run_checkpoints(resume)) if resume is not None else None
+    changed = [] if resume is None or saved is None else changes(resume, values)
+    if resume is not None and saved is None:
+        # Of a first checkpoint that was never finished
+        shutil.rmtree(resume / "checkpoints" / STATES_FOLDER, ignore_errors=True)
     source = saved or start
     kwargs = trusting(args.algo, kwargs, args.trust)
     settings = checkpoint_settings(
@@ -396,7 +442,7 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
             eval_env = build_env(args.env, run, seed=args.seed, settings=settings)
             held.callback(eval_env.close)
         if saved is not None:
-            model = _load_to_resume(cls, saved, env, args, kwargs)
+            model = _load_to_resume(cls, saved, env, args, kwargs, changed)
         else:
             try:
                 model = cls(policy, env, seed=args.seed, device=args.device, **kwargs)  # type: ignore[misc]
@@ -416,16 +462,23 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
             write_run_files(run_dir, asdict(args), values)
             write_for_rl_zoo3(run_dir, asdict(args), rl_zoo3_hyperparams(args.env, values, settings))
             print(f"{args.algo} on {args.env}: {run_dir}" + (f", from {source}" if source else ""), flush=True)
-        checkpoint = RunCheckpoint(run_dir, args.checkpoint_interval)
+        checkpoint = RunCheckpoint(run_dir, args.checkpoint_interval, states_at_end=eval_env is not None)
         callbacks: list[BaseCallback] = [checkpoint, EpisodeTable(run_dir, args.env)]
+        evaluations = None
         if eval_env is not None and args.eval_freq is not None:
-            callbacks.append(Evaluations(run_dir, partial(_evaluate, env=eval_env, args=args), args.eval_freq))
+            evaluations = Evaluations(run_dir, partial(_evaluate, env=eval_env, args=args), args.eval_freq)
+            callbacks.append(evaluations)
         callbacks += user_callbacks
         tracked = values if args.track else None
         learned, finished = _learn(model, callbacks, run.get("n_timesteps"), args, tracked)
         if not ranks.is_main():
             return TrainResult(run_dir, model, finished)
+        if finished and not learned and evaluations is not None:
+            evaluations.make_up(model)
         if finished:
+            if learned:
+                # Of the model that is replaced now
+                (run_dir / "evaluation.json").unlink(missing_ok=True)
             save_statistics(model, run_dir / env_name(args.env) / "vecnormalize.pkl")
             model.save(run_dir / "model.zip")
             with optional(run_dir):
@@ -444,7 +497,7 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
             plot_learning_curve(run_dir, title=f"{args.algo} on {args.env}")
         if not finished:
             kept = f"{model.num_timesteps:,} timesteps are kept"
-            print(f"Stopped, {kept}. Go on with: opd-gym train --resume {run_dir}", flush=True)
+            print(f"Stopped, {kept}. Go on with: opd-gym train --resume {shlex.quote(str(run_dir))}", flush=True)
             return TrainResult(run_dir, model, False)
         result = None
         if args.eval_episodes > 0:
@@ -502,7 +555,7 @@ def _learn(
     if total is not None and model.num_timesteps > 0:
         total -= model.num_timesteps
         if total <= 0:
-            print(f"The run has its {n_timesteps} timesteps already. Ask for more with --n-timesteps.")
+            print(f"The run has its {model.num_timesteps} timesteps already. Ask for more with --n-timesteps.")
             return False, True
     if ranks.is_main():
         model.set_logger(make_logger(checkpoint.run_dir, args.verbose, tracked))
@@ -583,8 +636,14 @@ def run(args: Train) -> int:
     changed = [name for name in kept if given[name] != getattr(TrainArgs(), name)]
     if changed:
         raise ValueError(
-            f"--resume goes on with the run's own {', '.join(changed)}. Leave out --{' --'.join(changed)}, or edit "
-            f"{args.resume / 'config.yml'}, which is read again."
+            f"--resume goes on with the run's own {', '.join(changed)}. Leave out --{' --'.join(changed)}. Another "
+            "path of the teacher or the demonstrations, and what concerns the env, may be written to "
+            f"{args.resume / 'config.yml'}."
+        )
+    if (args.resume / "evaluations.npz").is_file() and args.eval_episodes not in (0, stored.eval_episodes):
+        raise ValueError(
+            f"--eval-episodes {args.eval_episodes}: {args.resume / 'evaluations.npz'} is of {stored.eval_episodes} "
+            "episodes, and the same ones tell which model is the best. Leave it out, and use opd-gym eval for more."
         )
     for name in ("n_timesteps", "eval_episodes", "eval_freq", "checkpoint_interval", "ray"):
         if given[name] != getattr(TrainArgs(), name):

@@ -59,8 +59,10 @@ def make_env_fn(
         register_envs()  # a fresh worker process has not registered them yet
         try:
             env = gym.make(env_id, **kwargs)
-        except TypeError as error:
-            raise ValueError(f"{env_id} does not take its env_kwargs {kwargs}: {error}") from error
+        except (TypeError, AttributeError, KeyError, AssertionError) as error:
+            raise ValueError(
+                f"{env_id} does not take its env_kwargs {kwargs}: {type(error).__name__}: {error}"
+            ) from error
         if wrapper is not None:
             env = wrapper(env)
         if chunk:

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,9 @@ def check_device(device: str | th.device) -> str | th.device:
         found = th.device("cuda" if device == "auto" else device)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f'Unknown device {device!r}: expected "auto", "cpu", "cuda", "cuda:1", ...') from error
+    if device != "auto" and found.type == "cuda" and not th.cuda.is_available():
+        # Stable-Baselines3 takes the CPU then, and says nothing
+        warnings.warn(f"device={device}: PyTorch finds no GPU, so the CPU computes.", stacklevel=2)
     if found.type == "cuda" and 0 < th.cuda.device_count() <= (found.index or 0):
         raise ValueError(f"There is no device {device}: PyTorch finds {th.cuda.device_count()}, counted from 0.")
     return device

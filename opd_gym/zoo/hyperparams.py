@@ -13,7 +13,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from opd_gym.checks import did_you_mean
+from opd_gym.checks import check_at_least, did_you_mean
 from opd_gym.envs.registration import ROBOTWIN_IDS, bare_id, training_defaults
 from opd_gym.untrusted import parse_yaml, read_yaml
 
@@ -281,6 +281,7 @@ def split_hyperparams(algo: str, values: Mapping[str, Any], cls: type) -> tuple[
             if not float(run[key]).is_integer():
                 raise ValueError(f"{key}: expected an integer, got {run[key]!r}.")
             run[key] = int(run[key])
+            check_at_least(0 if key == "chunk_size" else 1, **{key: run[key]})
     timeout = run.get("worker_timeout")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
         raise ValueError(f"worker_timeout: expected a number of seconds, got {timeout!r}.")
