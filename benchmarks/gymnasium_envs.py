@@ -47,7 +47,7 @@ from stable_baselines3.common.policies import BasePolicy
 from tqdm import tqdm
 
 from opd_gym import OPD
-from opd_gym.cli.report import bootstrap
+from opd_gym.cli.report import over_seeds
 from opd_gym.files import write_atomic
 from opd_gym.untrusted import parse_yaml
 from opd_gym.versions import write_results
@@ -406,7 +406,7 @@ def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, 
         "# OPD, DAgger and BC on Gymnasium envs",
         "",
         f"Mean return of {N_EVAL_EPISODES} deterministic episodes by training seed, from the same states for all,",
-        "with a bootstrap's interval over the seeds. Env steps, updates and CPU time are means over the seeds. See",
+        "with the interval of their mean by Student's t. Env steps, updates and CPU time are means over the seeds. See",
         "benchmarks/README.md.",
         "",
         "| teacher | its return | method | return, seed by seed | mean | 95 % interval | env steps | updates | CPU s | "
@@ -418,7 +418,7 @@ def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, 
         for label in dict.fromkeys(map(label_of, of_teacher)):
             runs = [r for r in of_teacher if label_of(r) == label]
             means = [float(np.mean(r["returns"])) for r in runs]
-            low, high = bootstrap(np.array(means)[:, None])
+            low, high = over_seeds(means) if len(means) > 1 else (np.nan, np.nan)
             steps, updates, cpu_s = (np.mean([r[key] for r in runs]) for key in ("env_steps", "updates", "cpu_s"))
             # Beside each other on one machine, seed by seed
             pairs = {(r["seed"], r["n_envs"]): r["cpu_s"] for r in of_teacher if r["method"] == "dagger"}

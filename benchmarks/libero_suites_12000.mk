@@ -140,5 +140,6 @@ count_%:
 # 4. Held-out evaluation: common.mk. 5. Tables and curves
 report:
 	$(call reported,--title "OPD on LIBERO" --reference teacher -l '*student/*=student' -l '*seed*/sft/*=SFT' \
-	    -l '*seed*/grpo/*=GRPO' -l '*seed*/opd/*=OPD' -l '*teacher/opd/*=teacher' -l '*teacher/longer/*=teacher' \
+	    -l '*seed*/grpo/*=GRPO' -l '*seed*/opd/*=OPD' -l '*teacher/opd/*=teacher' \
+	    -l '10/teacher/longer/*=teacher in between' -l '*teacher/longer/*=teacher' \
 	    -l '*teacher/more/*=teacher' -l '*teacher/sft/*=teacher at first')

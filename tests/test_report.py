@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from opd_gym.cli.main import main
 from opd_gym.cli.report import (
@@ -23,6 +23,8 @@ from opd_gym.cli.report import (
     draw,
     draw_learning,
     find_policies,
+    notes,
+    over_seeds,
     overview,
     paired,
 )
@@ -92,19 +94,17 @@ def test_numbers(results):
     opd, teacher = policies["opd"], policies["teacher"]
     rate, low, high = opd.score()
     assert rate == pytest.approx(0.85)
-    # A task's two seeds give 0.9 or 1.0 and 0.7 or 0.8: all bootstrap means lie between 0.8 and 0.9. 34 of 40 episodes
-    # are less certain
-    assert (low, high) == pytest.approx((0.7093, 0.9294), abs=1e-4)
+    # Seeds at 0.8 and 0.9: 12.706 standard errors of 0.05 to each side, as far as there is success
+    assert (low, high) == pytest.approx((0.85 - 12.7062 * 0.05, 1.0), abs=1e-4)
     assert teacher.score() == (0.9, *teacher.results["0"].interval)
     assert opd.last("time/env_steps") == 6000
-    assert opd.reached(0.5, "time/env_steps") == [4000, 4000] and policies["grpo"].reached(0.5, "time/env_steps") == [
-        None,
-        None,
-    ]
+    assert opd.reached(0.5, "time/env_steps") == {"0": 4000, "1": 4000}
+    assert policies["grpo"].reached(0.5, "time/env_steps") == {"0": None, "1": None}
+    assert teacher.reached(0.5, "time/env_steps") == {}  # it does not play while it trains
     row = details(list(policies.values()), teacher)[list(policies).index("opd") + 1]
-    assert row == ["opd", "85.0 %", "70.9 to 92.9 %", "80.0 %, 90.0 %", "40", "6,000", "120", "3", "6,000, 6,000"]
+    assert row == ["opd", "85.0 %", "21.5 to 100.0 %", "80.0 %, 90.0 %", "40", "6,000", "120", "3", "6,000, 6,000"]
     assert ["opd against teacher", "0", "0", "2", "0.500"] in paired([opd, teacher], teacher)
-    assert overview([opd])[1] == ["opd", "85.0 % [70.9, 92.9] \N{MULTIPLICATION SIGN}2"]
+    assert overview([opd])[1] == ["opd", "85.0 % [21.5, 100.0] \N{MULTIPLICATION SIGN}2"]
 
 
 def test_groups_of_tasks(results):
@@ -112,10 +112,15 @@ def test_groups_of_tasks(results):
     assert by_group(policies, {"seen": [0], "unseen": [1]}) == [
         ["tasks", "seen", "unseen"],
         ["grpo", "20.0 % [8.1, 41.6]", "20.0 % [8.1, 41.6]"],
-        ["opd", "95.0 % [76.4, 100.0]", "75.0 % [53.1, 88.8]"],
+        ["opd", "95.0 % [31.5, 100.0]", "75.0 % [11.5, 100.0]"],
         ["teacher", "100.0 % [72.2, 100.0]", "80.0 % [49.0, 94.3]"],
     ]
     assert len(by_group(policies, {})) == 1
+    # Of a policy that was evaluated in a part of a group there is no number beside the others'
+    part = Policy("part", ENV, results={"0": evaluation(9)})
+    assert by_group([*policies, part], {"both": [0, 1], "first": [0], "other": [7]})[-1] == [
+        *("part", "", "90.0 % [59.6, 98.2]", "")
+    ]
 
 
 def test_an_evaluation_of_several_envs_is_one_of_each(tmp_path):
@@ -133,14 +138,16 @@ def test_the_wider_interval_counts():
             1:
         ]
 
-    assert interval(10, 90) == pytest.approx((0.1, 0.9))
+    assert interval(10, 90) == (0.0, 1.0)
     assert interval(0, 0) == pytest.approx((0.0, 0.0188), abs=1e-4)
 
 
-def test_bootstrap_draws_seeds_anew_for_each_task():
-    # Tasks at 0 and 1 in opposite seeds: means of 0, 0.25 ... 1; drawn by whole seeds all would be 0.5
-    low, high = bootstrap(np.array([[0.0, 1.0], [1.0, 0.0]]))
-    assert (low, high) == pytest.approx((0.0, 1.0))
+def test_a_seed_is_as_good_in_one_task_as_in_another():
+    """One training has all tasks, so ten of them make nothing surer than one."""
+    seeds = {str(seed): evaluation(*[k] * 10, n=50) for seed, k in enumerate((15, 25, 35))}
+    rate, low, high = Policy("opd", ENV, results=seeds).score()
+    # 4.303 standard errors, of 0.2 / sqrt(3)
+    assert (rate, low, high) == pytest.approx((0.5, 0.5 - 4.3027 * 0.11547, 0.5 + 4.3027 * 0.11547), abs=1e-4)
 
 
 def test_intervals_are_those_of_scipy_and_of_resampling_by_hand():
@@ -149,10 +156,54 @@ def test_intervals_are_those_of_scipy_and_of_resampling_by_hand():
         assert Policy("x", ENV, results={"0": evaluation(k, n=n)}).score() == pytest.approx(
             (k / n, low, high), abs=1e-4
         )
-    scores = np.array([[0.1, 0.5, 0.9], [0.3, 0.4, 1.0], [0.2, 0.9, 0.8]])
-    rng = np.random.default_rng(1)
-    means = np.mean([scores[rng.integers(3, size=(200_000, 3)), task].mean(1) for task in range(3)], axis=0)
-    assert bootstrap(scores) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.005)
+    scores = np.random.default_rng(0).normal(size=50)
+    means = scores[np.random.default_rng(1).integers(50, size=(200_000, 50))].mean(1)
+    assert bootstrap(scores) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.01)
+    assert np.isnan(bootstrap(scores[:1])).all()
+    known = ttest_1samp(scores, 0.0).confidence_interval(0.95)
+    assert over_seeds(scores.tolist()) == pytest.approx((known.low, known.high))
+
+
+def test_training_is_measured_once_its_window_is_full():
+    """The first episodes to end are those that succeed."""
+    rows = [(4, 0.9), (20, 0.3), (99, 0.8), (120, 0.5), (150, 0.72)]
+    curve = [{"time/env_steps": 10.0 * n, "time/episodes": float(n), "rollout/success_rate": rate} for n, rate in rows]
+    policy = Policy("opd", ENV, curves={"0": curve})
+    assert policy.reached(0.9 * 0.8, "time/env_steps") == {"0": 1500.0}  # 0.9 * 0.8 is more than 0.72, for a computer
+    figure = draw([policy], "time/env_steps", {"opd": "C0"})
+    assert figure is not None and figure.axes[0].lines[0].get_xdata()[0] == pytest.approx(0.2)
+    # Of a run that has not ended it cannot be said that it never gets there
+    teacher = Policy("teacher", ENV, results={"0": evaluation(10)})
+    assert details([policy, teacher], teacher)[1][-1] == "never"
+    policy.unfinished.add("0")
+    assert [row[-1] for row in details([policy, teacher], teacher)[1:]] == ["not yet", ""]
+
+
+def test_costs_are_those_of_the_seeds_that_are_shown():
+    curves = {seed: [{"time/env_steps": n / 2}, {"time/env_steps": n}] for seed, n in (("0", 9000.0), ("1", 2000.0))}
+    policy = Policy("opd", ENV, curves=curves, results={"0": evaluation(9)}, unfinished={"1"})
+    assert policy.last("time/env_steps") == 9000
+    assert Policy("opd", ENV, curves=curves).last("time/env_steps") == 5500
+
+
+def test_seeds_are_paired_with_their_own():
+    def policy(label, **seeds):
+        return Policy(label, ENV, results={seed[1:]: evaluation(k) for seed, k in seeds.items()})
+
+    two = policy("teacher", s1=9, s2=5)
+    rows = paired([policy("opd", s0=5, s1=5, s2=5)], two)[1:]
+    assert [row[1:] for row in rows] == [
+        ["0", "other episodes", "", ""],
+        ["1", "0", "4", "0.125"],
+        ["2", "0", "0", "1.000"],
+    ]
+
+
+def test_what_was_evaluated_in_other_tasks_is_told():
+    whole, one = (Policy(name, ENV, results={"0": evaluation(*k)}) for name, k in (("all", (5, 5)), ("one", (5,))))
+    assert notes([whole, replace(whole, label="more"), one]) == [
+        f"one was evaluated in other tasks of {ENV} than most: 0."
+    ]
 
 
 def test_seeds_of_different_tasks_have_no_mean():
@@ -165,8 +216,10 @@ def test_seeds_of_different_tasks_have_no_mean():
         score(evaluation(9, 7, 2))
     with pytest.raises(ValueError, match="different tasks"):
         score(evaluation(9))
-    # Unless all episodes of one were lost
-    assert score(evaluation(7), [LostEpisode(1, 0, 0, "killed")])[0] == pytest.approx(0.8)
+    # Unless it lost all episodes of one: 16 of 20 and 7 of 10
+    assert score(evaluation(7), [LostEpisode(1, 0, 0, "killed")])[0] == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="different tasks"):
+        score(evaluation(7), [LostEpisode(0, 0, 0, "killed")])
     nothing_said = [replace(episode, success=None) for episode in evaluation(9, 7).episodes]
     with pytest.raises(ValueError, match="seed 1 does not say"):
         score(EvaluationResult(nothing_said))
@@ -185,6 +238,10 @@ def test_equal_names_in_different_folders_are_different_policies(tmp_path):
             evaluation(k).save(tmp_path / folder / f"student_seed{seed}.json")
     found = {policy.label: policy.score()[0] for policy in find_policies([tmp_path], {})}
     assert found == {"before/student": 0.2, "after/student": 0.8}
+    # They are no seeds of one either where the numbers of their seeds differ
+    (tmp_path / "before" / "student_seed1.json").unlink()
+    (tmp_path / "after" / "student_seed0.json").unlink()
+    assert {policy.label for policy in find_policies([tmp_path], {})} == set(found)
     assert found == {p.label: p.score()[0] for p in find_policies([tmp_path / "before", tmp_path / "after"], {})}
 
 
@@ -274,7 +331,7 @@ def test_page(results, tmp_path, capsys, monkeypatch):
     assert kept.read_text(encoding="utf-8") == "opd-gym train --student runs/student"
     assert main([*words[:1], str(tmp_path / "kept"), "-o", str(tmp_path / "again.html"), "--reference", "teacher"]) == 0
     again = (tmp_path / "again.html").read_text(encoding="utf-8")
-    assert "70.9 to 92.9 %" in again and "data:image/gif" in again
+    assert "21.5 to 100.0 %" in again and "data:image/gif" in again
 
 
 def ends(figure: Figure | None) -> list[tuple[tuple[float, ...], ...]]:
@@ -323,7 +380,8 @@ def test_where_nothing_says_what_is_solved_returns_are_compared(tmp_path):
         EvaluationResult(episodes, lost=lost).save(tmp_path / f"{name}.json")
     a, b = find_policies([tmp_path], {})
     mean, low, high = a.score()
-    assert mean == -160.0 and -220.0 <= low < -160.0 < high <= -100.0
+    # Seeds at -150 and -170
+    assert mean == -160.0 and (low, high) == pytest.approx((-160 - 127.062, -160 + 127.062), abs=1e-2)
     assert b.score() == (-90.0, -90.0, -90.0)
     rows = details([a, b], b)
     assert rows[0][1] == "mean return" and rows[1][:5] == [

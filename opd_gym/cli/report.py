@@ -60,6 +60,10 @@ _BEGINS = b'{\n "success_rate"'
 MAX_TASKS = 100_000
 # Training has reached another policy at this share of its success
 SHARE = 0.9
+# Success in training is that of the last so many episodes, Stable-Baselines3's stats_window_size
+WINDOW = 100
+# Of fewer episodes it is not drawn: the first to end are those that succeeded
+FEWEST = 20
 # Enough for the bounds not to move by what is printed
 REPETITIONS = 20_000
 
@@ -75,6 +79,7 @@ class Policy:
     :param results: seed -> held-out evaluation
     :param commands: the commands of its runs
     :param notes: sentences about what its numbers do not show
+    :param unfinished: seeds whose training has not ended
     """
 
     label: str
@@ -83,6 +88,7 @@ class Policy:
     results: dict[str, EvaluationResult] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unfinished: set[str] = field(default_factory=set)
 
     @property
     def pooled(self) -> EvaluationResult:
@@ -97,10 +103,10 @@ class Policy:
 
     def score(self, tasks: Sequence[int] | None = None) -> tuple[float, float, float]:
         """
-        Held-out success and its 95 % interval: of one seed by Wilson's formula over its episodes, over several by a
-        bootstrap that draws seeds anew for each task (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264). Two seeds
-        that happen to agree leave that no width, so it is widened to Wilson's of all their episodes. Returns likewise,
-        with a bootstrap over episodes in the place of Wilson's formula.
+        Held-out success and its 95 % interval: of one seed by Wilson's formula over its episodes, of several that of
+        their mean by Student's t, see :func:`over_seeds`. Seeds that happen to agree leave that no width, so it is
+        widened to Wilson's of all their episodes. Returns likewise, with a bootstrap over episodes in the place of
+        Wilson's formula.
 
         :param tasks: those that count; None for all
         :return: success rate from 0 to 1, or mean return, and its bounds; NaN without an evaluation
@@ -121,22 +127,24 @@ class Policy:
                 what = "does not say of each task what was solved, as others do" if judged else "has returns of NaN"
                 raise ValueError(f"The evaluation of {self.label} on {self.env_id} with seed {seed} {what}.")
         episodes = EvaluationResult([episode for result in results for episode in result.episodes])
-        returns = np.array([[episode.reward] for episode in episodes.episodes])
-        interval = episodes.interval if judged else bootstrap(returns)
+        returns = np.array([episode.reward for episode in episodes.episodes])
+        low, high = episodes.interval if judged else bootstrap(returns)
         if len(results) == 1:
-            return _mean(episodes, judged), *interval
-        each = [result.per_task() for result in results]
-        common = sorted(set.intersection(*map(set, each)))
-        lost = {loss.task_id for result in self.results.values() for loss in result.lost}
-        if not common or {task for by_task in each for task in by_task} - {*common, *lost}:
-            told = "; ".join(f"seed {seed}: {sorted(by_task)}" for seed, by_task in zip(seeds, each, strict=True))
+            return _mean(episodes, judged), low, high
+        each = [set(result.per_task()) for result in results]
+        # A seed may have lost all episodes of a task
+        lost = [{loss.task_id for loss in self.results[seed].lost} for seed in seeds]
+        if any(set.union(*each) - played - gone for played, gone in zip(each, lost, strict=True)):
+            told = "; ".join(f"seed {seed}: {sorted(played)}" for seed, played in zip(seeds, each, strict=True))
             raise ValueError(
                 f"The seeds of {self.label} were evaluated in different tasks of {self.env_id} ({told:.300}), so that "
                 "they have no mean. Evaluate all in the same, or give them names of their own with --label."
             )
-        scores = np.array([[_mean(by_task[task], judged) for task in common] for by_task in each])
-        bounds = zip(interval, bootstrap(scores), strict=True)
-        return float(scores.mean()), min(next(bounds)), max(next(bounds))
+        rates = [_mean(result, judged) for result in results]
+        low, high = (
+            f(bounds) for f, bounds in zip((min, max), zip((low, high), over_seeds(rates), strict=True), strict=True)
+        )
+        return statistics.fmean(rates), max(low, 0.0) if judged else low, min(high, 1.0) if judged else high
 
     def shown(self, result: EvaluationResult, digits: int = 1) -> str:
         """
@@ -149,47 +157,70 @@ class Policy:
     def last(self, column: str) -> float | None:
         """
         :param column: of ``progress.csv``
-        :return: its last value, as a mean over the seeds; None where it was not written
+        :return: its last value, as a mean over the seeds whose success is shown, or all where none is; None where it
+            was not written
         """
-        values = [next((row[column] for row in reversed(rows) if column in row), None) for rows in self.curves.values()]
+        seeds = [seed for seed in self.curves if seed in self.results] or list(self.curves)
+        values = [next((row[column] for row in reversed(self.curves[seed]) if column in row), None) for seed in seeds]
         there = [value for value in values if value is not None]
         return statistics.mean(there) if there else None
 
-    def reached(self, goal: float, column: str) -> list[float | None]:
+    def reached(self, goal: float, column: str) -> dict[str, float | None]:
         """
         :param goal: success rate
         :param column: of ``progress.csv``
-        :return: for each seed its value where success in training first was at the goal; None where it never was
+        :return: for each seed that plays while it trains its value where success over the last :data:`WINDOW` episodes
+            first was at the goal; None where it has not been
         """
-        return [
-            next((row.get(column) for row in rows if row.get(SUCCESS, -1.0) >= goal), None)
-            for rows in self.curves.values()
-        ]
+        found: dict[str, float | None] = {}
+        for seed, rows in self.curves.items():
+            if any(SUCCESS in row for row in rows):
+                whole = [row for row in rows if SUCCESS in row and row.get("time/episodes", WINDOW) >= WINDOW]
+                # 0.9 of 0.8 is a little more than 0.72
+                found[seed] = next((row.get(column) for row in whole if row[SUCCESS] >= goal - 1e-9), None)
+        return found
 
 
 def _mean(result: EvaluationResult, judged: bool) -> float:
     return result.success_rate if judged else result.mean_reward
 
 
+def over_seeds(scores: Sequence[float]) -> tuple[float, float]:
+    """
+    The 95 % interval of a mean over seeds by Student's t. A bootstrap would promise too much: over three seeds its
+    interval goes from the lowest to the highest, which holds the mean of all seeds in 75 of 100 cases, and if it draws
+    anew for each task (as rliable does, where each task is trained for itself) in fewer. Two seeds say very little, and
+    this shows it.
+
+    :param scores: one of each seed, at least two
+    :return: lower and upper bound
+    :raises ImportError: SciPy is not installed
+    """
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise ImportError("Intervals over several seeds need SciPy. Run: pip install 'opd_gym[plots]'") from error
+    mean, n = statistics.fmean(scores), len(scores)
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(scores) / math.sqrt(n)
+    return mean - half, mean + half
+
+
 def bootstrap(scores: np.ndarray) -> tuple[float, float]:
     """
-    :param scores: one row a seed, one column a task or a point in time
-    :return: 95 % interval of their mean, by the percentiles of a bootstrap that draws rows anew for each column
+    :param scores: one of each episode
+    :return: 95 % interval of their mean, by the percentiles of a bootstrap; NaN for one
     :raises ImportError: SciPy is not installed
     """
     try:
         from scipy.stats import bootstrap as resampled
     except ImportError as error:
-        raise ImportError("Intervals over several seeds need SciPy. Run: pip install 'opd_gym[plots]'") from error
-
-    def mean(*columns: np.ndarray, axis: int) -> np.ndarray:
-        return np.mean([column.mean(axis) for column in columns], axis=0)
-
-    if len(scores) == 1 or (scores == scores[0]).all():
-        return float(scores[0].mean()), float(scores[0].mean())  # SciPy has NaN for these
-    # Each column is a sample of its own: strata, as rliable has them
+        raise ImportError("Intervals of returns need SciPy. Run: pip install 'opd_gym[plots]'") from error
+    if len(scores) == 1:
+        return math.nan, math.nan
+    if (scores == scores[0]).all():
+        return float(scores[0]), float(scores[0])  # SciPy has NaN for these
     interval = resampled(
-        tuple(scores.T), mean, n_resamples=REPETITIONS, batch=1000, method="percentile", random_state=0
+        (scores,), np.mean, n_resamples=REPETITIONS, batch=1000, method="percentile", random_state=0
     ).confidence_interval
     return float(interval.low), float(interval.high)
 
@@ -208,6 +239,13 @@ class _Found:
     result: EvaluationResult | None = None
     command: str = ""
     notes: list[str] = field(default_factory=list)
+    total: float | None = None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether its training has not ended."""
+        done = self.rows[-1]["time/total_timesteps"] if self.rows else 0.0
+        return self.total is not None and done < self.total
 
 
 def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Policy]:
@@ -234,6 +272,7 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
         settings.setdefault((item.name, item.env_id), []).append(item.settings)
     common = {key: _usual(alike) for key, alike in settings.items()}
     policies: dict[tuple[str, str], Policy] = {}
+    lengths: dict[tuple[str, str], set[float]] = {}
     order: dict[str, int] = {}
     for item in found:
         label = item.name
@@ -254,12 +293,20 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
         if seed != item.seed:
             policy.notes.append(f"seed {item.seed} is there more than once, in {item.path} too, and counts as another.")
         policy.notes += item.notes
+        if item.unfinished:
+            policy.unfinished.add(seed)
+        if item.total is not None and not item.unfinished:
+            lengths.setdefault((item.env_id, label), set()).add(item.total)
         if item.rows:
             policy.curves[seed] = item.rows
         if item.result is not None:
             policy.results[seed] = item.result
         if item.command:
             policy.commands.append(item.command)
+    for key, totals in lengths.items():
+        if len(totals) > 1:
+            shown = ", ".join(f"{total:,.0f}" for total in sorted(totals))
+            policies[key].notes.append(f"its seeds were trained for different numbers of timesteps: {shown}.")
     return sorted(policies.values(), key=lambda policy: order[policy.label])
 
 
@@ -287,8 +334,10 @@ def _find(folder: Path) -> list[_Found]:
         item.settings = {key: value for key, value in config.items() if not _is_incidental(key)}
         item.rows = read_progress(run)
         item.command = command.read_text(encoding="utf-8", errors="replace").strip() if command.is_file() else ""
-        total, done = config.get("n_timesteps"), item.rows[-1]["time/total_timesteps"] if item.rows else 0.0
-        if isinstance(total, (int, float)) and done < total:
+        total = config.get("n_timesteps")
+        item.total = total if isinstance(total, (int, float)) else None
+        if item.unfinished:
+            done = item.rows[-1]["time/total_timesteps"] if item.rows else 0.0
             item.notes.append(
                 f"seed {item.seed} ({item.path}) has {done:,.0f} of its {total:,} timesteps: its costs and its "
                 "curve end there."
@@ -297,7 +346,9 @@ def _find(folder: Path) -> list[_Found]:
         parts = _by_env(_evaluation(run / EVALUATION, certain=True), item.env_id)
         item.result = parts.pop(item.env_id, None)
         found.append(item)
-        found += [replace(item, env_id=env_id, rows=[], notes=[], result=part) for env_id, part in parts.items()]
+        found += [
+            replace(item, env_id=env_id, rows=[], notes=[], total=None, result=part) for env_id, part in parts.items()
+        ]
     files = [folder] if folder.suffix == ".json" else sorted(folder.rglob("[!.]*.json"))
     for path in files:
         if not any(path.is_relative_to(run) for run in runs):
@@ -342,8 +393,10 @@ def _tell_apart(found: Iterable[_Found]) -> None:
     """Evaluations of equal names in different folders are of different policies, and not seeds of one."""
     alone = [item for item in found if item.file.is_file()]
     for name in (lambda file: f"{file.parent.name}/", lambda file: f"{file.parent}/"):
-        keys = [(item.name, item.env_id, item.seed) for item in alone]
-        equal = {key[0] for key in keys if keys.count(key) > 1}
+        places: dict[tuple[str, str], set[Path]] = {}
+        for item in alone:
+            places.setdefault((item.name, item.env_id), set()).add(item.file.parent)
+        equal = {key[0] for key, folders in places.items() if len(folders) > 1}
         for item in alone:
             if item.name in equal:
                 item.name = name(item.file) + item.name.rpartition("/")[2]
@@ -378,10 +431,13 @@ def with_interval(score: float, low: float, high: float, judged: bool = True) ->
     :return: "85.0 % [80.0, 90.0]", or "-150.2 [-170.0, -130.9]"; empty for NaN
     """
     scale = 100 if judged else 1
-    return "" if np.isnan(score) else f"{_number(score, judged)} [{scale * low:.1f}, {scale * high:.1f}]"
+    interval = "" if np.isnan(low) else f" [{scale * low:.1f}, {scale * high:.1f}]"
+    return "" if np.isnan(score) else f"{_number(score, judged)}{interval}"
 
 
 def _bounds(low: float, high: float, judged: bool) -> str:
+    if np.isnan(low):
+        return ""
     return f"{100 * low:.1f} to {100 * high:.1f} %" if judged else f"{low:.1f} to {high:.1f}"
 
 
@@ -435,8 +491,9 @@ def details(policies: Sequence[Policy], reference: Policy | None) -> Table:
             *(f"{value / unit:,.0f}" if value is not None else "" for value, unit in costs),
         ]
         if goal is not None:
-            reached = policy.reached(goal, "time/env_steps")
-            row.append(", ".join("never" if steps is None else f"{steps:,.0f}" for steps in reached))
+            reached = {} if policy is reference else policy.reached(goal, "time/env_steps")
+            never = {seed: "not yet" if seed in policy.unfinished else "never" for seed in reached}
+            row.append(", ".join(never[seed] if at is None else f"{at:,.0f}" for seed, at in reached.items()))
         rows.append(row)
     return rows
 
@@ -462,12 +519,19 @@ def by_group(policies: Sequence[Policy], groups: Mapping[str, Sequence[int]]) ->
     """
     :param policies: of one env
     :param groups: name -> tasks, for instance those that were trained on and those that were not
-    :return: success of each group with its interval; without rows where there is no group
+    :return: success of each group with its interval, empty for a policy that was evaluated in a part of it; without
+        rows where there is no group
     """
     rows = [["tasks", *groups]]
+    everywhere = {task for policy in policies for task in policy.pooled.per_task()}
     for policy in policies if groups else ():
         if policy.results:
-            cells = (with_interval(*policy.score(tasks), policy.judged) for tasks in groups.values())
+            own = {*policy.pooled.per_task(), *(loss.task_id for loss in policy.pooled.lost)}
+            whole = {name: everywhere & set(tasks) <= own for name, tasks in groups.items()}
+            cells = (
+                with_interval(*policy.score(tasks), policy.judged) if whole[name] else ""
+                for name, tasks in groups.items()
+            )
             rows.append([policy.label, *cells])
     return rows
 
@@ -480,14 +544,19 @@ def paired(policies: Sequence[Policy], reference: Policy | None) -> Table:
     """
     rows = [["in the same episodes", "seed", "it alone solves", "the other alone solves", "p"]]
     for policy in policies:
-        if reference is None or policy is reference:
+        if reference is None or policy is reference or not (policy.judged and reference.judged):
             continue
         for seed, result in policy.results.items():
-            other = reference.results.get(seed) or next(iter(reference.results.values()))
+            other = reference.results.get(seed.rstrip("'"))
+            if other is None and len(reference.results) == 1:
+                other = next(iter(reference.results.values()))
             try:
-                alone, other_alone, p = result.paired(other)
+                alone, other_alone, p = result.paired(other) if other is not None else (0, 0, math.nan)
             except ValueError:
-                continue  # other episodes
+                p = math.nan  # other episodes
+            if math.isnan(p):
+                rows.append([f"{policy.label} against {reference.label}", seed, "other episodes", "", ""])
+                continue
             shown = f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
             rows.append([f"{policy.label} against {reference.label}", seed, str(alone), str(other_alone), shown])
     return rows
@@ -506,9 +575,21 @@ def mixed_versions(policies: Sequence[Policy]) -> list[str]:
 def notes(policies: Sequence[Policy]) -> list[str]:
     """
     :param policies: what is compared
-    :return: sentences about what the numbers do not show: seeds that are there twice, runs that are not finished
+    :return: sentences about what the numbers do not show: seeds that are there twice, runs that are not finished, other
+        tasks than most were evaluated in
     """
-    return [f"{policy.label}: {note}" for policy in policies for note in policy.notes]
+    found = [f"{policy.label}: {note}" for policy in policies for note in policy.notes]
+    for env_id in dict.fromkeys(policy.env_id for policy in policies):
+        here = [policy for policy in policies if policy.env_id == env_id and policy.results]
+        # A task of which all episodes were lost was asked for
+        tasks = [frozenset(p.pooled.per_task()) | {loss.task_id for loss in p.pooled.lost} for p in here]
+        usual = max(tasks, key=tasks.count, default=frozenset())
+        found += [
+            f"{policy.label} was evaluated in other tasks of {env_id} than most: {', '.join(map(str, sorted(own)))}."
+            for policy, own in zip(here, tasks, strict=True)
+            if own != usual
+        ]
+    return found
 
 
 def draw(
@@ -597,12 +678,29 @@ def _finished(figure: Figure) -> Figure:
 def _curves(
     policy: Policy, column: str, unit: float, key: str, scale: float = 1.0, spent: float = 0.0
 ) -> list[np.ndarray]:
-    """Of each seed that has more than a point: what it cost, and what it had reached by then."""
-    curves = [
-        np.array([((row[column] + spent) / unit, scale * row[key]) for row in rows if column in row and key in row])
-        for rows in policy.curves.values()
-    ]
+    """
+    Of each seed that has more than a point: what it cost, and what it had reached by then. Where some are finished, of
+    these.
+    """
+    seeds = [seed for seed in policy.curves if seed not in policy.unfinished] or list(policy.curves)
+    curves = []
+    for seed in seeds:
+        rows = _carried(policy.curves[seed], column)
+        rows = [row for row in rows if column in row and key in row]
+        if key == SUCCESS:
+            enough = [row for row in rows if row.get("time/episodes", FEWEST) >= FEWEST]
+            rows = enough if len(enough) > 1 else rows
+        curves.append(np.array([((row[column] + spent) / unit, scale * row[key]) for row in rows]))
     return [curve for curve in curves if len(curve) > 1]
+
+
+def _carried(rows: Sequence[dict[str, float]], column: str) -> list[dict[str, float]]:
+    """Rows with the last known value of a count that only an update writes."""
+    found, last = [], None
+    for row in rows:
+        last = row.get(column, last)
+        found.append(row if last is None or not column.startswith("train/") else {**row, column: last})
+    return found
 
 
 def _draw_seeds(axis: Axes, curves: Sequence[np.ndarray], color: str, label: str) -> None:
@@ -730,6 +828,11 @@ def report(args: Report) -> None:
     for env_id in dict.fromkeys(policy.env_id for policy in policies):
         here = [policy for policy in policies if policy.env_id == env_id]
         reference = next((policy for policy in here if policy.label == args.reference and policy.results), None)
+        if reference is not None and any(seed.endswith("'") for seed in reference.results):
+            raise ValueError(
+                f"--reference {args.reference}: on {env_id} more than one policy is called that, or a seed is there "
+                f"more than once ({' '.join(reference.notes)}) Give the others names of their own with --label."
+            )
         figures = [(label, env_id, draw(here, column, colors)) for column, (label, _) in AXES.items()]
         if any(_of(before, policy) for policy in here):
             figures += [

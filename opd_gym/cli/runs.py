@@ -527,7 +527,8 @@ def read_progress(run_dir: Path) -> list[dict[str, float]]:
             start = new[0]["time/total_timesteps"]
             # The clocks of each part begin at 0; what was done twice took its time as well
             clocks = ("time/time_elapsed", "time/teacher_seconds")
-            before = {clock: rows[-1].get(clock, 0.0) if rows else 0.0 for clock in clocks}
+            # The row of an evaluation has none
+            before = {c: next((row[c] for row in reversed(rows) if c in row), 0.0) for c in clocks}
             rows = [row for row in rows if row["time/total_timesteps"] < start]
             for row in new:
                 for clock in clocks:
