@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -474,7 +475,13 @@ def evaluate_success(
     :param record: number of episodes to record, or their positions; needs an env with ``render_mode="rgb_array"``
     :return: the result
     :raises RuntimeError: all episodes were lost
+    :raises ValueError: the policy is recurrent, the envs are not wrapped so, or there is nothing to record
     """
+    if hasattr(getattr(model, "policy", model), "lstm_actor"):
+        raise ValueError(
+            "The policy is recurrent (RecurrentPPO), and here each decision is asked for without what came before: its "
+            "success would be that of a policy without memory. Use evaluate_policy of Stable-Baselines3."
+        )
     specs = [_as_spec(episode) for episode in episodes]
     if not can_announce(env):
         raise ValueError(
@@ -516,6 +523,8 @@ class _Evaluation:
         self.env = env
         self.specs = specs
         self.deterministic = deterministic
+        asks_for_masks = "action_masks" in inspect.signature(model.predict).parameters  # MaskablePPO
+        self.masked = asks_for_masks and env.has_attr("action_masks")
         self.reward_threshold = reward_threshold
         self.bar = bar
         self.queue = _Queue(specs, env.num_envs)
@@ -617,7 +626,11 @@ class _Evaluation:
                 with _from_env():
                     self.frames[index].append(_render(self.env, int(slot)))
         actions = self.idle_actions[slots]
-        actions[active], _ = self.model.predict(obs_rows(obs, active), deterministic=self.deterministic)
+        options: dict[str, Any] = {}
+        if self.masked:
+            with _from_env():
+                options["action_masks"] = np.stack(self.env.env_method("action_masks", indices=slots[active].tolist()))
+        actions[active], _ = self.model.predict(obs_rows(obs, active), deterministic=self.deterministic, **options)
         with _from_env():
             self.pipeline.send(part, actions)
         return True

@@ -318,7 +318,7 @@ def token_spec(action_space: spaces.Space, squashed: bool = False) -> TokenSpec:
     :param action_space: Discrete, MultiDiscrete, MultiBinary or Box
     :param squashed: Whether a Box policy squashes its actions
     :return: Its specification
-    :raises ValueError: Another space, or one that does not count from 0
+    :raises ValueError: Another space, one that does not count from 0, or a Box of integers
     """
     check_starts("action space", action_space)
     if isinstance(action_space, spaces.Discrete):
@@ -328,6 +328,11 @@ def token_spec(action_space: spaces.Space, squashed: bool = False) -> TokenSpec:
     if isinstance(action_space, spaces.MultiBinary):
         return TokenSpec(int(np.prod(action_space.shape)), 2)
     if isinstance(action_space, spaces.Box):
+        if not np.issubdtype(action_space.dtype, np.floating):
+            raise ValueError(
+                f"Expected continuous actions, got {action_space} of integers: a Gaussian's samples lie between them. "
+                "Wrap the env so that its actions are float (or MultiDiscrete)."
+            )
         return TokenSpec(int(np.prod(action_space.shape)), 0, squashed)
     raise ValueError(f"Expected a Discrete, MultiDiscrete, MultiBinary or Box action space, got {action_space}.")
 

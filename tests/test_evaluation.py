@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import sb3_contrib
 from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
@@ -27,6 +28,44 @@ from opd_gym.evaluation import (
     mcnemar,
     wilson_interval,
 )
+
+
+class Masked(gym.Env):
+    """Only the action that the mask allows solves it, and it changes from step to step."""
+
+    observation_space = spaces.Box(0, 1, (1,), np.float32)
+    action_space = spaces.Discrete(7)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.t, self.right = 0, True
+        return np.zeros(1, np.float32), {}
+
+    def action_masks(self) -> np.ndarray:
+        return np.arange(7) == (3 * self.t) % 7
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.right &= bool(self.action_masks()[int(action)])
+        self.t += 1
+        return np.zeros(1, np.float32), 0.0, self.t >= 6, False, {"is_success": self.right}
+
+
+@pytest.mark.parametrize("of_policy", [False, True])
+def test_a_policy_with_masks_is_asked_with_them(of_policy: bool) -> None:
+    env = DummyVecEnv([lambda: EpisodeControl(Monitor(Masked()))] * 2)
+    model = sb3_contrib.MaskablePPO("MlpPolicy", env, n_steps=8, seed=0)
+    result = evaluate_success(
+        model.policy if of_policy else model, env, [{"seed": i} for i in range(5)], progress=False
+    )
+    assert result.success_rate == 1.0
+
+
+def test_a_policy_with_memory_is_refused() -> None:
+    env = DummyVecEnv([lambda: EpisodeControl(Monitor(Masked()))])
+    model = sb3_contrib.RecurrentPPO("MlpLstmPolicy", env, n_steps=8)
+    for asked in (model, model.policy):
+        with pytest.raises(ValueError, match="recurrent"):
+            evaluate_success(asked, env, [{"seed": 0}], progress=False)
 
 
 class Countdown(gym.Env):

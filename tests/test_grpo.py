@@ -1,9 +1,13 @@
+import csv
+
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from toys import TINY_BODY, Match, Robot, parameters, vec
 
 from opd_gym.algorithms.grpo import GRPO
@@ -25,6 +29,62 @@ def watch(starts):
         return True
 
     return look
+
+
+class Steps(gym.Env):
+    """Episodes of so many steps of reward 1, which show one number."""
+
+    observation_space = spaces.Box(-1e3, 1e3, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, length, number=1.0):
+        self.length, self.number = length, number
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.full(1, self.number, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.full(1, self.number, np.float32), 1.0, self.t >= self.length, False, {}
+
+
+def test_outcomes_are_the_rewards_of_the_env():
+    """A VecNormalize scales them by a moving deviation: equal returns would not be equal any more."""
+    env = VecNormalize(DummyVecEnv([lambda: EpisodeControl(Steps(5))] * 2))
+    model = GRPO("MlpPolicy", env, **SMALL)
+    model.learn(1)
+    buffer = model.rollout_buffer
+    rows = buffer.valid_rows()
+    assert set(buffer.rewards[rows].tolist()) == {1.0} and len(rows) == 40
+    assert model._n_updates == 0 and not model._trajectories
+
+
+def test_envs_that_stand_still_show_a_vec_normalize_nothing():
+    lengths = {100.0: 2, 0.0: 50}
+    env = VecNormalize(DummyVecEnv([lambda x=x, n=n: EpisodeControl(Steps(n, x)) for x, n in lengths.items()]))
+    GRPO("MlpPolicy", env, **{**SMALL, "group_size": 2, "n_groups": 1}, dynamic_sampling=None).learn(1)
+    # A reset and the steps of one episode each; VecNormalize begins with a count of 1e-4
+    assert env.obs_rms.count == pytest.approx(54, abs=0.01)
+    assert env.obs_rms.mean.item() == pytest.approx(300 / 54, rel=1e-3) and env.training
+
+
+def test_entropy_is_that_of_the_policy_itself(tmp_path):
+    """At temperature 1, whatever it samples at: comparable with other settings and algorithms."""
+    logged = []
+    for temperature in (1.0, 0.2):
+        kwargs = {**SMALL, "learning_rate": 0.0, "dynamic_sampling": None, "temperature": temperature}
+        model = GRPO("MlpPolicy", vec(2, env="CartPole-v1"), **kwargs)
+        with th.no_grad():
+            model.policy.action_net.weight.zero_()
+            model.policy.action_net.bias.copy_(th.tensor([1.0, 0.0]))
+        model.set_logger(configure(str(tmp_path / str(temperature)), ["csv"]))
+        model.learn(1)
+        with (tmp_path / str(temperature) / "progress.csv").open() as file:
+            logged += [float(row["train/entropy"]) for row in csv.DictReader(file) if row["train/entropy"]]
+    p = 1 / (1 + np.exp(-1.0))
+    assert logged == pytest.approx([-p * np.log(p) - (1 - p) * np.log(1 - p)] * 2, abs=1e-4)
 
 
 @pytest.mark.parametrize("n_envs", [1, 3, 10])

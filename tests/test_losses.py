@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
+from scipy.integrate import trapezoid
+from scipy.stats import norm
 
 from opd_gym.algorithms.losses import (
     clipped_surrogate,
@@ -89,6 +91,27 @@ def test_gaussian_divergences_against_numerical_integrals(divergence, squashed):
         "jsd": 0.5 * integral(log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)),
     }[divergence]
     assert token_divergence(student, teacher, divergence).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("std", [1.0, 0.2, 0.1, 0.05, 0.01, 1e-3])
+@pytest.mark.parametrize("distance", [0.0, 0.3, 3.0, 30.0])
+def test_jsd_of_gaussians_of_any_width(std, distance):
+    """A teacher that is made of labels is much narrower than a new student."""
+    mean = th.zeros(1, 1, dtype=th.float64, requires_grad=True)
+    student = GaussianTokens(mean, th.zeros(1, 1, dtype=th.float64))
+    teacher = GaussianTokens(th.full((1, 1), distance).double(), th.full((1, 1), math.log(std)).double())
+    value = token_divergence(student, teacher, "jsd")
+    (slope,) = th.autograd.grad(value.sum(), mean)
+    # Ever finer steps towards the middle of the narrow one
+    offsets = np.geomspace(1e-6, 60.0, 200_001)
+    x = np.concatenate([distance - offsets[::-1], distance + offsets])
+    log_p, log_q = norm.logpdf(x), norm.logpdf(x, distance, std)
+    log_m = np.logaddexp(log_p, log_q) - math.log(2.0)
+    p, q = np.exp(log_p), np.exp(log_q)
+    assert value.item() == pytest.approx(trapezoid(0.5 * (p * (log_p - log_m) + q * (log_q - log_m)), x), abs=1e-6)
+    # d JSD / d mean = E_p[(x - mean) log(p / m)] / 2
+    assert slope.item() == pytest.approx(trapezoid(0.5 * p * x * (log_p - log_m), x), abs=1e-6)
+    assert token_divergence(teacher, student, "jsd").item() == pytest.approx(value.item(), abs=1e-9)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "hard_ce", "jsd"])

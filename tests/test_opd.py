@@ -9,7 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from toys import TINY_BODY, Match, Robot, cartpole_teacher, parameters, vec
 
 from opd_gym.algorithms.common import policy_kwargs_over
@@ -35,6 +35,47 @@ def cartpole_return(model) -> float:
     env = gym.make("CartPole-v1")
     env.reset(seed=0)  # the lengths of its episodes say how many random numbers the rest of a test draws before its own
     return evaluate_policy(model, env, n_eval_episodes=5, deterministic=False)[0]
+
+
+@pytest.mark.parametrize("dict_obs", [False, True])
+def test_replayed_states_are_normalised_as_new_ones_are(dict_obs, tmp_path):
+    """Behind a VecNormalize whose statistics move: kept are raw observations."""
+    keys = {"norm_obs_keys": ["vector"]} if dict_obs else {}
+    env = VecNormalize(vec(2, dict_obs=dict_obs), norm_reward=False, **keys)
+    policy = "MultiInputPolicy" if dict_obs else "MlpPolicy"
+    model = OPD(policy, env, teacher="expert", **{**FAST, "n_steps": 8, "gradient_steps": 2})
+    if dict_obs:  # pictures are transposed around it
+        with pytest.warns(UserWarning, match="another wrapper lies around the VecNormalize"):
+            model.learn(16)
+        assert not model.replay_buffer.raw
+        return
+    seen = []
+    original = model._label_step
+
+    def note(envs):
+        seen.append(env.get_original_obs())
+        return original(envs)
+
+    model._label_step = note
+    model.learn(48)
+    replay = model.replay_buffer
+    assert replay.raw and replay.size == 48
+    # Rows are flattened env by env
+    rollouts = [np.stack(seen[first : first + 8]).swapaxes(0, 1).reshape(16, 4) for first in (0, 8, 16)]
+    np.testing.assert_array_equal(replay.observations[:48], np.concatenate(rollouts))
+    (states, *_) = model._exact_batches()
+    known = env.normalize_obs(np.concatenate(rollouts))
+    assert all(np.abs(known - state).max(1).min() < 1e-5 for state in states.observations.numpy())
+    # And they come back as such alone
+    model.save_replay_buffer(tmp_path / "raw.npz")
+    plain = OPD("MlpPolicy", vec(2), teacher="expert", **FAST)
+    with pytest.raises(ValueError, match="holds observations before a VecNormalize, this model keeps them after it"):
+        plain.load_replay_buffer(tmp_path / "raw.npz")
+    plain.learn(64)
+    plain.set_env(VecNormalize(vec(2)))
+    with pytest.warns(UserWarning, match="The 64 states to replay are forgotten: they were seen without"):
+        plain.learn(64)
+    assert plain.replay_buffer.size == 64 and plain.replay_buffer.raw
 
 
 def test_distils_a_cartpole_teacher(tmp_path):

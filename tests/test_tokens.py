@@ -28,6 +28,12 @@ from opd_gym.tokens import (
 )
 
 
+def test_integers_in_a_box_are_refused():
+    with pytest.raises(ValueError, match="of integers"):
+        token_spec(spaces.Box(0, 5, (2,), np.uint8))
+    assert token_spec(spaces.Box(0, 5, (2,), np.float64)).n_tokens == 2
+
+
 def make_distribution(name: str):
     th.manual_seed(0)
     if name == "categorical":

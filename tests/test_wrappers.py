@@ -78,6 +78,8 @@ def test_chunk_ends_with_the_episode():
     env.reset(seed=0, options={"x": 0.0})
     obs, reward, terminated, _, info = env.step(np.full((4, 2), 0.5, dtype=np.float32))
     assert (obs[0], reward, terminated, info["n_executed"]) == (1.0, 2.0, True, 2)
+    # Of continuous chunks too, which no ActionTokens lies around
+    assert info["n_executed_tokens"] == 4
     env.reset(options={"x": 0.0})
     env.unwrapped.observed.clear()
     _, reward, terminated, _, info = env.step(np.zeros((4, 2), dtype=np.float32))

@@ -21,6 +21,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, is_vecenv_wrapped, unwrap_vec_normalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from opd_gym import ranks
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, outcome_of_step
@@ -424,7 +425,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             ]
             results = []
             for part, decisions in enumerate(row):
-                results.append(pipeline.recv(part))
+                results.append(self._recv(pipeline, part, decisions.standing_still))
                 ahead[part] = None
                 if part < last_part:
                     obs, _, part_dones, part_infos = results[part]
@@ -488,6 +489,25 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             self._last_episode_starts = dones
             self._episodes_ended(row[last_part], *results[last_part][2:])
         return True
+
+    def _recv(self, pipeline: Pipeline, part: int, standing_still: np.ndarray) -> VecEnvStepReturn:
+        """The step of a part of the envs. What those that stand still show is no news to a ``VecNormalize``."""
+        vec_normalize = self.get_vec_normalize_env()
+        if vec_normalize is None or not (vec_normalize.training and standing_still.any()):
+            return pipeline.recv(part)
+        vec_normalize.training = False
+        try:
+            obs, rewards, dones, infos = pipeline.recv(part)
+        finally:
+            vec_normalize.training = True
+        if vec_normalize.norm_obs and not standing_still.all():
+            seen = obs_rows(vec_normalize.get_original_obs(), np.flatnonzero(~standing_still))
+            of_keys = vec_normalize.obs_rms
+            for key, rms in of_keys.items() if isinstance(of_keys, dict) else [(None, of_keys)]:
+                rms.update(seen if key is None else seen[key])  # type: ignore[call-overload]
+            if vec_normalize is self.env:
+                obs = vec_normalize.normalize_obs(vec_normalize.get_original_obs())
+        return obs, rewards, dones, infos
 
     def _rewards_not_finite(self, envs: np.ndarray) -> None:
         text = f"{type(self).__name__}: the rewards of envs {envs.tolist()} are NaN or infinite."

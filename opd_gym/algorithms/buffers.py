@@ -330,6 +330,7 @@ class StateReplay:
     :param spec: Token specification of the teacher's distributions
     :param device: Device of the samples
     :param store_actions: Also keep the student's tokens: to an autoregressive student they are part of the state
+    :param raw: The observations are those before a ``VecNormalize`` has changed them
     """
 
     actions: np.ndarray
@@ -341,6 +342,7 @@ class StateReplay:
         spec: TokenSpec,
         device: th.device | str = "auto",
         store_actions: bool = False,
+        raw: bool = False,
     ):
         check_at_least_one(capacity=capacity)
         self.capacity = capacity
@@ -348,6 +350,7 @@ class StateReplay:
         self.spec = spec
         self.device = get_device(device)
         self.store_actions = store_actions
+        self.raw = raw
         self.size = 0
         #: Number of all states that were ever added, forgotten ones included; state ``i`` lies in row ``i % capacity``
         self.n_added = 0
@@ -444,6 +447,7 @@ class StateReplay:
         observations = self.observations if isinstance(self.observations, dict) else {"": self.observations}
         arrays = {f"obs/{key}": array[rows] for key, array in observations.items()}
         arrays |= {"distributions": self.distributions[rows], "masks": self.masks[rows], "first": np.array(first)}
+        arrays["raw"] = np.array(self.raw)
         if self.store_actions:
             arrays["actions"] = self.actions[rows]
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -473,6 +477,12 @@ class StateReplay:
                 raise ValueError(
                     f"The state replay in {path} holds distributions of {arrays['distributions'].shape[1]} numbers, "
                     f"this model needs {self.spec.flat_size}: it belongs to another action space."
+                )
+            if bool(arrays["raw"] if "raw" in arrays.files else False) != self.raw:
+                theirs, own = ("after", "before") if self.raw else ("before", "after")
+                raise ValueError(
+                    f"The state replay in {path} holds observations {theirs} a VecNormalize, this model keeps them "
+                    f"{own} it."
                 )
             if self.store_actions and "actions" not in arrays.files:
                 raise ValueError(

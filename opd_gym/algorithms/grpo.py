@@ -182,6 +182,13 @@ class GRPO(RolloutAlgorithm):
         self._first_group += self.n_groups
         self._group_seeds = []
 
+    def _step_rewards(
+        self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], values: th.Tensor
+    ) -> np.ndarray:
+        """Those of the env itself: a ``VecNormalize`` scales each step by what it has seen until then."""
+        vec_normalize = self.get_vec_normalize_env()
+        return rewards if vec_normalize is None else vec_normalize.get_original_reward()
+
     def _rollout_done(self, n_steps: int, n_rollout_steps: int) -> bool:
         return bool(self._episodes.standing_still.all())
 
@@ -289,7 +296,10 @@ class GRPO(RolloutAlgorithm):
             )
             (of_all_ranks * loss).backward()
             metrics.append(micro_metrics)
-            entropies.append(masked_mean(policy.entropy().detach(), samples.token_mask).item())
+            with th.no_grad():
+                # At temperature 1, as those of other algorithms and settings
+                entropy = policy.detach().temper(1.0 / self.temperature).entropy()
+            entropies.append(masked_mean(entropy, samples.token_mask).item())
         return metrics, entropies
 
     def _interruption(self) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
+from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 
 from opd_gym import ranks
 from opd_gym.algorithms.base import RolloutAlgorithm
@@ -38,11 +39,12 @@ from opd_gym.algorithms.losses import (
     sampled_opd_loss,
 )
 from opd_gym.algorithms.remote_teacher import RemoteTeacher
+from opd_gym.algorithms.teacher_inputs import Normalisation, unchanged
 from opd_gym.algorithms.teacher_trial import try_teacher
 from opd_gym.algorithms.teachers import Teacher, check_finite, make_teacher
 from opd_gym.checkpoints import lasting_name
 from opd_gym.checks import check_at_least, check_at_least_one
-from opd_gym.observations import obs_rows
+from opd_gym.observations import join_obs, obs_rows
 from opd_gym.tokens import TokenView, is_autoregressive
 
 # Unasked the teacher plays before runs of so many decisions: a shorter one is over sooner than that
@@ -102,7 +104,8 @@ class OPD(RolloutAlgorithm):
     :param group_size: Number of consecutive episodes that start from the same state (where envs can be told). 1 visits
         the most initial states; the paper has 8
     :param state_replay: Whether to keep all states visited so far, or how many at most; True: as many as fit in 1 GiB;
-        None: with the exact estimator, and not with the sampled one
+        None: with the exact estimator, and not with the sampled one. Behind a ``VecNormalize`` raw observations are
+        kept, and normalised as new ones are
     :param gradient_steps: Minibatches per iteration, with state replay; "auto": one for every four labelled decisions
         of the rollout, so that the number of updates depends on the decisions alone
     :param n_epochs: Passes over the rollout per iteration, with the exact estimator and no state replay
@@ -203,6 +206,8 @@ class OPD(RolloutAlgorithm):
         self.n_epochs = n_epochs
         self.augmentation = augmentation
         self.replay_buffer: StateReplay | None = None
+        # Observations of the rollout before a VecNormalize, one of each step
+        self._raw_obs: list[Any] = []
         self._teacher: Teacher | None = None
         self._n_eval_episodes: int | None = None
         self._teacher_seconds = 0.0
@@ -234,15 +239,23 @@ class OPD(RolloutAlgorithm):
             images = has_images(self.observation_space)
             self.learning_rate = LEARNING_RATE_OF_IMAGES if images else LEARNING_RATE_OF_NUMBERS
         super()._setup_model()
-        self.replay_buffer = None
-        if self.state_replay:
-            spec = self.token_spec
-            # A prefix of an autoregressive student belongs to the state
-            prefixes = is_autoregressive(self.policy)
-            capacity = int(self.state_replay)
-            if self.state_replay is True:
-                capacity = max(REPLAY_BYTES // StateReplay.bytes_per_state(self.observation_space, spec, prefixes), 1)
-            self.replay_buffer = StateReplay(capacity, self.observation_space, spec, self.device, prefixes)
+        self.replay_buffer = self._new_replay() if self.state_replay else None
+
+    def _new_replay(self) -> StateReplay:
+        spec = self.token_spec
+        # A prefix of an autoregressive student belongs to the state
+        prefixes = is_autoregressive(self.policy)
+        capacity = int(self.state_replay)
+        normalises = self._outer_vec_normalize()
+        space = self.observation_space if normalises is None else normalises.venv.observation_space
+        if self.state_replay is True:
+            capacity = max(REPLAY_BYTES // StateReplay.bytes_per_state(space, spec, prefixes), 1)
+        return StateReplay(capacity, space, spec, self.device, prefixes, raw=normalises is not None)
+
+    def _outer_vec_normalize(self) -> VecNormalize | None:
+        """What normalises the student's observations; None also where another wrapper changes them after it."""
+        found = self.env if isinstance(self.env, VecNormalize) else None
+        return found if found is not None and found.norm_obs else None
 
     def _setup_teacher(self) -> None:
         """Resolve the teacher's specification; a loaded model needs it only when it goes on learning."""
@@ -309,9 +322,32 @@ class OPD(RolloutAlgorithm):
         super()._begin_rollout()
         # One half of the envs may be a row ahead of the other
         self._next_row = np.zeros(self.n_envs, dtype=np.int64)
+        self._raw_obs = []
+        replay = self.replay_buffer
+        if replay is None:
+            return
+        if replay.raw != (self._outer_vec_normalize() is not None):
+            if replay.size:
+                was, now = ("with", "none") if replay.raw else ("without", "one")
+                warnings.warn(
+                    f"The {replay.size} states to replay are forgotten: they were seen {was} a VecNormalize, and the "
+                    f"env has {now} now.",
+                    stacklevel=2,
+                )
+            self.replay_buffer = self._new_replay()
+        inner = None if self.env is None or replay.raw else unwrap_vec_normalize(self.env)
+        if inner is not None and inner is not self.env and inner.norm_obs and inner.training:
+            warnings.warn(
+                "Replayed states keep the normalisation that they were seen with, while that of new ones moves: "
+                "another wrapper lies around the VecNormalize. Make it the outermost one, or pass state_replay=False.",
+                stacklevel=2,
+            )
 
     def _label_step(self, envs: np.ndarray) -> np.ndarray | None:
         assert self._teacher is not None and self.env is not None
+        if self.replay_buffer is not None and self.replay_buffer.raw:
+            # Behind a VecNormalize all envs act at once
+            self._raw_obs.append(self.env.get_original_obs())  # type: ignore[attr-defined]
         row = self._next_row[envs[0]]
         self._next_row[envs] += 1
         if not self._teacher.privileged or row % self.teacher_interval:
@@ -329,7 +365,12 @@ class OPD(RolloutAlgorithm):
             self._label_rollout()
         if self.replay_buffer is not None:
             rows = buffer.valid_rows()
-            observations = obs_rows(buffer.observations, rows)
+            if self.replay_buffer.raw:
+                envs, steps = rows // buffer.buffer_size, rows % buffer.buffer_size
+                observations = obs_rows(join_obs(self._raw_obs), steps * self.n_envs + envs)
+                self._raw_obs = []
+            else:
+                observations = obs_rows(buffer.observations, rows)
             self.replay_buffer.add(
                 observations, buffer.teacher_distributions[rows], buffer.token_mask[rows], buffer.actions[rows]
             )
@@ -429,8 +470,13 @@ class OPD(RolloutAlgorithm):
                 steps = max(round(UPDATES_PER_DECISION * of_all_ranks / ranks.world_size()), 1)
             else:
                 steps = self.gradient_steps
+            normalises = self._outer_vec_normalize()
+            normalise: Callable[[Any], Any] = unchanged
+            if normalises is not None and self.replay_buffer.raw:
+                normalise = Normalisation(normalises, normalises.venv.observation_space)
             for _ in range(steps):
-                yield self.replay_buffer.sample(self.batch_size) if self.replay_buffer.size else None
+                states = self.replay_buffer.sample(self.batch_size) if self.replay_buffer.size else None
+                yield states and states._replace(observations=normalise(states.observations))
         else:
             for _ in range(self.n_epochs):
                 for samples in ranks.in_step(self.rollout_buffer.get(self.batch_size), -(-n_rows // self.batch_size)):
@@ -447,7 +493,11 @@ class OPD(RolloutAlgorithm):
             student = self._student(samples.observations, samples.actions, self.temperature)
             log_probs = student.log_prob(samples.actions.reshape(len(samples.rows), -1))
             loss, batch_metrics = sampled_opd_loss(
-                log_probs, samples.teacher_log_probs, samples.token_mask, n_trajectories, student.entropy()
+                log_probs,
+                samples.teacher_log_probs,
+                samples.token_mask,
+                n_trajectories,
+                student.detach().temper(1.0 / self.temperature).entropy(),
             )
             loss.backward()
             metrics.append(batch_metrics)
@@ -460,7 +510,7 @@ class OPD(RolloutAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         # A live teacher would be pickled with all its weights; a specification (a string) is saved
         live = [] if self.teacher is None or isinstance(self.teacher, (str, os.PathLike)) else ["teacher"]
-        return [*super()._excluded_save_params(), "_teacher", *live]
+        return [*super()._excluded_save_params(), "_teacher", "_raw_obs", *live]
 
     def save_replay_buffer(self, path: str | os.PathLike[str]) -> None:
         """

@@ -154,6 +154,7 @@ class ActionChunk(_ExpertThrough):
             if self._lazy:
                 self.env.unwrapped.observe = True  # type: ignore[attr-defined]
         info["n_executed"] = i + 1
+        info["n_executed_tokens"] = (i + 1) * actions.shape[1]
         return obs, total, terminated, truncated, info
 
     def _time_is_up(self) -> bool:
