@@ -10,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from opd_gym.algorithms.sft import SFT, SFTLoss
 from opd_gym.demonstrations import Demonstrations, Episode, write_demonstrations
@@ -274,3 +275,26 @@ def test_nan_is_refused(hdf5_file):
         next(iter(model.policy.parameters())).fill_(float("nan"))
     with pytest.raises(FloatingPointError):
         model.learn(1)
+
+
+def test_an_env_that_normalises_what_is_demonstrated_raw_is_refused():
+    data = Demonstrations(np.zeros((8, 4), np.float32), np.zeros(8, np.int64), action_space=spaces.Discrete(2))
+    env = DummyVecEnv([lambda: gym.make("CartPole-v1")])
+    with pytest.raises(ValueError, match="normalize: false"):
+        SFT("MlpPolicy", VecNormalize(env), demonstrations=data)
+    SFT("MlpPolicy", VecNormalize(env, norm_obs=False), demonstrations=data)
+
+
+def test_validation_is_a_mean_over_the_tokens_that_count():
+    """Batches of unlike numbers of them: the first episodes end in the middle of their chunks."""
+    rng = np.random.default_rng(0)
+    data = Demonstrations(rng.normal(size=(12, 3)).astype(np.float32), rng.uniform(-1, 1, (12, 6)).astype(np.float32))
+    model = SFT("MlpPolicy", demonstrations=data, batch_size=4, seed=0)
+    whole, rows = model._evaluate(np.arange(12), 3).neg_log_prob, np.arange(12)
+    mask = np.ones((12, 6), np.float32)
+    mask[:8, 1:] = 0.0
+    model._mask = mask
+    obs, actions, _ = model._batch(rows)
+    log_probs = model._student(obs, actions).log_prob(actions).detach().numpy()
+    assert model._evaluate(rows, 3).neg_log_prob == pytest.approx(-(log_probs * mask).sum() / mask.sum(), rel=1e-5)
+    assert whole == pytest.approx(-log_probs.mean(), rel=1e-5)

@@ -259,6 +259,12 @@ class SFT(PolicyAlgorithm):
         check_hyperparams(vars(self))
         self._setup_lr_schedule()
         self.loss = SFTLoss(self.label_smoothing)
+        normalises = self.get_vec_normalize_env()
+        if normalises is not None and normalises.norm_obs:
+            raise ValueError(
+                "Demonstrations are learned as they are recorded, and this env's VecNormalize shows the policy other "
+                "observations. Leave it out (normalize: false), or pass norm_obs=False."
+            )
         demonstrations, self.demonstrations = self.demonstrations, None
         if demonstrations is not None and not isinstance(demonstrations, Demonstrations):
             demonstrations = self._read(demonstrations)
@@ -466,7 +472,8 @@ class SFT(PolicyAlgorithm):
             for batch in np.array_split(rows, math.ceil(len(rows) / (self.micro_batch_size or self.batch_size))):
                 obs, actions, mask = self._batch(batch)
                 parts.append(self.loss(self._student(obs, actions), actions, mask)[1])
-                weights.append(len(batch))
+                # The metrics are means over the tokens that count
+                weights.append(len(batch) if mask is None else float(mask.sum()))
         names = list(SFTMetrics.__dataclass_fields__)
         return SFTMetrics(**{n: float(np.average([getattr(p, n) for p in parts], weights=weights)) for n in names})
 
