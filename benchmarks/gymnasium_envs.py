@@ -418,7 +418,7 @@ def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, 
         for label in dict.fromkeys(map(label_of, of_teacher)):
             runs = [r for r in of_teacher if label_of(r) == label]
             means = [float(np.mean(r["returns"])) for r in runs]
-            low, high = over_seeds(means) if len(means) > 1 else (np.nan, np.nan)
+            interval = "{:.1f} to {:.1f}".format(*over_seeds(means)) if len(means) > 1 else ""
             steps, updates, cpu_s = (np.mean([r[key] for r in runs]) for key in ("env_steps", "updates", "cpu_s"))
             # Beside each other on one machine, seed by seed
             pairs = {(r["seed"], r["n_envs"]): r["cpu_s"] for r in of_teacher if r["method"] == "dagger"}
@@ -426,7 +426,7 @@ def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, 
             ratio = f"{np.median(ratios):.2f}" if ratios else ""
             lines.append(
                 f"| {name} | {np.mean(teacher['returns']):.1f} | {label} | {', '.join(f'{m:.1f}' for m in means)} | "
-                f"{np.mean(means):.1f} | {low:.1f} to {high:.1f} | {steps:.0f} | {updates:.0f} | {cpu_s:.1f} | "
+                f"{np.mean(means):.1f} | {interval} | {steps:.0f} | {updates:.0f} | {cpu_s:.1f} | "
                 f"{ratio} |"
             )
     return "\n".join(lines) + "\n"
