@@ -26,6 +26,14 @@ long: $(RUNS)/long/seed0/grpo/$(ENV)_1/evaluation.json
 $(RUNS)/long/seed0/grpo/$(ENV)_1/policy/config.json:
 	$(call train,$(RUNS)/long/seed0,grpo,$(ENV),--n-timesteps 40000 --hyperparams $(BEST))
 
+# Whose success the long run is measured by
+long: $(RUNS)/teacher.json
+$(RUNS)/teacher.json: | runs/libero_suites/object/teacher.json
+	cp $| $@
+runs/libero_suites/%:
+	$(MAKE) -f benchmarks/libero_suites.mk $@
+
 report:
 	$(call reported,--title "GRPO on LIBERO-Object" $(foreach change,$(CHANGES),\
-	    -l '$(subst $(colon),_,$(change))/*=$(subst +, ,$(subst $(colon), ,$(change)))') -l 'long/*=ten times the decisions')
+	    -l '$(subst $(colon),_,$(change))/*=$(subst +, ,$(subst $(colon), ,$(change)))') -l 'long/*=ten times the decisions' \
+	    -l 'teacher.json=teacher' $(addprefix --reference ,$(if $(wildcard $(RUNS)/teacher.json),teacher)))

@@ -14,7 +14,7 @@ include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 SUITES ?= object spatial goal
 SEEDS ?= 0 1 2
 DECISIONS ?= 4000
-.PHONY: $(SUITES)
+.PHONY: $(SUITES) against
 all: $(SUITES)
 
 ENV_object = LiberoObject-v0
@@ -66,10 +66,17 @@ endef
 
 $(foreach name,$(SUITES),$(eval $(call suite,$(name),$(ENV_$(name)))))
 
+LABELS = -l '*student.json=student' -l '*/of_teacher/*=SFT on the teacher' -l '*/sft/*=SFT' -l '*/grpo/*=GRPO' -l '*/opd/*=OPD' \
+    -l '*teacher.json=teacher'
+
 # Held-out evaluation: common.mk. Tables and curves. What OPD's teachers had cost, in env steps of the demonstrations (of Spatial and
 # Goal as counted by libero_suites_12000.mk, of Object about 33,000) and of DAgger (Object's), and in minutes: about 20 of recording,
 # the rest training, on two cores beside other work
 report:
-	$(call reported,--title "OPD on LIBERO" --reference teacher -l '*student.json=student' -l '*/of_teacher/*=SFT on the teacher' -l '*/sft/*=SFT' \
-	    -l '*/grpo/*=GRPO' -l '*/opd/*=OPD' -l '*teacher.json=teacher' $(foreach cost,\
+	$(call reported,--title "OPD on LIBERO" --reference teacher $(LABELS) $(foreach cost,\
 	    LiberoObject-v0=128000$(comma)135 LiberoSpatial-v0=26424$(comma)153 LiberoGoal-v0=28302$(comma)100,--before OPD@$(cost)))
+
+# The same with tests against others than the teacher
+against:
+	for name in OPD student; do opd-gym report $(RUNS) -o $(RUNS)/against_$$name.html --markdown $(OUT)/against_$$name.md \
+	    --title "Against $$name" --reference $$name $(LABELS); done

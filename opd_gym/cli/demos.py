@@ -15,7 +15,6 @@ from opd_gym.checks import check_at_least, check_at_least_one, check_range
 from opd_gym.cli.options import Demos
 from opd_gym.envs.make import DEFAULT_CHUNK_SIZE, env_arguments, make_env_fn
 from opd_gym.envs.registration import LIBERO_IDS, bare_id
-from opd_gym.envs.wrappers import ActionTokens
 
 if TYPE_CHECKING:
     from opd_gym.demonstrations import Episode
@@ -114,13 +113,9 @@ def record_demonstrations(
         **pictures,
         **({} if checkpoint is None else {"checkpoint": str(checkpoint)}),
     }
-    policy: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
-    if checkpoint is None:
-        env = gym.make(env_id, **pictures, max_simulators=1).unwrapped
-    else:
-        outer = make_env_fn(env_id, **env_arguments(env_id, {}, settings, **pictures, max_simulators=1))()
-        policy = _acting(outer, checkpoint, device, trust)
-        env = outer.unwrapped
+    outer = make_env_fn(env_id, **env_arguments(env_id, {}, settings, **pictures, max_simulators=1))()
+    policy = None if checkpoint is None else _acting(outer, checkpoint, device, trust)
+    env = outer.unwrapped
     assert isinstance(env, LiberoEnv)
     tasks = list(task_ids) if task_ids else env.task_ids
     bar = tqdm(total=len(tasks) * episodes_per_task, desc="recording", unit="episode", disable=not progress)
@@ -144,8 +139,7 @@ def record_demonstrations(
             return [folder]
         if policy is None:
             env.check_expert(tasks)
-        names = {task_id: f"{suites.tasks(env.suite)[task_id].name}_demo.hdf5" for task_id in tasks}
-        files = [folder / name for name in names.values()]
+        files = [folder / f"{suites.tasks(env.suite)[task_id].name}_demo.hdf5" for task_id in tasks]
         there = [path for path in files if was_recorded(path, recipe)]
         others = [str(path) for path in files if path.exists() and path not in there]
         if others:
@@ -183,13 +177,11 @@ def _acting(
     policy = load_policy(checkpoint, env.observation_space, env.action_space, trainable=False, trust=trust)
     check_spaces(policy, env, checkpoint)
     policy.to(get_device(check_device(device)))
-    layer: Any = env
-    while not isinstance(layer, ActionTokens):
-        layer = layer.env
+    decode = env.get_wrapper_attr("action")  # of ActionTokens
 
     def act(obs: dict[str, np.ndarray]) -> np.ndarray:
         tokens = policy.predict({key: value[None] for key, value in obs.items()}, deterministic=True)[0]
-        return layer.action(tokens[0])
+        return decode(tokens[0])
 
     return act
 

@@ -141,9 +141,8 @@ class Policy:
                 "they have no mean. Evaluate all in the same, or give them names of their own with --label."
             )
         rates = [_mean(result, judged) for result in results]
-        low, high = (
-            f(bounds) for f, bounds in zip((min, max), zip((low, high), over_seeds(rates), strict=True), strict=True)
-        )
+        lowest, highest = over_seeds(rates)
+        low, high = min(low, lowest), max(high, highest)
         return statistics.fmean(rates), max(low, 0.0) if judged else low, min(high, 1.0) if judged else high
 
     def shown(self, result: EvaluationResult, digits: int = 1) -> str:
