@@ -31,13 +31,18 @@ CONTROL_DEMOS_object = 40
 CONTROL_DEMOS_spatial = 50
 CONTROL_DEMOS_goal = 55
 CONTROL_DEMOS_10 = 25
+# Half of them, before OPD has half the decisions
+WARM_DEMOS_object = 20
+WARM_DEMOS_spatial = 25
+WARM_DEMOS_goal = 28
+WARM_DEMOS_10 = 13
 
 SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimizer_kwargs.weight_decay:1e-4 learning_rate:lin_1e-3
 
 # $(call suite,NAME,ENV)
 define suite
 $(1): $(foreach role,student teacher,$(RUNS)/$(1)/$(role).json) \
-    $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft of_teacher/sft,$(RUNS)/$(1)/seed$(seed)/$(algo)/$(2)_1/evaluation.json))
+    $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft of_teacher/sft warm_start/opd,$(RUNS)/$(1)/seed$(seed)/$(algo)/$(2)_1/evaluation.json))
 $(RUNS)/$(1)/student.json $(RUNS)/$(1)/teacher.json: $(RUNS)/$(1)/%.json:
 	opd-gym eval --env $(2) --checkpoint libero-$(1)-$$* --episodes $$(EPISODES) $$(EVAL) --no-progress -o $$@
 $(RUNS)/$(1)/demos/done:
@@ -50,7 +55,7 @@ $(foreach seed,$(SEEDS),$(eval $(call runs,$(1),$(2),$(seed))))
 endef
 
 # $(call runs,NAME,ENV,SEED): OPD; GRPO with as many decisions; SFT on as many labelled decisions with as many gradient steps, of the
-# scripted expert and of the teacher
+# scripted expert and of the teacher; and OPD after SFT on the teacher, half the decisions and gradient steps of each
 define runs
 $(RUNS)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json:
 $(call train,$(RUNS)/$(1)/seed$(3),opd,$(2),--seed $(3) --n-timesteps $(DECISIONS) $(addprefix --hyperparams ,$(call only,$(1))))
@@ -62,11 +67,18 @@ $(call train,$(RUNS)/$(1)/seed$(3),sft,$(2),--seed $(3) --n-timesteps 1280 --dem
 $(RUNS)/$(1)/seed$(3)/of_teacher/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos_of_teacher/done
 $(call train,$(RUNS)/$(1)/seed$(3)/of_teacher,sft,$(2),--seed $(3) --n-timesteps 1280 --demonstrations $(RUNS)/$(1)/demos_of_teacher \
 	    --student libero-$(1)-student --hyperparams $(SFT) $(call only,$(1)))
+$(RUNS)/$(1)/seed$(3)/warm_start/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos_of_teacher/done
+$(call train,$(RUNS)/$(1)/seed$(3)/warm_start,sft,$(2),--seed $(3) --n-timesteps 640 --demonstrations $(RUNS)/$(1)/demos_of_teacher \
+	    --student libero-$(1)-student --hyperparams n_demos:$(WARM_DEMOS_$(1)) $(SFT) $(call only,$(1)))
+$(RUNS)/$(1)/seed$(3)/warm_start/opd/$(2)_1/policy/config.json: | $(RUNS)/$(1)/seed$(3)/warm_start/sft/$(2)_1/policy/config.json
+$(call train,$(RUNS)/$(1)/seed$(3)/warm_start,opd,$(2),--seed $(3) --n-timesteps 2000 \
+	    --student $(RUNS)/$(1)/seed$(3)/warm_start/sft/$(2)_1/policy $(addprefix --hyperparams ,$(call only,$(1))))
 endef
 
 $(foreach name,$(SUITES),$(eval $(call suite,$(name),$(ENV_$(name)))))
 
-LABELS = -l '*student.json=student' -l '*/of_teacher/*=SFT on the teacher' -l '*/sft/*=SFT' -l '*/grpo/*=GRPO' -l '*/opd/*=OPD' \
+LABELS = -l '*student.json=student' -l '*/of_teacher/*=SFT on the teacher' -l '*/warm_start/sft/*=half of SFT on the teacher' \
+    -l '*/warm_start/opd/*=half of SFT on the teacher then OPD' -l '*/sft/*=SFT' -l '*/grpo/*=GRPO' -l '*/opd/*=OPD' \
     -l '*teacher.json=teacher'
 
 # Held-out evaluation: common.mk. Tables and curves. What OPD's teachers had cost, in env steps of the demonstrations (of Spatial and

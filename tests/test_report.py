@@ -245,6 +245,16 @@ def test_equal_names_in_different_folders_are_different_policies(tmp_path):
     assert found == {p.label: p.score()[0] for p in find_policies([tmp_path / "before", tmp_path / "after"], {})}
 
 
+def test_a_label_that_other_runs_have_for_a_name_is_told(tmp_path):
+    run(tmp_path / "a", "opd", 0, [0.1, 0.5], evaluation(5))
+    run(tmp_path / "b", "grpo", 1, [0.1, 0.5], evaluation(7))
+    policies = find_policies([tmp_path], {"b/*": "opd"})
+    assert [policy.label for policy in policies] == ["opd"]
+    assert policies[0].notes == [f"without a label this is the name of a/opd/{ENV}_1/ too, which counts here."]
+    for labels in ({"b/*": "GRPO"}, {"*": "opd"}):
+        assert not any(policy.notes for policy in find_policies([tmp_path], labels))
+
+
 def test_a_seed_that_is_there_twice_and_a_run_that_is_not_finished_are_told(tmp_path, capsys):
     run(tmp_path, "opd", 0, [0.1, 0.5], evaluation(5), n_timesteps=512)
     again = run(tmp_path, "opd", 1, [0.1], evaluation(7), n_timesteps=512)

@@ -272,6 +272,7 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
     common = {key: _usual(alike) for key, alike in settings.items()}
     policies: dict[tuple[str, str], Policy] = {}
     lengths: dict[tuple[str, str], set[float]] = {}
+    unlabelled: dict[tuple[str, str], list[str]] = {}
     order: dict[str, int] = {}
     for item in found:
         label = item.name
@@ -284,6 +285,8 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
             if fnmatch(item.path, pattern):
                 number, label = i, text
                 break
+        else:
+            unlabelled.setdefault((item.env_id, label), []).append(item.path)
         order.setdefault(label, number)
         policy = policies.setdefault((item.env_id, label), Policy(label, item.env_id))
         seed = item.seed
@@ -306,6 +309,9 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
         if len(totals) > 1:
             shown = ", ".join(f"{total:,.0f}" for total in sorted(totals))
             policies[key].notes.append(f"its seeds were trained for different numbers of timesteps: {shown}.")
+    for key in unlabelled.keys() & {(env_id, text) for env_id, _ in policies for text in labels.values()}:
+        paths = ", ".join(unlabelled[key])
+        policies[key].notes.append(f"without a label this is the name of {paths} too, which counts here.")
     return sorted(policies.values(), key=lambda policy: order[policy.label])
 
 
