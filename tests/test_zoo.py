@@ -356,7 +356,8 @@ def test_a_table_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> 
 
 def test_progress_of_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
     for steps in ((10, 20, 30), (20, 30, 40)):
-        logger = make_logger(tmp_path)
+        # Killed after it had logged step 30; the last checkpoint is of step 10
+        logger = make_logger(tmp_path, start=steps[0] - 10)
         for step in steps:
             logger.record("time/total_timesteps", step)
             logger.record("rollout/success_rate", step / 100)
@@ -369,7 +370,14 @@ def test_progress_of_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
     # 27 seconds until the interruption, of which the last 20 were done again
     assert [row["time/time_elapsed"] for row in rows] == [7, 34, 44, 54]
     assert [row["time/teacher_seconds"] for row in rows] == [2, 24, 34, 44]
-    assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["progress.1.csv", "progress.csv"]
+    assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["progress.1.until_10.csv", "progress.csv"]
+    # Iterations of other lengths after the resume: what was lost is no part of the curve, its time is
+    (tmp_path / "progress.csv").write_text("time/total_timesteps,time/time_elapsed\n35,7\n")
+    rows = read_progress(tmp_path)
+    assert [(row["time/total_timesteps"], row["time/time_elapsed"]) for row in rows] == [(10, 7), (35, 34)]
+    # Tables of versions that did not note the checkpoint
+    (tmp_path / "progress.1.until_10.csv").rename(tmp_path / "progress.1.csv")
+    assert [row["time/total_timesteps"] for row in read_progress(tmp_path)] == [10, 20, 30, 35]
     picture = plot_learning_curve(tmp_path, references={"teacher": 0.9})
     assert picture is not None and picture.read_bytes().startswith(b"\x89PNG")
     assert plot_learning_curve(tmp_path / "nothing") is None
@@ -438,7 +446,7 @@ def test_train_keeps_everything_and_resumes(teacher: Path, tmp_path: Path, capsy
     assert (run / "command.txt").read_text().count("\n") == 2
     assert main(["train", "--resume", str(run), "-n", "128", "--no-progress"]) == 0
     assert "already" in capsys.readouterr().out
-    assert sorted(path.name for path in run.glob("progress*.csv")) == ["progress.1.csv", "progress.csv"]
+    assert sorted(path.name for path in run.glob("progress*.csv")) == ["progress.1.until_64.csv", "progress.csv"]
     assert (run / "progress.csv").stat().st_size > 0
 
     output = tmp_path / "result.json"

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shlex
 import socket
 import sys
@@ -425,20 +426,24 @@ class Evaluations(BaseCallback):
             self._play()  # learn() logs what is left
 
 
-def make_logger(run_dir: Path, verbose: int = 0, track: Mapping[str, Any] | None = None) -> Logger:
+def make_logger(
+    run_dir: Path, verbose: int = 0, track: Mapping[str, Any] | None = None, start: int | None = None
+) -> Logger:
     """
     Logger to ``progress.csv``, to TensorBoard where it is installed, and to the screen.
 
     :param run_dir: directory of the run; the table of an earlier part of a resumed run is kept under another name
     :param verbose: 1 to print the table as well
     :param track: configuration of the run, to log it to Weights & Biases as well; None: not there
+    :param start: timesteps that a resumed run goes on from. What an earlier table has beyond them is done again, and
+        its new name, ``progress.1.until_64.csv``, says so
     :return: the logger
     """
     table = run_dir / "progress.csv"
     if table.exists():
         parts = [path.name.split(".")[1] for path in run_dir.glob("progress.*.csv")]
         number = 1 + max((int(part) for part in parts if part.isdigit()), default=0)
-        os.replace(table, run_dir / f"progress.{number}.csv")
+        os.replace(table, run_dir / f"progress.{number}{'' if start is None else f'.until_{start}'}.csv")
     formats: list[KVWriter] = [_optional_writer(CSVOutputFormat(str(table)), table)]
     try:
         from stable_baselines3.common.logger import TensorBoardOutputFormat
@@ -513,6 +518,8 @@ def read_progress(run_dir: Path) -> list[dict[str, float]]:
         return int(middle) if middle.isdigit() else sys.maxsize
 
     rows: list[dict[str, float]] = []
+    # The clocks of each part begin at 0; what was done twice took its time as well
+    clocks = dict.fromkeys(("time/time_elapsed", "time/teacher_seconds"), 0.0)
     for path in sorted(run_dir.glob("progress*.csv"), key=part):
         try:
             text = path.read_text(encoding="utf-8")
@@ -525,16 +532,14 @@ def read_progress(run_dir: Path) -> list[dict[str, float]]:
         new = [row for row in new if not math.isnan(row.get("time/total_timesteps", math.nan))]
         if new:
             start = new[0]["time/total_timesteps"]
-            # The clocks of each part begin at 0; what was done twice took its time as well
-            clocks = ("time/time_elapsed", "time/teacher_seconds")
-            # The row of an evaluation has none
-            before = {c: next((row[c] for row in reversed(rows) if c in row), 0.0) for c in clocks}
             rows = [row for row in rows if row["time/total_timesteps"] < start]
             for row in new:
-                for clock in clocks:
-                    if clock in row:
-                        row[clock] += before[clock]
+                # The row of an evaluation has none
+                row.update({clock: row[clock] + before for clock, before in clocks.items() if clock in row})
+            clocks = {c: next((row[c] for row in reversed(new) if c in row), clocks[c]) for c in clocks}
         rows.extend(new)
+        if until := re.fullmatch(r"progress\.\d+\.until_(\d+)\.csv", path.name):
+            rows = [row for row in rows if row["time/total_timesteps"] <= int(until[1])]
     return rows
 
 

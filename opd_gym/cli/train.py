@@ -558,7 +558,7 @@ def _learn(
             print(f"The run has its {model.num_timesteps} timesteps already. Ask for more with --n-timesteps.")
             return False, True
     if ranks.is_main():
-        model.set_logger(make_logger(checkpoint.run_dir, args.verbose, tracked))
+        model.set_logger(make_logger(checkpoint.run_dir, args.verbose, tracked, model.num_timesteps))
     checkpoint.model = model  # a signal may come before learn() says so
     began = time.monotonic()
     with stop.on_signals():
