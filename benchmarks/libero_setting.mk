@@ -12,6 +12,9 @@ include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 ENV = LiberoObject-v0
 # What the zoo had until then, with the paper's groups of 8
 BEFORE = gradient_steps:40 n_steps:128 learning_rate:lin_5e-4 group_size:8 temperature:1.0
+HORIZON_Object = env_kwargs.horizon:160
+HORIZON_Spatial = env_kwargs.horizon:160
+HORIZON_Goal = env_kwargs.horizon:300
 NEAR_GREEDY = gradient_steps:40 learning_rate:lin_1e-3 group_size:1 temperature:0.3
 SAMPLED = $(RUNS)/faster/% $(RUNS)/more_steps/% $(RUNS)/greedier/% $(RUNS)/suites/goal_% $(RUNS)/smaller_batches/% $(RUNS)/suites/spatial_%
 $(SAMPLED): EVAL = --init-states sampled --seed 700
@@ -25,10 +28,10 @@ $(eval $(call run,forward_kl,opd,$(ENV),0,--n-timesteps 4000 --hyperparams $(BEF
 $(eval $(call run,faster,opd,$(ENV),10,--n-timesteps 4000 --hyperparams $(NEAR_GREEDY) n_steps:128))
 $(eval $(call run,more_steps,opd,$(ENV),10,--n-timesteps 4000 --hyperparams $(NEAR_GREEDY) n_steps:64))
 $(foreach suite,Object Spatial Goal,\
-    $(eval $(call run,suites,opd,Libero$(suite)-v0,0,--n-timesteps 4000 --hyperparams $(NEAR_GREEDY) n_steps:64)))
-$(eval $(call run,greedier,opd,LiberoGoal-v0,10,--n-timesteps 4000 --hyperparams $(filter-out temperature:%,$(NEAR_GREEDY)) temperature:0.05 n_steps:64))
+    $(eval $(call run,suites,opd,Libero$(suite)-v0,0,--n-timesteps 4000 --hyperparams $(NEAR_GREEDY) n_steps:64 $(HORIZON_$(suite)))))
+$(eval $(call run,greedier,opd,LiberoGoal-v0,10,--n-timesteps 4000 --hyperparams $(filter-out temperature:%,$(NEAR_GREEDY)) temperature:0.05 n_steps:64 $(HORIZON_Goal)))
 # On LIBERO-Spatial, twice the gradient steps on half as many states each, which costs the same; beside what the zoo has
-$(eval $(call run,smaller_batches,opd,LiberoSpatial-v0,10,--n-timesteps 4000 --hyperparams learning_rate:lin_1e-3 group_size:1 temperature:0.05 n_steps:64 gradient_steps:80 batch_size:64))
+$(eval $(call run,smaller_batches,opd,LiberoSpatial-v0,10,--n-timesteps 4000 --hyperparams learning_rate:lin_1e-3 group_size:1 temperature:0.05 n_steps:64 gradient_steps:80 batch_size:64 $(HORIZON_Spatial)))
 all: $(RUNS)/suites/spatial_sampled_states.json
 $(RUNS)/suites/spatial_sampled_states.json: | runs/libero_suites/spatial/seed0/opd/LiberoSpatial-v0_1/policy/config.json
 	opd-gym eval --env LiberoSpatial-v0 --checkpoint runs/libero_suites/spatial/seed0/opd/LiberoSpatial-v0_1/policy --episodes $(EPISODES) $(EVAL) --no-progress -o $@

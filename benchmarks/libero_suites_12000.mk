@@ -47,11 +47,15 @@ CONTROL_DEMOS_10 = 60
 
 # The zoo's settings then; Spatial had groups of 1, and Goal a temperature of 0.3 as well
 OLD = learning_rate:lin_5e-4 n_steps:128
-OPD_object = $(OLD) group_size:8 temperature:1.0
-OPD_spatial = $(OLD) group_size:1 temperature:1.0
-OPD_goal = $(OLD) group_size:1 temperature:0.3
-OPD_10 = $(OPD_goal)
+OPD_object = $(OLD) group_size:8 temperature:1.0 $(HORIZON_object)
+OPD_spatial = $(OLD) group_size:1 temperature:1.0 $(HORIZON_spatial)
+OPD_goal = $(OLD) group_size:1 temperature:0.3 $(HORIZON_goal)
+OPD_10 = $(OLD) group_size:1 temperature:0.3 $(HORIZON_10)
 GRPO = learning_rate:1e-4 temperature:1.0 n_epochs:1
+HORIZON_object = env_kwargs.horizon:160
+HORIZON_spatial = env_kwargs.horizon:160
+HORIZON_goal = env_kwargs.horizon:300
+HORIZON_10 = env_kwargs.horizon:320
 
 SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimizer_kwargs.weight_decay:1e-4
 
@@ -112,7 +116,7 @@ $(call train,$(RUNS)/$(1)/seed$(3),opd,$(2),--seed $(3) --n-timesteps 12000 --te
 	    --student $(RUNS)/$(1)/student/sft/$(2)_1/policy --hyperparams $(OPD_$(1)) $(call only,$(1)))
 $(RUNS)/$(1)/seed$(3)/grpo/$(2)_1/policy/config.json: | $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json
 $(call train,$(RUNS)/$(1)/seed$(3),grpo,$(2),--seed $(3) --n-timesteps 12000 --student $(RUNS)/$(1)/student/sft/$(2)_1/policy \
-	    --hyperparams $(GRPO) $(call only,$(1)))
+	    --hyperparams $(GRPO) $(HORIZON_$(1)) $(call only,$(1)))
 $(RUNS)/$(1)/seed$(3)/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos/control/done $(RUNS)/$(1)/student/sft/$(2)_1/policy/config.json
 $(call train,$(RUNS)/$(1)/seed$(3),sft,$(2),--seed $(3) --n-timesteps 1880 --demonstrations $(RUNS)/$(1)/demos/control \
 	    --student $(RUNS)/$(1)/student/sft/$(2)_1/policy --hyperparams $(SFT) learning_rate:lin_5e-4 $(call only,$(1)))

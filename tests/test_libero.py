@@ -177,6 +177,14 @@ def test_observation_info_and_truncation():
     env.close()
 
 
+def test_every_task_may_have_a_horizon_of_its_own():
+    env = LiberoEnv("libero_object", [1, 3], image_size=32, visuals="light", horizon=[9, 2, 9, 3, 9, 9, 9, 9, 9, 9])
+    for options, horizon in (({"task_id": 3}, 3), ({"task_id": 1}, 2), ({"task_id": 1, "horizon": 4}, 4)):
+        env.reset(seed=0, options=options)
+        assert [env.step(np.zeros(7))[3] for _ in range(horizon)] == [False] * (horizon - 1) + [True]
+    env.close()
+
+
 def test_upright_and_not_mirrored(env):
     """The basket stands on the right of the agent's view, the floor fills its lower part, the gripper is above."""
     env.reset(seed=0, options={"task_id": 0})
@@ -239,6 +247,8 @@ def test_the_users_random_state_is_left_alone(env):
         ({"suite": "libero_object", "visuals": "nice"}, "visuals"),
         ({"suite": "libero_object", "render_mode": "human"}, "rgb_array"),
         ({"suite": "libero_object", "horizon": 0}, "horizon must be at least 1, got 0"),
+        ({"suite": "libero_object", "horizon": [100] * 9 + [0]}, "horizon must be at least 1, got 0"),
+        ({"suite": "libero_object", "horizon": [100] * 9}, "'libero_object' has 10 tasks, got 9 numbers"),
         ({"suite": "libero_object", "image_size": (240, 320)}, "pictures are square.*trained in another env"),
     ],
 )

@@ -118,6 +118,7 @@ def test_what_cannot_run_is_left_out_or_says_why():
         ({"suite": "libero_goal", "categories": []}, "categories must be some of"),
         ({"suite": "libero_goal", "difficulty": [6]}, "difficulty must be some of 1, 2, 3, 4, 5; got"),
         ({"suite": "libero_goal", "difficulty": [1]}, "not in its wheel.*difficulty_file=PATH"),
+        ({"suite": "libero_goal", "horizon": [100] * 10}, "horizon must be an integer"),
         ({"suite": "libero_goal", "task_ids": [2591]}, "has the tasks 0 to 2590"),
         ({"suite": "libero_goal", "categories": ["camera"], "task_ids": [0]}, "No task"),
     ],

@@ -51,7 +51,8 @@ class LiberoEnv(gym.Env):
     :param cameras: "agentview", "wrist", or MuJoCo's name of a camera
     :param init_states: "sampled" draws from LIBERO's own placement sampler (for training), "eval" from the official
         states (for evaluation), a sequence of ints from those official states
-    :param horizon: control steps until truncation; None for the suite's own
+    :param horizon: control steps until truncation, or a sequence of them, one for each task of the suite; None for the
+        suite's own
     :param visuals: "exact" for LIBERO's own pictures, "light" for simplified visual meshes: much faster without a GPU,
         physics identical
     :param msaa: whether edges are smoothed; None: not in "light". In "exact" they always are
@@ -75,7 +76,7 @@ class LiberoEnv(gym.Env):
         image_size: int = 128,
         cameras: Sequence[str] = ("agentview", "wrist"),
         init_states: str | Sequence[int] = "sampled",
-        horizon: int | None = None,
+        horizon: int | Sequence[int] | None = None,
         visuals: str = "exact",
         msaa: bool | None = None,
         max_simulators: int = 100,
@@ -106,14 +107,19 @@ class LiberoEnv(gym.Env):
                 f"LIBERO's pictures are square: image_size must be an integer, got {image_size}. A checkpoint that "
                 "asks for such pictures was trained in another env."
             )
-        check_at_least_one(image_size=image_size, max_simulators=max_simulators, horizon=horizon)
+        check_at_least_one(image_size=image_size, max_simulators=max_simulators)
+        for steps in horizon if isinstance(horizon, (list, tuple)) else [horizon]:
+            check_at_least_one(horizon=steps)
         require_libero()
         warn_of_mujoco()
+        if isinstance(horizon, (list, tuple)) and len(horizon) != (n_tasks := n_tasks or len(suites.tasks(suite))):
+            raise ValueError(f"horizon: {suite!r} has {n_tasks} tasks, got {len(horizon)} numbers. One is for all.")
         self.suite = suite
         self.image_size = image_size
         self.cameras = tuple(cameras)
         self.init_states = init_states
-        self.horizon = suites.horizon(suite) if horizon is None else int(horizon)
+        #: Control steps until truncation, of any task or of each
+        self.horizon = suites.horizon(suite) if horizon is None else horizon
         self.visuals = visuals
         self.msaa = visuals == "exact" if msaa is None else bool(msaa)
         self.render_mode = render_mode
@@ -231,9 +237,7 @@ class LiberoEnv(gym.Env):
         unknown = set(options) - {"task_id", "init_state_id", "horizon"}
         if unknown:
             raise ValueError(f"Unknown reset options {sorted(unknown)}. Known: task_id, init_state_id and horizon.")
-        horizon = options.get("horizon", self.horizon)
-        check_at_least_one(**{"The option horizon": horizon})
-        horizon = int(horizon)
+        check_at_least_one(**{"The option horizon": options.get("horizon", 1)})
         task_ids = self.task_ids
         # All draws are made whatever the options say, so that an option never shifts the draws that follow.
         drawn_task = task_ids[int(self.np_random.integers(len(task_ids)))]
@@ -265,7 +269,8 @@ class LiberoEnv(gym.Env):
         self._init_state_id = init_state_id
         self._instruction = encode_instruction(self.instruction, self.instruction_bytes)
         self._steps = 0
-        self._episode_horizon = horizon
+        horizon: Any = self.horizon[task_id] if isinstance(self.horizon, (list, tuple)) else self.horizon
+        self._episode_horizon = int(options.get("horizon", horizon))
         self._done = False
         return self._observation(render=True), self._info(False)
 

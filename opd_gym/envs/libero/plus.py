@@ -282,7 +282,7 @@ class LiberoPlusEnv(LiberoEnv):
     :param instruction_bytes: length of ``instruction``; tasks whose instruction is longer are left out, because a
         truncated one is another task. 384 holds all of them, but a policy trained with 128 reads no more than that
     :param max_simulators: see :class:`LiberoEnv`; each task of the category "layout" is a scene of its own
-    :param kwargs: see :class:`LiberoEnv`
+    :param kwargs: see :class:`LiberoEnv`; ``horizon`` is one number here
     :raises ValueError: unknown category, level or task; no task is left
     :raises ImportError: LIBERO or LIBERO-Plus' wheel is not installed
     """
@@ -300,7 +300,8 @@ class LiberoPlusEnv(LiberoEnv):
     ):
         if suite not in suites.CLASSIC_SUITES:
             raise ValueError(f"LIBERO-Plus has the suites {', '.join(suites.CLASSIC_SUITES)}, got {suite!r}.")
-        check_at_least_one(instruction_bytes=instruction_bytes)
+        # Its tasks are thousands, so a sequence is no number here
+        check_at_least_one(instruction_bytes=instruction_bytes, horizon=kwargs.get("horizon"))
         self.instruction_bytes = instruction_bytes
         super().__init__(suite, max_simulators=max_simulators, **kwargs)
         self._noise_seed = 0

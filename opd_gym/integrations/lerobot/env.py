@@ -65,17 +65,17 @@ class LeRobotLiberoEnv(gym.Env):
         self.pictures = dict(PICTURES if pictures is None else pictures)
         if not self.pictures:
             raise ValueError("pictures must name at least one camera.")
-        self._max_episode_steps = HORIZONS.get(suite) if max_steps is None else max_steps
+        horizon = HORIZONS.get(suite) if max_steps is None else max_steps
         self._env = LiberoEnv(
             suite,
             [task_id],
             image_size=image_size,
             cameras=tuple(self.pictures),
             init_states="eval",
-            horizon=self._max_episode_steps,
+            horizon=horizon,
             visuals=visuals,
         )
-        self._max_episode_steps = self._env.horizon
+        self._max_episode_steps = self._env.suite_horizon if horizon is None else horizon
         task = suites.tasks(suite)[task_id]
         self.task_id = task_id
         self.task = task.name
