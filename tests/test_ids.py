@@ -49,10 +49,7 @@ def test_every_registered_id_is_named_and_none_twice():
     for env_id, kwargs in LIBERO_IDS.items():
         # Training episodes may end sooner than evaluated ones, and not later
         evaluated = suites.horizon(kwargs["suite"])
-        horizon = training_defaults(env_id)["env_kwargs"].get("horizon", evaluated)
-        assert np.max(horizon) <= evaluated
-        assert isinstance(horizon, int) or len(horizon) == suites.N_TASKS[kwargs["suite"]]
-        assert isinstance(horizon, int) or env_id not in LIBERO_PLUS_IDS
+        assert training_defaults(env_id)["env_kwargs"].get("horizon", evaluated) <= evaluated
     # RoboTwin's envs need its runtime: tests/test_robotwin.py makes them
     pro = [*ids.LIBERO_PRO, *ids.NO_OBJECT_FILES, *ids.NO_TASK_FILES]
     assert {LIBERO_IDS[env_id]["suite"] for env_id in pro} == set(suites.PRO_SUITES)
