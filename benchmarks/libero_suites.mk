@@ -1,7 +1,7 @@
 # OPD against GRPO, SFT and its teacher on the suites of LIBERO. All begin with the zoo's student; libero_object.sh and
 # libero_suites_12000.mk made it and its teacher.
 #
-#   make -f benchmarks/libero_suites.mk                      everything, one thing after another; by a rough count ten hours on two cores
+#   make -f benchmarks/libero_suites.mk                      everything, one thing after another; by a rough count thirteen hours on two cores
 #   make -f benchmarks/libero_suites.mk -j2 object SEEDS=0   one suite, one seed, two things at once
 #   make -f benchmarks/libero_suites.mk -n spatial           print the commands
 #
@@ -42,7 +42,7 @@ SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimize
 # $(call suite,NAME,ENV)
 define suite
 $(1): $(foreach role,student teacher,$(RUNS)/$(1)/$(role).json) \
-    $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft of_teacher/sft warm_start/opd,$(RUNS)/$(1)/seed$(seed)/$(algo)/$(2)_1/evaluation.json))
+    $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft of_teacher/sft warm_start/sft warm_start/opd,$(RUNS)/$(1)/seed$(seed)/$(algo)/$(2)_1/evaluation.json))
 $(RUNS)/$(1)/student.json $(RUNS)/$(1)/teacher.json: $(RUNS)/$(1)/%.json:
 	opd-gym eval --env $(2) --checkpoint libero-$(1)-$$* --episodes $$(EPISODES) $$(EVAL) --no-progress -o $$@
 $(RUNS)/$(1)/demos/done:
