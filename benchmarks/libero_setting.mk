@@ -1,7 +1,7 @@
 # How OPD's setting for LIBERO in the zoo was chosen: one change after the other.
 #
 #   make -f benchmarks/libero_setting.mk            17 runs of 4,000 decisions, by a rough count six hours on one core
-#   make -f benchmarks/libero_setting.mk report
+#   make -f benchmarks/libero_setting.mk report paired
 #
 # On LIBERO-Object, the first four with training seed 0 and 200 official initial states, of which comparisons have all 500; the next two
 # with another seed, and sampled states, which no comparison has. Then that setting on three suites, and, as LIBERO-Goal stayed behind,
@@ -67,3 +67,23 @@ report:
 	    -l 'longer/*/opd/*=before the shorter episodes' -l 'longer/*/grpo/*=GRPO before the shorter episodes' \
 	    -l 'short_goal/*.json=112 steps in nine tasks and 300 in one on sampled states' \
 	    -l 'short_goal/*=112 steps in nine tasks and 300 in one')
+
+# The same episodes before and after the shorter ones: of runs that differ in more than a folder, which the report has no test for
+SUITES_RUNS = runs/libero_suites
+PAIRED = import math, sys; from opd_gym.evaluation import EvaluationResult as R, mcnemar; \
+    played = lambda f: {(e.task_id, e.init_state_id, e.seed if e.init_state_id < 0 else 0): e.success for e in R.load(f).episodes}; \
+    rows = [(a, b, played(a), played(b)) for a, b in zip(sys.argv[1::2], sys.argv[2::2])]; \
+    counts = [(a, b, sum(x[k] > y[k] for k in x.keys() & y), sum(x[k] < y[k] for k in x.keys() & y), len(x.keys() & y)) for a, b, x, y in rows]; \
+    print('| after | before | states | gained | lost | McNemar\'s p |\n|---|---|---|---|---|---|'); \
+    [print(f'| {a} | {b} | {n} | {g} | {l} | {mcnemar(g, l):.2g} |') for a, b, g, l, n in counts]
+EVALUATED = _1/evaluation.json
+.PHONY: paired
+paired:
+	python -c "$(PAIRED)" \
+	    $(RUNS)/shorter/seed10/opd/LiberoSpatial-v0$(EVALUATED) $(RUNS)/suites/spatial_sampled_states.json \
+	    $(RUNS)/shorter/seed10/opd/LiberoGoal-v0$(EVALUATED) $(RUNS)/greedier/seed10/opd/LiberoGoal-v0$(EVALUATED) \
+	    $(foreach suite,spatial=Spatial goal=Goal,$(foreach algo,opd grpo,\
+	    $(SUITES_RUNS)/$(firstword $(subst =, ,$(suite)))/seed0/$(algo)/Libero$(lastword $(subst =, ,$(suite)))-v0$(EVALUATED) \
+	    $(RUNS)/longer/seed0/$(algo)/Libero$(lastword $(subst =, ,$(suite)))-v0$(EVALUATED))) \
+	    $(foreach suite,spatial=Spatial goal=Goal,$(RUNS)/longer/seed0/grpo/Libero$(lastword $(subst =, ,$(suite)))-v0$(EVALUATED) \
+	    $(SUITES_RUNS)/$(firstword $(subst =, ,$(suite)))/student.json) > $(OUT)/paired.md
