@@ -68,22 +68,21 @@ report:
 	    -l 'short_goal/*.json=112 steps in nine tasks and 300 in one on sampled states' \
 	    -l 'short_goal/*=112 steps in nine tasks and 300 in one')
 
-# The same episodes before and after the shorter ones: of runs that differ in more than a folder, which the report has no test for
-SUITES_RUNS = runs/libero_suites
-PAIRED = import math, sys; from opd_gym.evaluation import EvaluationResult as R, mcnemar; \
-    played = lambda f: {(e.task_id, e.init_state_id, e.seed if e.init_state_id < 0 else 0): e.success for e in R.load(f).episodes}; \
-    rows = [(a, b, played(a), played(b)) for a, b in zip(sys.argv[1::2], sys.argv[2::2])]; \
-    counts = [(a, b, sum(x[k] > y[k] for k in x.keys() & y), sum(x[k] < y[k] for k in x.keys() & y), len(x.keys() & y)) for a, b, x, y in rows]; \
+# The same episodes after and before; of sampled states those that both have
+PAIRED = import sys; from opd_gym.evaluation import EvaluationResult as Result; \
+    pairs = [(a, b, Result.load(a), Result.load(b)) for a, b in zip(sys.argv[1::2], sys.argv[2::2])]; \
+    shared = [(a, b, Result([e for e in x.episodes if e.key in {f.key for f in y.episodes}], versions=x.versions), y) for a, b, x, y in pairs]; \
     print('| after | before | states | gained | lost | McNemar\'s p |\n|---|---|---|---|---|---|'); \
-    [print(f'| {a} | {b} | {n} | {g} | {l} | {mcnemar(g, l):.2g} |') for a, b, g, l, n in counts]
-EVALUATED = _1/evaluation.json
+    [print('| {} | {} | {} | {} | {} | {:.2g} |'.format(a, b, len(y.episodes), *x.paired(y))) for a, b, x, y in shared]
+SUITES_RUNS = runs/libero_suites
+# $(call pairs,SUITE,ENV): OPD and GRPO now and before, GRPO before and its student
+pairs = $(foreach algo,opd grpo,$(SUITES_RUNS)/$(1)/seed0/$(algo)/$(2)_1/evaluation.json $(RUNS)/longer/seed0/$(algo)/$(2)_1/evaluation.json) \
+    $(RUNS)/longer/seed0/grpo/$(2)_1/evaluation.json $(SUITES_RUNS)/$(1)/student.json
+PAIRS = $(RUNS)/shorter/seed10/opd/LiberoSpatial-v0_1/evaluation.json $(RUNS)/suites/spatial_sampled_states.json \
+    $(RUNS)/shorter/seed10/opd/LiberoGoal-v0_1/evaluation.json $(RUNS)/greedier/seed10/opd/LiberoGoal-v0_1/evaluation.json \
+    $(call pairs,spatial,LiberoSpatial-v0) $(call pairs,goal,LiberoGoal-v0)
+$(SUITES_RUNS)/%:
+	$(MAKE) -f benchmarks/libero_suites.mk $@
 .PHONY: paired
-paired:
-	python -c "$(PAIRED)" \
-	    $(RUNS)/shorter/seed10/opd/LiberoSpatial-v0$(EVALUATED) $(RUNS)/suites/spatial_sampled_states.json \
-	    $(RUNS)/shorter/seed10/opd/LiberoGoal-v0$(EVALUATED) $(RUNS)/greedier/seed10/opd/LiberoGoal-v0$(EVALUATED) \
-	    $(foreach suite,spatial=Spatial goal=Goal,$(foreach algo,opd grpo,\
-	    $(SUITES_RUNS)/$(firstword $(subst =, ,$(suite)))/seed0/$(algo)/Libero$(lastword $(subst =, ,$(suite)))-v0$(EVALUATED) \
-	    $(RUNS)/longer/seed0/$(algo)/Libero$(lastword $(subst =, ,$(suite)))-v0$(EVALUATED))) \
-	    $(foreach suite,spatial=Spatial goal=Goal,$(RUNS)/longer/seed0/grpo/Libero$(lastword $(subst =, ,$(suite)))-v0$(EVALUATED) \
-	    $(SUITES_RUNS)/$(firstword $(subst =, ,$(suite)))/student.json) > $(OUT)/paired.md
+paired: | $(PAIRS)
+	python -c "$(PAIRED)" $(PAIRS) > $(OUT)/paired.md

@@ -31,11 +31,6 @@ CONTROL_DEMOS_object = 40
 CONTROL_DEMOS_spatial = 50
 CONTROL_DEMOS_goal = 55
 CONTROL_DEMOS_10 = 25
-# Half of them, before OPD has half the decisions
-WARM_DEMOS_object = 20
-WARM_DEMOS_spatial = 25
-WARM_DEMOS_goal = 28
-WARM_DEMOS_10 = 13
 
 SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimizer_kwargs.weight_decay:1e-4 learning_rate:lin_1e-3
 
@@ -69,7 +64,7 @@ $(call train,$(RUNS)/$(1)/seed$(3)/of_teacher,sft,$(2),--seed $(3) --n-timesteps
 	    --student libero-$(1)-student --hyperparams $(SFT) $(call only,$(1)))
 $(RUNS)/$(1)/seed$(3)/warm_start/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos_of_teacher/done
 $(call train,$(RUNS)/$(1)/seed$(3)/warm_start,sft,$(2),--seed $(3) --n-timesteps 640 --demonstrations $(RUNS)/$(1)/demos_of_teacher \
-	    --student libero-$(1)-student --hyperparams n_demos:$(WARM_DEMOS_$(1)) $(SFT) $(call only,$(1)))
+	    --student libero-$(1)-student --hyperparams n_demos:$(shell expr $(CONTROL_DEMOS_$(1)) / 2) $(SFT) $(call only,$(1)))
 $(RUNS)/$(1)/seed$(3)/warm_start/opd/$(2)_1/policy/config.json: | $(RUNS)/$(1)/seed$(3)/warm_start/sft/$(2)_1/policy/config.json
 $(call train,$(RUNS)/$(1)/seed$(3)/warm_start,opd,$(2),--seed $(3) --n-timesteps 2000 \
 	    --student $(RUNS)/$(1)/seed$(3)/warm_start/sft/$(2)_1/policy $(addprefix --hyperparams ,$(call only,$(1))))

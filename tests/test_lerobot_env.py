@@ -55,7 +55,10 @@ def test_arguments():
     assert env._max_episode_steps == 280, "LeRobot's; the published one is 220"
     assert set(env.observation_space["pixels"]) == {"hand"} and "robot_state" not in env.observation_space.spaces
     assert LeRobotLiberoEnv("libero_goal", 0)._max_episode_steps == 300
-    for kwargs in ({"draw_every": 0}, {"n_envs": 0}, {"pictures": {}}, {"visuals": "dark"}, {"task_id": 10}):
+    for kwargs in (
+        {"draw_every": 0}, {"n_envs": 0}, {"pictures": {}}, {"visuals": "dark"}, {"task_id": 10},
+        {"max_steps": [9] * 10},
+    ):  # fmt: skip
         with pytest.raises(ValueError):
             LeRobotLiberoEnv(**{"suite": "libero_goal", "task_id": 0, **kwargs})
     with pytest.raises(RuntimeError, match="reset"):

@@ -60,7 +60,7 @@ class LeRobotLiberoEnv(gym.Env):
         visuals: str = "exact",
         draw_every: int = 1,
     ):
-        check_at_least_one(n_envs=n_envs, draw_every=draw_every)
+        check_at_least_one(n_envs=n_envs, draw_every=draw_every, max_steps=max_steps)
         check_at_least(0, episode_index=episode_index)
         self.pictures = dict(PICTURES if pictures is None else pictures)
         if not self.pictures:
