@@ -74,6 +74,6 @@ def training_defaults(env_id: str) -> dict[str, Any]:
             # Of 220 and 300; a solved episode takes about 70 and 60, but 220 in one task of Goal; OPD never solved it
             env_kwargs["horizon"] = 112
         elif suite.startswith("libero_10"):
-            env_kwargs["horizon"] = 320  # of 520; a solved episode takes 130 to 210
+            env_kwargs["horizon"] = 240  # of 520; a solved episode takes 110 to 210
         return {"n_envs": 2, "env_kwargs": env_kwargs}
     return {}
