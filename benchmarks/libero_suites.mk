@@ -77,12 +77,12 @@ LABELS = -l '*student.json=student' -l '*/of_teacher/*=SFT on the teacher' -l '*
     -l '*/warm_start/opd/*=half of SFT on the teacher then OPD' -l '*/sft/*=SFT' -l '*/grpo/*=GRPO' -l '*/opd/*=OPD' \
     -l '*teacher.json=teacher'
 
-# Held-out evaluation: common.mk. Tables and curves. What OPD's teachers had cost, in env steps of the demonstrations (of Spatial and
-# Goal as counted by libero_suites_12000.mk, of Object about 33,000) and of DAgger (Object's), and in minutes: about 20 of recording,
+# Held-out evaluation: common.mk. Tables and curves. What OPD's teachers had cost, in env steps of the demonstrations (of Spatial,
+# Goal and Long as counted by libero_suites_12000.mk, of Object about 33,000) and of DAgger (Object's), and in minutes: about 20 of recording,
 # the rest training, on two cores beside other work
 report:
 	$(call reported,--title "OPD on LIBERO" --reference teacher $(LABELS) $(foreach cost,\
-	    LiberoObject-v0=128000$(comma)135 LiberoSpatial-v0=26424$(comma)153 LiberoGoal-v0=28302$(comma)100,--before OPD@$(cost)))
+	    LiberoObject-v0=128000$(comma)135 LiberoSpatial-v0=26424$(comma)153 LiberoGoal-v0=28302$(comma)100 Libero10-v0=55092$(comma)69,--before OPD@$(cost)))
 
 # The same with tests against others than the teacher
 against:

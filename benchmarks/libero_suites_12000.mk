@@ -154,5 +154,5 @@ report:
 	$(call reported,--title "OPD on LIBERO" --reference teacher -l '*student/*=student' -l '*student_of_two/*=student of two demonstrations' -l '*seed*/sft/*=SFT' \
 	    -l '*seed*/grpo/*=GRPO' -l '*seed*/opd/*=OPD' -l '*teacher/opd/*=teacher' \
 	    -l '10_eight/teacher/longer/*=teacher of eight tasks' -l '*teacher/longer/*=teacher' \
-	    -l '*teacher/sft/*=teacher at first' -l '*longer_in_half_precision*=teacher in between' \
+	    -l '*teacher/sft/*=teacher at first' -l '*longer_in_half_precision*=teacher of eight tasks' -l '*corrected*=teacher of eight tasks by DAgger' \
 	    -l '*dagger_5e-4*=teacher by DAgger' -l '*dagger_1e-3*=teacher by DAgger at 1e-3' -l '*sampled_actions*=OPD with sampled actions')
