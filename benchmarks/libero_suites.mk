@@ -73,8 +73,18 @@ endef
 
 $(foreach name,$(SUITES),$(eval $(call suite,$(name),$(ENV_$(name)))))
 
+# LIBERO-Long's episodes are two to three times as long as the others', so 4,000 decisions are few of them: OPD with three times as many
+10: $(foreach seed,$(SEEDS),$(RUNS)/10/seed$(seed)/longer/opd/$(ENV_10)_1/evaluation.json)
+define longer
+$(RUNS)/10/seed$(1)/longer/opd/$(ENV_10)_1/policy/config.json:
+$(call train,$(RUNS)/10/seed$(1)/longer,opd,$(ENV_10),--seed $(1) --n-timesteps 12000 --teacher libero-10-teacher \
+	    --student libero-10-student --hyperparams $(call only,10))
+endef
+$(foreach seed,$(SEEDS),$(eval $(call longer,$(seed))))
+
 LABELS = -l '*student.json=student' -l '*/of_teacher/*=SFT on the teacher' -l '*/warm_start/sft/*=half of SFT on the teacher' \
-    -l '*/warm_start/opd/*=half of SFT on the teacher then OPD' -l '*/sft/*=SFT' -l '*/grpo/*=GRPO' -l '*/opd/*=OPD' \
+    -l '*/warm_start/opd/*=half of SFT on the teacher then OPD' -l '*/sft/*=SFT' -l '*/grpo/*=GRPO' -l '*/seed?/opd/*=OPD' \
+    -l '*/longer/opd/*=OPD with three times the decisions' \
     -l '*teacher.json=teacher'
 
 # Held-out evaluation: common.mk. Tables and curves. What OPD's teachers had cost, in env steps of the demonstrations (of Spatial,
