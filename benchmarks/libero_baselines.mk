@@ -11,14 +11,18 @@ include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 SEEDS ?= 0 1 2
 OPD = runs/libero_suites
 .PHONY: ppo opd_then_grpo
-ppo: $(foreach seed,$(SEEDS),$(RUNS)/ppo/seed$(seed)/ppo/LiberoObject-v0_1/evaluation.json)
+ppo: $(foreach seed,$(SEEDS),$(RUNS)/ppo/seed$(seed)/ppo/LiberoObject-v0_1/evaluation.json $(RUNS)/opd/object/seed$(seed)/opd/LiberoObject-v0_1.json)
+all: ppo opd_then_grpo
 
-$(OPD)/%/policy/config.json:
+$(OPD)/%.json:
 	$(MAKE) -f benchmarks/libero_suites.mk $@
+# What they are measured by
+$(RUNS)/opd/%.json: | $(OPD)/%/evaluation.json
+	mkdir -p $(@D) && cp $| $@
 
 # $(call further,SUITE,ENV,SEED)
 define further
-opd_then_grpo: $(RUNS)/opd_then_grpo/seed$(3)/grpo/$(2)_1/evaluation.json
+opd_then_grpo: $(RUNS)/opd_then_grpo/seed$(3)/grpo/$(2)_1/evaluation.json $(RUNS)/opd/$(1)/seed$(3)/opd/$(2)_1.json
 $(call run,opd_then_grpo,grpo,$(2),$(3),--n-timesteps 4000 --student $(OPD)/$(1)/seed$(3)/opd/$(2)_1/policy)
 $(RUNS)/opd_then_grpo/seed$(3)/grpo/$(2)_1/policy/config.json: | $(OPD)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json
 endef
@@ -29,4 +33,4 @@ $(foreach seed,$(SEEDS),\
     $(eval $(call further,goal,LiberoGoal-v0,$(seed))))
 
 report:
-	$(call reported,--title "More rivals of OPD on LIBERO" -l 'ppo/*=PPO' -l 'opd_then_grpo/*=OPD then GRPO')
+	$(call reported,--title "More rivals of OPD on LIBERO" --reference OPD -l 'opd/*=OPD' -l 'ppo/*=PPO' -l 'opd_then_grpo/*=OPD then GRPO')
