@@ -1,7 +1,7 @@
 # OPD against GRPO, SFT and its teacher on the suites of LIBERO. All begin with the zoo's student; libero_object.sh and
 # libero_suites_12000.mk made it and its teacher.
 #
-#   make -f benchmarks/libero_suites.mk                      everything, one thing after another; by a rough count thirteen hours on two cores
+#   make -f benchmarks/libero_suites.mk                      everything, one thing after another; by a rough count twenty hours on two cores
 #   make -f benchmarks/libero_suites.mk -j2 object SEEDS=0   one suite, one seed, two things at once
 #   make -f benchmarks/libero_suites.mk -n spatial           print the commands
 #
