@@ -329,6 +329,19 @@ def student_for(env_id: str) -> str | None:
     return _default_for("student_for", env_id)
 
 
+def teachers_for_some_tasks(env_id: str) -> dict[str, tuple[str, ...]]:
+    """
+    :param env_id: environment id of a suite, with or without ``opd_gym:``
+    :return: the zoo's teachers for some tasks of that suite alone, and the ids of these tasks
+    """
+    suite = env_id.split(":")[-1].rpartition("-v")[0]
+    tasks = {
+        name: tuple(pattern for pattern in entry.teacher_for if pattern.startswith(f"{suite}Task"))
+        for name, entry in read_registry().items()
+    }
+    return {name: ids for name, ids in tasks.items() if suite and ids}
+
+
 def find_teacher(env_id: str) -> Path | None:
     """
     :param env_id: environment id, with or without ``opd_gym:``

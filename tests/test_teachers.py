@@ -429,8 +429,14 @@ def test_vla_checkpoint_for_another_env_is_refused(tmp_path):
     assert str(error.value).count(str(tmp_path)) == 2
 
 
+def test_missing_teacher_of_a_suite_names_the_one_for_some_of_its_tasks(monkeypatch):
+    monkeypatch.setattr("opd_gym.algorithms.teachers.env_id_of", lambda env: "Libero10-v0")
+    with pytest.raises(ValueError, match="none for Libero10-v0.* libero-10-teacher is for Libero10Task0-v0, .* alone"):
+        OPD("MlpPolicy", "CartPole-v1")
+
+
 def test_missing_and_broken_teachers(tmp_path):
-    with pytest.raises(ValueError, match="No teacher given, and the zoo has none for CartPole-v1"):
+    with pytest.raises(ValueError, match="No teacher given, and the zoo has none for CartPole-v1.* or a policy.$"):
         OPD("MlpPolicy", "CartPole-v1")
     with pytest.raises(FileNotFoundError, match="'nobody' not found"):
         OPD("MlpPolicy", "CartPole-v1", teacher="nobody")

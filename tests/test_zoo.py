@@ -246,6 +246,13 @@ def test_defaults_of_the_zoo(zoo: Path) -> None:
     assert registry.find_checkpoint("nothing") is None
 
 
+def test_teachers_of_some_tasks_of_a_suite_are_named() -> None:
+    tasks = tuple(f"Libero10Task{task}-v0" for task in (0, 1, 3, 6, 7))
+    assert registry.teachers_for_some_tasks("opd_gym:Libero10-v0") == {"libero-10-teacher": tasks}
+    assert registry.teachers_for_some_tasks("CartPole-v1") == {}
+    assert registry.teachers_for_some_tasks("CartPole") == {}
+
+
 def test_checkpoint_path(zoo: Path, tmp_path: Path) -> None:
     assert registry.checkpoint_path("expert-one") == zoo / "checkpoints" / "expert-one"
     with pytest.raises(ValueError, match=r"expert-all, expert-one, beginner"):

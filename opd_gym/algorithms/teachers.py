@@ -35,7 +35,7 @@ from opd_gym.algorithms.teacher_inputs import (
     raw_observations,
     unchanged,
 )
-from opd_gym.checkpoints import find_teacher, resolve_checkpoint
+from opd_gym.checkpoints import find_teacher, resolve_checkpoint, teachers_for_some_tasks
 from opd_gym.checks import check_range
 from opd_gym.envs.make import env_id_of
 from opd_gym.envs.wrappers import ActionTokens, EpisodeControl
@@ -625,10 +625,12 @@ def _load_teacher(
         env_id = env_id_of(env)
         spec = find_teacher(env_id) if env_id else None
         if spec is None:
+            partial = teachers_for_some_tasks(env_id) if env_id else {}
             raise ValueError(
                 f"No teacher given, and the zoo has none for {env_id or 'this env'}. Pass teacher= (--teacher): the "
                 'directory of a VLA checkpoint, the zip of a model of Stable-Baselines3 or sb3-contrib, "expert" where '
                 "the env has a scripted expert, or a policy."
+                + "".join(f" The zoo's {name} is for {', '.join(tasks)} alone." for name, tasks in partial.items())
             )
     try:
         path = resolve_checkpoint(spec)
