@@ -23,7 +23,7 @@ SAMPLED = $(RUNS)/faster/% $(RUNS)/more_steps/% $(RUNS)/greedier/% $(RUNS)/suite
 $(SAMPLED): EVAL = --init-states sampled --seed 700
 $(SAMPLED): EPISODES = 100
 $(RUNS)/suites/seed0/%: EPISODES = 500
-$(RUNS)/shorter/%: EVAL = --init-states sampled --seed 700
+$(RUNS)/shorter/% $(RUNS)/greedy/%: EVAL = --init-states sampled --seed 700
 $(RUNS)/longer/% $(RUNS)/short_goal/%: EPISODES = 500
 
 $(eval $(call run,before,opd,$(ENV),0,--n-timesteps 4000 --hyperparams $(BEFORE)))
@@ -49,6 +49,9 @@ $(foreach suite,Spatial Goal,\
     $(eval $(call run,shorter,opd,Libero$(suite)-v0,10,--n-timesteps 4000 --hyperparams $(ZOO) env_kwargs.horizon:112))\
     $(eval $(call run,longer,opd,Libero$(suite)-v0,0,--n-timesteps 4000 --hyperparams $(ZOO) $(HORIZON_$(suite))))\
     $(eval $(call run,longer,grpo,Libero$(suite)-v0,0,--n-timesteps 4000 --hyperparams $(HORIZON_$(suite)))))
+# All but greedy: what is practised is then what is measured, also where greedy actions get stuck
+$(foreach suite,Spatial Goal,\
+    $(eval $(call run,greedy,opd,Libero$(suite)-v0,10,--n-timesteps 4000 --hyperparams $(filter-out temperature:%,$(ZOO)) temperature:0.001 env_kwargs.horizon:112)))
 $(foreach seed,0 1,$(eval $(call run,short_goal,opd,LiberoGoal-v0,$(seed),--n-timesteps 4000 --hyperparams $(ZOO) $(GOAL_BY_TASK))))
 all: $(RUNS)/shorter/goal_official_states.json $(RUNS)/short_goal/goal_sampled_states.json
 $(RUNS)/shorter/goal_official_states.json: | $(RUNS)/shorter/seed10/opd/LiberoGoal-v0_1/policy/config.json

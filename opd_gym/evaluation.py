@@ -23,6 +23,7 @@ from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
 from opd_gym.files import write_atomic
 from opd_gym.observations import obs_rows
+from opd_gym.tokens import AtTemperature
 from opd_gym.versions import differences, parse_versions, versions
 
 # How often an episode is played again that was lost with its worker, or in which an env raised
@@ -161,12 +162,14 @@ class EvaluationResult:
     :param versions: what the episodes were played with, see :func:`opd_gym.versions.versions`; empty where that is not
         known
     :param lost: the episodes without an outcome; they count neither as solved nor as failed
+    :param temperature: at which actions were sampled; None: they were the most likely ones
     """
 
     episodes: list[EpisodeRecord]
     frames: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
     versions: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     lost: list[LostEpisode] = field(default_factory=list)
+    temperature: float | None = None
 
     @property
     def n_success(self) -> int:
@@ -223,7 +226,7 @@ class EvaluationResult:
         for loss in self.lost:
             lost[getattr(loss, name, None)].append(loss)
         return {
-            value: EvaluationResult(episodes, versions=self.versions, lost=lost[value])
+            value: EvaluationResult(episodes, versions=self.versions, lost=lost[value], temperature=self.temperature)
             for value, episodes in found.items()
         }
 
@@ -341,6 +344,7 @@ class EvaluationResult:
             "std_reward": self.std_reward if self.episodes else None,
             "env_steps": self.env_steps,
             "versions": self.versions,
+            **({} if self.temperature is None else {"temperature": self.temperature}),
             "episodes": [asdict(episode) for episode in self.episodes],
             "lost": [asdict(episode) for episode in self.lost],
         }
@@ -368,7 +372,13 @@ class EvaluationResult:
                     check_fields(kind, values_of_one)
             episodes = [EpisodeRecord(**episode) for episode in values["episodes"]]
             lost = [LostEpisode(**episode) for episode in values.get("lost", [])]
-            return cls(episodes, versions=parse_versions(values.get("versions")), lost=lost)
+            temperature = values.get("temperature")
+            return cls(
+                episodes,
+                versions=parse_versions(values.get("versions")),
+                lost=lost,
+                temperature=None if temperature is None else float(temperature),
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{os.fspath(path)} is not the result of an evaluation, as `opd-gym eval -o` writes it, or is damaged "
@@ -457,6 +467,7 @@ def evaluate_success(
     progress: bool = True,
     reward_threshold: float | None = None,
     record: int | Collection[int] = 0,
+    temperature: float | None = None,
 ) -> EvaluationResult:
     """
     Play exactly the given episodes, each once, and count the solved ones. Where neither the env nor
@@ -473,9 +484,12 @@ def evaluate_success(
     :param progress: show a progress bar
     :param reward_threshold: for envs without ``info["is_success"]``: an episode that reaches this return is a success
     :param record: number of episodes to record, or their positions; needs an env with ``render_mode="rgb_array"``
+    :param temperature: sample at this temperature, as OPD and GRPO do while they collect; ``deterministic`` does not
+        count then. Samples are drawn by PyTorch: ``torch.manual_seed`` before it makes them the same
     :return: the result
     :raises RuntimeError: all episodes were lost
-    :raises ValueError: the policy is recurrent, the envs are not wrapped so, or there is nothing to record
+    :raises ValueError: the policy is recurrent, the envs are not wrapped so, there is nothing to record, or the policy
+        cannot be sampled at a temperature
     """
     if hasattr(getattr(model, "policy", model), "lstm_actor"):
         raise ValueError(
@@ -496,14 +510,18 @@ def evaluate_success(
             f'Recording needs an env with render_mode="rgb_array", this one has {env.render_mode!r}. '
             'Pass env_kwargs={"render_mode": "rgb_array"} to make_vec.'
         )
+    if temperature is not None:
+        model, deterministic = AtTemperature(model, temperature), False
     if not specs:
-        return EvaluationResult([])
+        return EvaluationResult([], temperature=temperature)
 
     bar = _progress_bar(len(specs), progress)
     try:
-        return _Evaluation(model, env, specs, deterministic, reward_threshold, recorded, bar).run()
+        result = _Evaluation(model, env, specs, deterministic, reward_threshold, recorded, bar).run()
     finally:
         bar.close()
+    result.temperature = temperature if deterministic or temperature is not None else 1.0
+    return result
 
 
 class _Evaluation:

@@ -440,6 +440,41 @@ def sample_tokens(
     return tokens.reshape(len(tokens), -1), view, values if with_values else th.zeros(1, device=tokens.device)
 
 
+class AtTemperature:
+    """
+    A policy that samples at a temperature, as the algorithms do while they collect.
+
+    :param model: Actor-critic policy, or an algorithm that has one
+    :param temperature: Divides the logits of categorical tokens, and scales the variance of Gaussian ones
+    :raises ValueError: A policy of another kind, one with state-dependent exploration, or a temperature that is not
+        positive
+    """
+
+    def __init__(self, model: Any, temperature: float):
+        check_range("(0, inf)", temperature=temperature)
+        self.policy = getattr(model, "policy", model)
+        if not isinstance(self.policy, ActorCriticPolicy):
+            raise ValueError(
+                f"A temperature is for actor-critic policies, got {type(self.policy).__name__}. Leave it out."
+            )
+        if self.policy.use_sde:
+            raise ValueError("State-dependent exploration has its own noise: leave the temperature out.")
+        self.temperature = temperature
+
+    def predict(self, observation: Any, *, deterministic: bool = False) -> tuple[np.ndarray, None]:
+        """
+        :param observation: Batch of observations
+        :param deterministic: Not used: actions are samples
+        :return: Batch of actions as the env takes them, and no state
+        """
+        self.policy.set_training_mode(False)
+        inputs, _ = self.policy.obs_to_tensor(observation)
+        with th.no_grad():
+            tokens, _, _ = sample_tokens(self.policy, inputs, self.temperature)
+        shape = self.policy.action_space.shape or ()
+        return env_actions(self.policy, tokens.cpu().numpy().reshape(-1, *shape)), None
+
+
 def env_actions(policy: BasePolicy, actions: np.ndarray) -> np.ndarray:
     """
     Actions as the env takes them.

@@ -13,10 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import gymnasium as gym
 import pytest
+from stable_baselines3 import PPO
 
 from opd_gym.cli import options
 from opd_gym.cli.main import COMMANDS, main, parse
+from opd_gym.evaluation import EvaluationResult
 from opd_gym.zoo.hyperparams import ALGORITHMS, parse_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +58,8 @@ def told(command: str) -> dict[str, Any]:
         ("eval --env A --checkpoint c --init-states sampled --stochastic --reward-threshold 475 --n-envs 4",
          {"env": ("A",), "checkpoint": "c", "init_states": "sampled", "stochastic": True, "reward_threshold": 475.0,
           "n_envs": 4}),
+        ("eval --env A --checkpoint c --temperature 0.05",
+         {"env": ("A",), "checkpoint": "c", "temperature": 0.05}),
         ("video --env A --before b --checkpoint c --fps 10",
          {"env": "A", "before": "b", "checkpoint": "c", "fps": 10.0}),
         ("enjoy --env A --checkpoint c", {"env": "A", "checkpoint": "c"}),
@@ -267,3 +272,23 @@ def test_both_spellings_are_one_list(monkeypatch: pytest.MonkeyPatch, capsys: py
     for bad in ("learning_rate=1", "env_kwargs=1"):
         assert main(["eval", "--env", "E", "--checkpoint", "libero-object-student", "-P", bad]) == 2
         assert "only env_kwargs and env_wrapper can be changed" in capsys.readouterr().err
+    words = "eval --env E --checkpoint libero-object-student --stochastic --temperature 0.5"
+    assert main(words.split()) == 2
+    assert "--stochastic is --temperature 1: give one of them" in capsys.readouterr().err
+
+
+def test_sampled_actions_of_an_evaluation_come_from_its_seed(tmp_path):
+    env = gym.make("CartPole-v1")
+    PPO("MlpPolicy", env, n_steps=8, seed=0, device="cpu").save(tmp_path / "m.zip")
+
+    def steps(*words):
+        path = tmp_path / "result.json"
+        asked = (
+            f"eval --env CartPole-v1 --checkpoint {tmp_path}/m.zip --episodes 6 --device cpu --no-progress -o {path}"
+        )
+        assert main([*asked.split(), *words]) == 0
+        result = EvaluationResult.load(path)
+        return result.temperature, [episode.steps for episode in result.episodes]
+
+    assert steps("--temperature", "2") == steps("--temperature", "2") != steps("--temperature", "2", "--seed", "1")
+    assert steps("--stochastic")[0] == 1.0 and steps()[0] is None

@@ -11,7 +11,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import sb3_contrib
+import torch as th
 from gymnasium import spaces
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
@@ -225,6 +227,66 @@ def test_workers_keep_their_tasks() -> None:
         assert len(set(tasks[:8])) == 1
 
 
+class Target(gym.Env):
+    """One step, which any action of the space solves; it remembers the actions."""
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)
+
+    def __init__(self, space: spaces.Space) -> None:
+        self.action_space = space
+        self.taken: list[Any] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        assert self.action_space.contains(np.asarray(action, self.action_space.dtype))
+        self.taken.append(action)
+        return np.zeros(3, np.float32), 0.0, True, False, {"is_success": True}
+
+
+@pytest.mark.parametrize(
+    "space",
+    [spaces.Discrete(5), spaces.MultiDiscrete([4, 6]), spaces.MultiBinary(4), spaces.Box(-1, 1, (2,), np.float32)],
+    ids=lambda space: type(space).__name__,
+)
+def test_actions_are_sampled_at_the_temperature(space: spaces.Space) -> None:
+    env = DummyVecEnv([lambda: EpisodeControl(Monitor(Target(space)))] * 2)
+    model = PPO("MlpPolicy", env, n_steps=8, seed=0)
+    specs = [{"seed": i} for i in range(40)]
+
+    def taken(of: Any = model, **kwargs: Any) -> np.ndarray:
+        for actions in env.get_attr("taken"):
+            actions.clear()
+        th.manual_seed(0)
+        result = evaluate_success(of, env, specs, progress=False, **kwargs)
+        assert result.temperature == kwargs.get("temperature", None if kwargs.get("deterministic", True) else 1.0)
+        return np.array([action for actions in env.get_attr("taken") for action in actions], dtype=float)
+
+    greedy, sampled = taken(), taken(temperature=1.0)
+    assert np.allclose(taken(temperature=1e-8), greedy, atol=1e-3)
+    assert not np.allclose(sampled, greedy, atol=1e-3)
+    assert np.array_equal(taken(model.policy, temperature=1.0), sampled)
+    assert np.array_equal(taken(deterministic=False), sampled)  # as Stable-Baselines3 samples
+
+
+def test_who_cannot_be_sampled_at_a_temperature() -> None:
+    env, specs = make(1), eval_episodes([0], 1)
+    for model, message in (
+        (Always(), "for actor-critic policies, got Always"),
+        (DQN("MlpPolicy", env), "for actor-critic policies, got DQNPolicy"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_success(model, env, specs, progress=False, temperature=0.5)
+    for temperature in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature"):
+            evaluate_success(PPO("MlpPolicy", env), env, specs, progress=False, temperature=temperature)
+    noisy = DummyVecEnv([lambda: EpisodeControl(Monitor(Target(spaces.Box(-1, 1, (2,), np.float32))))])
+    with pytest.raises(ValueError, match="has its own noise"):
+        evaluate_success(PPO("MlpPolicy", noisy, use_sde=True), noisy, specs, progress=False, temperature=0.5)
+
+
 def test_recording() -> None:
     env = make(2, render_mode="rgb_array")
     env.render_mode = "rgb_array"
@@ -312,6 +374,11 @@ def test_result(tmp_path: Any) -> None:
     assert EvaluationResult.load(path) == result
     assert json.loads(path.read_text())["n_success"] == 5
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+    assert "temperature" not in json.loads(path.read_text())
+    sampled = EvaluationResult(records, temperature=0.3)
+    sampled.save(path)
+    assert EvaluationResult.load(path) == sampled != result
+    assert sampled.per_task()[0].temperature == 0.3
     assert math.isnan(EvaluationResult([]).success_rate)
     assert evaluate_success(Always(), make(1), [], progress=False) == EvaluationResult([])
 

@@ -292,6 +292,16 @@ def test_a_row_that_is_cut_off_has_other_numbers(results):
     assert read_progress(path.parent)[-1]["time/total_timesteps"] == 512
 
 
+def test_an_evaluation_that_was_not_greedy_is_named(results):
+    sampled = evaluation(5)
+    sampled.temperature = 0.05
+    sampled.save(results / "eval" / "student_seed1.json")
+    (student,) = (policy for policy in find_policies([results], {}) if policy.label == "student")
+    assert student.notes[-1] == (
+        "seed 1 (eval/student_seed1.json) was evaluated with actions sampled at temperature 0.05."
+    )
+
+
 def test_a_damaged_evaluation_is_not_left_out(results):
     path = results / "eval" / "student_seed1.json"
     evaluation(5).save(path)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.utils import get_device
+from stable_baselines3.common.utils import get_device, set_random_seed
 from stable_baselines3.common.vec_env import VecFrameStack
 
 from opd_gym.checkpoints import resolve_checkpoint, run_of
@@ -65,6 +65,8 @@ def run(args: Eval | Enjoy) -> int:
     film = isinstance(args, Enjoy)
     if isinstance(args, Enjoy):
         check_film(args.output)
+    if args.stochastic and args.temperature is not None:
+        raise ValueError("--stochastic is --temperature 1: give one of them.")
     device = get_device(check_device(args.device))
     env_ids = [args.env] if isinstance(args, Enjoy) else args.env
     before = args.before if isinstance(args, Enjoy) else None
@@ -145,18 +147,22 @@ def run(args: Eval | Enjoy) -> int:
             ]
             for policy, path in zip(policies, paths, strict=True):
                 check_spaces(policy, env, path)
-            return [
-                evaluate_success(
-                    policy.to(device),
-                    env,
-                    episodes[: args.episodes] if film else episodes,
-                    deterministic=not args.stochastic,
-                    progress=args.progress,
-                    reward_threshold=threshold,
-                    record=sys.maxsize if film else 0,
+            results = []
+            for policy in policies:
+                set_random_seed(args.seed)  # of sampled actions
+                results.append(
+                    evaluate_success(
+                        policy.to(device),
+                        env,
+                        episodes[: args.episodes] if film else episodes,
+                        deterministic=not args.stochastic,
+                        progress=args.progress,
+                        reward_threshold=threshold,
+                        record=sys.maxsize if film else 0,
+                        temperature=args.temperature,
+                    )
                 )
-                for policy in policies
-            ]
+            return results
         finally:
             env.close()
 
@@ -166,7 +172,8 @@ def run(args: Eval | Enjoy) -> int:
         played = [(bare_id(env_id), play(env_id)[0]) for env_id in env_ids]
         episodes = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.episodes]
         lost = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.lost]
-        results = [EvaluationResult(episodes, versions=played[-1][1].versions, lost=lost)]
+        last = played[-1][1]
+        results = [EvaluationResult(episodes, versions=last.versions, lost=lost, temperature=last.temperature)]
     for name, path, result in zip(names, paths, results, strict=True):
         print(result.to_markdown("" if len(results) == 1 else f"{name}, by task"))
         others = differences(read_versions(path), result.versions)

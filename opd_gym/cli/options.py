@@ -187,11 +187,12 @@ class Play(Options):
     :param init_states: official or drawn states
     :param n_envs: parallel envs
     :param stochastic: sample actions instead of taking the most likely
+    :param temperature: sample them at this temperature, as in training
     :param reward_threshold: for envs that say nothing about success
     :param max_lost: episodes that may be lost with their worker; the exit status is 1 if there are more
     :param env_kwargs: for instance visuals:exact horizon:400
     :param param: the same one at a time, spelt as in training: -P env_kwargs.visuals=exact
-    :param seed: seed of the envs
+    :param seed: seed of the envs and of sampled actions
     :param device: "auto", "cpu", "cuda", ...
     :param trust: open checkpoints even where they hold code, which then runs
     :param progress: a progress bar is shown unless --no-progress is given
@@ -206,6 +207,7 @@ class Play(Options):
     init_states: Literal["eval", "sampled"] = "eval"
     n_envs: int = 2
     stochastic: Flag = False
+    temperature: Annotated[float | None, option(metavar="FLOAT")] = None
     reward_threshold: Annotated[float | None, option(metavar="FLOAT")] = None
     max_lost: int = 0
     env_kwargs: Overrides = field(default_factory=list)

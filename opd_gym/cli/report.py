@@ -367,6 +367,12 @@ def _find(folder: Path) -> list[_Found]:
         raise ValueError(
             f"There is nothing to report in {folder}: expected runs of `opd-gym train`, or files of `opd-gym eval -o`."
         )
+    for item in found:
+        temperature = item.result.temperature if item.result else None
+        if temperature is not None:
+            item.notes.append(
+                f"seed {item.seed} ({item.path}) was evaluated with actions sampled at temperature {temperature:g}."
+            )
     return found
 
 
@@ -389,7 +395,11 @@ def _by_env(result: EvaluationResult | None, env_id: str) -> dict[str, Evaluatio
     every: list[Any] = [] if result is None else [*result.episodes, *result.lost]
     for episode in every:
         named = replace(episode, env_id=bare_id(episode.env_id or env_id))
-        part = parts.setdefault(named.env_id, EvaluationResult([], versions=result.versions if result else {}))
+        part = parts.get(named.env_id)
+        if part is None:
+            assert result is not None
+            part = EvaluationResult([], versions=result.versions, temperature=result.temperature)
+            parts[named.env_id] = part
         (part.lost if isinstance(named, LostEpisode) else part.episodes).append(named)
     return parts
 
