@@ -40,4 +40,5 @@ $(foreach seed,$(SEEDS),$(foreach name,$(STUDIES),$(foreach change,$($(name)),\
     $(eval $(call run,$(subst $(colon),_,$(change)),opd,$(ENV),$(seed),--n-timesteps $(DECISIONS) --hyperparams $(change) $(with_$(lastword $(subst $(colon), ,$(change)))))))))
 
 report:
-	$(call reported,--title "Objectives of OPD on LIBERO-Object")
+	$(call reported,--title "Objectives of OPD on LIBERO-Object" --reference "reverse KL" -l 'temperature_0.05/*=reverse KL' \
+	    -l 'divergence_forward_kl/*=forward KL' -l 'divergence_jsd/*=JSD' -l 'divergence_hard_ce/*=hard CE' -l 'estimator_sampled/*=sampled')

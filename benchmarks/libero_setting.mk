@@ -1,6 +1,6 @@
 # How OPD's setting for LIBERO in the zoo was chosen: one change after the other.
 #
-#   make -f benchmarks/libero_setting.mk            17 runs of 4,000 decisions, by a rough count six hours on one core
+#   make -f benchmarks/libero_setting.mk            18 runs of 4,000 decisions, by a rough count six hours on one core
 #   make -f benchmarks/libero_setting.mk report paired
 #
 # On LIBERO-Object, the first four with training seed 0 and 200 official initial states, of which comparisons have all 500; the next two
@@ -23,7 +23,7 @@ SAMPLED = $(RUNS)/faster/% $(RUNS)/more_steps/% $(RUNS)/greedier/% $(RUNS)/suite
 $(SAMPLED): EVAL = --init-states sampled --seed 700
 $(SAMPLED): EPISODES = 100
 $(RUNS)/suites/seed0/%: EPISODES = 500
-$(RUNS)/shorter/% $(RUNS)/greedy/%: EVAL = --init-states sampled --seed 700
+$(RUNS)/shorter/% $(RUNS)/greedy/% $(RUNS)/larger_rollouts/%: EVAL = --init-states sampled --seed 700
 $(RUNS)/longer/% $(RUNS)/short_goal/%: EPISODES = 500
 
 $(eval $(call run,before,opd,$(ENV),0,--n-timesteps 4000 --hyperparams $(BEFORE)))
@@ -50,8 +50,10 @@ $(foreach suite,Spatial Goal,\
     $(eval $(call run,longer,opd,Libero$(suite)-v0,0,--n-timesteps 4000 --hyperparams $(ZOO) $(HORIZON_$(suite))))\
     $(eval $(call run,longer,grpo,Libero$(suite)-v0,0,--n-timesteps 4000 --hyperparams $(HORIZON_$(suite)))))
 # All but greedy: what is practised is then what is measured, also where greedy actions get stuck
+$(eval $(call run,greedy,opd,LiberoGoal-v0,10,--n-timesteps 4000 --hyperparams $(filter-out temperature:%,$(ZOO)) temperature:0.001 env_kwargs.horizon:112))
+# Four times as many decisions an iteration, with as many gradient steps a decision: the first updates see more than the states of ten episodes
 $(foreach suite,Spatial Goal,\
-    $(eval $(call run,greedy,opd,Libero$(suite)-v0,10,--n-timesteps 4000 --hyperparams $(filter-out temperature:%,$(ZOO)) temperature:0.001 env_kwargs.horizon:112)))
+    $(eval $(call run,larger_rollouts,opd,Libero$(suite)-v0,10,--n-timesteps 4000 --hyperparams $(filter-out n_steps:% gradient_steps:%,$(ZOO)) n_steps:256 gradient_steps:160 env_kwargs.horizon:112)))
 $(foreach seed,0 1,$(eval $(call run,short_goal,opd,LiberoGoal-v0,$(seed),--n-timesteps 4000 --hyperparams $(ZOO) $(GOAL_BY_TASK))))
 all: $(RUNS)/shorter/goal_official_states.json $(RUNS)/short_goal/goal_sampled_states.json
 $(RUNS)/shorter/goal_official_states.json: | $(RUNS)/shorter/seed10/opd/LiberoGoal-v0_1/policy/config.json
@@ -67,7 +69,7 @@ report:
 	    -l 'greedier/*=temperature 0.05 on sampled states' -l 'suites/spatial_*=temperature 0.05 on sampled states' \
 	    -l 'smaller_batches/*=smaller batches on sampled states' -l 'shorter/*.json=episodes of 112 steps on official states' \
 	    -l 'shorter/*=episodes of 112 steps on sampled states' \
-	    -l 'longer/*/opd/*=before the shorter episodes' -l 'longer/*/grpo/*=GRPO before the shorter episodes' \
+	    -l 'greedy/*=temperature 0.001 and episodes of 112 steps on sampled states' -l 'longer/*/opd/*=before the shorter episodes' -l 'longer/*/grpo/*=GRPO before the shorter episodes' \
 	    -l 'short_goal/*.json=112 steps in nine tasks and 300 in one on sampled states' \
 	    -l 'short_goal/*=112 steps in nine tasks and 300 in one')
 
@@ -83,6 +85,7 @@ pairs = $(foreach algo,opd grpo,$(SUITES_RUNS)/$(1)/seed0/$(algo)/$(2)_1/evaluat
     $(RUNS)/longer/seed0/grpo/$(2)_1/evaluation.json $(SUITES_RUNS)/$(1)/student.json
 PAIRS = $(RUNS)/shorter/seed10/opd/LiberoSpatial-v0_1/evaluation.json $(RUNS)/suites/spatial_sampled_states.json \
     $(RUNS)/shorter/seed10/opd/LiberoGoal-v0_1/evaluation.json $(RUNS)/greedier/seed10/opd/LiberoGoal-v0_1/evaluation.json \
+    $(RUNS)/greedy/seed10/opd/LiberoGoal-v0_1/evaluation.json $(RUNS)/shorter/seed10/opd/LiberoGoal-v0_1/evaluation.json \
     $(call pairs,spatial,LiberoSpatial-v0) $(call pairs,goal,LiberoGoal-v0)
 $(SUITES_RUNS)/%:
 	$(MAKE) -f benchmarks/libero_suites.mk $@
