@@ -36,7 +36,12 @@ $(RUNS)/perturbed/$(1)_seed$(2).json: | $(RUNS)/$(1)/seed$(2)/$(1)/$(ENV)_1/poli
 endef
 $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft,$(eval $(call perturbed,$(algo),$(seed)))))
 
+LABELS = --tasks 'trained on=0-5' --tasks 'not trained on=6-9' -l 'student.json=student' -l 'sft/*=SFT' -l 'grpo/*=GRPO' -l 'opd/*=OPD' \
+    -l 'perturbed/student*=student' -l 'perturbed/sft*=SFT' -l 'perturbed/grpo*=GRPO' -l 'perturbed/opd*=OPD'
 report:
-	$(call reported,--title "Forgetting on LIBERO-Object" --reference student --tasks 'seen=0-5' --tasks 'unseen=6-9' \
-	    -l 'student.json=student' -l 'sft/*=SFT' -l 'grpo/*=GRPO' -l 'opd/*=OPD' \
-	    -l 'perturbed/student*=student' -l 'perturbed/sft*=SFT' -l 'perturbed/grpo*=GRPO' -l 'perturbed/opd*=OPD')
+	$(call reported,--title "Forgetting on LIBERO-Object" --reference student $(LABELS))
+
+# The same with tests against SFT
+.PHONY: against
+against:
+	opd-gym report $(RUNS) -o $(RUNS)/against_SFT.html --markdown $(OUT)/against_SFT.md --title "Against SFT" --reference SFT $(LABELS)

@@ -21,6 +21,7 @@ from opd_gym.cli.report import (
     by_group,
     details,
     draw,
+    draw_groups,
     draw_learning,
     find_policies,
     notes,
@@ -116,11 +117,28 @@ def test_groups_of_tasks(results):
         ["teacher", "100.0 % [72.2, 100.0]", "80.0 % [49.0, 94.3]"],
     ]
     assert len(by_group(policies, {})) == 1
+    opd, teacher = policies[1], policies[2]
+    assert paired([opd, teacher], teacher, {"seen": [0], "unseen": [1], "other": [7]})[1:4] == [
+        ["opd against teacher", "0", "0", "2", "0.500"],
+        ["opd against teacher, seen", "0", "0", "1", "1.000"],
+        ["opd against teacher, unseen", "0", "0", "1", "1.000"],
+    ]
     # Of a policy that was evaluated in a part of a group there is no number beside the others'
     part = Policy("part", ENV, results={"0": evaluation(9)})
     assert by_group([*policies, part], {"both": [0, 1], "first": [0], "other": [7]})[-1] == [
         *("part", "", "90.0 % [59.6, 98.2]", "")
     ]
+
+
+def test_two_groups_of_tasks_are_drawn_against_each_other(results):
+    policies = find_policies([results], {})
+    colors = {policy.label: "C0" for policy in policies}
+    axis = draw_groups(policies, {"seen": [0], "unseen": [1]}, colors).axes[0]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("success in tasks seen (%)", "success in tasks unseen (%)")
+    points = {bar.get_label(): bar.lines[0].get_xydata()[0].tolist() for bar in axis.containers}
+    assert points == {"grpo": [20.0, 20.0], "opd": [95.0, 75.0], "teacher": [100.0, 80.0]}
+    assert draw_groups(policies, {"seen": [0]}, colors) is None
+    assert draw_groups(policies, {"seen": [0], "other": [7]}, colors) is None
 
 
 def test_an_evaluation_of_several_envs_is_one_of_each(tmp_path):

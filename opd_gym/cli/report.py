@@ -113,10 +113,7 @@ class Policy:
         :raises ImportError: several seeds or returns, and SciPy is not installed
         :raises ValueError: the seeds were evaluated in different tasks, or an outcome is NaN
         """
-        parts = {
-            seed: EvaluationResult([e for e in result.episodes if tasks is None or e.task_id in tasks])
-            for seed, result in self.results.items()
-        }
+        parts = {seed: _of_tasks(result, tasks) for seed, result in self.results.items()}
         seeds = [seed for seed, part in parts.items() if part.episodes]
         results = [parts[seed] for seed in seeds]
         if not results:
@@ -178,6 +175,12 @@ class Policy:
                 # 0.9 of 0.8 is a little more than 0.72
                 found[seed] = next((row.get(column) for row in whole if row[SUCCESS] >= goal - 1e-9), None)
         return found
+
+
+def _of_tasks(result: EvaluationResult, tasks: Sequence[int] | None) -> EvaluationResult:
+    """The episodes of some tasks; None for all."""
+    episodes = [e for e in result.episodes if tasks is None or e.task_id in tasks]
+    return EvaluationResult(episodes, versions=result.versions)
 
 
 def _mean(result: EvaluationResult, judged: bool) -> float:
@@ -551,11 +554,14 @@ def by_group(policies: Sequence[Policy], groups: Mapping[str, Sequence[int]]) ->
     return rows
 
 
-def paired(policies: Sequence[Policy], reference: Policy | None) -> Table:
+def paired(
+    policies: Sequence[Policy], reference: Policy | None, groups: Mapping[str, Sequence[int]] | None = None
+) -> Table:
     """
     :param policies: of one env
     :param reference: what the others are compared with, in the same episodes
-    :return: one row a policy and seed: McNemar's exact test
+    :param groups: name -> tasks, which are compared by themselves as well
+    :return: one row a policy, seed and group: McNemar's exact test
     """
     rows = [["in the same episodes", "seed", "it alone solves", "the other alone solves", "p"]]
     for policy in policies:
@@ -565,15 +571,21 @@ def paired(policies: Sequence[Policy], reference: Policy | None) -> Table:
             other = reference.results.get(seed.rstrip("'"))
             if other is None and len(reference.results) == 1:
                 other = next(iter(reference.results.values()))
-            try:
-                alone, other_alone, p = result.paired(other) if other is not None else (0, 0, math.nan)
-            except ValueError:
-                p = math.nan  # other episodes
-            if math.isnan(p):
-                rows.append([f"{policy.label} against {reference.label}", seed, "other episodes", "", ""])
-                continue
-            shown = f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
-            rows.append([f"{policy.label} against {reference.label}", seed, str(alone), str(other_alone), shown])
+            compared = f"{policy.label} against {reference.label}"
+            own = result.per_task()
+            parts = {name: tasks for name, tasks in (groups or {}).items() if own.keys() & set(tasks)}
+            for name, tasks in {"": None, **parts}.items():
+                try:
+                    alone, other_alone, p = (
+                        _of_tasks(result, tasks).paired(_of_tasks(other, tasks)) if other else (0, 0, math.nan)
+                    )
+                except ValueError:
+                    p = math.nan  # other episodes
+                shown = f"{compared}, {name}" if name else compared
+                if math.isnan(p):
+                    rows.append([shown, seed, "other episodes", "", ""])
+                    break
+                rows.append([shown, seed, str(alone), str(other_alone), f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"])
     return rows
 
 
@@ -671,6 +683,47 @@ def draw_learning(policies: Sequence[Policy], key: str, colors: Mapping[str, str
     axis.set_ylabel(LEARNING[key])
     axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
     return _finished(figure)
+
+
+def draw_groups(
+    policies: Sequence[Policy], groups: Mapping[str, Sequence[int]], colors: Mapping[str, str]
+) -> Figure | None:
+    """
+    Held-out success in two groups of tasks against each other, for instance of those that were trained on and of the
+    others: what was learned to the right, what was forgotten below.
+
+    :param policies: of one env
+    :param groups: name -> tasks
+    :param colors: of the policies, by label
+    :return: one point a policy with its 95 % intervals; None unless there are two groups, and a policy that was
+        evaluated in both
+    """
+    shown = [row[0] for row in by_group(policies, groups)[1:] if all(row[1:])]
+    if len(groups) != 2 or not shown or not all(policy.judged for policy in policies):
+        return None
+    (x_name, x_tasks), (y_name, y_tasks) = groups.items()
+    figure, axis = _figure(f"success in tasks {x_name} (%)")
+    for policy in policies:
+        if policy.label in shown:
+            (x, *x_bounds), (y, *y_bounds) = (
+                [100.0 * value for value in policy.score(tasks)] for tasks in (x_tasks, y_tasks)
+            )
+            axis.errorbar(
+                [x],
+                [y],
+                xerr=[[x - x_bounds[0]], [x_bounds[1] - x]],
+                yerr=[[y - y_bounds[0]], [y_bounds[1] - y]],
+                color=colors[policy.label],
+                label=policy.label,
+                marker="D",
+                capsize=3,
+                linestyle="none",
+            )
+    axis.set_ylabel(f"success in tasks {y_name} (%)")
+    axis.set_ylim(-2, 102)
+    axis.set_xlim(-2, 102)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    return figure
 
 
 def _figure(label: str) -> tuple[Figure, Axes]:
@@ -856,6 +909,7 @@ def report(args: Report) -> None:
             ]
         for key, label in LEARNING.items():
             figures.append((label, f"{env_id}-{key.partition('/')[2]}", draw_learning(here, key, colors)))
+        figures.append((" and ".join(groups), f"{env_id}-groups", draw_groups(here, groups, colors)))
         svgs = []
         for label, file, figure in figures:
             if figure is not None:
@@ -869,7 +923,7 @@ def report(args: Report) -> None:
                 "details": details(here, reference),
                 "groups": by_group(here, groups),
                 "tasks": by_task(here),
-                "paired": paired(here, reference),
+                "paired": paired(here, reference, groups),
                 "commands": [(policy.label, command) for policy in here for command in policy.commands],
             }
         )
