@@ -1,6 +1,6 @@
 # How OPD's setting for LIBERO in the zoo was chosen: one change after the other.
 #
-#   make -f benchmarks/libero_setting.mk            18 runs of 4,000 decisions, by a rough count six hours on one core
+#   make -f benchmarks/libero_setting.mk            20 runs of 4,000 decisions, by a rough count six hours on one core
 #   make -f benchmarks/libero_setting.mk report paired
 #
 # On LIBERO-Object, the first four with training seed 0 and 200 official initial states, of which comparisons have all 500; the next two
@@ -69,7 +69,8 @@ report:
 	    -l 'greedier/*=temperature 0.05 on sampled states' -l 'suites/spatial_*=temperature 0.05 on sampled states' \
 	    -l 'smaller_batches/*=smaller batches on sampled states' -l 'shorter/*.json=episodes of 112 steps on official states' \
 	    -l 'shorter/*=episodes of 112 steps on sampled states' \
-	    -l 'greedy/*=temperature 0.001 and episodes of 112 steps on sampled states' -l 'longer/*/opd/*=before the shorter episodes' -l 'longer/*/grpo/*=GRPO before the shorter episodes' \
+	    -l 'larger_rollouts/*=episodes of 112 steps and 512 decisions an iteration on sampled states' \
+    -l 'greedy/*=temperature 0.001 and episodes of 112 steps on sampled states' -l 'longer/*/opd/*=before the shorter episodes' -l 'longer/*/grpo/*=GRPO before the shorter episodes' \
 	    -l 'short_goal/*.json=112 steps in nine tasks and 300 in one on sampled states' \
 	    -l 'short_goal/*=112 steps in nine tasks and 300 in one')
 
@@ -85,6 +86,7 @@ pairs = $(foreach algo,opd grpo,$(SUITES_RUNS)/$(1)/seed0/$(algo)/$(2)_1/evaluat
     $(RUNS)/longer/seed0/grpo/$(2)_1/evaluation.json $(SUITES_RUNS)/$(1)/student.json
 PAIRS = $(RUNS)/shorter/seed10/opd/LiberoSpatial-v0_1/evaluation.json $(RUNS)/suites/spatial_sampled_states.json \
     $(RUNS)/shorter/seed10/opd/LiberoGoal-v0_1/evaluation.json $(RUNS)/greedier/seed10/opd/LiberoGoal-v0_1/evaluation.json \
+    $(foreach env,LiberoSpatial-v0 LiberoGoal-v0,$(RUNS)/larger_rollouts/seed10/opd/$(env)_1/evaluation.json $(RUNS)/shorter/seed10/opd/$(env)_1/evaluation.json) \
     $(RUNS)/greedy/seed10/opd/LiberoGoal-v0_1/evaluation.json $(RUNS)/shorter/seed10/opd/LiberoGoal-v0_1/evaluation.json \
     $(call pairs,spatial,LiberoSpatial-v0) $(call pairs,goal,LiberoGoal-v0)
 $(SUITES_RUNS)/%:
