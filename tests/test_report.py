@@ -137,6 +137,8 @@ def test_two_groups_of_tasks_are_drawn_against_each_other(results):
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("success in tasks seen (%)", "success in tasks unseen (%)")
     points = {bar.get_label(): bar.lines[0].get_xydata()[0].tolist() for bar in axis.containers}
     assert points == {"grpo": [20.0, 20.0], "opd": [95.0, 75.0], "teacher": [100.0, 80.0]}
+    dots = [line.get_xydata().tolist() for line in axis.lines if line.get_marker() == "."]
+    assert dots == [[[20.0, 20.0], [20.0, 20.0]], [[90.0, 70.0], [100.0, 80.0]]]
     assert draw_groups(policies, {"seen": [0]}, colors) is None
     assert draw_groups(policies, {"seen": [0], "other": [7]}, colors) is None
 

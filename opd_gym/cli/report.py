@@ -695,8 +695,8 @@ def draw_groups(
     :param policies: of one env
     :param groups: name -> tasks
     :param colors: of the policies, by label
-    :return: one point a policy with its 95 % intervals; None unless there are two groups, and a policy that was
-        evaluated in both
+    :return: a diamond a policy with its 95 % intervals, and a dot a seed where there are several; None unless there are
+        two groups, and a policy that was evaluated in both
     """
     shown = [row[0] for row in by_group(policies, groups)[1:] if all(row[1:])]
     if len(groups) != 2 or not shown or not all(policy.judged for policy in policies):
@@ -719,6 +719,12 @@ def draw_groups(
                 capsize=3,
                 linestyle="none",
             )
+            if len(policy.results) > 1:
+                seeds = [
+                    [100.0 * _mean(_of_tasks(result, tasks), True) for tasks in (x_tasks, y_tasks)]
+                    for result in policy.results.values()
+                ]
+                axis.plot(*zip(*seeds, strict=True), color=colors[policy.label], marker=".", linestyle="none")
     axis.set_ylabel(f"success in tasks {y_name} (%)")
     axis.set_ylim(-2, 102)
     axis.set_xlim(-2, 102)
