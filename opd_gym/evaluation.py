@@ -280,25 +280,26 @@ class EvaluationResult:
         :param title: heading of the first column
         :return: a table with one row a task and one for all of them; where something was perturbed, one row for all,
             for each category and for each level of difficulty, with the difference from the unperturbed episodes, if
-            there are any; below the table the episodes that were lost
+            there are any; below the table the temperature, if actions were sampled, and the episodes that were lost
         """
         categories = self.per("category")
         if set(categories) - {None}:
             rows = [("all", self), *_category_rows(self)]
-            return self._table(title or "perturbation", rows, categories.get(None)) + self._lost_text()
+            return self._table(title or "perturbation", rows, categories.get(None)) + self._below()
         tasks = self.per("env_id") if len(self.per("env_id")) > 1 else self.per_task()
         named = [(str(task), result) for task, result in tasks.items()] if len(tasks) > 1 else []
-        return self._table(title or "task", [*named, ("all", self)], None) + self._lost_text()
+        return self._table(title or "task", [*named, ("all", self)], None) + self._below()
 
-    def _lost_text(self) -> str:
+    def _below(self) -> str:
+        how = "" if self.temperature is None else f"\nActions were sampled at temperature {self.temperature:g}.\n"
         if not self.lost:
-            return ""
+            return how
         lines = [
             f"- {f'{lost.env_id}, ' if lost.env_id else ''}task {lost.task_id}, initial state {lost.init_state_id}, "
             f"seed {lost.seed}: {lost.reason.partition(chr(10))[0]}\n"
             for lost in self.lost
         ]
-        return f"\nEpisodes lost, which count neither as solved nor as failed: {len(lines)}\n\n{''.join(lines)}"
+        return f"{how}\nEpisodes lost, which count neither as solved nor as failed: {len(lines)}\n\n{''.join(lines)}"
 
     @staticmethod
     def _table(title: str, named: Sequence[tuple[str, EvaluationResult]], reference: EvaluationResult | None) -> str:

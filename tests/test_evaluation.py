@@ -379,6 +379,7 @@ def test_result(tmp_path: Any) -> None:
     sampled.save(path)
     assert EvaluationResult.load(path) == sampled != result
     assert sampled.per_task()[0].temperature == 0.3
+    assert sampled.to_markdown() == result.to_markdown() + "\nActions were sampled at temperature 0.3.\n"
     assert math.isnan(EvaluationResult([]).success_rate)
     assert evaluate_success(Always(), make(1), [], progress=False) == EvaluationResult([])
 
