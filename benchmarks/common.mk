@@ -18,6 +18,14 @@ define train
 	else opd-gym train --algo $(2) --env $(3) -f $(1) --no-progress $(4); fi
 endef
 
+# The suites by their short names
+ENV_object = LiberoObject-v0
+ENV_spatial = LiberoSpatial-v0
+ENV_goal = LiberoGoal-v0
+ENV_10 = Libero10-v0
+# Of LIBERO-Long the five tasks that its teacher has learned (libero_suites_12000.mk says why these)
+TASKS_10 = 0 1 3 6 7
+
 # $(call task_ids,SUITE), $(call only,SUITE): the tasks of TASKS_SUITE, if it names some, as an option and as a hyperparameter
 task_ids = $(if $(TASKS_$(1)),--task-ids $(TASKS_$(1)))
 only = $(if $(TASKS_$(1)),env_kwargs.task_ids:[$(subst $(space),$(comma),$(TASKS_$(1)))])

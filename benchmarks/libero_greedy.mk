@@ -14,11 +14,6 @@ TRAINED = runs/libero_suites
 .PHONY: $(SUITES)
 all: $(SUITES)
 
-ENV_object = LiberoObject-v0
-ENV_spatial = LiberoSpatial-v0
-ENV_goal = LiberoGoal-v0
-ENV_10 = Libero10-v0
-TASKS_10 = 0 1 3 6 7
 $(RUNS)/10/%.json: EPISODES = 250
 
 $(TRAINED)/%.json:
@@ -40,7 +35,8 @@ $(foreach suite,$(SUITES),\
     $(foreach name,$(ZOO),$(eval $(call both,$(suite),$(name),libero-$(suite)-$(name),$(TRAINED)/$(suite)/$(name).json)))\
     $(foreach seed,$(SEEDS),$(foreach algo,$(POLICIES),$(eval $(call trained,$(suite),$(algo),$(seed))))))
 
+# $(call labels,FILE,NAME)
+labels = -l '*/greedy/$(1)*=$(2)' -l '*/sampled/$(1)*=$(2) at 0.05'
 report:
-	$(call reported,--title "Greedy actions on LIBERO" --reference OPD $(foreach name,student=student sft=SFT grpo=GRPO opd=OPD teacher=teacher,\
-	    -l '*/greedy/$(firstword $(subst =, ,$(name)))*=$(lastword $(subst =, ,$(name)))' \
-	    -l '*/sampled/$(firstword $(subst =, ,$(name)))*=$(lastword $(subst =, ,$(name))) at 0.05'))
+	$(call reported,--title "Greedy actions on LIBERO" --reference OPD $(call labels,student,student) $(call labels,sft,SFT) \
+	    $(call labels,grpo,GRPO) $(call labels,opd,OPD) $(call labels,teacher,teacher))

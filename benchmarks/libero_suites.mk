@@ -16,12 +16,6 @@ DECISIONS ?= 4000
 .PHONY: $(SUITES) against
 all: $(SUITES)
 
-ENV_object = LiberoObject-v0
-ENV_spatial = LiberoSpatial-v0
-ENV_goal = LiberoGoal-v0
-ENV_10 = Libero10-v0
-# Of LIBERO-Long the five tasks that its teacher has learned (libero_suites_12000.mk says why these)
-TASKS_10 = 0 1 3 6 7
 $(RUNS)/10/%.json: EVAL = --task-ids $(TASKS_10)
 $(RUNS)/10/%.json: EPISODES = 250
 # Demonstrations a task of the offline controls, of the scripted expert and of OPD's own teacher (its successes): about as many

@@ -15,10 +15,6 @@ SEEDS ?= 0 1 2
 .PHONY: $(SUITES) checkpoints counts
 all: $(SUITES)
 
-ENV_object = LiberoObject-v0
-ENV_spatial = LiberoSpatial-v0
-ENV_goal = LiberoGoal-v0
-ENV_10 = Libero10-v0
 ENV_10_eight = Libero10-v0
 # The teacher: SFT, then DAgger (Object), or SFT for longer. Of all eight tasks of LIBERO-Long that have an expert (10_eight) the
 # teacher so made is at 53 %, from 2 to 86 % a task, and DAgger after it (teacher/corrected) was stopped after 4,224 decisions, when 7
@@ -28,7 +24,6 @@ TEACHER_spatial = teacher/longer/sft
 TEACHER_goal = teacher/longer/sft
 TEACHER_10 = teacher/longer/sft
 TEACHER_10_eight = teacher/longer/sft
-TASKS_10 = 0 1 3 6 7
 TASKS_10_eight = 0 1 2 3 4 6 7 8
 $(RUNS)/10/%/evaluation.json: EVAL = --task-ids $(TASKS_10)
 $(RUNS)/10/%/evaluation.json: EPISODES = 250

@@ -219,6 +219,18 @@ def test_seeds_are_paired_with_their_own():
     ]
 
 
+def test_episodes_that_one_has_lost_are_in_no_pair():
+    whole, part = evaluation(9, 5), evaluation(7, 5)
+    part.lost.append(LostEpisode(0, 0, 0, "killed", ENV))
+    part.episodes.pop(0)
+    policies = [Policy("a", ENV, results={"0": part}), Policy("b", ENV, results={"0": whole})]
+    assert paired(policies, policies[1], {"one": [0], "two": [1]})[1:] == [
+        ["a against b", "0", "0", "2", "0.500"],
+        ["a against b, one", "0", "0", "2", "0.500"],
+        ["a against b, two", "0", "0", "0", "1.000"],
+    ]
+
+
 def test_what_was_evaluated_in_other_tasks_is_told():
     whole, one = (Policy(name, ENV, results={"0": evaluation(*k)}) for name, k in (("all", (5, 5)), ("one", (5,))))
     assert notes([whole, replace(whole, label="more"), one]) == [

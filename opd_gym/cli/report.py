@@ -179,8 +179,11 @@ class Policy:
 
 def _of_tasks(result: EvaluationResult, tasks: Sequence[int] | None) -> EvaluationResult:
     """The episodes of some tasks; None for all."""
-    episodes = [e for e in result.episodes if tasks is None or e.task_id in tasks]
-    return EvaluationResult(episodes, versions=result.versions)
+    if tasks is None:
+        return result
+    episodes = [episode for episode in result.episodes if episode.task_id in tasks]
+    lost = [episode for episode in result.lost if episode.task_id in tasks]
+    return EvaluationResult(episodes, versions=result.versions, lost=lost)
 
 
 def _mean(result: EvaluationResult, judged: bool) -> float:
@@ -571,18 +574,15 @@ def paired(
             other = reference.results.get(seed.rstrip("'"))
             if other is None and len(reference.results) == 1:
                 other = next(iter(reference.results.values()))
+            other = EvaluationResult([]) if other is None else other
             compared = f"{policy.label} against {reference.label}"
             own = result.per_task()
             parts = {name: tasks for name, tasks in (groups or {}).items() if own.keys() & set(tasks)}
             for name, tasks in {"": None, **parts}.items():
-                try:
-                    alone, other_alone, p = (
-                        _of_tasks(result, tasks).paired(_of_tasks(other, tasks)) if other else (0, 0, math.nan)
-                    )
-                except ValueError:
-                    p = math.nan  # other episodes
                 shown = f"{compared}, {name}" if name else compared
-                if math.isnan(p):
+                try:
+                    alone, other_alone, p = _of_tasks(result, tasks).paired(_of_tasks(other, tasks))
+                except ValueError:
                     rows.append([shown, seed, "other episodes", "", ""])
                     break
                 rows.append([shown, seed, str(alone), str(other_alone), f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"])
