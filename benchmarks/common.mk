@@ -30,6 +30,12 @@ TASKS_10 = 0 1 3 6 7
 task_ids = $(if $(TASKS_$(1)),--task-ids $(TASKS_$(1)))
 only = $(if $(TASKS_$(1)),env_kwargs.task_ids:[$(subst $(space),$(comma),$(TASKS_$(1)))])
 
+# $(call counted,FOLDER): what the demonstrations in it had cost, beside the results
+define counted
+	python benchmarks/count_demonstrations.py $(RUNS)/$(1) -o $(OUT)/$(1).json
+	touch $(RUNS)/$(1)/done
+endef
+
 # Held-out: greedy actions on initial states which nobody trained on; of a suite of LIBERO all 500 official ones
 EPISODES ?= 500
 %/evaluation.json: | %/policy/config.json

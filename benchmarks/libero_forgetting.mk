@@ -14,7 +14,7 @@ PERTURBED = LiberoObjectSwap-v0 LiberoObjectObject-v0 LiberoObjectLan-v0
 # The offline control has as many labelled decisions, all of the six tasks
 $(RUNS)/demos/done:
 	opd-gym demos --env $(ENV) $(call task_ids,seen) -n 67 --seed 200000 --image-size 64 --stride 8 -o $(@D)
-	touch $@
+	$(call counted,demos)
 
 $(foreach seed,$(SEEDS),$(foreach algo,opd grpo,$(eval $(call run,$(algo),$(algo),$(ENV),$(seed),--n-timesteps 4000 --hyperparams $(call only,seen)))))
 $(foreach seed,$(SEEDS),$(eval $(call run,sft,sft,$(ENV),$(seed),--n-timesteps 1280 --demonstrations $(RUNS)/demos \

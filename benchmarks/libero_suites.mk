@@ -19,31 +19,34 @@ all: $(SUITES)
 $(RUNS)/10/%.json: EVAL = --task-ids $(TASKS_10)
 $(RUNS)/10/%.json: EPISODES = 250
 # Demonstrations a task of the offline controls, of the scripted expert and of OPD's own teacher (its successes): about as many
-# labelled decisions as OPD's teacher labels, and with them as many env steps
+# labelled decisions as OPD's teacher labels. The episodes in which the teacher failed come on top (demos_of_teacher.json)
 CONTROL_DEMOS_object = 40
 CONTROL_DEMOS_spatial = 50
 CONTROL_DEMOS_goal = 55
 CONTROL_DEMOS_10 = 52
+# Of the teacher's, so many that they and its failures between them took as many env steps as OPD's 4,000 decisions
+STEPS_DEMOS_goal = 20
 
 SFT = augmentation:random_shift_batch label_smoothing:2.0 policy_kwargs.optimizer_kwargs.weight_decay:1e-4 learning_rate:lin_1e-3
 
 # $(call suite,NAME,ENV)
 define suite
 $(1): $(foreach role,student teacher,$(RUNS)/$(1)/$(role).json) \
-    $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft of_teacher/sft warm_start/sft warm_start/opd,$(RUNS)/$(1)/seed$(seed)/$(algo)/$(2)_1/evaluation.json))
+    $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft of_teacher/sft $(if $(STEPS_DEMOS_$(1)),as_many_steps/sft) warm_start/sft warm_start/opd,$(RUNS)/$(1)/seed$(seed)/$(algo)/$(2)_1/evaluation.json))
 $(RUNS)/$(1)/student.json $(RUNS)/$(1)/teacher.json: $(RUNS)/$(1)/%.json:
 	opd-gym eval --env $(2) --checkpoint libero-$(1)-$$* --episodes $$(EPISODES) $$(EVAL) --no-progress -o $$@
 $(RUNS)/$(1)/demos/done:
 	opd-gym demos --env $(2) $(call task_ids,$(1)) -n $(CONTROL_DEMOS_$(1)) --seed 200000 --image-size 64 --stride 8 -o $$(@D)
-	touch $$@
+	$$(call counted,$(1)/demos)
 $(RUNS)/$(1)/demos_of_teacher/done:
 	opd-gym demos --env $(2) $(call task_ids,$(1)) -n $(CONTROL_DEMOS_$(1)) --seed 200000 --stride 8 --checkpoint libero-$(1)-teacher -o $$(@D)
-	touch $$@
+	$$(call counted,$(1)/demos_of_teacher)
 $(foreach seed,$(SEEDS),$(eval $(call runs,$(1),$(2),$(seed))))
 endef
 
 # $(call runs,NAME,ENV,SEED): OPD; GRPO with as many decisions; SFT on as many labelled decisions with as many gradient steps, of the
-# scripted expert and of the teacher; and OPD after SFT on the teacher, half the decisions and gradient steps of each
+# scripted expert and of the teacher, and of the teacher with as many env steps; and OPD after SFT on the teacher, half the decisions and
+# gradient steps of each
 define runs
 $(RUNS)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json:
 $(call train,$(RUNS)/$(1)/seed$(3),opd,$(2),--seed $(3) --n-timesteps $(DECISIONS) --teacher libero-$(1)-teacher \
@@ -57,6 +60,9 @@ $(call train,$(RUNS)/$(1)/seed$(3),sft,$(2),--seed $(3) --n-timesteps 1280 --dem
 $(RUNS)/$(1)/seed$(3)/of_teacher/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos_of_teacher/done
 $(call train,$(RUNS)/$(1)/seed$(3)/of_teacher,sft,$(2),--seed $(3) --n-timesteps 1280 --demonstrations $(RUNS)/$(1)/demos_of_teacher \
 	    --student libero-$(1)-student --hyperparams $(SFT) $(call only,$(1)))
+$(RUNS)/$(1)/seed$(3)/as_many_steps/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos_of_teacher/done
+$(call train,$(RUNS)/$(1)/seed$(3)/as_many_steps,sft,$(2),--seed $(3) --n-timesteps 1280 --demonstrations $(RUNS)/$(1)/demos_of_teacher \
+	    --student libero-$(1)-student --hyperparams n_demos:$(STEPS_DEMOS_$(1)) $(SFT) $(call only,$(1)))
 $(RUNS)/$(1)/seed$(3)/warm_start/sft/$(2)_1/policy/config.json: | $(RUNS)/$(1)/demos_of_teacher/done
 $(call train,$(RUNS)/$(1)/seed$(3)/warm_start,sft,$(2),--seed $(3) --n-timesteps 640 --demonstrations $(RUNS)/$(1)/demos_of_teacher \
 	    --student libero-$(1)-student --hyperparams n_demos:$(shell expr $(CONTROL_DEMOS_$(1)) / 2) $(SFT) $(call only,$(1)))
@@ -76,7 +82,7 @@ $(call train,$(RUNS)/10/seed$(1)/longer,opd,$(ENV_10),--seed $(1) --n-timesteps 
 endef
 $(foreach seed,$(SEEDS),$(eval $(call longer,$(seed))))
 
-LABELS = -l '*student.json=student' -l '*/of_teacher/*=SFT on the teacher' -l '*/warm_start/sft/*=half of SFT on the teacher' \
+LABELS = -l '*student.json=student' -l '*/of_teacher/*=SFT on the teacher' -l '*/as_many_steps/*=SFT on the teacher with as many env steps' -l '*/warm_start/sft/*=half of SFT on the teacher' \
     -l '*/warm_start/opd/*=half of SFT on the teacher then OPD' -l '*/sft/*=SFT' -l '*/grpo/*=GRPO' -l '*/seed?/opd/*=OPD' \
     -l '*/longer/opd/*=OPD with three times the decisions' \
     -l '*teacher.json=teacher'

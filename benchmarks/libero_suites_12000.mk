@@ -136,13 +136,11 @@ $(RUNS)/goal/task_0_sampled_actions.json: | $(RUNS)/goal/seed0/opd/LiberoGoal-v0
 	opd-gym eval --env LiberoGoal-v0 --checkpoint $(RUNS)/goal/seed0/opd/LiberoGoal-v0_1/policy --task-ids 0 --episodes 50 \
 	    --stochastic --no-progress -o $@
 
-# What the teachers' demonstrations took: a line of every second step of an episode was recorded
-COUNTED = import glob, h5py, json; \
-    n = [len(e['actions']) for f in glob.glob('$(RUNS)/$(1)/demos/pushed/*.hdf5') for e in h5py.File(f)['data'].values()]; \
-    json.dump({'episodes': len(n), 'env_steps': 2 * sum(n)}, open('$(OUT)/$(1)/teacher_demonstrations.json', 'w'))
+# What the teachers' demonstrations took. What is committed was counted from the labels, one of every second step and none where a
+# push follows: it is less than what was played
 counts: $(foreach name,$(SUITES),count_$(name))
 count_%:
-	mkdir -p $(OUT)/$* && python -c "$(call COUNTED,$*)"
+	python benchmarks/count_demonstrations.py $(RUNS)/$*/demos/pushed -o $(OUT)/$*/teacher_demonstrations.json
 
 # 4. Held-out evaluation: common.mk. 5. Tables and curves
 report:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from opd_gym.demonstrations import Episode, write_demonstrations
 from opd_gym.evaluation import EvaluationResult
 from opd_gym.versions import versions
 
@@ -19,6 +20,7 @@ pytest.importorskip("libero", reason="LIBERO is not installed: pip install 'opd_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import count_demonstrations  # noqa: E402
 import gpu  # noqa: E402
 import gymnasium_envs  # noqa: E402
 import lerobot_env  # noqa: E402
@@ -158,6 +160,20 @@ def test_bootstrap_of_paired_differences():
     low, high = light_visuals.bootstrap(difference, seed=0)
     # Standard error of a mean of 100 with variance 0.2: 0.0447.
     assert low == pytest.approx(-1.96 * 0.0447, abs=0.012) and high == pytest.approx(1.96 * 0.0447, abs=0.012)
+
+
+def test_failed_episodes_count_among_what_demonstrations_cost(tmp_path):
+    def episode(n: int, **attrs: int) -> Episode:
+        return Episode({}, np.zeros((n, 7), np.float32), instruction="x", attrs={"task_id": 2, **attrs})
+
+    recipe = {"env_name": "LiberoGoal-v0", "seed": 100, "stride": 8}
+    # The task's seeds begin at 2100: three episodes failed before the second success
+    kept = [episode(9, seed=2100, env_steps=66), episode(10, seed=2104, env_steps=75)]
+    write_demonstrations(tmp_path / "a_demo.hdf5", kept, env_args=recipe)
+    expected = {"episodes": 2, "decisions": 19, "env_steps": 141, "failed": 3, "env_steps_failed": 900}
+    assert count_demonstrations.count(tmp_path / "a_demo.hdf5") == expected
+    write_demonstrations(tmp_path / "b_demo.hdf5", [episode(3, seed=2100)], env_args=recipe)
+    assert count_demonstrations.count(tmp_path / "b_demo.hdf5")["env_steps"] == 24
 
 
 def test_students_of_gymnasium_envs_beside_their_teacher(tmp_path, monkeypatch):

@@ -533,7 +533,12 @@ class Pushed:
 def test_an_episode_without_a_state_to_record():
     """The expert is pushed at once, and the next state to record would come after the episode."""
     found = record_episode(Pushed(), seed=0, task_id=0, chunk_size=8, stride=100, perturbation=1.0)
-    assert found.success and found.action_chunks.shape == (0, 8, 7) and found.actions.shape == (0, 7)
+    assert (
+        found.success
+        and found.n_steps == 30
+        and found.action_chunks.shape == (0, 8, 7)
+        and found.actions.shape == (0, 7)
+    )
     assert record_episode(Pushed(), seed=0, task_id=0, chunk_size=8, stride=100).observations["t"].tolist() == [[0]]
 
 

@@ -211,7 +211,7 @@ def _solved(
             recorded.actions,
             action_chunks=recorded.action_chunks,
             instruction=env.instruction,
-            attrs={"task_id": task_id, "seed": recorded.seed},
+            attrs={"task_id": task_id, "seed": recorded.seed, "env_steps": recorded.n_steps},
         )
         solved += 1
         if solved == n_episodes:

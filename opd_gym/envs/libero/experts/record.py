@@ -27,6 +27,7 @@ class RecordedEpisode:
     :param task_id: the task
     :param seed: seed of the reset
     :param success: whether the episode ended in success
+    :param n_steps: control steps of the episode, recorded or not
     """
 
     observations: dict[str, np.ndarray]
@@ -35,6 +36,7 @@ class RecordedEpisode:
     task_id: int
     seed: int
     success: bool
+    n_steps: int
 
 
 def _perturbation(rng: np.random.Generator) -> tuple[int, np.ndarray]:
@@ -125,4 +127,5 @@ def record_episode(
         task_id=task_id,
         seed=seed,
         success=success,
+        n_steps=len(actions),
     )
