@@ -2,7 +2,7 @@
 How near the pictures of ``visuals="light"`` are to LIBERO's own.
 
     python benchmarks/light_visuals.py
-    python benchmarks/light_visuals.py --policy libero-object-student --episodes 200
+    python benchmarks/light_visuals.py --policy libero-object-teacher --episodes 500
 
 The first draws the same physical states in both modes and compares the pictures: SSIM and PSNR by task and camera, and
 a contact sheet of the worst pairs. The second plays the same official initial states in both modes with a policy and
