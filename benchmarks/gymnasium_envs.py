@@ -47,7 +47,7 @@ from stable_baselines3.common.policies import BasePolicy
 from tqdm import tqdm
 
 from opd_gym import OPD
-from opd_gym.cli.report import over_seeds
+from opd_gym.cli.report.policies import t_interval
 from opd_gym.files import write_atomic
 from opd_gym.untrusted import parse_yaml
 from opd_gym.versions import write_results
@@ -418,7 +418,7 @@ def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, 
         for label in dict.fromkeys(map(label_of, of_teacher)):
             runs = [r for r in of_teacher if label_of(r) == label]
             means = [float(np.mean(r["returns"])) for r in runs]
-            interval = "{:.1f} to {:.1f}".format(*over_seeds(means)) if len(means) > 1 else ""
+            interval = "{:.1f} to {:.1f}".format(*t_interval(means)) if len(means) > 1 else ""
             steps, updates, cpu_s = (np.mean([r[key] for r in runs]) for key in ("env_steps", "updates", "cpu_s"))
             # Beside each other on one machine, seed by seed
             pairs = {(r["seed"], r["n_envs"]): r["cpu_s"] for r in of_teacher if r["method"] == "dagger"}

@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 import os
-import statistics
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -194,12 +193,17 @@ class EvaluationResult:
     @property
     def mean_reward(self) -> float:
         """Mean of the episodes' returns, as ``evaluate_policy`` of Stable-Baselines3 has it; NaN without an episode."""
-        return statistics.fmean(episode.reward for episode in self.episodes) if self.episodes else math.nan
+        return float(np.mean(self._returns)) if self.episodes else math.nan
 
     @property
     def std_reward(self) -> float:
         """Standard deviation of the episodes' returns; NaN without an episode."""
-        return statistics.pstdev(episode.reward for episode in self.episodes) if self.episodes else math.nan
+        with np.errstate(invalid="ignore", over="ignore"):  # of an env whose return is infinite, or nearly
+            return float(np.std(self._returns)) if self.episodes else math.nan
+
+    @property
+    def _returns(self) -> list[float]:
+        return [episode.reward for episode in self.episodes]
 
     @property
     def env_steps(self) -> int:
@@ -235,20 +239,25 @@ class EvaluationResult:
         Compare with a result of the same episodes. This says more than comparing two intervals. Episodes that one of
         the two has lost are left out. Warns where the two were played with different versions.
 
-        :param other: result of the same tasks, initial states and seeds in the same order; that the envs were alike
-            (horizon, pictures) is up to the caller
+        :param other: result of the same tasks, initial states and seeds, in the same order if one is there twice; that
+            the envs were alike (horizon, pictures) is up to the caller
         :return: episodes that only this one solved, episodes that only the other solved, and the p-value of
             :func:`mcnemar`
-        :raises ValueError: if the episodes are not the same, or nothing says which they are
+        :raises ValueError: if the episodes are not the same, there is none, or nothing says which they are
         """
         lost = {(e.env_id, e.task_id, e.init_state_id, e.seed) for e in (*self.lost, *other.lost)}
         own, others = ([e for e in r.episodes if (e.env_id, *e.key) not in lost] for r in (self, other))
         keys, other_keys = ([e.key for e in episodes] for episodes in (own, others))
-        if keys != other_keys:
+        if len(set(keys)) == len(keys) == len(other_keys) and set(keys) == set(other_keys):
+            by_key = {episode.key: episode for episode in others}
+            others = [by_key[key] for key in keys]
+        elif keys != other_keys:
             raise ValueError(
-                "A paired comparison expects results of the same episodes in the same order; these differ in their "
-                f"tasks, initial states, seeds or number ({len(keys)} and {len(other_keys)})."
+                "A paired comparison expects results of the same episodes; these differ in their tasks, initial "
+                f"states, seeds or number ({len(keys)} and {len(other_keys)})."
             )
+        if not keys:
+            raise ValueError("A paired comparison expects an episode that both have, and there is none.")
         if any(episode.success is None for episode in (*own, *others)):
             raise ValueError("A paired comparison expects to know which episodes were solved, and these do not say.")
         if any(seed is None and state < 0 for _, state, seed in keys):
@@ -272,6 +281,8 @@ class EvaluationResult:
         lost = f", {len(self.lost)} lost" if self.lost else ""
         if self.episodes and not self.n_judged:
             return f"mean return {self.mean_reward:.2f} +/- {self.std_reward:.2f} ({len(self.episodes)} episodes{lost})"
+        unjudged = len(self.episodes) - self.n_judged
+        lost = f", {unjudged} not judged{lost}" if unjudged and self.n_judged else lost
         count = f"{self.n_success}/{self.n_judged}"
         return f"{100 * self.success_rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({count}{lost})"
 
@@ -292,6 +303,8 @@ class EvaluationResult:
 
     def _below(self) -> str:
         how = "" if self.temperature is None else f"\nActions were sampled at temperature {self.temperature:g}.\n"
+        if 0 < self.n_judged < len(self.episodes):
+            how += f"\nThe env says of {self.n_judged} of {len(self.episodes)} episodes whether they were solved.\n"
         if not self.lost:
             return how
         lines = [
@@ -367,7 +380,7 @@ class EvaluationResult:
         :raises ValueError: it holds something else, or is damaged
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             for kind, name in ((EpisodeRecord, "episodes"), (LostEpisode, "lost")):
                 for values_of_one in values.get(name, []):
                     check_fields(kind, values_of_one)
@@ -522,6 +535,12 @@ def evaluate_success(
     finally:
         bar.close()
     result.temperature = temperature if deterministic or temperature is not None else 1.0
+    if 0 < result.n_judged < len(result.episodes):
+        warnings.warn(
+            f"The env says of {result.n_judged} of {len(result.episodes)} episodes whether they were solved, and the "
+            'success rate is of these alone. Set info["is_success"] at the end of every episode, False if it failed.',
+            stacklevel=2,
+        )
     return result
 
 

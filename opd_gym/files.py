@@ -149,6 +149,28 @@ def write_atomic(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """
+    Files below a folder, also behind links, but none that is hidden or in a hidden folder.
+
+    :param folder: where to look
+    :return: its files, sorted; none if it is no folder
+    :raises OSError: a folder in it cannot be read
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    if folder.is_dir():
+        for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+            here = Path(root)
+            above = {os.path.realpath(path) for path in (here, *here.parents)}
+            folders[:] = [n for n in folders if n[0] != "." and os.path.realpath(here / n) not in above]
+            found += [here / name for name in names if name[0] != "." and (here / name).is_file()]
+    return sorted(found)
+
+
 def cache_dir() -> Path:
     """
     Folder for everything that is computed once: ``$OPD_GYM_CACHE``, else ``$XDG_CACHE_HOME/opd_gym``, else

@@ -448,8 +448,11 @@ def test_paired_results() -> None:
     second = EvaluationResult([EpisodeRecord(0, i, i < 4, 10, 0.0, seed=i) for i in range(12)])
     assert first.paired(second) == (8, 1, pytest.approx(20 / 512))
     assert second.paired(first) == (1, 8, pytest.approx(20 / 512))
-    for other in (second.episodes[1:], second.episodes[::-1], [EpisodeRecord(0, i, True, 10, 0.0) for i in range(12)]):
-        with pytest.raises(ValueError, match="same episodes in the same order"):
+    assert first.paired(EvaluationResult(second.episodes[::-1])) == first.paired(second)
+    with pytest.raises(ValueError, match="an episode that both have"):
+        EvaluationResult([]).paired(EvaluationResult([]))
+    for other in (second.episodes[1:], [EpisodeRecord(0, i, True, 10, 0.0) for i in range(12)]):
+        with pytest.raises(ValueError, match="expects results of the same episodes"):
             first.paired(EvaluationResult(other))
     nameless = EvaluationResult([EpisodeRecord(0, -1, True, 10, 0.0) for _ in range(3)])
     with pytest.raises(ValueError, match="an initial state or a seed"):

@@ -26,7 +26,8 @@ from vlas import WRONG, damaged_configurations
 
 from opd_gym import OPD
 from opd_gym.cli.main import main
-from opd_gym.cli.report import by_task, details, find_policies, overview
+from opd_gym.cli.report.reading import find_policies
+from opd_gym.cli.report.tables import by_task, details, overview
 from opd_gym.demonstrations import Demonstrations, untrusted
 from opd_gym.demonstrations.hdf5 import Episode, write_demonstrations
 from opd_gym.envs.libero.plus import read_levels

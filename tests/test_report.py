@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,23 +15,13 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib.figure import Figure
-from scipy.stats import binomtest, ttest_1samp
+from scipy.stats import binomtest, ttest_1samp, ttest_ind
 
 from opd_gym.cli.main import main
-from opd_gym.cli.report import (
-    Policy,
-    bootstrap,
-    by_group,
-    details,
-    draw,
-    draw_groups,
-    draw_learning,
-    find_policies,
-    notes,
-    over_seeds,
-    overview,
-    paired,
-)
+from opd_gym.cli.report.pictures import draw, draw_groups, draw_learning, styles
+from opd_gym.cli.report.policies import Policy, t_interval, welch
+from opd_gym.cli.report.reading import find_policies
+from opd_gym.cli.report.tables import by_group, details, markdown, notes, over_seeds, overview, paired
 from opd_gym.cli.runs import read_progress
 from opd_gym.evaluation import EpisodeRecord, EvaluationResult, LostEpisode
 
@@ -132,15 +125,14 @@ def test_groups_of_tasks(results):
 
 def test_two_groups_of_tasks_are_drawn_against_each_other(results):
     policies = find_policies([results], {})
-    colors = {policy.label: "C0" for policy in policies}
-    axis = draw_groups(policies, {"seen": [0], "unseen": [1]}, colors).axes[0]
+    axis = draw_groups(policies, {"seen": [0], "unseen": [1]}).axes[0]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("success in tasks seen (%)", "success in tasks unseen (%)")
     points = {bar.get_label(): bar.lines[0].get_xydata()[0].tolist() for bar in axis.containers}
     assert points == {"grpo": [20.0, 20.0], "opd": [95.0, 75.0], "teacher": [100.0, 80.0]}
     dots = [line.get_xydata().tolist() for line in axis.lines if line.get_marker() == "."]
     assert dots == [[[20.0, 20.0], [20.0, 20.0]], [[90.0, 70.0], [100.0, 80.0]]]
-    assert draw_groups(policies, {"seen": [0]}, colors) is None
-    assert draw_groups(policies, {"seen": [0], "other": [7]}, colors) is None
+    assert draw_groups(policies, {"seen": [0]}) is None
+    assert draw_groups(policies, {"seen": [0], "other": [7]}) is None
 
 
 def test_an_evaluation_of_several_envs_is_one_of_each(tmp_path):
@@ -170,18 +162,16 @@ def test_a_seed_is_as_good_in_one_task_as_in_another():
     assert (rate, low, high) == pytest.approx((0.5, 0.5 - 4.3027 * 0.11547, 0.5 + 4.3027 * 0.11547), abs=1e-4)
 
 
-def test_intervals_are_those_of_scipy_and_of_resampling_by_hand():
+def test_intervals_are_those_of_scipy():
     for k, n in ((0, 7), (3, 10), (10, 10), (499, 500)):
         low, high = binomtest(k, n).proportion_ci(method="wilson")
         assert Policy("x", ENV, results={"0": evaluation(k, n=n)}).score() == pytest.approx(
             (k / n, low, high), abs=1e-4
         )
-    scores = np.random.default_rng(0).normal(size=50)
-    means = scores[np.random.default_rng(1).integers(50, size=(200_000, 50))].mean(1)
-    assert bootstrap(scores) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.01)
-    assert np.isnan(bootstrap(scores[:1])).all()
+    scores = np.random.default_rng(0).normal(size=50).tolist()
     known = ttest_1samp(scores, 0.0).confidence_interval(0.95)
-    assert over_seeds(scores.tolist()) == pytest.approx((known.low, known.high))
+    assert t_interval(scores) == pytest.approx((known.low, known.high))
+    assert np.isnan(t_interval(scores[:1])).all()
 
 
 def test_training_is_measured_once_its_window_is_full():
@@ -190,7 +180,7 @@ def test_training_is_measured_once_its_window_is_full():
     curve = [{"time/env_steps": 10.0 * n, "time/episodes": float(n), "rollout/success_rate": rate} for n, rate in rows]
     policy = Policy("opd", ENV, curves={"0": curve})
     assert policy.reached(0.9 * 0.8, "time/env_steps") == {"0": 1500.0}  # 0.9 * 0.8 is more than 0.72, for a computer
-    figure = draw([policy], "time/env_steps", {"opd": "C0"})
+    figure = draw([policy], "time/env_steps")
     assert figure is not None and figure.axes[0].lines[0].get_xdata()[0] == pytest.approx(0.2)
     # Of a run that has not ended it cannot be said that it never gets there
     teacher = Policy("teacher", ENV, results={"0": evaluation(10)})
@@ -213,7 +203,7 @@ def test_seeds_are_paired_with_their_own():
     two = policy("teacher", s1=9, s2=5)
     rows = paired([policy("opd", s0=5, s1=5, s2=5)], two)[1:]
     assert [row[1:] for row in rows] == [
-        ["0", "other episodes", "", ""],
+        ["0", "there is no seed 0 of teacher", "", ""],
         ["1", "0", "4", "0.125"],
         ["2", "0", "0", "1.000"],
     ]
@@ -370,7 +360,7 @@ def test_page(results, tmp_path, capsys, monkeypatch):
     assert main(words) == 0
     text = page.read_text(encoding="utf-8")
     assert "A &lt;b&gt;" in text and text.count("<svg") == 3 and "data:image/gif;base64,R0lGODlh" in text
-    assert re.findall("<figcaption>(.+?)</figcaption>", text) == ["opd", "run/after"]
+    assert re.findall("<figcaption>(.+?)</figcaption>", text)[-2:] == ["opd", "run/after"]
     assert text.count("data:video/mp4") == 1 == text.count("data:image/gif")
     # Nothing is loaded from elsewhere
     assert not re.search(r"(src|href)=\"(?!data:|#)", re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
@@ -405,15 +395,14 @@ def test_what_came_before_moves_the_curves_and_learning_is_drawn_where_it_was_wr
     assert page.read_text(encoding="utf-8").count("<svg") == 6
     assert {path.name for path in tmp_path.glob("*.png")} == {f"{ENV}{end}.png" for end in ("", "-before", "-entropy")}
     policies = find_policies([results], {})
-    colors = {policy.label: "C0" for policy in policies}
     figure = draw(
-        policies, "time/env_steps", colors, {"opd": {"time/env_steps": 9e4}, "grpo@Other-v0": {"time/env_steps": 1.0}}
+        policies, "time/env_steps", None, {"opd": {"time/env_steps": 9e4}, "grpo@Other-v0": {"time/env_steps": 1.0}}
     )
     # The bounds of each curve; the teacher has none
     assert ends(figure)[:2] == [((2.0, 10.0), (6.0, 20.0)), ((92.0, 10.0), (96.0, 90.0))]
     # Where it was written in one seed of two
-    assert ends(draw_learning(policies, "train/entropy", colors)) == [((80.0, 3.0), (120.0, 2.0))]
-    assert draw_learning(policies, "train/kl", colors) is None
+    assert ends(draw_learning(policies, "train/entropy")) == [((80.0, 3.0), (120.0, 2.0))]
+    assert draw_learning(policies, "train/kl") is None
 
 
 def test_where_nothing_says_what_is_solved_returns_are_compared(tmp_path):
@@ -461,6 +450,12 @@ def test_refused(results, tmp_path, capsys):
         ([str(results), "--before", "opd=1"], "NAME=ENV_STEPS,MINUTES"),
         ([str(results), "--before", "opd=-1,nan"], "NAME=ENV_STEPS,MINUTES"),
         ([str(results), "--keep", str(results / "kept")], "Name another folder"),
+        ([str(results), "--keep", str(results.parent)], "Name another folder"),
+        ([str(results), "--markdown", str(results / "x.json")], "another suffix"),
+        ([str(results), "--markdown", str(tmp_path / "page.html")], "Name two files"),
+        ([str(results), "--tasks", "a=0", "--tasks", "a=1"], "--tasks a=... is given twice"),
+        ([str(results), "--label", "a=x", "--label", "a=y"], "--label a=... is given twice"),
+        ([str(results), "--label", "a=x\ny"], "NAME=VALUE"),
     ):
         assert main(["report", *words, "-o", str(tmp_path / "page.html")]) == 2
         assert told in capsys.readouterr().err
@@ -478,3 +473,236 @@ def test_a_report_without_its_extra_names_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(tmp_path)]) == 2
     assert "pip install 'opd_gym[plots]'" in capsys.readouterr().err
+
+
+def table(folder: Path, *words: object) -> str:
+    """The Markdown of a report."""
+    assert main(["report", str(folder), "-o", str(folder.parent / "page.html"), *map(str, words)]) == 0
+    return (folder.parent / "page.html").read_text(encoding="utf-8")
+
+
+def test_only_a_number_is_a_seed(tmp_path):
+    for name in ("opd_seed0", "opd_seed12", "opd_seed0_500", "student_seeded"):
+        evaluation(5).save(tmp_path / f"{name}.json")
+    found = {policy.label: list(policy.results) for policy in find_policies([tmp_path], {})}
+    assert found == {"opd": ["0", "12"], "opd_seed0_500": ["0"], "student_seeded": ["0"]}
+
+
+def test_hidden_files_are_left_out_and_links_are_followed(results, tmp_path):
+    (results / "opd").rename(tmp_path / "elsewhere")
+    (results / "opd").symlink_to(tmp_path / "elsewhere")
+    (results / "opd" / "loop").symlink_to(results)
+    run(results / ".old", "opd", 5, [0.1], evaluation(1, 1), divergence="reverse_kl")
+    evaluation(1).save(results / ".ipynb_checkpoints" / "teacher-checkpoint.json")
+    (results / "nothing.json").symlink_to(tmp_path / "nothing")
+    policies = {policy.label: list(policy.results) for policy in find_policies([results], {})}
+    assert policies == {"opd": ["0", "1"], "grpo": ["0", "1"], "teacher": ["0"]}
+
+
+def test_what_cannot_be_read_is_not_left_out(results, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):  # as the system does, but for root
+        if str(path).endswith(f"opd/{ENV}_1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match=f"opd/{ENV}_1"):
+        find_policies([results], {})
+
+
+def test_runs_beside_a_stray_file_of_arguments(results):
+    shutil.copy(results / "opd" / f"{ENV}_1" / "args.yml", results / "opd" / "args.yml")
+    (opd,) = (policy for policy in find_policies([results], {}) if policy.label == "opd")
+    assert list(opd.results) == ["0", "1"]
+
+
+def test_only_its_own_tables_are_progress_of_a_run(results):
+    path = results / "opd" / f"{ENV}_1" / "progress.csv"
+    before = read_progress(path.parent)
+    shutil.copy(path, path.with_name("progress_old.csv"))
+    # As Excel saves it; a cell without a number is none
+    path.write_text("\ufeff" + path.read_text().replace("6000", "nan"), encoding="utf-8")
+    rows = read_progress(path.parent)
+    assert rows == [*before[:2], {key: value for key, value in before[2].items() if key != "time/env_steps"}]
+    path.write_text("time;success\n1;0.5\n")
+    with pytest.raises(ValueError, match="no row has time/total_timesteps"):
+        read_progress(path.parent)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.encode("utf-16"),
+        lambda text: json.dumps(json.loads(text), indent=3)[:-50].encode(),
+        lambda text: json.dumps({**json.loads(text), "episodes": []}).encode(),
+        lambda text: text.replace("true", "1").encode(),
+    ],
+)
+def test_an_evaluation_in_another_layout_is_not_left_out(results, change):
+    path = results / "eval" / "teacher.json"
+    path.write_bytes(change(path.read_text()))
+    with pytest.raises(ValueError, match=str(path)):
+        find_policies([results], {})
+
+
+def test_what_is_left_out_is_named(results, capsys):
+    (results / "empty.json").write_text("")
+    evaluation(1, 1).save(results / "opd" / f"{ENV}_1" / "swap.json")
+    twice = find_policies([results, results / "opd" / f"{ENV}_2" / "evaluation.json"], {})
+    told = capsys.readouterr().err
+    assert "empty.json is left out: it is empty" in told and f"opd/{ENV}_1/swap.json is left out" in told
+    # The evaluation of a run is the run's, also where it is given by itself
+    assert [list(policy.results) for policy in twice] == [["0", "1"], ["0", "1"], ["0"]]
+
+
+def test_an_evaluation_from_python_is_of_the_env_of_the_others(results):
+    nameless = [replace(episode, env_id=None) for episode in evaluation(5, 5).episodes]
+    EvaluationResult(nameless).save(results / "eval" / "student.json")
+    (student,) = (policy for policy in find_policies([results], {}) if policy.label == "student")
+    assert student.env_id == ENV and "is taken for LiberoObject-v0" in student.notes[0]
+    EvaluationResult([replace(e, env_id="LiberoGoal-v0") for e in nameless]).save(results / "eval" / "goal.json")
+    with pytest.raises(ValueError, match=r"student\.json does not say in which env"):
+        find_policies([results], {})
+
+
+def test_an_evaluation_that_is_called_like_an_algorithm_has_no_settings(results):
+    evaluation(5, 5).save(results / "opd.json")
+    labels = {policy.label for policy in find_policies([results], {})}
+    assert labels == {"opd", "grpo", "teacher"}
+
+
+def test_notes_of_episodes(results):
+    lost = evaluation(9, 5)
+    lost.lost.append(LostEpisode(1, 99, 99, "killed", ENV))
+    partly = EvaluationResult([replace(e, success=e.success or None) for e in evaluation(3, 3).episodes])
+    twice = EvaluationResult([*evaluation(9, 9).episodes, *evaluation(9, 9).episodes])
+    sampled = EvaluationResult([replace(e, init_state_id=-1) for e in evaluation(9, 9).episodes])
+    every = {"lost": lost, "partly": partly, "twice": twice, "sampled": sampled, "a": evaluation(1, 1)}
+    policies = [Policy(name, ENV, results={"0": result}) for name, result in every.items()]
+    assert notes(policies) == [
+        "lost, seed 0: 1 of 21 episodes were lost, and count neither as solved nor as failed.",
+        "partly, seed 0: the env says of 6 of 20 episodes whether they were solved, and success is that of these.",
+        "twice, seed 0: 20 of 40 episodes are there more than once, so that its interval is too narrow.",
+        f"lost was evaluated in other episodes of {ENV} than most.",
+        f"sampled was evaluated in other episodes of {ENV} than most.",
+    ]
+    assert notes([policies[0], policies[3]]) == [
+        "lost, seed 0: 1 of 21 episodes were lost, and count neither as solved nor as failed.",
+        f"No two evaluations on {ENV} are of the same episodes.",
+    ]
+    assert notes([policies[4]], "teacher") == [
+        f"teacher was not evaluated on {ENV}, so nothing is compared with it there."
+    ]
+
+
+def test_seeds_that_differ_in_what_they_learned_from_are_told(tmp_path):
+    for seed, folder in enumerate(("expert", "noisy")):
+        run(tmp_path, "sft", seed, [0.5], evaluation(5, 5), demonstrations=folder)
+    (sft,) = find_policies([tmp_path], {})
+    assert list(sft.results) == ["0", "1"] and sft.notes == ["its seeds differ in demonstrations."]
+
+
+def test_what_was_not_trained_is_compared_with_all_seeds():
+    opd = Policy("opd", ENV, results={str(seed): evaluation(k) for seed, k in enumerate((9, 5))})
+    student = Policy("student", ENV, results={"0": evaluation(3)})
+    rows = [[*row[:2], *row[2:4]] for row in paired([student], opd)[1:]]
+    assert rows == [
+        ["student against opd", "the other's 0", "0", "6"],
+        ["student against opd", "the other's 1", "0", "2"],
+    ]
+    # A group in which the episodes are the same is compared where the others are not
+    part = Policy("part", ENV, results={"0": evaluation(4)})
+    whole = Policy("whole", ENV, results={"0": evaluation(6, 6)})
+    assert [row[:3] for row in paired([part], whole, {"first": [0]})[1:]] == [
+        ["part against whole", "0", "other episodes"],
+        ["part against whole, first", "0", "0"],
+    ]
+
+
+def test_means_over_seeds():
+    def policy(label, *solved):
+        return Policy(label, ENV, results={str(seed): evaluation(k) for seed, k in enumerate(solved)})
+
+    sft, opd = policy("SFT", 5, 6, 7), policy("OPD", 9, 10)
+    known = ttest_ind([0.5, 0.6, 0.7], [0.9, 1.0], equal_var=False)
+    interval = known.confidence_interval(0.95)
+    row = ["SFT less OPD", "-35.0 points", f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}", "3 and 2"]
+    assert over_seeds([sft, opd, policy("teacher", 9)], opd)[1:] == [[*row, f"{known.pvalue:.3f}"]]
+    assert welch([0.5, 0.5], [0.7, 0.7]) is None and welch([0.5], [0.7, 0.8]) is None
+
+
+def test_a_goal_is_a_share_of_what_the_table_shows():
+    teacher = Policy("teacher", ENV, results={"0": evaluation(10), "1": evaluation(50, n=100)})
+    assert details([teacher], teacher)[0][-1] == "env steps to 68 % (90 % of teacher)"
+    nobody = Policy("nobody", ENV, results={"0": evaluation(0)})
+    assert details([nobody], nobody)[0][-1] == "minutes"
+    curve = [{"time/env_steps": 1000.0, "time/episodes": 60.0, "rollout/success_rate": 0.9}]
+    assert details([Policy("short", ENV, curves={"0": curve}), teacher], teacher)[1][-1] == "fewer than 100 episodes"
+
+
+def test_returns_are_shown_beside_success_and_small_ones_in_three_digits():
+    solved = [EpisodeRecord(-1, -1, False, 10, value, seed) for seed, value in enumerate((0.012, 0.014))]
+    policy = Policy("ppo", "Some-v0", results={"0": EvaluationResult(solved)})
+    rows = details([policy], None)
+    low, high = ttest_1samp([0.012, 0.014], 0.0).confidence_interval(0.95)
+    assert rows[0][4] == "mean return" and rows[1][4] == f"0.013 [{low:.3g}, {high:.3g}]"
+    mixed = Policy("x", "Some-v0", results={"0": EvaluationResult([replace(e, success=None) for e in solved])})
+    assert details([policy, mixed], None)[0][1] == "success or mean return"
+    # Returns that are equal but for rounding have no interval of negative length
+    equal = EvaluationResult([EpisodeRecord(-1, -1, None, 10, 27.57, seed) for seed in range(3)])
+    rows = [{"time/env_steps": 10.0 * n, "rollout/ep_rew_mean": 27.57} for n in (1, 2)]
+    assert draw([Policy("y", "Some-v0", curves={"0": rows}, results={"0": equal})], "time/env_steps") is not None
+
+
+def test_names_in_pictures(tmp_path):
+    names = ["_hidden", r"$\foo$ 5$", "long " * 40, *(f"policy {n}" for n in range(40))]
+    rows = [{"time/env_steps": 10.0 * n, "rollout/success_rate": n / 3} for n in (1, 2)]
+    figure = draw([Policy(name, ENV, curves={"0": rows}) for name in names], "time/env_steps")
+    assert figure is not None
+    figure.savefig(tmp_path / "picture.png")
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == len(names) and figure.get_figheight() > 8
+    width = figure.bbox.width
+    assert all(text.get_window_extent().x0 >= 0 and text.get_window_extent().x1 <= width for text in legend.get_texts())
+    assert len({tuple(look.values()) for look in styles(names).values()}) == 40
+
+
+def test_a_page_is_the_same_again_and_all_its_pictures_can_be_seen(results):
+    words = ["--before", "opd=1000,10", "--tasks", "a=0", "--tasks", "b=1"]
+    path = results / "opd" / f"{ENV}_1" / "progress.csv"
+    header, *rows = path.read_text().splitlines()
+    more = [f"{header},train/entropy,train/kl", *(f"{row},2.0,0.1" for row in rows), ""]
+    path.write_text("\n".join(more))
+    text = table(results, *words)
+    assert text == table(results, *words)
+    n = text.count("<svg")
+    assert n == 8 and f"figure:nth-of-type({n})" in text
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
+    assert used and used <= set(ids)
+
+
+def test_markdown_begins_nothing_of_its_own():
+    assert markdown([["a|b"], ["<script>\nx"]]) == "| a\\|b |\n| --- |\n| &lt;script> x |\n"
+
+
+def test_kept_copies_of_a_run_that_was_trained_again(results, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    first = results / "opd" / f"{ENV}_1"
+    (first / "command.txt").write_bytes(b"opd-gym \xff")
+    (first / "progress.csv").rename(first / "progress.1.csv")
+    shutil.copy(first / "progress.1.csv", first / "progress.csv")
+    table(results, "--keep", kept)
+    (first / "progress.1.csv").unlink()
+    shutil.rmtree(results / "grpo")
+    table(results, "--keep", kept)
+    assert f"grpo/{ENV}_1/args.yml" in capsys.readouterr().err
+    assert read_progress(kept / "opd" / f"{ENV}_1") == read_progress(first)
+    assert (kept / "opd" / f"{ENV}_1" / "command.txt").read_bytes() == b"opd-gym \xff"
+    # What is called like weights is not weights
+    (results / "opd").rename(results / "policy")
+    table(results, "--keep", tmp_path / "again")
+    assert (tmp_path / "again" / "policy" / f"{ENV}_1" / "evaluation.json").is_file()

@@ -148,16 +148,6 @@ def name_for_rl_zoo3(model: Path, name: str) -> None:
             temporary.symlink_to(model.name)
 
 
-def run_dirs(folder: Path) -> list[Path]:
-    """
-    :param folder: where to look
-    :return: directories of runs in it
-    """
-    found = {path.parent for path in folder.rglob("args.yml")}
-    # In one of them is another args.yml, for rl-zoo3
-    return sorted(path for path in found if path.parent not in found)
-
-
 @contextmanager
 def optional(path: Path) -> Iterator[None]:
     """
@@ -517,19 +507,27 @@ def read_progress(run_dir: Path) -> list[dict[str, float]]:
         middle = path.name.split(".")[1]
         return int(middle) if middle.isdigit() else sys.maxsize
 
+    def is_part(path: Path) -> bool:
+        return re.fullmatch(r"progress(\.\d+(\.until_\d+)?)?\.csv", path.name) is not None
+
     rows: list[dict[str, float]] = []
     # The clocks of each part begin at 0; what was done twice took its time as well
     clocks = dict.fromkeys(("time/time_elapsed", "time/teacher_seconds"), 0.0)
-    for path in sorted(run_dir.glob("progress*.csv"), key=part):
+    for path in sorted(filter(is_part, run_dir.glob("progress*.csv")), key=part):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             # The last line of a run that was killed may be a part of one, whose numbers are others
             lines = text[: text.rfind("\n") + 1].splitlines()
             table = list(csv.DictReader(lines))
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{path} is not a table of a run's progress, or is damaged: {error}") from error
-        new = [{key: _number(value) for key, value in row.items() if key and value} for row in table]
-        new = [row for row in new if not math.isnan(row.get("time/total_timesteps", math.nan))]
+        numbers = [{key: _number(value) for key, value in row.items() if key and value} for row in table]
+        numbers = [{key: value for key, value in row.items() if not math.isnan(value)} for row in numbers]
+        new = [row for row in numbers if "time/total_timesteps" in row]
+        if numbers and not new:
+            raise ValueError(
+                f"{path} is not a table of a run's progress, or is damaged: no row has time/total_timesteps."
+            )
         if new:
             start = new[0]["time/total_timesteps"]
             rows = [row for row in rows if row["time/total_timesteps"] < start]
