@@ -630,6 +630,9 @@ def test_means_over_seeds():
     interval = known.confidence_interval(0.95)
     row = ["SFT less OPD", "-35.0 points", f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}", "3 and 2"]
     assert over_seeds([sft, opd, policy("teacher", 9)], opd)[1:] == [[*row, f"{known.pvalue:.3f}"]]
+    grouped = over_seeds([sft, opd], opd, {"first": [0], "other": [7]})
+    assert [row[0] for row in grouped[1:]] == ["SFT less OPD", "SFT less OPD, first"]
+    assert grouped[2][1:] == grouped[1][1:]
     assert welch([0.5, 0.5], [0.7, 0.7]) is None and welch([0.5], [0.7, 0.8]) is None
 
 

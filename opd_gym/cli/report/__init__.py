@@ -98,7 +98,7 @@ def report(args: Report) -> None:
             "Success and cost": details(here, reference),
             "Groups of tasks": by_group(here, groups),
             "McNemar's exact test": paired(here, reference, groups),
-            "Welch's t test": over_seeds(here, reference),
+            "Welch's t test": over_seeds(here, reference, groups),
             "By task": by_task(here),
         }
         commands = [(policy.label, command) for policy in here for command in policy.commands]

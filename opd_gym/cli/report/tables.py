@@ -211,33 +211,38 @@ def _partners(policy: Policy, seed: str, reference: Policy) -> Iterator[tuple[st
         yield seed, next(iter(reference.results.values()))
 
 
-def over_seeds(policies: Sequence[Policy], reference: Policy | None) -> Table:
+def over_seeds(
+    policies: Sequence[Policy], reference: Policy | None, groups: Mapping[str, Sequence[int]] | None = None
+) -> Table:
     """
     :param policies: of one env
     :param reference: what the others are compared with
-    :return: one row a policy that has several seeds, as the reference has: how far their means lie apart, by Welch's
-        t test over seeds
+    :param groups: name -> tasks, which are compared by themselves as well
+    :return: one row a policy that has several seeds, as the reference has, and group: how far their means lie apart, by
+        Welch's t test over seeds
     """
     rows = [["means over seeds", "difference", "95 % interval", "seeds", "p"]]
     for policy in policies:
         if reference is None or policy is reference or policy.judged != reference.judged:
             continue
-        own, others = ([outcome(r, p.judged) for r in p.results.values() if r.episodes] for p in (policy, reference))
-        test = welch(own, others)
-        if test is None:
-            continue
-        difference = statistics.fmean(own) - statistics.fmean(others)
-        ends = [difference, *test[:2]]
-        shown = [f"{100 * value:+.1f}" if policy.judged else f"{value:+.3g}" for value in ends]
-        rows.append(
-            [
-                f"{policy.label} less {reference.label}",
-                f"{shown[0]} points" if policy.judged else shown[0],
-                f"{shown[1]} to {shown[2]}",
-                f"{len(own)} and {len(others)}",
-                _p(test[2]),
-            ]
-        )
+        for name, tasks in {"": None, **(groups or {})}.items():
+            parts = ([of_tasks(r, tasks) for r in p.results.values()] for p in (policy, reference))
+            own, others = ([outcome(r, policy.judged) for r in results if r.episodes] for results in parts)
+            test = welch(own, others)
+            if test is None:
+                continue
+            difference = statistics.fmean(own) - statistics.fmean(others)
+            ends = [difference, *test[:2]]
+            shown = [f"{100 * value:+.1f}" if policy.judged else f"{value:+.3g}" for value in ends]
+            rows.append(
+                [
+                    f"{policy.label} less {reference.label}{name and f', {name}'}",
+                    f"{shown[0]} points" if policy.judged else shown[0],
+                    f"{shown[1]} to {shown[2]}",
+                    f"{len(own)} and {len(others)}",
+                    _p(test[2]),
+                ]
+            )
     return rows
 
 
