@@ -1,5 +1,5 @@
 """
-What demonstrations had cost: episodes that were kept, all that were played for them, labelled decisions and env steps.
+What demonstrations had cost: episodes that were kept and that failed, labelled decisions and env steps.
 
     python benchmarks/count_demonstrations.py runs/libero_suites/goal/demos -o goal.json
 """
@@ -23,12 +23,16 @@ def count(path: Path) -> dict[str, int]:
     :param path: a file of ``opd-gym demos``
     :return: ``episodes`` in it; ``decisions`` that are labelled; all ``env_steps`` of these episodes (of a file that
         does not tell, those of its labels: rounded up to whole strides, and without those before a push); ``failed``
-        episodes that were played between them, which take ``env_steps_failed``: the suite's horizon each
+        episodes that were played between them, which take ``env_steps_failed``: the suite's horizon each. Solved ones
+        without a state to record count among these
+    :raises ValueError: it holds no episode
     """
     with h5py.File(path) as file:
         data = file["data"]
         recipe: dict[str, Any] = json.loads(data.attrs["env_args"])
         demos = list(data.values())
+        if not demos:
+            raise ValueError(f"{path} holds no episode.")
         decisions = sum(len(demo["actions"]) for demo in demos)
         steps = [int(demo.attrs.get("env_steps", recipe["stride"] * len(demo["actions"]))) for demo in demos]
         # Seeds are counted up from the first one of the task, whatever becomes of the episode

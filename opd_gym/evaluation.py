@@ -25,6 +25,8 @@ from opd_gym.observations import obs_rows
 from opd_gym.tokens import AtTemperature
 from opd_gym.versions import differences, parse_versions, versions
 
+# The evaluation of a run, in its directory
+EVALUATION_FILE = "evaluation.json"
 # How often an episode is played again that was lost with its worker, or in which an env raised
 MAX_REPLAYS = 2
 # So many times envs may raise before the first episode has ended: then it is not the episodes' fault
@@ -193,17 +195,23 @@ class EvaluationResult:
     @property
     def mean_reward(self) -> float:
         """Mean of the episodes' returns, as ``evaluate_policy`` of Stable-Baselines3 has it; NaN without an episode."""
-        return float(np.mean(self._returns)) if self.episodes else math.nan
+        with np.errstate(invalid="ignore", over="ignore"):  # of an env whose return is infinite, or nearly
+            return float(np.mean(self._returns)) if self.episodes else math.nan
 
     @property
     def std_reward(self) -> float:
         """Standard deviation of the episodes' returns; NaN without an episode."""
-        with np.errstate(invalid="ignore", over="ignore"):  # of an env whose return is infinite, or nearly
+        with np.errstate(invalid="ignore", over="ignore"):
             return float(np.std(self._returns)) if self.episodes else math.nan
 
     @property
     def _returns(self) -> list[float]:
         return [episode.reward for episode in self.episodes]
+
+    @property
+    def has_returns(self) -> bool:
+        """Whether the returns say more than the successes: a return that is the success adds nothing."""
+        return any(reward not in (0.0, 1.0) for reward in self._returns)
 
     @property
     def env_steps(self) -> int:
@@ -278,20 +286,21 @@ class EvaluationResult:
 
     def __str__(self) -> str:
         low, high = self.interval
+        n, unjudged = len(self.episodes), len(self.episodes) - self.n_judged
         lost = f", {len(self.lost)} lost" if self.lost else ""
-        if self.episodes and not self.n_judged:
-            return f"mean return {self.mean_reward:.2f} +/- {self.std_reward:.2f} ({len(self.episodes)} episodes{lost})"
-        unjudged = len(self.episodes) - self.n_judged
-        lost = f", {unjudged} not judged{lost}" if unjudged and self.n_judged else lost
+        if n and not self.n_judged:
+            return f"mean return {self.mean_reward:.2f} +/- {self.std_reward:.2f} ({n} episodes{lost})"
+        apart = (f", {unjudged} not judged" if unjudged else "") + lost
         count = f"{self.n_success}/{self.n_judged}"
-        return f"{100 * self.success_rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({count}{lost})"
+        return f"{100 * self.success_rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({count}{apart})"
 
     def to_markdown(self, title: str = "") -> str:
         """
         :param title: heading of the first column
         :return: a table with one row a task and one for all of them; where something was perturbed, one row for all,
             for each category and for each level of difficulty, with the difference from the unperturbed episodes, if
-            there are any; below the table the temperature, if actions were sampled, and the episodes that were lost
+            there are any; below the table the temperature, if actions were sampled, how many episodes were judged, if
+            not all were, and the episodes that were lost
         """
         categories = self.per("category")
         if set(categories) - {None}:
@@ -318,8 +327,7 @@ class EvaluationResult:
     def _table(title: str, named: Sequence[tuple[str, EvaluationResult]], reference: EvaluationResult | None) -> str:
         every = [episode for _, result in named for episode in result.episodes]
         judged = not every or any(episode.success is not None for episode in every)
-        # A return that is the success adds nothing
-        returns = any(episode.reward not in (0.0, 1.0) for episode in every)
+        returns = EvaluationResult(every).has_returns
         columns = [title, *(["success", "95 % interval"] if judged else []), *(["mean return"] if returns else [])]
         columns += ["episodes", "mean steps"]
         columns += [] if reference is None else ["points against unperturbed"]

@@ -17,16 +17,15 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData, snapshot_download
 
 from opd_gym.checkpoints import HUB_FILES, is_hub_id, lasting_name, resolve_checkpoint
 from opd_gym.envs.make import env_id_of
+from opd_gym.evaluation import EVALUATION_FILE, EvaluationResult
 from opd_gym.files import replacing, write_atomic
 from opd_gym.version import __version__
 from opd_gym.versions import read_versions, versions, write_versions
 
 if TYPE_CHECKING:
     from opd_gym.algorithms.base import RolloutAlgorithm
-    from opd_gym.evaluation import EvaluationResult
 
 CARD_FILE = "README.md"
-EVALUATION_FILE = "evaluation.json"
 STATISTICS_FILE = "vec_normalize.pkl"
 
 

@@ -454,6 +454,11 @@ def test_paired_results() -> None:
     for other in (second.episodes[1:], [EpisodeRecord(0, i, True, 10, 0.0) for i in range(12)]):
         with pytest.raises(ValueError, match="expects results of the same episodes"):
             first.paired(EvaluationResult(other))
+    partly = EvaluationResult([EpisodeRecord(0, i, True if i < 2 else None, 10, 5.0, seed=i) for i in range(10)])
+    assert str(partly) == "100.0 % [34.2, 100.0] (2/2, 8 not judged)"
+    assert "The env says of 2 of 10 episodes whether they were solved." in partly.to_markdown()
+    with pytest.raises(ValueError, match="know which episodes were solved"):
+        partly.paired(partly)
     nameless = EvaluationResult([EpisodeRecord(0, -1, True, 10, 0.0) for _ in range(3)])
     with pytest.raises(ValueError, match="an initial state or a seed"):
         nameless.paired(nameless)

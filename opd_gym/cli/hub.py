@@ -13,7 +13,7 @@ from opd_gym.checkpoints import resolve_checkpoint, run_checkpoints, run_of
 from opd_gym.cli.options import HubPull, HubPush
 from opd_gym.cli.train import read_args
 from opd_gym.envs.registration import bare_id
-from opd_gym.evaluation import EvaluationResult
+from opd_gym.evaluation import EVALUATION_FILE, EvaluationResult
 from opd_gym.untrusted import read_attributes
 
 
@@ -31,7 +31,7 @@ def push(args: HubPush) -> int:
     if run is not None:
         started = read_args(run)
         algorithm, env_id = started.algo.upper(), bare_id(started.env)
-        own = run / hub.EVALUATION_FILE
+        own = run / EVALUATION_FILE
         if evaluation is None and own.is_file():
             if _is_last(path, run):
                 evaluation = own

@@ -328,7 +328,7 @@ class Report(Options):
     :param before: what a policy had cost when its training began, for instance for its teacher: curves with that as
         well. NAME@ENV is the policy in one of several envs
     :param markdown: the tables as Markdown as well
-    :param pictures: folder for the curves of each env as PNG
+    :param pictures: folder for PNGs of each env: success over env steps, entropy, KL, and what the options add
     :param keep: folder for copies of all that the page is made from, to be published: no weights
     """
 

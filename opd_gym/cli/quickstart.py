@@ -186,7 +186,7 @@ def run(args: Quickstart) -> int:
 
 
 def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: Quickstart, began: float) -> int:
-    from opd_gym.cli.runs import make_logger, plot_learning_curve
+    from opd_gym.cli.runs import make_logger, plot_learning_curve, progress_files
     from opd_gym.cli.video import side_by_side, write_video
 
     folder: Path = args.folder
@@ -219,7 +219,7 @@ def _distil(model: Any, env: VecEnv, episodes: list[EpisodeSpec], args: Quicksta
     print(f"     {before}", flush=True)
 
     print(f"2/3  On-policy distillation: {seconds / 60:.1f} minutes", flush=True)
-    for old in folder.glob("progress*.csv"):
+    for old in progress_files(folder):
         old.unlink()
     model.set_logger(make_logger(folder))
     budget = TimeBudget(seconds)

@@ -38,6 +38,8 @@ STATES_FOLDER = "states"
 LOCK_FILE = ".lock"
 # What the checkpoints of a run were made with, where somebody edits config.yml
 USED_CONFIG = "checkpoints/config.yml"
+# The table of a run, and of a resumed one those before it: their number, and the timestep that the run went on from
+PROGRESS = re.compile(r"progress(?:\.(\d+)(?:\.until_(\d+))?)?\.csv")
 
 
 def env_name(env_id: str) -> str:
@@ -431,8 +433,8 @@ def make_logger(
     """
     table = run_dir / "progress.csv"
     if table.exists():
-        parts = [path.name.split(".")[1] for path in run_dir.glob("progress.*.csv")]
-        number = 1 + max((int(part) for part in parts if part.isdigit()), default=0)
+        parts = [PROGRESS.fullmatch(path.name) for path in progress_files(run_dir)]
+        number = 1 + max((int(part[1]) for part in parts if part is not None and part[1]), default=0)
         os.replace(table, run_dir / f"progress.{number}{'' if start is None else f'.until_{start}'}.csv")
     formats: list[KVWriter] = [_optional_writer(CSVOutputFormat(str(table)), table)]
     try:
@@ -496,24 +498,27 @@ def _optional_writer(writer: KVWriter, path: Path) -> KVWriter:
     return writer
 
 
+def progress_files(run_dir: Path) -> list[Path]:
+    """
+    :param run_dir: directory of a run
+    :return: its table; of a resumed run those of all its parts, in their order
+    """
+    found = {path: PROGRESS.fullmatch(path.name) for path in run_dir.glob("progress*.csv")}
+    parts = {path: int(part[1] or sys.maxsize) for path, part in found.items() if part is not None}
+    return sorted(parts, key=lambda path: parts[path])
+
+
 def read_progress(run_dir: Path) -> list[dict[str, float]]:
     """
     :param run_dir: directory of a run
-    :return: the rows of its ``progress.csv``; of a resumed run those of all its parts, without what was done twice
+    :return: the rows of its ``progress.csv``; of a resumed run those of all its parts, without what was done twice.
+        Cells without a number are left out
     :raises ValueError: it is damaged
     """
-
-    def part(path: Path) -> int:
-        middle = path.name.split(".")[1]
-        return int(middle) if middle.isdigit() else sys.maxsize
-
-    def is_part(path: Path) -> bool:
-        return re.fullmatch(r"progress(\.\d+(\.until_\d+)?)?\.csv", path.name) is not None
-
     rows: list[dict[str, float]] = []
     # The clocks of each part begin at 0; what was done twice took its time as well
     clocks = dict.fromkeys(("time/time_elapsed", "time/teacher_seconds"), 0.0)
-    for path in sorted(filter(is_part, run_dir.glob("progress*.csv")), key=part):
+    for path in progress_files(run_dir):
         try:
             text = path.read_text(encoding="utf-8-sig")
             # The last line of a run that was killed may be a part of one, whose numbers are others
@@ -536,8 +541,9 @@ def read_progress(run_dir: Path) -> list[dict[str, float]]:
                 row.update({clock: row[clock] + before for clock, before in clocks.items() if clock in row})
             clocks = {c: next((row[c] for row in reversed(new) if c in row), clocks[c]) for c in clocks}
         rows.extend(new)
-        if until := re.fullmatch(r"progress\.\d+\.until_(\d+)\.csv", path.name):
-            rows = [row for row in rows if row["time/total_timesteps"] <= int(until[1])]
+        part = PROGRESS.fullmatch(path.name)
+        if part is not None and part[2]:
+            rows = [row for row in rows if row["time/total_timesteps"] <= int(part[2])]
     return rows
 
 

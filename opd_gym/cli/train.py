@@ -57,7 +57,14 @@ from opd_gym.demonstrations import read_statistics
 from opd_gym.envs.make import build_env, env_spec, import_paths
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.envs.workers.process import give_up
-from opd_gym.evaluation import SAMPLED_EVAL_SEED, EpisodeSpec, EvaluationResult, eval_episodes, evaluate_success
+from opd_gym.evaluation import (
+    EVALUATION_FILE,
+    SAMPLED_EVAL_SEED,
+    EpisodeSpec,
+    EvaluationResult,
+    eval_episodes,
+    evaluate_success,
+)
 from opd_gym.policies.loading import check_device, find_vec_normalize, read_vec_normalize
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import versions, write_versions
@@ -478,7 +485,7 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
         if finished:
             if learned:
                 # Of the model that is replaced now
-                (run_dir / "evaluation.json").unlink(missing_ok=True)
+                (run_dir / EVALUATION_FILE).unlink(missing_ok=True)
             save_statistics(model, run_dir / env_name(args.env) / "vecnormalize.pkl")
             model.save(run_dir / "model.zip")
             with optional(run_dir):
@@ -505,7 +512,7 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
                 env.close()
                 env = build_env(args.env, run, seed=args.seed, settings=settings)
             result = _evaluate(model, eval_env or env, args, args.progress)
-            result.save(run_dir / "evaluation.json")
+            result.save(run_dir / EVALUATION_FILE)
             print(result.to_markdown())
         return TrainResult(run_dir, model, True, result)
     finally:

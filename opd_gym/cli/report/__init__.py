@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from opd_gym.cli.options import Report
 from opd_gym.cli.report.copies import copies, films, keep
 from opd_gym.cli.report.pictures import AXES, LEARNING, cost_before, draw, draw_groups, draw_learning, png, styles, svg
+from opd_gym.cli.report.policies import ENV_STEPS, SECONDS
 from opd_gym.cli.report.reading import find_policies
 from opd_gym.cli.report.tables import (
     by_group,
@@ -29,7 +30,7 @@ from opd_gym.files import replacing, write_atomic
 TEMPLATE = Path(__file__).with_name("page.html")
 # No benchmark has more
 MAX_TASKS = 100_000
-# What is reported has such names, so that a page of one would take its place
+# Files that a report reads end so: a page of that name could replace one
 INPUTS = (".json", ".csv", ".yml", ".txt", ".mp4", ".gif")
 CURVES = (
     "Lines: training episodes, mean of the seeds; bands: lowest and highest seed. Diamonds: held-out episodes "
@@ -81,7 +82,7 @@ def report(args: Report) -> None:
             )
         figures = [(label, env_id, CURVES, draw(here, column, looks)) for column, (label, _) in AXES.items()]
         if any(cost_before(before, policy) for policy in here):
-            for column in ("time/env_steps", "time/time_elapsed"):
+            for column in (ENV_STEPS, SECONDS):
                 label = f"{AXES[column][0]}, with what came before"
                 figures.append((label, f"{env_id}-before", CURVES, draw(here, column, looks, before)))
         for key, label in LEARNING.items():
@@ -120,7 +121,8 @@ def report(args: Report) -> None:
         parts = [markdown(summary)]
         for section in sections:
             parts.append(f"## {escaped(section['env'])}\n")
-            parts += map(markdown, section["tables"].values())
+            named = {name: markdown(rows) for name, rows in section["tables"].items()}
+            parts += [f"### {name}\n\n{text}" for name, text in named.items() if text]
         write_atomic(args.markdown, "\n".join(filter(None, [*parts, listed])))
     if args.pictures is not None:
         args.pictures.mkdir(parents=True, exist_ok=True)
@@ -159,7 +161,9 @@ def _once(option: str, items: Iterable[tuple[str, T]]) -> dict[str, T]:
 
 def _named(item: str) -> tuple[str, str]:
     name, _, text = item.partition("=")
-    if not name or not text or not item.isprintable():
+    if not item.isprintable():
+        raise ValueError(f"{item!r} holds a character that cannot be printed, such as a tab or the end of a line.")
+    if not name or not text:
         raise ValueError(f"Expected NAME=VALUE, as in --label 'student/*=student' or --tasks seen=0-5, got {item!r}.")
     return name, text
 
@@ -174,7 +178,7 @@ def _before(item: str) -> tuple[str, dict[str, float]]:
         raise ValueError(
             f"Expected --before NAME=ENV_STEPS,MINUTES or NAME@ENV=... with two numbers from 0 on, got {item!r}."
         ) from None
-    return name, {"time/env_steps": steps, "time/time_elapsed": 60.0 * minutes}
+    return name, {ENV_STEPS: steps, SECONDS: 60.0 * minutes}
 
 
 def _task_ids(text: str) -> list[int]:

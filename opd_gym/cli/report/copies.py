@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import base64
 import os
-import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from opd_gym.cli.report.reading import EVALUATION, is_evaluation, run_dirs, shown
+from opd_gym.cli.report.reading import means_to_be_evaluation, run_dirs, shown
+from opd_gym.cli.runs import PROGRESS
+from opd_gym.evaluation import EVALUATION_FILE
 from opd_gym.files import replacing, visible_files
 from opd_gym.versions import VERSIONS_FILE
 
 # What a report is made from, of all that a run's folder holds
-KEPT = ("args.yml", "config.yml", "command.txt", VERSIONS_FILE, EVALUATION)
+KEPT = ("args.yml", "config.yml", "command.txt", VERSIONS_FILE, EVALUATION_FILE)
 FILMS = {".mp4": "video/mp4", ".gif": "image/gif"}
-PROGRESS = re.compile(r"progress(\.\d+(\.until_\d+)?)?\.csv")
 
 
 def films(folders: Iterable[Path]) -> list[dict[str, str]]:
@@ -52,14 +52,9 @@ def copies(folders: Iterable[Path], target: Path) -> dict[Path, Path]:
     for folder in folders:
         runs = run_dirs(folder)
         for path in [folder] if folder.is_file() else visible_files(folder):
-            if path.name in KEPT and path.parent.parent in runs and path.parent not in runs:
-                continue  # the same for rl-zoo3
             inside = Path(path.name) if path == folder else path.relative_to(folder)
-            wanted = path.name in KEPT or PROGRESS.fullmatch(path.name) or path.suffix in FILMS
-            wanted = wanted or (path.suffix == ".json" and is_evaluation(path))
-            weights = any(path.is_relative_to(run / "policy") for run in runs)
             # A folder may lie in another one that is given
-            if wanted and not weights and path.resolve() not in found.values():
+            if _is_read(path, runs) and path.resolve() not in found.values():
                 if target / inside in found:
                     raise ValueError(
                         f"--keep: {found[target / inside]} and {path} would both be {target / inside}. Report the "
@@ -67,6 +62,16 @@ def copies(folders: Iterable[Path], target: Path) -> dict[Path, Path]:
                     )
                 found[target / inside] = path.resolve()
     return found
+
+
+def _is_read(path: Path, runs: Sequence[Path]) -> bool:
+    """Whether a report is made from it: of a run not what lies in its folders, such as weights."""
+    run = next((run for run in runs if path.is_relative_to(run)), None)
+    if path.suffix in FILMS:
+        return True
+    if run is not None:
+        return path.parent == run and (path.name in KEPT or PROGRESS.fullmatch(path.name) is not None)
+    return path.suffix == ".json" and means_to_be_evaluation(path)
 
 
 def keep(files: Mapping[Path, Path], target: Path) -> None:
@@ -78,19 +83,22 @@ def keep(files: Mapping[Path, Path], target: Path) -> None:
     :param files: see :func:`copies`
     :param target: folder that they are copied to
     """
-    here = os.fsencode(f"{Path.cwd()}{os.sep}")
+    # Not from the root, where every path begins so
+    here = b"" if Path.cwd() == Path(Path.cwd().anchor) else os.fsencode(f"{Path.cwd()}{os.sep}")
     for place, path in files.items():
         with replacing(place) as temporary:
             if path.suffix in (".yml", ".txt"):
-                temporary.write_bytes(path.read_bytes().replace(here, b""))
+                content = path.read_bytes()
+                temporary.write_bytes(content.replace(here, b"") if here else content)
             else:
                 shutil.copyfile(path, temporary)
-    runs = {place.parent for place in files if place.name == "args.yml"}
-    left = []
+    copied = {place.parent for place in files if place.name == "args.yml"}
+    runs, left = run_dirs(target), []
     for path in visible_files(target):
-        if path not in files and PROGRESS.fullmatch(path.name) and path.parent in runs:
-            path.unlink()
-        elif path not in files and (path.name in KEPT or PROGRESS.fullmatch(path.name)):
-            left.append(shown(path, target))
+        if path not in files and _is_read(path, runs):
+            if path.parent in copied and PROGRESS.fullmatch(path.name):
+                path.unlink()
+            else:
+                left.append(shown(path, target))
     if left:
         print(f"In {target}, of an earlier --keep and not in this report: {', '.join(left)}.", file=sys.stderr)

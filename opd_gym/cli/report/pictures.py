@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opd_gym.cli.report.policies import SUCCESS, Policy, of_tasks, outcome
-from opd_gym.cli.report.tables import by_group
+from opd_gym.cli.report.policies import ENV_STEPS, SECONDS, SUCCESS, UPDATES, Policy, covers, of_tasks, outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
 RETURN = "rollout/ep_rew_mean"
 # What a curve is drawn over: column of progress.csv -> its name, and what it is divided by
 AXES = {
-    "time/env_steps": ("env steps (thousands)", 1e3),
-    "train/n_updates": ("gradient steps", 1.0),
-    "time/time_elapsed": ("wall-clock (minutes)", 60.0),
+    ENV_STEPS: ("env steps (thousands)", 1e3),
+    UPDATES: ("gradient steps", 1.0),
+    SECONDS: ("wall-clock (minutes)", 60.0),
 }
 # What is drawn of the learning itself, over gradient steps: column -> its name
 LEARNING = {
@@ -37,8 +36,8 @@ Look = Mapping[str, Any]
 Before = Mapping[str, Mapping[str, float]]
 # Success in training of fewer episodes is not drawn: the first to end are those that succeeded
 FEWEST = 20
-# Of matplotlib's ten colours again, with another line
-LINES = ("-", "--", ":", "-.")
+# After matplotlib's ten colours the same come again, with another line; dashed ones are policies without a curve
+LINES = ("-", ":", "-.", (0, (8, 2, 1, 2, 1, 2)))
 # Letters in a line of the legend, and in a name there
 LEGEND_WIDTH, NAME_WIDTH = 100, 60
 
@@ -111,7 +110,7 @@ def draw_learning(policies: Sequence[Policy], key: str, looks: Mapping[str, Look
     :return: it over gradient steps, drawn as by :func:`draw`; None if no run says anything of it
     """
     looks = looks or styles([policy.label for policy in policies])
-    column = "train/n_updates"
+    column = UPDATES
     figure, axis = _figure(AXES[column][0])
     drawn = False
     for policy in policies:
@@ -142,22 +141,21 @@ def draw_groups(
         two groups, and a policy that was evaluated in both
     """
     looks = looks or styles([policy.label for policy in policies])
-    shown = [row[0] for row in by_group(policies, groups)[1:] if all(row[1:])]
+    shown = [policy for policy in policies if all(covers(policies, policy, tasks) for tasks in groups.values())]
     if len(groups) != 2 or not shown or not all(policy.judged for policy in policies):
         return None
     (x_name, x_tasks), (y_name, y_tasks) = groups.items()
     figure, axis = _figure(f"success in tasks {_name(x_name)} (%)")
-    for policy in policies:
-        if policy.label in shown:
-            color = looks[policy.label]["color"]
-            x, y = ([100.0 * value for value in policy.score(tasks)] for tasks in (x_tasks, y_tasks))
-            _draw_point(axis, x[0], y, color, x_bounds=x[1:], label=_name(policy.label), linestyle="none")
-            if len(policy.results) > 1:
-                seeds = [
-                    [100.0 * outcome(of_tasks(result, tasks), True) for tasks in (x_tasks, y_tasks)]
-                    for result in policy.results.values()
-                ]
-                axis.plot(*zip(*seeds, strict=True), color=color, marker=".", linestyle="none")
+    for policy in shown:
+        color = looks[policy.label]["color"]
+        x, y = ([100.0 * value for value in policy.score(tasks)] for tasks in (x_tasks, y_tasks))
+        _draw_point(axis, x[0], y, color, x_bounds=x[1:], label=_name(policy.label), linestyle="none")
+        if len(policy.results) > 1:
+            seeds = [
+                [100.0 * outcome(of_tasks(result, tasks), True) for tasks in (x_tasks, y_tasks)]
+                for result in policy.results.values()
+            ]
+            axis.plot(*zip(*seeds, strict=True), color=color, marker=".", linestyle="none")
     axis.set_ylabel(f"success in tasks {_name(y_name)} (%)")
     axis.set_ylim(-2, 102)
     axis.set_xlim(-2, 102)
@@ -282,8 +280,7 @@ def svg(figure: Figure, name: str) -> str:
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
-    text = re.sub(r'((?:id|xlink:href)="#?|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
-    return text
+    return re.sub(r'((?:id|xlink:href)="#?|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
 
 
 def png(figure: Figure) -> bytes:

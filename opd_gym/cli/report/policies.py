@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from opd_gym.evaluation import EvaluationResult
 
+# Columns of progress.csv that tell what training had cost
+ENV_STEPS, UPDATES, SECONDS = "time/env_steps", "train/n_updates", "time/time_elapsed"
 SUCCESS = "rollout/success_rate"
 # Success in training is that of the last so many episodes, Stable-Baselines3's stats_window_size
 WINDOW = 100
@@ -26,6 +28,7 @@ class Policy:
     :param commands: the commands of its runs
     :param notes: sentences about what its numbers do not show
     :param unfinished: seeds whose training has not ended
+    :param seeded: whether its seeds are of a training: those of another policy with the same numbers belong to them
     """
 
     label: str
@@ -35,6 +38,7 @@ class Policy:
     commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unfinished: set[str] = field(default_factory=set)
+    seeded: bool = False
 
     @property
     def pooled(self) -> EvaluationResult:
@@ -109,10 +113,11 @@ class Policy:
         """
         found: dict[str, float | None] = {}
         for seed, rows in self.curves.items():
-            if any(SUCCESS in row for row in rows):
-                whole = [row for row in rows if SUCCESS in row and row.get("time/episodes", WINDOW) >= WINDOW]
+            there = [row for row in rows if SUCCESS in row and column in row]
+            if there:
+                whole = [row for row in there if row.get("time/episodes", WINDOW) >= WINDOW]
                 # 0.9 of 0.8 is a little more than 0.72
-                at = next((row.get(column) for row in whole if row[SUCCESS] >= goal - 1e-9), None)
+                at = next((row[column] for row in whole if row[SUCCESS] >= goal - 1e-9), None)
                 found[seed] = at if whole else math.nan
         return found
 
@@ -128,6 +133,25 @@ def of_tasks(result: EvaluationResult, tasks: Sequence[int] | None) -> Evaluatio
     episodes = [episode for episode in result.episodes if episode.task_id in tasks]
     lost = [episode for episode in result.lost if episode.task_id in tasks]
     return EvaluationResult(episodes, versions=result.versions, lost=lost)
+
+
+def evaluated_tasks(result: EvaluationResult) -> set[int]:
+    """
+    :param result: an evaluation
+    :return: the tasks that were asked for; of one all episodes may have been lost
+    """
+    return {episode.task_id for episode in result.episodes} | {loss.task_id for loss in result.lost}
+
+
+def covers(policies: Sequence[Policy], policy: Policy, tasks: Sequence[int]) -> bool:
+    """
+    :param policies: what is compared
+    :param policy: one of them
+    :param tasks: a group of tasks
+    :return: whether the policy was evaluated in all of the group that any of them was, and in one at least
+    """
+    everywhere = {task for other in policies for task in evaluated_tasks(other.pooled)} & set(tasks)
+    return bool(everywhere) and everywhere <= evaluated_tasks(policy.pooled)
 
 
 def outcome(result: EvaluationResult, judged: bool) -> float:
@@ -147,16 +171,17 @@ def t_interval(scores: Sequence[float]) -> tuple[float, float]:
     it.
 
     :param scores: one of each seed, or of each episode
-    :return: lower and upper bound; NaN for one score
+    :return: lower and upper bound; NaN for one score, or where one is not finite
     :raises ImportError: SciPy is not installed
     """
     try:
         from scipy.stats import t
     except ImportError as error:
         raise ImportError("Intervals over seeds and returns need SciPy. Run: pip install 'opd_gym[plots]'") from error
-    mean, n = statistics.fmean(scores), len(scores)
-    if n == 1:
+    n = len(scores)
+    if n == 1 or not all(map(math.isfinite, scores)):
         return math.nan, math.nan
+    mean = statistics.fmean(scores)
     half = float(t.ppf(0.975, n - 1)) * statistics.stdev(scores) / math.sqrt(n)
     return mean - half, mean + half
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from opd_gym.cli.report.policies import Policy
-from opd_gym.cli.runs import read_progress
+from opd_gym.cli.runs import progress_files, read_progress
 from opd_gym.cli.train import read_args, read_mapping
 from opd_gym.envs.registration import bare_id
-from opd_gym.evaluation import EvaluationResult, LostEpisode
+from opd_gym.evaluation import EVALUATION_FILE, EvaluationResult, LostEpisode
 from opd_gym.files import visible_files
 
-EVALUATION = "evaluation.json"
-# Settings in which runs of one policy may differ, those that they map to values included; in the first a note says so
-TOLD = ("teacher", "demonstrations", "n_envs")
+# Runs of one policy may differ in these settings, and in what lies below them. Where they differ in those of NOTED, a
+# note says so
+NOTED = ("teacher", "demonstrations", "n_envs")
 INCIDENTAL = (
-    *TOLD,
+    *NOTED,
     *("teacher_kwargs.device", "teacher_kwargs.vec_normalize", "policy_kwargs.checkpoint"),
     *("n_timesteps", "n_workers", "worker_timeout", "ray"),
 )
@@ -30,7 +31,23 @@ INCIDENTAL = (
 
 @dataclass
 class _Found:
-    """A run, or an evaluation without one: ``name`` is its algorithm or the stem of its file, in ``file``."""
+    """
+    A run, or an evaluation without one.
+
+    :param file: the run's directory, or the file of the evaluation
+    :param path: the same below the folder that was given, for labels and notes
+    :param name: the algorithm, or the stem of the file without its seed
+    :param env_id: environment id; empty if nothing says it
+    :param seed: of the training
+    :param settings: the run's configuration, by dotted keys, without what may differ within a policy
+    :param noted: what of that is told where it differs
+    :param rows: of ``progress.csv``
+    :param result: the held-out evaluation
+    :param command: how it was run
+    :param notes: what its numbers do not show
+    :param total: timesteps that it was to have
+    :param seeded: whether ``seed`` is that of a training
+    """
 
     file: Path
     path: str
@@ -38,18 +55,23 @@ class _Found:
     env_id: str
     seed: str
     settings: dict[str, Any] = field(default_factory=dict)
-    incidental: dict[str, Any] = field(default_factory=dict)
+    noted: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
     result: EvaluationResult | None = None
     command: str = ""
     notes: list[str] = field(default_factory=list)
     total: float | None = None
+    seeded: bool = True
+
+    @property
+    def done(self) -> float:
+        """Timesteps that it has."""
+        return self.rows[-1]["time/total_timesteps"] if self.rows else 0.0
 
     @property
     def unfinished(self) -> bool:
         """Whether its training has not ended."""
-        done = self.rows[-1]["time/total_timesteps"] if self.rows else 0.0
-        return self.total is not None and done < self.total
+        return self.total is not None and self.done < self.total
 
     @property
     def is_run(self) -> bool:
@@ -65,16 +87,17 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
 
     :param folders: runs, evaluations, or folders that hold some
     :param labels: pattern of a path below its folder -> name of what is there; the first match counts
-    :return: the policies, in the order of ``labels`` and then of their paths
+    :return: the policies, in the order of ``labels`` and then of their paths, runs first
     :raises ValueError: there is nothing in a folder, or a file of a run is damaged
     :raises OSError: there is no such folder, or something in it cannot be read
     """
     every = [item for folder in folders for item in _find(Path(folder).expanduser())]
-    # A folder may lie in another one that is given, and the evaluation of a run be given by itself
-    every.sort(key=lambda item: (not item.is_run, item.file.absolute() != item.file.resolve()))
-    of_runs = {(item.file.resolve() / EVALUATION, item.env_id) for item in every if item.is_run}
+    # A folder may lie in another one that is given, and the evaluation of a run be given by itself. Of what is found
+    # twice the run counts, and the path without links
+    every.sort(key=lambda item: (not item.is_run, os.path.abspath(item.file) != str(item.file.resolve())))
+    of_runs = {item.file.resolve() / EVALUATION_FILE for item in every if item.is_run}
     unique = {(item.file.resolve(), item.env_id): item for item in reversed(every)}
-    found = [item for key, item in reversed(unique.items()) if key not in of_runs]
+    found = [item for item in reversed(unique.values()) if item.file.resolve() not in of_runs]
     _name_envs(found)
     _tell_apart(found)
     settings: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -108,6 +131,7 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
         if seed != item.seed:
             policy.notes.append(f"seed {item.seed} is there more than once, in {item.path} too, and counts as another.")
         policy.notes += item.notes
+        policy.seeded |= item.seeded
         if item.unfinished:
             policy.unfinished.add(seed)
         if item.rows:
@@ -138,8 +162,8 @@ def _differing(items: Sequence[_Found]) -> list[str]:
     if len(totals) > 1:
         shown = ", ".join(f"{total:,.0f}" for total in sorted(totals))
         found.append(f"its seeds were trained for different numbers of timesteps: {shown}.")
-    for key in TOLD:
-        if len({json.dumps(item.incidental.get(key), default=str) for item in runs}) > 1:
+    for key in NOTED:
+        if len({json.dumps(item.noted.get(key), default=str) for item in runs}) > 1:
             found.append(f"its seeds differ in {key}.")
     return found
 
@@ -164,9 +188,7 @@ def run_dirs(folder: Path) -> list[Path]:
     found = {path.parent for path in visible_files(folder) if path.name == "args.yml"}
     # In one of them are other args.yml and config.yml, for rl-zoo3
     return sorted(
-        path
-        for path in found
-        if path.parent not in found or (path / "command.txt").is_file() or any(path.glob("progress*.csv"))
+        path for path in found if path.parent not in found or (path / "command.txt").is_file() or progress_files(path)
     )
 
 
@@ -188,40 +210,41 @@ def _find(folder: Path) -> list[_Found]:
             continue  # killed before it began
         config = _flat(read_mapping(run / "config.yml"))
         command = run / "command.txt"
-        item = _Found(run, f"{shown(run, folder)}/", args.algo, bare_id(args.env), str(args.seed or 0))
+        where = f"{folder.absolute().name if run == folder else shown(run, folder)}/"
+        item = _Found(run, where, args.algo, bare_id(args.env), str(args.seed or 0))
         item.settings = {key: value for key, value in config.items() if not _is_incidental(key)}
-        item.incidental = {key: value for key, value in config.items() if key in TOLD}
+        item.noted = {key: value for key, value in config.items() if key in NOTED}
         item.rows = read_progress(run)
         item.command = command.read_text(encoding="utf-8", errors="replace").strip() if command.is_file() else ""
         total = config.get("n_timesteps")
         item.total = total if isinstance(total, (int, float)) else None
         if item.unfinished:
-            done = item.rows[-1]["time/total_timesteps"] if item.rows else 0.0
             item.notes.append(
-                f"seed {item.seed} ({item.path}) has {done:,.0f} of its {total:,} timesteps: its costs end there, and "
-                "beside finished seeds its curve is not drawn."
+                f"seed {item.seed} ({item.path}) has {item.done:,.0f} of its {total:,} timesteps: its costs and its "
+                "curve end there, and beside finished seeds both are left out."
             )
         # `opd-gym eval` may have played other envs as well
-        parts = _by_env(_evaluation(run / EVALUATION, certain=True), item.env_id)
+        parts = _by_env(_evaluation(run / EVALUATION_FILE, certain=True), item.env_id)
         item.result = parts.pop(item.env_id, None)
         found.append(item)
         found += [
             replace(item, env_id=env_id, rows=[], notes=[], total=None, result=part) for env_id, part in parts.items()
         ]
+    own = {run / EVALUATION_FILE for run in runs}
     given = folder.suffix == ".json" and folder.is_file()
     for path in [folder] if given else [path for path in visible_files(folder) if path.suffix == ".json"]:
         text = path.name if given else shown(path, folder)
         if any(path.is_relative_to(run) for run in runs):
-            if path.name != EVALUATION and _evaluation(path) is not None:
-                print(
-                    f"{text} is left out: of a run what counts is its {EVALUATION}. Move it out of the run's folder.",
-                    file=sys.stderr,
-                )
+            if path not in own and means_to_be_evaluation(path):
+                _leave_out(text, f"of a run what counts is its {EVALUATION_FILE}. Move it out of the run's folder")
+            continue
+        if path.stat().st_size == 0:
+            _leave_out(text, "it is empty")
             continue
         seed = re.fullmatch(r"(.+)_seed(\d+)", path.stem)
         for env_id, part in _by_env(_evaluation(path, certain=given), "").items():
             name, number = (seed[1], seed[2]) if seed else (path.stem, "0")
-            found.append(_Found(path, text, name, env_id, number, result=part))
+            found.append(_Found(path, text, name, env_id, number, result=part, seeded=seed is not None))
     if not found and not folder.exists():
         raise FileNotFoundError(f"There is no {folder}.")
     if not found:
@@ -237,38 +260,28 @@ def _find(folder: Path) -> list[_Found]:
     return found
 
 
+def _leave_out(path: str, why: str) -> None:
+    print(f"{path} is left out: {why}.", file=sys.stderr)
+
+
 def _evaluation(path: Path, certain: bool = False) -> EvaluationResult | None:
     """None for another JSON file, unless it has to be one, and for none."""
-    try:
-        result = EvaluationResult.load(path)
-    except FileNotFoundError:
+    if not path.exists() or not (certain or means_to_be_evaluation(path)):
         return None
-    except ValueError:
-        if certain or _means_to_be_one(path):
-            raise
-        return None
+    result = EvaluationResult.load(path)
     if not result.episodes and not result.lost:
         raise ValueError(f"{path} is an evaluation without an episode. Play it again, or move it away.")
     return result
 
 
-def is_evaluation(path: Path) -> bool:
+def means_to_be_evaluation(path: Path) -> bool:
     """
     :param path: a JSON file
-    :return: whether it is the result of an evaluation
-    :raises ValueError: it was one, and is damaged
+    :return: whether it is the result of an evaluation, or was one that is damaged now, in whatever encoding and layout
     """
-    return _evaluation(path) is not None
-
-
-def _means_to_be_one(path: Path) -> bool:
-    """Whether a file that cannot be read as an evaluation was one, in whatever encoding and layout."""
     data = path.read_bytes().replace(b"\0", b"")
-    if not data.strip():
-        print(f"{path} is left out: it is empty.", file=sys.stderr)
-        return False
     try:
-        values = json.loads(data)
+        values = json.loads(data.decode("utf-8-sig"))
         return isinstance(values, dict) and {"success_rate", "episodes"} <= values.keys()
     except (ValueError, RecursionError):
         return b'"success_rate"' in data
@@ -307,7 +320,7 @@ def _name_envs(found: Sequence[_Found]) -> None:
 def _tell_apart(found: Iterable[_Found]) -> None:
     """Evaluations of equal names in different folders are of different policies, and not seeds of one."""
     alone = [item for item in found if not item.is_run]
-    for name in (lambda file: f"{file.parent.name}/", lambda file: f"{file.parent}/"):
+    for name in (lambda file: f"{file.absolute().parent.name}/", lambda file: f"{file.absolute().parent}/"):
         places: dict[tuple[str, str], set[Path]] = {}
         for item in alone:
             places.setdefault((item.name, item.env_id), set()).add(item.file.parent)

@@ -7,7 +7,18 @@ import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
-from opd_gym.cli.report.policies import WINDOW, Policy, of_tasks, outcome, welch
+from opd_gym.cli.report.policies import (
+    ENV_STEPS,
+    SECONDS,
+    UPDATES,
+    WINDOW,
+    Policy,
+    covers,
+    evaluated_tasks,
+    of_tasks,
+    outcome,
+    welch,
+)
 from opd_gym.evaluation import EvaluationResult
 from opd_gym.versions import differences
 
@@ -15,14 +26,14 @@ Table = list[list[str]]
 # Training has reached another policy at this share of its success
 SHARE = 0.9
 # What training cost: column of progress.csv -> what it is divided by
-COSTS = {"time/env_steps": 1.0, "train/n_updates": 1.0, "time/time_elapsed": 60.0}
+COSTS = {ENV_STEPS: 1.0, UPDATES: 1.0, SECONDS: 60.0}
 
 
 def number(score: float, judged: bool = True, digits: int = 1) -> str:
     """
     :param score: success rate from 0 to 1, or mean return
     :param judged: whether it is a success rate
-    :param digits: after the point
+    :param digits: of a success rate, after the point
     :return: "85.0 %", or "-150.2"; three significant digits of returns below 1; empty for NaN
     """
     if math.isnan(score):
@@ -77,13 +88,13 @@ def details(policies: Sequence[Policy], reference: Policy | None) -> Table:
     """
     :param policies: of one env
     :param reference: whose success the training is measured by
-    :return: one row a policy: success, its interval, each seed, episodes, the cost of training
+    :return: one row a policy: success (or mean return), its interval, each seed, the mean return where it says more
+        than success, episodes, the cost of training, and the env steps to :data:`SHARE` of the reference's success
     """
-    kinds = {policy.judged for policy in policies}
+    kinds = {policy.judged for policy in policies if policy.results} or {True}
     header = ["policy", "success or mean return" if len(kinds) > 1 else "success" if True in kinds else "mean return"]
     header += ["95 % interval", "each seed"]
-    # A return that is the success adds nothing
-    returns = any(policy.judged and not _is_success(policy.pooled) for policy in policies)
+    returns = any(policy.judged and policy.pooled.has_returns for policy in policies)
     header += ["mean return"] if returns else []
     header += ["episodes", "env steps", "gradient steps", "minutes"]
     goal = SHARE * reference.score()[0] if reference is not None and reference.judged else 0.0
@@ -100,19 +111,21 @@ def details(policies: Sequence[Policy], reference: Policy | None) -> Table:
             number(score, policy.judged),
             _bounds(low, high, policy.judged) if policy.results else "",
             ", ".join(each) if len(each) > 1 else "",
-            *([with_interval(*policy.score(judged=False), judged=False)] if returns else []),
+            *([_mean_return(policy)] if returns else []),
             str(len(pooled.episodes) or "") + (f" and {len(pooled.lost)} lost" if pooled.lost else ""),
             *(f"{value / unit:,.0f}" if value is not None else "" for value, unit in costs),
         ]
         if goal > 0.0:
-            reached = {} if policy is reference else policy.reached(goal, "time/env_steps")
+            reached = {} if policy is reference else policy.reached(goal, ENV_STEPS)
             row.append(", ".join(_reached(at, seed in policy.unfinished) for seed, at in reached.items()))
         rows.append(row)
     return rows
 
 
-def _is_success(result: EvaluationResult) -> bool:
-    return all(episode.reward == float(bool(episode.success)) for episode in result.episodes)
+def _mean_return(policy: Policy) -> str:
+    if math.isnan(policy.pooled.mean_reward):
+        return ""
+    return with_interval(*policy.score(judged=False), judged=False)
 
 
 def _reached(at: float | None, unfinished: bool) -> str:
@@ -148,14 +161,11 @@ def by_group(policies: Sequence[Policy], groups: Mapping[str, Sequence[int]]) ->
         rows where there is no group
     """
     rows = [["tasks", *groups]]
-    everywhere = {task for policy in policies for task in policy.pooled.per_task()}
     for policy in policies if groups else ():
         if policy.results:
-            own = {*policy.pooled.per_task(), *(loss.task_id for loss in policy.pooled.lost)}
-            whole = {name: everywhere & set(tasks) <= own for name, tasks in groups.items()}
             cells = (
-                with_interval(*policy.score(tasks), policy.judged) if whole[name] else ""
-                for name, tasks in groups.items()
+                with_interval(*policy.score(tasks), policy.judged) if covers(policies, policy, tasks) else ""
+                for tasks in groups.values()
             )
             rows.append([policy.label, *cells])
     return rows
@@ -165,7 +175,8 @@ def paired(
     policies: Sequence[Policy], reference: Policy | None, groups: Mapping[str, Sequence[int]] | None = None
 ) -> Table:
     """
-    A seed is compared with the same seed of the reference, or with its only one. What was not trained here, with all.
+    A seed is compared with the same seed of the reference, or with its only one; a policy without a training seed with
+    each of the reference's.
 
     :param policies: of one env
     :param reference: what the others are compared with, in the same episodes
@@ -184,25 +195,34 @@ def paired(
             own = result.per_task()
             parts = {name: tasks for name, tasks in (groups or {}).items() if own.keys() & set(tasks)}
             for shown_seed, other in partners:
-                comparable = False
-                for name, tasks in {"": None, **parts}.items():
-                    shown = f"{compared}, {name}" if name else compared
-                    try:
-                        with warnings.catch_warnings():
-                            warnings.simplefilter("ignore")  # that versions differ: see mixed_versions()
-                            alone, other_alone, p = of_tasks(result, tasks).paired(of_tasks(other, tasks))
-                    except ValueError:
-                        if comparable or not name:
-                            rows.append([shown, shown_seed, "other episodes", "", ""])
-                        continue
-                    comparable = True
-                    rows.append([shown, shown_seed, str(alone), str(other_alone), _p(p)])
+                tests = {"": _paired(result, other)}
+                tests.update({name: _paired(of_tasks(result, t), of_tasks(other, t)) for name, t in parts.items()})
+                # Where nothing can be compared, one row says so
+                comparable = any(len(test) > 1 for test in tests.values())
+                for name, test in tests.items():
+                    if comparable or not name:
+                        shown = f"{compared}, {name}" if name else compared
+                        rows.append([shown, shown_seed, *test, *[""] * (3 - len(test))])
     return rows
+
+
+def _paired(result: EvaluationResult, other: EvaluationResult) -> list[str]:
+    """The numbers of McNemar's test, or one text that says why there are none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that versions differ: see mixed_versions()
+            alone, other_alone, p = result.paired(other)
+    except ValueError:
+        episodes = [*result.episodes, *other.episodes]
+        if any(episode.init_state_id < 0 and episode.seed is None for episode in episodes):
+            return ["nothing says which episodes"]
+        return ["not all are judged" if any(e.success is None for e in episodes) else "other episodes"]
+    return [str(alone), str(other_alone), _p(p)]
 
 
 def _partners(policy: Policy, seed: str, reference: Policy) -> Iterator[tuple[str, EvaluationResult]]:
     """With which evaluations of the reference one of a policy is compared, and what their pair is called."""
-    if len(policy.results) == 1 and not policy.curves and len(reference.results) > 1:
+    if len(policy.results) == 1 and not policy.seeded and len(reference.results) > 1:
         for other_seed, other in reference.results.items():
             yield f"the other's {other_seed}", other
     elif seed.rstrip("'") in reference.results:
@@ -219,7 +239,7 @@ def over_seeds(
     :param reference: what the others are compared with
     :param groups: name -> tasks, which are compared by themselves as well
     :return: one row a policy that has several seeds, as the reference has, and group: how far their means lie apart, by
-        Welch's t test over seeds
+        Welch's t test over seeds. None where they were evaluated in different tasks
     """
     rows = [["means over seeds", "difference", "95 % interval", "seeds", "p"]]
     for policy in policies:
@@ -227,9 +247,10 @@ def over_seeds(
             continue
         for name, tasks in {"": None, **(groups or {})}.items():
             parts = ([of_tasks(r, tasks) for r in p.results.values()] for p in (policy, reference))
-            own, others = ([outcome(r, policy.judged) for r in results if r.episodes] for results in parts)
+            ours, theirs = ([r for r in results if r.episodes] for results in parts)
+            own, others = ([outcome(r, policy.judged) for r in results] for results in (ours, theirs))
             test = welch(own, others)
-            if test is None:
+            if test is None or len({frozenset(evaluated_tasks(r)) for r in (*ours, *theirs)}) > 1:
                 continue
             difference = statistics.fmean(own) - statistics.fmean(others)
             ends = [difference, *test[:2]]
@@ -276,6 +297,12 @@ def notes(policies: Sequence[Policy], reference: str | None = None) -> list[str]
                 found.append(f"{reference} was not evaluated on {env_id}, so nothing is compared with it there.")
             elif not other.judged:
                 found.append(f"On {env_id} returns are compared, for which there is no test in the same episodes.")
+            else:
+                found += [
+                    f"{policy.label} has returns alone on {env_id}, and {reference} successes: nothing tests the two."
+                    for policy in here
+                    if not policy.judged
+                ]
     return found
 
 
@@ -286,19 +313,21 @@ def _of_episodes(result: EvaluationResult) -> list[str]:
         found.append(f"{n_lost} of {n + n_lost} episodes were lost, and count neither as solved nor as failed.")
     if 0 < result.n_judged < n:
         found.append(
-            f"the env says of {result.n_judged} of {n} episodes whether they were solved, and success is that of these."
+            f"the env says only of {result.n_judged} of {n} episodes whether they were solved; the success rate counts "
+            "these alone."
         )
     keys = [episode.key for episode in result.episodes]
     repeated = n - len(set(keys))
-    if repeated and all(state >= 0 or seed is not None for _, state, seed in keys):
+    if any(state < 0 and seed is None for _, state, seed in keys):
+        found.append("nothing says which episodes were played: they have neither an initial state nor a seed.")
+    elif repeated:
         found.append(f"{repeated} of {n} episodes are there more than once, so that its interval is too narrow.")
     return found
 
 
 def _other_episodes(policies: Sequence[Policy], env_id: str) -> list[str]:
     """What was evaluated in other tasks or episodes than most."""
-    # A task of which all episodes were lost was asked for
-    tasks = [frozenset(p.pooled.per_task()) | {loss.task_id for loss in p.pooled.lost} for p in policies]
+    tasks = [frozenset(evaluated_tasks(policy.pooled)) for policy in policies]
     usual = max(tasks, key=tasks.count, default=frozenset())
     found = [
         f"{policy.label} was evaluated in other tasks of {env_id} than most: {', '.join(map(str, sorted(own)))}."
