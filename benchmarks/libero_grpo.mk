@@ -16,7 +16,9 @@ SEEDS ?= 10
 # already succeeds in one episode of six; at 0.3 in one of four, and in half of them after some iterations
 CHANGES = temperature:1.0+n_epochs:1 temperature:0.6+n_epochs:1 temperature:0.3+n_epochs:1 \
     temperature:0.3+n_epochs:4 temperature:0.3+n_epochs:4+learning_rate:3e-5 temperature:0.3+n_epochs:8 \
-    temperature:0.3+n_epochs:4+learning_rate:3e-4 temperature:0.3+n_epochs:8+learning_rate:3e-4 temperature:0.3+n_epochs:4+n_groups:4+trajectories_per_batch:16
+    temperature:0.3+n_epochs:4+learning_rate:3e-4 temperature:0.3+n_epochs:8+learning_rate:3e-4 temperature:0.3+n_epochs:4+n_groups:4+trajectories_per_batch:16 \
+    $(foreach more,n_groups:4+trajectories_per_batch:8 n_groups:4+trajectories_per_batch:16+learning_rate:3e-4 n_groups:2+trajectories_per_batch:8,\
+        temperature:0.3+n_epochs:4+$(more))
 $(foreach seed,$(SEEDS),$(foreach change,$(CHANGES),\
     $(eval $(call run,$(subst $(colon),_,$(change)),grpo,$(ENV),$(seed),--n-timesteps $(DECISIONS) --hyperparams $(subst +, ,$(change))))))
 
