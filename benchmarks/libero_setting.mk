@@ -43,12 +43,14 @@ $(RUNS)/suites/spatial_sampled_states.json: | $(RUNS)/longer/seed0/opd/LiberoSpa
 all: $(RUNS)/suites/goal_sampled_states.json
 $(RUNS)/suites/goal_sampled_states.json: | $(RUNS)/suites/seed0/opd/LiberoGoal-v0_1/policy/config.json
 	opd-gym eval --env LiberoGoal-v0 --checkpoint $(RUNS)/suites/seed0/opd/LiberoGoal-v0_1/policy --episodes $(EPISODES) $(EVAL) --no-progress -o $@
+# What the zoo had of GRPO then
+EIGHT_GROUPS = group_size:8 n_groups:8 trajectories_per_batch:32 n_epochs:4 learning_rate:1e-4 temperature:0.3
 # Episodes in training of 112 steps; on the official states what the zoo had before, and GRPO likewise, and on Goal shorter episodes
 # but for the task in which a solved one takes 220 steps
 $(foreach suite,Spatial Goal,\
     $(eval $(call run,shorter,opd,Libero$(suite)-v0,10,--n-timesteps 4000 --hyperparams $(ZOO) env_kwargs.horizon:112))\
     $(eval $(call run,longer,opd,Libero$(suite)-v0,0,--n-timesteps 4000 --hyperparams $(ZOO) $(HORIZON_$(suite))))\
-    $(eval $(call run,longer,grpo,Libero$(suite)-v0,0,--n-timesteps 4000 --hyperparams $(HORIZON_$(suite)))))
+    $(eval $(call run,longer,grpo,Libero$(suite)-v0,0,--n-timesteps 4000 --hyperparams $(EIGHT_GROUPS) $(HORIZON_$(suite)))))
 # All but greedy: what is practised is then what is measured, also where greedy actions get stuck
 $(eval $(call run,greedy,opd,LiberoGoal-v0,10,--n-timesteps 4000 --hyperparams $(filter-out temperature:%,$(ZOO)) temperature:0.001 env_kwargs.horizon:112))
 # Four times as many decisions an iteration, with as many gradient steps a decision: the first updates see more than the states of ten episodes
@@ -81,8 +83,10 @@ PAIRED = import sys; from opd_gym.evaluation import EvaluationResult as Result; 
     print('| after | before | states | gained | lost | McNemar\'s p |\n|---|---|---|---|---|---|'); \
     [print('| {} | {} | {} | {} | {} | {:.2g} |'.format(a, b, len(y.episodes), *x.paired(y))) for a, b, x, y in shared]
 SUITES_RUNS = runs/libero_suites
+GRPO_RUNS = runs/libero_grpo
 # $(call pairs,SUITE,ENV): OPD and GRPO now and before, GRPO before and its student
-pairs = $(foreach algo,opd grpo,$(SUITES_RUNS)/$(1)/seed0/$(algo)/$(2)_1/evaluation.json $(RUNS)/longer/seed0/$(algo)/$(2)_1/evaluation.json) \
+pairs = $(SUITES_RUNS)/$(1)/seed0/opd/$(2)_1/evaluation.json $(RUNS)/longer/seed0/opd/$(2)_1/evaluation.json \
+    $(GRPO_RUNS)/eight_groups/seed0/grpo/$(2)_1/evaluation.json $(RUNS)/longer/seed0/grpo/$(2)_1/evaluation.json \
     $(RUNS)/longer/seed0/grpo/$(2)_1/evaluation.json $(SUITES_RUNS)/$(1)/student.json
 PAIRS = $(RUNS)/shorter/seed10/opd/LiberoSpatial-v0_1/evaluation.json $(RUNS)/suites/spatial_sampled_states.json \
     $(RUNS)/shorter/seed10/opd/LiberoGoal-v0_1/evaluation.json $(RUNS)/greedier/seed10/opd/LiberoGoal-v0_1/evaluation.json \
@@ -91,6 +95,8 @@ PAIRS = $(RUNS)/shorter/seed10/opd/LiberoSpatial-v0_1/evaluation.json $(RUNS)/su
     $(call pairs,spatial,LiberoSpatial-v0) $(call pairs,goal,LiberoGoal-v0)
 $(SUITES_RUNS)/%:
 	$(MAKE) -f benchmarks/libero_suites.mk $@
+$(GRPO_RUNS)/%:
+	$(MAKE) -f benchmarks/libero_grpo.mk $@
 .PHONY: paired
 paired: | $(PAIRS)
 	python -c "$(PAIRED)" $(PAIRS) > $(OUT)/paired.md
