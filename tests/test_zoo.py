@@ -17,6 +17,7 @@ import sys
 import termios
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -520,6 +521,16 @@ def test_a_student_from_a_zip(teacher: Path, tmp_path: Path) -> None:
     assert (model.predict(observations, deterministic=True)[0] == wanted).all()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums have the same bits in the same number of threads alone."""
+    threads = th.get_num_threads()
+    th.set_num_threads(1)
+    yield
+    th.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
     teacher: Path, tmp_path: Path, signum: int, capsys: pytest.CaptureFixture[str]
