@@ -30,9 +30,10 @@ TASKS_10 = 0 1 3 6 7
 task_ids = $(if $(TASKS_$(1)),--task-ids $(TASKS_$(1)))
 only = $(if $(TASKS_$(1)),env_kwargs.task_ids:[$(subst $(space),$(comma),$(TASKS_$(1)))])
 
-# $(call counted,FOLDER): what the demonstrations in it had cost, beside the results
+# $(call counted,FOLDER,N): what the demonstrations in it had cost, beside the results; the first N of each task as well
 define counted
 	python benchmarks/count_demonstrations.py $(RUNS)/$(1) -o $(OUT)/$(1).json
+	$(if $(2),python benchmarks/count_demonstrations.py $(RUNS)/$(1) -n $(2) -o $(OUT)/$(1)_$(2).json)
 	touch $(RUNS)/$(1)/done
 endef
 

@@ -18,9 +18,10 @@ from opd_gym.envs.libero import suites
 from opd_gym.files import write_atomic
 
 
-def count(path: Path) -> dict[str, int]:
+def count(path: Path, n_demos: int | None = None) -> dict[str, int]:
     """
     :param path: a file of ``opd-gym demos``
+    :param n_demos: only the first so many episodes of it, as SFT's ``n_demos`` takes them; None for all
     :return: ``episodes`` in it; ``decisions`` that are labelled; all ``env_steps`` of these episodes (of a file that
         does not tell, those of its labels: rounded up to whole strides, and without those before a push); ``failed``
         episodes that were played between them, which take ``env_steps_failed``: the suite's horizon each. Solved ones
@@ -30,7 +31,7 @@ def count(path: Path) -> dict[str, int]:
     with h5py.File(path) as file:
         data = file["data"]
         recipe: dict[str, Any] = json.loads(data.attrs["env_args"])
-        demos = list(data.values())
+        demos = [data[f"demo_{number}"] for number in range(len(data))][:n_demos]
         if not demos:
             raise ValueError(f"{path} holds no episode.")
         decisions = sum(len(demo["actions"]) for demo in demos)
@@ -53,9 +54,10 @@ def main() -> None:
     """Counts of all files of a folder together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where `opd-gym demos` has written")
+    parser.add_argument("-n", "--n-demos", type=int, help="the first so many episodes of each task; default: all")
     parser.add_argument("-o", "--output", type=Path, help="JSON file")
     args = parser.parse_args()
-    files = [count(path) for path in sorted(args.folder.glob("*.hdf5"))]
+    files = [count(path, args.n_demos) for path in sorted(args.folder.glob("*.hdf5"))]
     if not files:
         parser.error(f"There is no HDF5 file in {args.folder}.")
     text = json.dumps({key: sum(each[key] for each in files) for key in files[0]}, indent=1)

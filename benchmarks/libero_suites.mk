@@ -40,7 +40,7 @@ $(RUNS)/$(1)/demos/done:
 	$$(call counted,$(1)/demos)
 $(RUNS)/$(1)/demos_of_teacher/done:
 	opd-gym demos --env $(2) $(call task_ids,$(1)) -n $(CONTROL_DEMOS_$(1)) --seed 200000 --stride 8 --checkpoint libero-$(1)-teacher -o $$(@D)
-	$$(call counted,$(1)/demos_of_teacher)
+	$$(call counted,$(1)/demos_of_teacher,$(STEPS_DEMOS_$(1)))
 $(foreach seed,$(SEEDS),$(eval $(call runs,$(1),$(2),$(seed))))
 endef
 
@@ -96,5 +96,5 @@ report:
 
 # The same with tests against others than the teacher
 against:
-	for name in OPD student; do opd-gym report $(RUNS) -o $(RUNS)/against_$$name.html --markdown $(OUT)/against_$$name.md \
-	    --title "Against $$name" --reference $$name $(LABELS); done
+	for name in OPD student SFT "SFT on the teacher"; do file=against_$$(echo $$name | tr ' ' _); \
+	    opd-gym report $(RUNS) -o $(RUNS)/$$file.html --markdown $(OUT)/$$file.md --title "Against $$name" --reference "$$name" $(LABELS); done

@@ -172,6 +172,8 @@ def test_failed_episodes_count_among_what_demonstrations_cost(tmp_path):
     write_demonstrations(tmp_path / "a_demo.hdf5", kept, env_args=recipe)
     expected = {"episodes": 2, "decisions": 19, "env_steps": 141, "failed": 3, "env_steps_failed": 900}
     assert count_demonstrations.count(tmp_path / "a_demo.hdf5") == expected
+    first = {"episodes": 1, "decisions": 9, "env_steps": 66, "failed": 0, "env_steps_failed": 0}
+    assert count_demonstrations.count(tmp_path / "a_demo.hdf5", 1) == first
     write_demonstrations(tmp_path / "b_demo.hdf5", [episode(3, seed=2100)], env_args=recipe)
     assert count_demonstrations.count(tmp_path / "b_demo.hdf5")["env_steps"] == 24
 
