@@ -71,5 +71,8 @@ LABELS = $(foreach change,$(CHANGES),-l '$(subst $(colon),_,$(change))/*=$(subst
 .PHONY: against
 against:
 	opd-gym report $(RUNS) -o $(RUNS)/against_student.html --markdown $(OUT)/against_student.md --title "Against student" --reference student $(LABELS)
+	opd-gym report $(RUNS)/eight_groups $(foreach suite,object spatial goal 10,runs/libero_suites/$(suite)/student.json) --title "GRPO with eight groups" \
+	    -o $(RUNS)/eight_groups_against_student.html --markdown $(OUT)/eight_groups_against_student.md --reference student \
+	    -l 'student.json=student' -l '*=GRPO with eight groups'
 report:
 	$(call reported,--title "GRPO on LIBERO-Object" $(LABELS) $(addprefix --reference ,$(if $(wildcard $(RUNS)/teacher.json),teacher)))
