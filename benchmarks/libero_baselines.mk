@@ -1,7 +1,7 @@
 # Two more rivals of OPD: PPO with as many decisions on LIBERO-Object, and GRPO that goes on from OPD's policies of LIBERO-Spatial
 # and -Goal, where the teacher leaves most to gain, with as many decisions again. OPD to the paper's letter (estimator) and DAgger
 # with hard labels (divergence: hard_ce, the teacher's most probable tokens in the student's states) are in libero_objectives.mk,
-# settings of GRPO in libero_grpo.mk.
+# settings of GRPO in libero_grpo.mk. The committed run of GRPO has the zoo's setting of that time, EIGHT_GROUPS in common.mk.
 #
 #   make -f benchmarks/libero_baselines.mk -j2     9 runs after those of libero_suites.mk, by a rough count an hour and a half on two cores
 #   make -f benchmarks/libero_baselines.mk ppo SEEDS=0

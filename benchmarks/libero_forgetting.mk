@@ -1,5 +1,6 @@
 # What is forgotten: post-training on six tasks of LIBERO-Object, success on these and on the other four, and on LIBERO-PRO's
-# perturbed tasks, before and after. Student and teacher are the zoo's; all have as many decisions as in libero_suites.mk.
+# perturbed tasks, before and after. Student and teacher are the zoo's; all have as many decisions as in libero_suites.mk. GRPO's
+# committed run has the zoo's setting of that time, EIGHT_GROUPS in common.mk.
 #
 #   make -f benchmarks/libero_forgetting.mk -j2    9 runs, by a rough count three hours on two cores
 #   make -f benchmarks/libero_forgetting.mk report

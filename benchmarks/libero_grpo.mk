@@ -37,7 +37,6 @@ $(RUNS)/long/seed0/grpo/$(ENV)_1/policy/config.json:
 	$(call train,$(RUNS)/long/seed0,grpo,$(ENV),--n-timesteps 40000 --hyperparams $(BEST))
 
 # What the zoo had before, on the suites, and ten times as long
-EIGHT_GROUPS = $(call setting,temperature:0.3+n_epochs:4)
 .PHONY: eight_groups
 eight_groups: $(RUNS)/eight_groups_long/seed0/grpo/$(ENV)_1/evaluation.json
 $(RUNS)/eight_groups_long/seed0/grpo/$(ENV)_1/policy/config.json:

@@ -43,8 +43,6 @@ $(RUNS)/suites/spatial_sampled_states.json: | $(RUNS)/longer/seed0/opd/LiberoSpa
 all: $(RUNS)/suites/goal_sampled_states.json
 $(RUNS)/suites/goal_sampled_states.json: | $(RUNS)/suites/seed0/opd/LiberoGoal-v0_1/policy/config.json
 	opd-gym eval --env LiberoGoal-v0 --checkpoint $(RUNS)/suites/seed0/opd/LiberoGoal-v0_1/policy --episodes $(EPISODES) $(EVAL) --no-progress -o $@
-# What the zoo had of GRPO then
-EIGHT_GROUPS = group_size:8 n_groups:8 trajectories_per_batch:32 n_epochs:4 learning_rate:1e-4 temperature:0.3
 # Episodes in training of 112 steps; on the official states what the zoo had before, and GRPO likewise, and on Goal shorter episodes
 # but for the task in which a solved one takes 220 steps
 $(foreach suite,Spatial Goal,\
