@@ -64,6 +64,8 @@ def test_statistics_of_observations_come_along(tmp_path, capsys):
         words = ["--env", "CartPole-v1", "--checkpoint", str(path), "--episodes", "2", "--no-progress"]
         assert main(["eval", *words, "--device", "cpu"]) == 0
         assert "| all | 100.0 % |" in capsys.readouterr().out
+        assert main(["eval", *words, "--device", "cpu", "--dtype", "bfloat16"]) == 2
+        assert "Only a VLA can be read in another dtype" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("normalised", [False, True])

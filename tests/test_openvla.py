@@ -22,6 +22,11 @@ from vlas import check_damaged, damaged_configurations, damaged_weights
 from opd_gym import OPD
 from opd_gym.actions import decode_tokens, encode_actions, to_positions
 from opd_gym.checkpoints import resolve_checkpoint
+from opd_gym.cli import evaluate
+from opd_gym.cli.main import main
+from opd_gym.cli.options import TrainArgs
+from opd_gym.cli.train import complete_hyperparams
+from opd_gym.envs import make
 from opd_gym.envs.wrappers import ActionTokens
 from opd_gym.hub import write_folder
 from opd_gym.instructions import encode_instruction
@@ -960,6 +965,59 @@ def test_opd_on_libero(libero, hub, sft, tmp_path):
         )
     finally:
         model.env.close()
+
+
+def test_a_policy_of_liberos_own_demonstrations_trains_at_their_pace(hub, tmp_path, monkeypatch):
+    """People take up to 193 steps for an episode of LIBERO-Spatial; the zoo's 112 are for students of the expert."""
+    student = str(tiny.write_checkpoint(hub / "student" / SFT))
+    complete_checkpoint(student, image_size=[64, 64])
+
+    def horizon(env_id, checkpoint, *given):
+        args = TrainArgs(env=env_id, student=checkpoint, teacher=checkpoint, hyperparams=list(given))
+        return complete_hyperparams(args)["env_kwargs"].get("horizon")
+
+    for env_id, ours in (("LiberoObject-v0", 160), ("LiberoSpatialTask3-v0", 112), ("Libero10-v0", 240)):
+        assert horizon(env_id, None) == ours and horizon(env_id, student) is None
+        assert horizon(env_id, student, f"env_kwargs.horizon:{ours}") == ours, "what the user says wins"
+    assert horizon("Libero90-v0", student) is None
+    own = tmp_path / "own.yml"
+    own.write_text("default: {policy: VLAPolicy, env_kwargs: {horizon: 50}}\n")
+    args = TrainArgs(env="LiberoObject-v0", student=student, teacher=student, config=own)
+    assert complete_hyperparams(args)["env_kwargs"]["horizon"] == 50
+
+    # In Python as on the command line
+    class Built(Exception):
+        pass
+
+    def built(env_id, run, **_):
+        raise Built(run["env_kwargs"])
+
+    monkeypatch.setattr(make, "build_env", built)
+    for checkpoint, expected in ((student, None), ("libero-object-student", 160)):
+        with pytest.raises(Built) as found:
+            OPD("VLAPolicy", "LiberoObject-v0", teacher=student, policy_kwargs={"checkpoint": checkpoint})
+        assert found.value.args[0].get("horizon") == expected
+
+
+@pytest.mark.libero
+def test_a_checkpoint_is_evaluated_in_half_precision(libero, hub, monkeypatch):
+    """Of 7 billion weights a GPU of 24 GB holds 15 GB, and not 30."""
+    student = tiny.write_checkpoint(hub / "student" / SFT)
+    complete_checkpoint(student, image_size=[64, 64])
+
+    class Played(Exception):
+        pass
+
+    def played(policy, *_, **__):
+        raise Played(policy)
+
+    monkeypatch.setattr(evaluate, "evaluate_success", played)
+    words = ["eval", "--env", "LiberoObjectTask0-v0", "--checkpoint", str(student), "--device", "cpu", "--n-envs", "1"]
+    for more, dtype in ((["--dtype", "bfloat16"], th.bfloat16), ([], th.float32)):
+        with pytest.raises(Played) as found:
+            main([*words, *more])
+        policy = found.value.args[0]
+        assert {weight.dtype for weight in policy.body.language_model.parameters()} == {dtype}
 
 
 def test_profiles_are_complete():

@@ -22,6 +22,7 @@ from opd_gym.policies.adapters import DTYPES, add_lora, cast_parameters, check_l
 from opd_gym.policies.openvla import OpenVLAConfig, OpenVLAModel
 from opd_gym.policies.openvla.checkpoints import published_layout
 from opd_gym.policies.openvla.processing import PromptTokenizer
+from opd_gym.zoo import load_hyperparams
 
 SMALL, LARGE, EIGHT = MACHINES
 
@@ -69,6 +70,21 @@ def test_lora_of_openvla(cache):
     # A token costs two operations for each weight of the language model's layers, and attention
     flops = full.stacks[2].forward_flops() / full.stacks[2].tokens
     assert flops == pytest.approx(2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32 * 4 * 352 * 4096)
+
+
+def test_the_default_plan_is_the_zoos_run(capsys):
+    run, zoo = Run("openvla-oft-7b"), load_hyperparams("opd", "LiberoObject-v0")
+    for name in ("n_envs", "n_steps", "batch_size", "gradient_steps"):
+        assert getattr(run, name) == zoo[name]
+    decisions = run.n_envs * run.n_steps
+    assert (run.iterations - 1) * decisions < zoo["n_timesteps"] <= run.iterations * decisions
+    for words, shared in (
+        ([], "128 decisions, 40 gradient steps of 128"),
+        (["--nproc", "8"], "16 decisions, 40 gradient steps of 16"),
+        (["--nproc", "8", "--n-steps", "64"], "128 decisions, 40 gradient steps of 16"),
+    ):
+        assert cli.main(["plan", "--student", "smolvlm-256m", *words]) == 0
+        assert f"An iteration: {shared};" in capsys.readouterr().out
 
 
 def test_two_arms_and_other_models_have_plans():
@@ -218,7 +234,7 @@ def test_more_work_takes_more(cache):
     assert without.training_flops == pytest.approx(base.training_flops * 2 / 3)
     full = plan.make_plan(learner["full"], cache)
     assert full.training_flops == pytest.approx(base.training_flops * 4 / 3)
-    twice = plan.make_plan(dataclasses.replace(run, n_envs=16), cache)
+    twice = plan.make_plan(dataclasses.replace(run, n_envs=4), cache)
     assert twice.rollout_flops == 2 * base.rollout_flops
     assert twice.host["rollout buffer"] == 2 * base.host["rollout buffer"]
 

@@ -91,6 +91,32 @@ def test_load_hyperparams_falls_back_to_default_and_copies() -> None:
     assert load_hyperparams("opd", "LiberoGoal-v0")["env_kwargs"]["visuals"] == "light"
 
 
+@pytest.mark.parametrize("env_id", ["LiberoObject-v0", "LiberoGoal-v0", "CartPole-v1"])
+@pytest.mark.parametrize("algo", config.ALGORITHMS)
+def test_several_learners_share_the_zoos_rollouts_and_minibatches(
+    algo: str, env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight learners make the same number of updates of as many decisions as one, and not an eighth of it."""
+    one = load_hyperparams(algo, env_id)
+    assert config.tuned_hyperparams(algo, env_id) in (one, None)
+    for name, value in dict(RANK="3", WORLD_SIZE="8", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    of_eight = load_hyperparams(algo, env_id)
+    assert config.tuned_hyperparams(algo, env_id) in (of_eight, None)
+    changed = {key: of_eight[key] for key in of_eight if of_eight[key] != one[key]}
+    expected = {
+        "opd": {"n_steps": 8, "batch_size": 16},
+        "grpo": {"n_groups": 1, "trajectories_per_batch": 2},
+        "ppo": {"n_steps": 32, "batch_size": 16},
+        "sft": {},
+    }
+    if env_id.startswith("Libero"):
+        assert changed == expected[algo]
+    own = tmp_path / "own.yml"
+    own.write_text("default: {n_steps: 64, batch_size: 128, n_groups: 4}\n")
+    assert load_hyperparams(algo, "CartPole-v1", own) == {"n_steps": 64, "batch_size": 128, "n_groups": 4}
+
+
 def test_load_hyperparams_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="opd, grpo, ppo, sft"):
         load_hyperparams("sac", "CartPole-v1")

@@ -142,7 +142,7 @@ def run(args: Eval | Enjoy) -> int:
                     print(f"{env_id} leaves out tasks that cannot run here: {counts}.", file=sys.stderr)
             threshold = args.reward_threshold if args.reward_threshold is not None else default_threshold(env_id)
             policies = [
-                load_policy(path, env.observation_space, env.action_space, trainable=False, trust=args.trust)
+                load_policy(path, env.observation_space, env.action_space, args.dtype, False, trust=args.trust)
                 for path in paths
             ]
             for policy, path in zip(policies, paths, strict=True):

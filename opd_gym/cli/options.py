@@ -183,7 +183,8 @@ class Play(Options):
     :param categories: LIBERO-Plus' perturbations, for instance camera language
     :param difficulty: LIBERO-Plus' levels, 1 to 5; needs --difficulty-file
     :param difficulty_file: LIBERO-Plus' task_classification.json
-    :param episodes: of each env, shared evenly by the tasks; fewer than LIBERO-Plus' tasks take a part of each category
+    :param episodes: of each env, shared evenly by the tasks; fewer than LIBERO-Plus' tasks take a part of each
+        category; default: 100, or all official initial states where there are fewer
     :param init_states: official or drawn states
     :param n_envs: parallel envs
     :param stochastic: sample actions instead of taking the most likely
@@ -194,6 +195,7 @@ class Play(Options):
     :param param: the same one at a time, spelt as in training: -P env_kwargs.visuals=exact
     :param seed: seed of the envs and of sampled actions
     :param device: "auto", "cpu", "cuda", ...
+    :param dtype: of a VLA's weights and computations; default: float32, or as its zip says
     :param trust: open checkpoints even where they hold code, which then runs
     :param progress: a progress bar is shown unless --no-progress is given
     """
@@ -203,7 +205,7 @@ class Play(Options):
     categories: Words = None
     difficulty: Numbers = None
     difficulty_file: Annotated[str | None, option(metavar="FILE")] = None
-    episodes: int = 100
+    episodes: Number = None
     init_states: Literal["eval", "sampled"] = "eval"
     n_envs: int = 2
     stochastic: Flag = False
@@ -214,6 +216,7 @@ class Play(Options):
     param: Assignments = field(default_factory=list)
     seed: int = 0
     device: str = "auto"
+    dtype: Annotated[Dtype | None, option()] = None
     trust: Flag = False
     progress: Flag = True
 
@@ -244,7 +247,7 @@ class Enjoy(Play):
     """
 
     env: str
-    episodes: int = 1
+    episodes: Number = 1
     n_envs: int = 1
     output: Annotated[Path, option("-o", metavar="FILE")] = Path("runs/video.mp4")
     fps: float = 5.0
@@ -268,7 +271,7 @@ class Export(Options):
     env: str
     checkpoint: Annotated[str, option("--student")]
     output: Annotated[Path, option("-o", metavar="DIR")]
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"] | None, option()] = None
     trust: Flag = False
 
 
@@ -291,7 +294,7 @@ class HubPush(Options):
     repo: Annotated[str, Positional, option(metavar="OWNER/NAME")]
     evaluation: Annotated[Path | None, option(metavar="FILE")] = None
     license: Text = None
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"] | None, option()] = None
     private: Flag = False
     folder: Annotated[Path | None, option("-f", metavar="DIR")] = None
     trust: Flag = False
@@ -405,7 +408,7 @@ class List(Options):
 @dataclass(frozen=True)
 class Run:
     """
-    What is to be planned.
+    What is to be planned: counts are by default those of the zoo's run on LIBERO.
 
     :param student: openvla-7b, openvla-oft-7b, openvla-oft-7b-two-arms, qwen2.5-vl-3b, smolvlm-256m; the directory of
         a checkpoint; its config.json; a name of the zoo
@@ -437,9 +440,9 @@ class Run:
     micro_batch_size: int = 4
     batch_size: int = 128
     gradient_steps: int = 40
-    n_envs: int = 8
-    n_steps: int = 32
-    iterations: int = 20
+    n_envs: int = 2
+    n_steps: int = 64
+    iterations: int = 32
     nproc: int = 1
     shard: Flag = False
     shard_teacher: Flag = False
@@ -459,9 +462,14 @@ class Plan(Run):
     Memory and time of a run of OPD: memory by what it is for, which GPUs have it, what to change, how long it takes.
 
     :param full: train all weights instead of LoRA adapters
+    :param batch_size: observations of a gradient step; default: 128, shared by all learners
+    :param n_steps: decisions of each worker in an iteration; default: 64, shared by all learners
     """
 
     full: Flag = False
+    # As opd-gym train does with the zoo's
+    batch_size: Number = None  # type: ignore[assignment]
+    n_steps: Number = None  # type: ignore[assignment]
 
 
 @dataclass

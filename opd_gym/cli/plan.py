@@ -328,8 +328,8 @@ def to_markdown(run: Run, machines: tuple[Machine, ...]) -> str:
         )
     elif any(machine.n_devices > 1 for machine in machines):
         lines.append(
-            "Several GPUs: the memory of each, and the time if all shared the work evenly. One learner uses one GPU "
-            "and, with teacher_kwargs, another one to teach; --nproc plans several."
+            "Several GPUs: the memory of each, and the time if all share the work evenly, as with opd-gym train "
+            "--nproc 8. One learner uses one GPU and, with teacher_kwargs, another one to teach; --nproc plans several."
         )
     return "\n".join(lines)
 
@@ -342,5 +342,8 @@ def run(args: options.Plan) -> int:
     given = {item.name: getattr(args, item.name) for item in fields(Run)}
     given["teacher"] = None if args.teacher == "none" else args.teacher
     given["lora_rank"] = None if args.full else args.lora_rank
+    for name in ("batch_size", "n_steps"):
+        if given[name] is None:
+            given[name] = max(1, -(-getattr(Run, name) // args.nproc))
     print(to_markdown(Run(**given), (*gpus(args.nproc), this_machine())))
     return 0

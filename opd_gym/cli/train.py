@@ -54,7 +54,7 @@ from opd_gym.cli.runs import (
     write_run_files,
 )
 from opd_gym.demonstrations import read_statistics
-from opd_gym.envs.make import build_env, env_spec, import_paths
+from opd_gym.envs.make import build_env, env_spec, import_paths, without_training_horizon
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
 from opd_gym.envs.workers.process import give_up
 from opd_gym.evaluation import (
@@ -65,7 +65,7 @@ from opd_gym.evaluation import (
     eval_episodes,
     evaluate_success,
 )
-from opd_gym.policies.loading import check_device, find_vec_normalize, read_vec_normalize
+from opd_gym.policies.loading import check_device, checkpoint_settings, find_vec_normalize, read_vec_normalize
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import versions, write_versions
 from opd_gym.zoo.hyperparams import (
@@ -82,7 +82,7 @@ from opd_gym.zoo.hyperparams import (
 
 def default_episodes(
     env: VecEnv,
-    n_episodes: int,
+    n_episodes: int | None,
     task_ids: Sequence[int] | None = None,
     init_states: str = "eval",
     suite_horizon: bool = False,
@@ -92,13 +92,16 @@ def default_episodes(
 
     :param env: the env
     :param n_episodes: number of episodes, rounded up to the same number for every task; of LIBERO-Plus' thousands of
-        tasks fewer episodes take a part, see ``LiberoPlusEnv.sample_tasks``
+        tasks fewer episodes take a part, see ``LiberoPlusEnv.sample_tasks``. None: 100, or as many as there are
+        official initial states
     :param task_ids: tasks; None for all that the env draws from
     :param init_states: "eval" or "sampled", see :func:`eval_episodes`
     :param suite_horizon: evaluate at the suite's own horizon, whatever the env was made with for training
     :return: reset specs
     :raises ValueError: there are not so many official initial states, or there is nothing to choose from
     """
+    as_many_as_there_are = n_episodes is None
+    n_episodes = 100 if n_episodes is None else n_episodes
     if not env.has_attr("task_ids"):
         if task_ids or init_states != "eval":
             raise ValueError("This env has no tasks and no initial states to choose from: name neither.")
@@ -110,6 +113,8 @@ def default_episodes(
     if init_states == "eval" and env.has_attr("n_init_states"):
         # Now, and not when all the others have been played
         there = min(int(env.env_method("n_init_states", task, indices=0)[0]) for task in tasks)
+        if as_many_as_there_are:
+            per_task = min(per_task, there)
         if per_task > there:
             raise ValueError(
                 f"{n_episodes} episodes are {per_task} a task, and there are {there} initial states for evaluation. "
@@ -277,7 +282,8 @@ def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = 
     :return: plain values, as they are written to ``config.yml``
     """
     values = load_hyperparams(args.algo, args.env, args.config)
-    values = merge(merge(values, parse_overrides(args.hyperparams)), overrides or {})
+    given_here = merge(parse_overrides(args.hyperparams), overrides or {})
+    values = merge(values, given_here)
     check_mappings(values)
     parameters = algorithm_parameters(algorithm_class(args.algo))
     if args.n_timesteps is not None:
@@ -320,6 +326,8 @@ def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = 
     if policy_kwargs.get("checkpoint") is not None:
         resolve_checkpoint(policy_kwargs["checkpoint"])
         policy_kwargs["checkpoint"] = lasting_name(policy_kwargs["checkpoint"])
+    if "horizon" not in (given_here.get("env_kwargs") or {}):
+        values = without_training_horizon(args.env, values, checkpoint_settings(policy_kwargs, args.trust))
     if isinstance(values.get("teacher"), str) and values["teacher"] != "expert":
         values["teacher"] = lasting_name(values["teacher"])
     vec_normalize = (values.get("teacher_kwargs") or {}).get("vec_normalize")
@@ -397,8 +405,6 @@ def train(args: TrainArgs, resume: Path | None = None) -> TrainResult:
 
 
 def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult:
-    from opd_gym.policies.loading import checkpoint_settings
-
     if args.eval_freq is not None and args.eval_episodes == 0:
         raise ValueError("--eval-freq plays held-out episodes: say how many, for instance --eval-episodes 20.")
     check_device(args.device)

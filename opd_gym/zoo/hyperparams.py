@@ -39,6 +39,8 @@ RUN_KEYS = {
 }
 # Arguments of the algorithms that the command line sets by itself.
 _RESERVED = {"self", "env", "policy", "seed", "device", "_init_setup_model"}
+# The zoo's numbers of these are for one learner; several share them
+_SHARED = ("n_steps", "batch_size", "n_groups", "trajectories_per_batch")
 # As in rl-zoo3: constants or, from a string like lin_5e-4, linear schedules.
 SCHEDULE_KEYS = ("learning_rate", "clip_range", "clip_range_high", "clip_range_vf")
 
@@ -89,6 +91,8 @@ def load_hyperparams(algo: str, env_id: str, path: Path | str | None = None) -> 
     """
     Hyperparameters for an environment. A single task without an entry of its own has its suite's; else ``default``.
     What an entry leaves open of a benchmark's env follows from :func:`opd_gym.envs.registration.training_defaults`.
+    Of several learners (``torchrun``) each has its part of the zoo's rollouts and minibatches; a file of your own says
+    what each of them has.
 
     :param algo: "opd", "grpo", "ppo" or "sft"
     :param env_id: environment id, with or without ``opd_gym:``
@@ -128,8 +132,17 @@ def _entry(entries: dict[str, Any], path: Path, env_id: str, *keys: str) -> dict
             values = entries[key]
             if not isinstance(values, dict):
                 raise ValueError(f"{path}, {key!r}: expected a mapping of hyperparameters, got {values!r}.")
-            return merge(training_defaults(env_id), values)
+            shared = _of_one_learner(values) if path.parent == HYPERPARAMS else values
+            return merge(training_defaults(env_id), shared)
     return None
+
+
+def _of_one_learner(values: dict[str, Any]) -> dict[str, Any]:
+    """So that a run in several learners has as many updates, from as many decisions, as one in a single learner."""
+    from opd_gym.ranks import world_size  # here: it takes PyTorch
+
+    learners = world_size()
+    return {key: max(1, -(-value // learners)) if key in _SHARED else value for key, value in values.items()}
 
 
 def rl_zoo3_hyperparams(env_id: str, values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
