@@ -3,29 +3,33 @@
 import os
 import re
 import shutil
+import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch as th
 from gymnasium.utils.env_checker import data_equivalence
 from huggingface_hub.utils import filter_repo_objects
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from toys import TINY_BODY, Robot
 
-from opd_gym import OPD, SFT
+from opd_gym import GRPO, OPD, SFT, make_vec
 from opd_gym import checkpoints as registry
 from opd_gym.checkpoints import HUB_FILES, lasting_name, resolve_checkpoint
 from opd_gym.cli.main import main
 from opd_gym.cli.options import TrainArgs
 from opd_gym.cli.sizes import resolve as resolve_planned
-from opd_gym.cli.train import complete_hyperparams
+from opd_gym.cli.train import complete_hyperparams, train
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens
 from opd_gym.files import temporary_beside
-from opd_gym.policies.loading import checkpoint_settings, load_policy
+from opd_gym.policies.loading import checkpoint_settings, find_vec_normalize, load_policy
 from opd_gym.versions import read_versions
 
 WAYS = ("directory", "zip", "zip without its suffix", "run", "finished run", "zoo", "hub")
@@ -117,6 +121,74 @@ def test_what_a_zip_starts_learns_and_loads_without_it(saved, tmp_path):
     again = OPD.load(tmp_path / "distilled.zip", env=env(), device="cpu")
     assert th.equal(parameters(again), parameters(model))
     assert data_equivalence(again.policy_kwargs, model.policy_kwargs)
+
+
+def behind_vec_normalize(folder: Path, **kwargs: bool) -> tuple[Path, VecNormalize]:
+    """A model that saw 20 times the observation and 5 more by a VecNormalize, which lies beside it."""
+    env = VecNormalize(make_vec_env("CartPole-v1"), **kwargs)
+    if env.norm_obs:
+        env.obs_rms.mean[:], env.obs_rms.var[:], env.obs_rms.count = -0.25, 1 / 400, 1000.0
+    folder.mkdir()
+    PPO("MlpPolicy", env, n_steps=16, device="cpu").save(folder / "model")
+    env.save(folder / "vec_normalize.pkl")
+    return folder / "model.zip", env
+
+
+def test_a_student_sees_what_its_vec_normalize_showed_it(tmp_path):
+    path, theirs = behind_vec_normalize(tmp_path / "it")
+    start = {"checkpoint": path}
+    with pytest.raises(ValueError, match=r"through the VecNormalize in .*pass env=VecNormalize\.load\("):
+        GRPO("MlpPolicy", "CartPole-v1", policy_kwargs=start)
+    # One that has seen nothing yet gets its statistics, one that has keeps its own
+    fresh = VecNormalize(make_vec("CartPole-v1", 2))
+    GRPO("MlpPolicy", fresh, policy_kwargs=start)
+    assert np.allclose(fresh.obs_rms.mean, -0.25) and fresh.obs_rms.count == 1000.0
+    used = VecNormalize(make_vec("CartPole-v1", 2))
+    used.reset()
+    own = used.obs_rms.mean.copy()
+    GRPO("MlpPolicy", used, policy_kwargs=start)
+    assert np.array_equal(used.obs_rms.mean, own)
+    assert np.allclose(theirs.obs_rms.mean, -0.25)
+    of_rewards, _ = behind_vec_normalize(tmp_path / "rewards", norm_obs=False)
+    GRPO("MlpPolicy", "CartPole-v1", policy_kwargs={"checkpoint": of_rewards})
+
+
+def test_the_command_line_normalises_for_such_a_student(tmp_path):
+    path, _ = behind_vec_normalize(tmp_path / "it")
+    args = TrainArgs(
+        algo="grpo", env="CartPole-v1", student=str(path), n_timesteps=1, folder=str(tmp_path / "runs"), device="cpu",
+        hyperparams=["n_groups:2", "group_size:2"], progress=False,
+    )  # fmt: skip
+    result = train(args)
+    assert result.model.get_vec_normalize_env().obs_rms.count > 1000.0
+    assert complete_hyperparams(args)["normalize"]["clip_obs"] == 10.0
+    given = complete_hyperparams(replace(args, hyperparams=["normalize:false"]))
+    assert given["normalize"] is False, "what the user says wins"
+
+
+def test_statistics_beside_several_models_are_doubtful(tmp_path):
+    path, _ = behind_vec_normalize(tmp_path / "it")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_vec_normalize(path, None) == path.with_name("vec_normalize.pkl")
+    PPO("MlpPolicy", "CartPole-v1", n_steps=16, device="cpu").save(path.with_name("raw"))
+    with pytest.warns(UserWarning, match="lies beside several models"):
+        find_vec_normalize(path.with_name("raw.zip"), None)
+    (path.parent / "model").mkdir()
+    shutil.copy(path.with_name("vec_normalize.pkl"), path.parent / "model" / "vecnormalize.pkl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_vec_normalize(path, None) == path.parent / "model" / "vecnormalize.pkl"
+
+
+def test_a_student_does_what_its_zip_did(tmp_path):
+    """A torque of 1.5 is 0.75 of an env that is rescaled to [-1, 1], and the zip's 1.5 would be clipped to 1 there."""
+    PPO("MlpPolicy", "Pendulum-v1", n_steps=16, device="cpu").save(tmp_path / "torques")
+    env = gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), -1.0, 1.0)
+    with pytest.raises(
+        ValueError, match=r"torques\.zip's action space is Box\(-2\.0.*the policy to train's Box\(-1\.0"
+    ):
+        GRPO("MlpPolicy", env, policy_kwargs={"checkpoint": tmp_path / "torques.zip"})
 
 
 def test_a_zip_of_another_class_of_policy_is_refused(saved, tmp_path):

@@ -160,6 +160,31 @@ def test_returns_are_the_outcome_where_success_is_unknown():
     assert np.allclose(buffer.advantages[trajectory], expected, atol=1e-5)
 
 
+class TellsOfSuccessAlone(gym.Env):
+    """Action 1 solves it, and has the lower reward."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (1,), np.float32), spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        solved = action == 1
+        return np.zeros(1, np.float32), -1.0 if solved else -0.1, True, False, {"is_success": True} if solved else {}
+
+
+def test_episodes_that_say_nothing_failed_where_others_succeeded():
+    model = GRPO(
+        "MlpPolicy", TellsOfSuccessAlone(), group_size=8, n_groups=4, learning_rate=1e-2, temperature=1.0, seed=0,
+        device="cpu",
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="count as failed. Set info") as warned:
+        model.learn(600)
+    assert len([w for w in warned if "count as failed" in str(w.message)]) == 1
+    assert float(model.policy.get_distribution(th.zeros(1, 1)).distribution.probs[0, 1]) > 0.9
+
+
 def test_learns_a_sparse_task():
     model = GRPO("MlpPolicy", vec(8, horizon=1), group_size=8, n_groups=16, learning_rate=2e-2, temperature=1.0, seed=0)
     model.learn(128)

@@ -1,5 +1,6 @@
 import io
 import math
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +13,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from toys import TINY_BODY, Match, Robot, cartpole_teacher, parameters, vec
 
+from opd_gym.algorithms import teachers
 from opd_gym.algorithms.common import policy_kwargs_over
 from opd_gym.algorithms.grpo import GRPO
 from opd_gym.algorithms.opd import OPD
@@ -199,9 +201,62 @@ def test_a_live_teacher_is_not_saved(tmp_path):
     model.save(tmp_path / "model")
     loaded = OPD.load(tmp_path / "model", env="CartPole-v1")
     assert loaded.teacher is None
-    with pytest.raises(ValueError, match="No teacher given"):
+    with pytest.raises(ValueError, match="saved with a live teacher, which the file does not hold"):
         loaded.learn(32)
     OPD.load(tmp_path / "model", env="CartPole-v1", teacher=cartpole_teacher()).learn(32)
+
+
+def test_the_zoos_teacher_takes_nobodys_place(tmp_path, monkeypatch):
+    cartpole_teacher().save(tmp_path / "zoo")
+    monkeypatch.setattr(teachers, "find_teacher", lambda env_id: tmp_path / "zoo.zip")
+    for teacher in (cartpole_teacher(), None):
+        OPD("MlpPolicy", "CartPole-v1", teacher=teacher, **FAST).save(tmp_path / "model")
+        loaded = OPD.load(tmp_path / "model", env="CartPole-v1")
+        if teacher is None:
+            loaded.learn(32)
+            continue
+        with pytest.raises(ValueError, match="saved with a live teacher"):
+            loaded.learn(32)
+
+
+@pytest.mark.parametrize("dict_obs", [False, True])
+def test_a_new_teacher_labels_replayed_states_anew(dict_obs, tmp_path):
+    """Otherwise the student goes on learning from the old one, as long as its states are replayed."""
+    name = "MultiInputPolicy" if dict_obs else "MlpPolicy"
+
+    def policy(seed):
+        return PPO(name, vec(2, dict_obs=dict_obs), seed=seed, device="cpu").policy
+
+    def labels(model):
+        replay = model.replay_buffer
+        return replay.states(np.arange(replay.size)).distributions.float()
+
+    first, second = policy(1), policy(2)
+    with th.no_grad():
+        for one in (first, second):
+            one.action_net.weight *= 500.0  # they disagree
+    model = OPD(name, vec(2, dict_obs=dict_obs), teacher=first, **FAST).learn(128)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "states.npz")
+    n_states, was = model.replay_buffer.size, labels(model)
+
+    def go_on(teacher):
+        model = OPD.load(tmp_path / "model", env=vec(2, dict_obs=dict_obs), teacher=teacher, device="cpu")
+        model.load_replay_buffer(tmp_path / "states.npz")
+        return model
+
+    model = go_on(first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(64, reset_num_timesteps=False)
+    assert th.equal(labels(model)[:n_states], was), "those of the same teacher stay as they are"
+    model = go_on(second)
+    with pytest.warns(UserWarning, match=f"The {n_states} states to replay were labelled by another teacher"):
+        model.learn(64, reset_num_timesteps=False)
+    states = model.replay_buffer.states(np.arange(n_states))
+    with th.no_grad():
+        expected = second.get_distribution(states.observations).distribution.logits
+    assert th.allclose(labels(model)[:n_states], expected, atol=0.02) and not th.allclose(was, expected, atol=0.5)
 
 
 def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -426,6 +481,23 @@ class Opinion(Teacher):
     def distribution(self, observations, labels, actions=None):
         rows = th.zeros(len(labels), dtype=th.long)
         return type(self.view)(*(value[rows] for value in vars(self.view).values() if isinstance(value, th.Tensor)))
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (CategoricalTokens(th.tensor([[[3.0, 1.0, 0.0, 0.0]]])), r"sum is up to 24\.8.*log_softmax"),  # e^3 + e + 2
+        (
+            CategoricalTokens(th.log_softmax(th.zeros(1, 1, 3), -1)),
+            r"shape \(32, 1, 4\).*got CategoricalTokens of.* 3\)",
+        ),
+        (GaussianTokens(th.zeros(1, 1), th.zeros(1, 1)), r"return CategoricalTokens.*got GaussianTokens of.* 1\)"),
+    ],
+)
+def test_what_an_own_teacher_says_is_a_distribution_over_the_students_tokens(view, message):
+    for kwargs in ({}, {"estimator": "sampled", "gradient_steps": "auto"}):
+        with pytest.raises(ValueError, match=message):
+            OPD("MlpPolicy", vec(1), teacher=Opinion(view), **{**FAST, **kwargs}).learn(32)
 
 
 NAN = th.full((1, 2), math.nan)

@@ -314,6 +314,32 @@ def test_the_success_of_whoever_tells_it():
         assert try_teacher(teacher, env, student_of(env), 4) == {"success_rate": 1.0, "ep_rew_mean": 4.0}
 
 
+def test_an_attribute_of_the_env_makes_no_bins_of_an_experts_actions():
+    class Binned(Match):
+        n_bins = 10  # of something of its own
+
+    for kind in (Match, Binned):
+        env = vec(1, env=kind)
+        view = make_teacher("expert", env, student_of(env)).distribution(None, th.zeros(1, 1))
+        # floor / 4 on each of the four actions, the rest on the first
+        assert th.allclose(view.log_probs.exp(), th.tensor([[[0.9925, 0.0025, 0.0025, 0.0025]]]), atol=1e-5)
+
+
+def test_running_statistics_of_each_env_are_warned_of():
+    def student(**kwargs):
+        env = vec(2, env=lambda: NormalizeObservation(gym.make("CartPole-v1")))
+        for key, value in kwargs.items():
+            for i in range(2):
+                env.env_method("set_wrapper_attr", key, value, indices=i)
+        return OPD("MlpPolicy", env, teacher=cartpole_teacher(), device="cpu")
+
+    with pytest.warns(UserWarning, match="Use Stable-Baselines3's VecNormalize"):
+        student()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student(update_running_mean=False)
+
+
 def test_a_trial_in_an_env_that_never_ends_or_is_slow_or_keeps_statistics(monkeypatch):
     def tried(env, **kwargs):
         return try_teacher(make_teacher(cartpole_teacher(), env, student_of(env)), env, student_of(env), **kwargs)

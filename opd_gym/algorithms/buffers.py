@@ -427,7 +427,13 @@ class StateReplay:
         :return: A minibatch
         """
         check_at_least_one(batch_size=batch_size)
-        rows = np.random.randint(0, self.size, size=batch_size)
+        return self.states(np.random.randint(0, self.size, size=batch_size))
+
+    def states(self, rows: np.ndarray) -> ReplayedStates:
+        """
+        :param rows: Numbers of the states, each less than ``size``
+        :return: These states
+        """
         return ReplayedStates(
             map_obs(lambda array: th.as_tensor(array[rows], device=self.device), self.observations),
             th.as_tensor(self.distributions[rows], device=self.device),

@@ -33,10 +33,11 @@ from opd_gym import ranks
 from opd_gym.algorithms.buffers import micro_batches, random_shift
 from opd_gym.algorithms.losses import Metrics, weighted_mean
 from opd_gym.algorithms.randomness import rng_states
+from opd_gym.algorithms.teacher_inputs import check_action_spaces
 from opd_gym.checks import check_at_least, check_range, check_schedule, check_seed
-from opd_gym.envs.make import prepare_env, with_action_dim
+from opd_gym.envs.make import env_id_of, prepare_env, with_action_dim
 from opd_gym.files import replacing
-from opd_gym.policies.loading import check_device, start_from
+from opd_gym.policies.loading import Start, check_device, find_vec_normalize, read_vec_normalize, start_from
 from opd_gym.policies.optimizer import fused_by_default
 from opd_gym.tokens import TokenSpec, TokenView, action_distribution, distribution_and_values, token_spec, token_view
 from opd_gym.untrusted import read_attributes
@@ -268,7 +269,7 @@ class PolicyAlgorithm(BaseAlgorithm):
     policy: ActorCriticPolicy
     # What a saved model needs to go on as if it had not been interrupted
     _interrupted: dict[str, Any] | None = None
-    _start_state: tuple[pathlib.Path, dict[str, Any]] | None = None
+    _start_state: Start | None = None
     max_grad_norm: float
     _n_updates: int
 
@@ -373,15 +374,38 @@ class PolicyAlgorithm(BaseAlgorithm):
     def _policy_is_built(self) -> None:
         """Load the weights that it starts from, and keep arguments that build it where its checkpoint is gone."""
         if self._start_state is not None:
-            path, state = self._start_state
+            start, self._start_state = self._start_state, None
             try:
-                self.policy.load_state_dict(state)
+                self.policy.load_state_dict(start.state)
             except RuntimeError as error:
-                raise ValueError(f"The weights of {path} do not fit the policy to train: {error}") from error
-            self._start_state = None
+                raise ValueError(f"The weights of {start.path} do not fit the policy to train: {error}") from error
+            self._check_start(start)
         portable_kwargs = getattr(self.policy, "portable_kwargs", None)
         if portable_kwargs is not None:
             self.policy_kwargs = portable_kwargs()
+
+    def _check_start(self, start: Start) -> None:
+        """
+        The zip's policy has to see and to do in this env what it did in its own.
+
+        :param start: See :class:`Start`
+        :raises ValueError: Its actions mean something else, or it saw normalised observations
+        """
+        check_action_spaces(start.action_space, self.action_space, str(start.path), "the policy to train")
+        file = find_vec_normalize(start.path, None if self.env is None else env_id_of(self.env))
+        if file is None:
+            return
+        found, own = read_vec_normalize(file, start.trust), self.get_vec_normalize_env()
+        if not found.norm_obs:
+            return
+        if own is None or not own.norm_obs:
+            raise ValueError(
+                f"The policy of {start.path} saw observations through the VecNormalize in {file}, and this env has "
+                f"none: pass env=VecNormalize.load({str(file)!r}, vec_env). If it is not that policy's, move it away."
+            )
+        moments = own.obs_rms.values() if isinstance(own.obs_rms, dict) else [own.obs_rms]
+        if all(rms.count < 1 for rms in moments):
+            set_statistics(own, statistics_of(found))
 
     def _steps_to_learn(self, total_timesteps: int | None, log_interval: int | None) -> int:
         """The number that ``learn`` was given, or the default; checks the other one as well."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from typing import Any
 
@@ -126,6 +127,10 @@ class GRPO(RolloutAlgorithm):
         self._group_seeds: list[int] = []
         self._just_reset = False
         self._trajectories: list[np.ndarray] = []
+        # Once an episode has said whether it succeeded, outcomes are successes for good: an env that says so of solved
+        # episodes alone would have some iterations learn from returns
+        self._reports_success = False
+        self._warned_of_outcomes = False
         super().__init__(
             policy,
             env,
@@ -204,10 +209,14 @@ class GRPO(RolloutAlgorithm):
             return
         groups = np.array([buffer.group_ids[trajectory[0]] for trajectory in trajectories])
         successes = np.array([buffer.successes[trajectory[-1]] for trajectory in trajectories])
-        reports_success = not bool(np.isnan(successes).any())
+        unknown = np.isnan(successes)
+        if not unknown.all():
+            self._reports_success = True
+        if unknown.any() and self._reports_success:
+            self._warn_of_unknown_outcomes(int(unknown.sum()), len(unknown))
         returns = np.array([buffer.rewards[trajectory].sum() for trajectory in trajectories])
-        outcomes = successes if reports_success else returns
-        kept = [group for group in np.unique(groups) if self._keeps(outcomes[groups == group], reports_success)]
+        outcomes = np.where(unknown, 0.0, successes) if self._reports_success else returns
+        kept = [group for group in np.unique(groups) if self._keeps(outcomes[groups == group])]
         advantages = group_advantages(outcomes, groups)
         for trajectory, advantage in zip(trajectories, advantages, strict=True):
             buffer.advantages[trajectory] = advantage
@@ -216,10 +225,19 @@ class GRPO(RolloutAlgorithm):
         self.logger.record("rollout/groups_kept", len(kept))
         self.logger.record("rollout/groups_dropped", len(np.unique(groups)) - len(kept))
 
-    def _keeps(self, outcomes: np.ndarray, are_successes: bool) -> bool:
+    def _warn_of_unknown_outcomes(self, n_unknown: int, n_episodes: int) -> None:
+        if not self._warned_of_outcomes:
+            self._warned_of_outcomes = True
+            warnings.warn(
+                f"The env does not say of {n_unknown} of {n_episodes} episodes whether they were solved; they count as "
+                'failed. Set info["is_success"] at the end of every episode, False if it failed.',
+                stacklevel=2,
+            )
+
+    def _keeps(self, outcomes: np.ndarray) -> bool:
         if self.dynamic_sampling is None:
             return True
-        if are_successes:
+        if self._reports_success:
             return bool(self.dynamic_sampling[0] <= outcomes.mean() <= self.dynamic_sampling[1])
         return bool(outcomes.std() > 1e-8)
 

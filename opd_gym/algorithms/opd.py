@@ -36,12 +36,14 @@ from opd_gym.algorithms.losses import (
     DistillationMetrics,
     Divergence,
     exact_opd_loss,
+    masked_mean,
     sampled_opd_loss,
+    token_divergence,
 )
 from opd_gym.algorithms.remote_teacher import RemoteTeacher
-from opd_gym.algorithms.teacher_inputs import Normalisation, unchanged
+from opd_gym.algorithms.teacher_inputs import Normalisation, unchanged, warn_of_own_statistics
 from opd_gym.algorithms.teacher_trial import try_teacher
-from opd_gym.algorithms.teachers import Teacher, check_finite, make_teacher
+from opd_gym.algorithms.teachers import Teacher, check_answer, check_finite, make_teacher
 from opd_gym.checkpoints import lasting_name
 from opd_gym.checks import check_at_least, check_at_least_one
 from opd_gym.observations import join_obs, obs_rows
@@ -51,6 +53,9 @@ from opd_gym.tokens import TokenView, is_autoregressive
 TRIED_FROM = 64
 # What `state_replay=True` may take of the memory
 REPLAY_BYTES = 2**30
+# As many replayed states show whether another teacher has labelled them: their labels are then farther from this one's
+# than so many nats a token; half precision, in which they are kept, makes less
+PROBED_STATES, SAME_TEACHER = 32, 0.05
 # What `gradient_steps="auto"` means: minibatches for each decision collected, whatever n_envs and n_steps are
 UPDATES_PER_DECISION = 0.25
 # What `learning_rate="auto"` means, for observations with and without images. Small networks on numbers begin at random
@@ -209,6 +214,8 @@ class OPD(RolloutAlgorithm):
         # Observations of the rollout before a VecNormalize, one of each step
         self._raw_obs: list[Any] = []
         self._teacher: Teacher | None = None
+        # A zip does not hold a live teacher, and no other is to take its place unasked
+        self._live_teacher = not (teacher is None or isinstance(teacher, (str, os.PathLike)))
         self._n_eval_episodes: int | None = None
         self._teacher_seconds = 0.0
         # States that were added to the replay so far: a saved model says which of those beside it are its own
@@ -260,6 +267,11 @@ class OPD(RolloutAlgorithm):
     def _setup_teacher(self) -> None:
         """Resolve the teacher's specification; a loaded model needs it only when it goes on learning."""
         assert self.env is not None
+        if self.teacher is None and self._live_teacher:
+            raise ValueError(
+                f"This {type(self).__name__} was saved with a live teacher, which the file does not hold. Pass it "
+                f"again, {type(self).__name__}.load(path, env=env, teacher=...), or the name of another one."
+            )
         if self.teacher is self.policy:
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
         kwargs = dict(self.teacher_kwargs)
@@ -278,6 +290,7 @@ class OPD(RolloutAlgorithm):
                         f"alone before the training: leave out n_eval_episodes={self._n_eval_episodes}."
                     )
                 self._n_eval_episodes = 0
+        warn_of_own_statistics(self.env)
         make = RemoteTeacher if remote else make_teacher
         self._teacher = make(self.teacher, self.env, self.policy, **kwargs)
         self.rollout_buffer.label_size = self._teacher.label_size or self.rollout_buffer.spec.n_tokens
@@ -312,9 +325,42 @@ class OPD(RolloutAlgorithm):
         learning = super()._setup_learn(*args, **kwargs)
         if self._teacher is not None and self._teacher.sharded:
             self._teacher.shard(self.device)
+        self._label_replay_anew()
         for name, value in results.items():
             self.logger.record(f"teacher/{name}", value)
         return learning
+
+    def _label_replay_anew(self) -> None:
+        """
+        Replayed states that another teacher has labelled (before ``load(teacher=...)``, for instance) get this one's
+        labels, where it can be asked without the simulator.
+        """
+        replay, teacher = self.replay_buffer, self._teacher
+        if replay is None or teacher is None or not replay.size or teacher.privileged or teacher.sharded:
+            return
+        probed = np.unique(np.linspace(0, replay.size - 1, PROBED_STATES).astype(int))
+        states = replay.states(probed)
+        before = self.token_spec.from_flat(states.distributions)
+        divergence = token_divergence(self._teacher_of_replay(states), before)
+        if float(masked_mean(divergence, states.masks)) < SAME_TEACHER:
+            return
+        warnings.warn(
+            f"The {replay.size} states to replay were labelled by another teacher. This one labels them anew.",
+            stacklevel=2,
+        )
+        size = self.micro_batch_size or self.batch_size
+        for start in range(0, replay.size, size):
+            rows = np.arange(start, min(start + size, replay.size))
+            replay.distributions[rows] = self._teacher_of_replay(replay.states(rows)).flatten().cpu().numpy()
+
+    def _teacher_of_replay(self, states: ReplayedStates) -> TokenView:
+        assert self._teacher is not None
+        n = len(states.masks)
+        labels = th.full((n, self.rollout_buffer.label_size), th.nan, device=self.device)
+        view = self._teacher.ask(states.observations, labels, states.actions)()
+        check_finite(view)
+        check_answer(view, self.token_spec, n)
+        return view
 
     # ------------------------------------------------------------------------------------------------------ rollout
 
@@ -385,6 +431,7 @@ class OPD(RolloutAlgorithm):
             rows, tokens, answer = asked.popleft()
             teacher = answer()
             check_finite(teacher)
+            check_answer(teacher, self.token_spec, len(rows))
             if self.estimator == "sampled" and self.temperature != 1.0:
                 teacher = teacher.temper(self.temperature)
             buffer.set_teacher(rows, teacher.log_prob(tokens), teacher.flatten() if buffer.store_distribution else None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import NormalizeObservation
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
@@ -88,6 +90,22 @@ def hides_raw_observations(env: VecEnv) -> bool:
     return _normalises(env) or _keeps_keys(env)
 
 
+def warn_of_own_statistics(env: VecEnv) -> None:
+    """
+    :param env: A vectorised env; where Gymnasium's ``NormalizeObservation`` wraps its envs there is a warning
+    """
+    if not any(env.env_is_wrapped(NormalizeObservation)):
+        return
+    if env.has_attr("update_running_mean") and not any(env.get_attr("update_running_mean")):
+        return
+    warnings.warn(
+        "Gymnasium's NormalizeObservation shows the teacher the student's numbers, by running statistics that are not "
+        "those of its training and differ from env to env. Use Stable-Baselines3's VecNormalize around the vectorised "
+        "env: a teacher sees what lies before it. With update_running_mean=False there is no warning.",
+        stacklevel=2,
+    )
+
+
 def raw_observation_space(env: VecEnv) -> spaces.Space:
     """
     :param env: A vectorised env
@@ -114,27 +132,31 @@ def raw_observations(env: VecEnv, indices: np.ndarray) -> Any:
     return obs_rows(vec_normalize.get_original_obs(), indices)
 
 
-def check_action_spaces(teacher: spaces.Space, student: spaces.Space) -> None:
+def check_action_spaces(
+    teacher: spaces.Space, student: spaces.Space, whose: str = "The teacher", other: str = "the student"
+) -> None:
     """
-    Refuse a teacher whose tokens do not mean what the student's mean.
+    Refuse a teacher, or the model that a student starts from, whose tokens do not mean what the student's mean.
 
     :param teacher: Teacher's action space
     :param student: Student's action space
+    :param whose: What errors call the first
+    :param other: What errors call the second
     """
-    remedy = (
-        "Teacher and student must act in the same space: train one of them again, or wrap the env as the teacher's was."
-    )
+    remedy = f"Both must act in the same space: train one of them again, or wrap the env as it was for {whose}."
+    remedy = remedy.replace("The teacher", "the teacher")
+    differ = f"{whose}'s action space is {teacher}, {other}'s {student}. {remedy}"
     if type(teacher) is not type(student):
-        raise ValueError(f"The teacher's action space is {teacher}, the student's {student}. {remedy}")
+        raise ValueError(differ)
     same = teacher == student
     if isinstance(teacher, spaces.MultiDiscrete) and isinstance(student, spaces.MultiDiscrete) and not same:
         if teacher.nvec.shape != student.nvec.shape:
             raise ValueError(
-                f"The teacher acts with {teacher.nvec.size} tokens, the student with {student.nvec.size}: chunk size "
+                f"{whose} acts with {teacher.nvec.size} tokens, {other} with {student.nvec.size}: chunk size "
                 f"or number of action dimensions differ. {remedy}"
             )
         raise ValueError(
-            f"The teacher's tokens have {_summary(teacher.nvec)} bins, the student's {_summary(student.nvec)}. {remedy}"
+            f"{whose}'s tokens have {_summary(teacher.nvec)} bins, {other}'s {_summary(student.nvec)}. {remedy}"
         )
     if isinstance(teacher, spaces.Box) and isinstance(student, spaces.Box):
         # Bounds, not types: float32 and float64 boxes of one robot are the same actions
@@ -142,7 +164,7 @@ def check_action_spaces(teacher: spaces.Space, student: spaces.Space) -> None:
             np.allclose(teacher.low, student.low) and np.allclose(teacher.high, student.high)
         )
     if not same:
-        raise ValueError(f"The teacher's action space is {teacher}, the student's {student}. {remedy}")
+        raise ValueError(differ)
 
 
 def check_statistics(teacher: BasePolicy, env: VecEnv, student: BasePolicy) -> None:

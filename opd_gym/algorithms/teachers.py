@@ -347,6 +347,30 @@ def check_finite(view: TokenView) -> None:
         raise _nan_teacher()
 
 
+def check_answer(view: TokenView, spec: TokenSpec, n_states: int) -> None:
+    """
+    :param view: What a teacher, which others may have written, says of some states
+    :param spec: The student's tokens
+    :param n_states: Number of the states
+    :raises ValueError: It is another kind of distribution, of another shape, or not normalised
+    """
+    kind: type = CategoricalTokens if spec.n_bins else GaussianTokens
+    shape = (n_states, spec.n_tokens, spec.n_bins) if spec.n_bins else (n_states, spec.n_tokens)
+    found = view.log_probs if isinstance(view, CategoricalTokens) else getattr(view, "mean", th.empty(0))
+    if not isinstance(view, kind) or tuple(found.shape) != shape:
+        raise ValueError(
+            f"The teacher's distribution() has to return {kind.__name__} of shape {shape} for the student's action "
+            f"space, got {type(view).__name__} of shape {tuple(found.shape)}."
+        )
+    if isinstance(view, CategoricalTokens):
+        total = view.log_probs.float().logsumexp(-1)
+        if bool((total.abs() > 0.05).any()):
+            raise ValueError(
+                "The teacher's distribution() has to return log-probabilities, whose exponentials sum to 1; here the "
+                f"sum is up to {float(total.max().exp()):.3g}. Of logits: CategoricalTokens(logits.log_softmax(-1))."
+            )
+
+
 def _nan_teacher() -> FloatingPointError:
     return FloatingPointError(
         "The teacher's outputs are NaN or infinite. Check its weights, and that its observations look like those it "
@@ -388,7 +412,7 @@ class ExpertTeacher(Teacher):
         self.action_space = env.action_space
         self.spec = token_spec(env.action_space, squashed=student.squash_output)
         # Bins of a tokenised number have neighbours; the values of any other discrete action are only names
-        ordered = self.spec.n_bins > 0 and env.has_attr("n_bins")
+        ordered = self.spec.n_bins > 0 and all(env.env_is_wrapped(ActionTokens))
         self._smooth = LabelSmoothing(self.spec, env.action_space, ordered, std, smoothing, floor)
 
     def label(self, env: VecEnv, indices: np.ndarray) -> np.ndarray:

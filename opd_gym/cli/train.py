@@ -65,7 +65,13 @@ from opd_gym.evaluation import (
     eval_episodes,
     evaluate_success,
 )
-from opd_gym.policies.loading import check_device, checkpoint_settings, find_vec_normalize, read_vec_normalize
+from opd_gym.policies.loading import (
+    check_device,
+    checkpoint_settings,
+    find_vec_normalize,
+    read_vec_normalize,
+    vec_normalize_arguments,
+)
 from opd_gym.untrusted import read_yaml
 from opd_gym.versions import versions, write_versions
 from opd_gym.zoo.hyperparams import (
@@ -312,9 +318,9 @@ def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = 
     elif args.student is not None:
         policy_kwargs["checkpoint"] = args.student
     elif values.get("policy") == "VLAPolicy" and "demonstrations" not in parameters:
-        student = student_for(args.env)
-        if student is not None and "checkpoint" not in policy_kwargs:
-            policy_kwargs["checkpoint"] = student
+        ours = student_for(args.env)
+        if ours is not None and "checkpoint" not in policy_kwargs:
+            policy_kwargs["checkpoint"] = ours
     if values.get("demonstrations") and values.get("policy") == "VLAPolicy" and "checkpoint" not in policy_kwargs:
         # A new policy's tokens cover what is demonstrated, where the demonstrations say what that is
         skip = bool((values.get("demonstration_kwargs") or {}).get("skip"))
@@ -324,7 +330,11 @@ def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = 
     # For a run to be resumed from another folder. Names of the zoo and of the hub stay: a published configuration
     # should not hold the user's paths
     if policy_kwargs.get("checkpoint") is not None:
-        resolve_checkpoint(policy_kwargs["checkpoint"])
+        student = resolve_checkpoint(policy_kwargs["checkpoint"])
+        file = find_vec_normalize(student, bare_id(args.env)) if student.is_file() else None
+        if file is not None and values.get("normalize") is None:
+            # For the student to see in this run what it saw where it was trained
+            values["normalize"] = vec_normalize_arguments(read_vec_normalize(file, args.trust))
         policy_kwargs["checkpoint"] = lasting_name(policy_kwargs["checkpoint"])
     if "horizon" not in (given_here.get("env_kwargs") or {}):
         values = without_training_horizon(args.env, values, checkpoint_settings(policy_kwargs, args.trust))

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import torch as th
@@ -23,6 +23,8 @@ from stable_baselines3.common.vec_env.stacked_observations import StackedObserva
 from opd_gym.checkpoints import resolve_checkpoint
 from opd_gym.untrusted import read_attributes, unpickle
 
+# Statistics that say by nothing of which model they are: names from Stable-Baselines3's documentation and from the hub
+SHARED_STATISTICS = ("vec_normalize.pkl", "vecnormalize.pkl")
 # Attributes of a saved model that its policy is built from
 BUILT_FROM = ("policy_class", "policy_kwargs", "observation_space", "action_space", "use_sde")
 
@@ -227,9 +229,25 @@ def check_device(device: str | th.device) -> str | th.device:
     return device
 
 
+class Start(NamedTuple):
+    """
+    The zip of a model that a policy starts from.
+
+    :param path: Where it is
+    :param action_space: What its policy acts in
+    :param state: Weights of its policy
+    :param trust: Whether code in it, and in files beside it, may run
+    """
+
+    path: Path
+    action_space: spaces.Space
+    state: dict[str, Any]
+    trust: bool
+
+
 def start_from(
     policy_class: type[BasePolicy], policy_kwargs: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], tuple[Path, dict[str, Any]] | None]:
+) -> tuple[dict[str, Any], Start | None]:
     """
     What a policy is built with whose ``checkpoint`` may be the zip of a model or a run: its own arguments, and the
     weights that are loaded into it. The directory of a VLA checkpoint is the policy's own affair.
@@ -237,7 +255,7 @@ def start_from(
     :param policy_class: Class of the policy
     :param policy_kwargs: Its keyword arguments; those beside ``checkpoint`` win over what the zip says. ``trust`` among
         them is for the zip, see :func:`load_policy`
-    :return: Keyword arguments, and the zip and the state of the policy to load, or None
+    :return: Keyword arguments, and what is to be loaded, or None
     :raises FileNotFoundError: There is no such checkpoint
     :raises ValueError: It holds another class of policy
     """
@@ -268,7 +286,7 @@ def start_from(
             "they have to be of the same class."
         )
     del kwargs["checkpoint"]
-    return {**(data.get("policy_kwargs") or {}), **kwargs}, (path, state)
+    return {**(data.get("policy_kwargs") or {}), **kwargs}, Start(path, data["action_space"], state, trust)
 
 
 def _read_zip(
@@ -339,8 +357,26 @@ def find_vec_normalize(path: Path, env_id: str | None) -> Path | None:
     names = [f"{name}/vecnormalize.pkl" for name in (path.stem, (env_id or path.stem).replace("/", "-"))]
     if match := re.fullmatch(r"(.+)_(\d+)_steps", path.stem):
         names.insert(0, f"{match[1]}_vecnormalize_{match[2]}_steps.pkl")
-    candidates = (path.parent / name for name in (*names, "vec_normalize.pkl", "vecnormalize.pkl"))
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    if own := next((path.parent / name for name in names if (path.parent / name).is_file()), None):
+        return own
+    shared = next((path.parent / name for name in SHARED_STATISTICS if (path.parent / name).is_file()), None)
+    if shared is not None and len(list(path.parent.glob("*.zip"))) > 1:
+        warnings.warn(
+            f"{shared} lies beside several models, and is taken for that of {path.name} as well. A model of raw "
+            "observations belongs into a folder of its own; a teacher can be given "
+            'teacher_kwargs={"vec_normalize": False}.',
+            stacklevel=2,
+        )
+    return shared
+
+
+def vec_normalize_arguments(found: VecNormalize) -> dict[str, Any]:
+    """
+    :param found: What :func:`read_vec_normalize` read
+    :return: Arguments of a ``VecNormalize`` that is as it was, without its statistics
+    """
+    names = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
+    return {name: getattr(found, name) for name in names}
 
 
 def _no_learning(progress_remaining: float) -> float:
