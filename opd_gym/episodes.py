@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from opd_gym.checks import check_seed
 
@@ -128,6 +129,14 @@ class Dispatcher:
         for index in range(self.env.num_envs):
             self.begun(index)
 
+    def tag(self, index: int) -> tuple[int, int] | None:
+        """
+        :param index: an env
+        :return: the tag of the episode that it plays; None where it stands still, or chooses for itself
+        """
+        episode = self.playing[index]
+        return None if episode is None else (episode.group, episode.member)
+
     def _announce_next(self, index: int) -> None:
         self._announce(index, self.next_episode(index))
 
@@ -138,6 +147,17 @@ class Dispatcher:
         else:
             tag = (episode.group, episode.member)
             announce(self.env, index, seed=episode.seed, options=episode.options, tag=tag)
+
+
+def release(env: VecEnv) -> None:
+    """
+    Leave a vectorised env to others: nothing is announced any more, and no env of it stands still.
+
+    :param env: vectorised env
+    """
+    # Between sending actions and receiving what came of them SubprocVecEnv would take one answer for another
+    if can_announce(env) and not getattr(env.unwrapped, "waiting", False):
+        env.env_method("release")
 
 
 def can_announce(env: VecEnv) -> bool:
@@ -161,3 +181,22 @@ def announce(env: VecEnv, index: int, **announcement: Any) -> None:
         inner.announce(index, **announcement)
     else:
         env.env_method("set_next_reset", indices=[index], **announcement)
+
+
+@contextmanager
+def own_rewards(env: VecEnv) -> Iterator[None]:
+    """
+    The statistics of a ``VecNormalize`` stand still, and rewards are those of the env.
+
+    :param env: vectorised env
+    """
+    vec_normalize = unwrap_vec_normalize(env)
+    if vec_normalize is None:
+        yield
+        return
+    training, norm_reward = vec_normalize.training, vec_normalize.norm_reward
+    vec_normalize.training = vec_normalize.norm_reward = False
+    try:
+        yield
+    finally:
+        vec_normalize.training, vec_normalize.norm_reward = training, norm_reward

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.checks import check_at_least, check_fields
 from opd_gym.envs.workers.pipeline import Pipeline
-from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
+from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce, own_rewards, release
 from opd_gym.files import write_atomic
 from opd_gym.observations import obs_rows
 from opd_gym.tokens import AtTemperature
@@ -539,7 +539,8 @@ def evaluate_success(
 
     bar = _progress_bar(len(specs), progress)
     try:
-        result = _Evaluation(model, env, specs, deterministic, reward_threshold, recorded, bar).run()
+        with own_rewards(env):
+            result = _Evaluation(model, env, specs, deterministic, reward_threshold, recorded, bar).run()
     finally:
         bar.close()
     result.temperature = temperature if deterministic or temperature is not None else 1.0
@@ -589,6 +590,16 @@ class _Evaluation:
         self.idle_actions = np.stack([np.asarray(env.action_space.sample()) for _ in range(env.num_envs)])
 
     def run(self) -> EvaluationResult:
+        try:
+            result = self._run()
+        except BaseException:
+            with suppress(Exception):  # of an env that is broken
+                release(self.env)
+            raise
+        release(self.env)
+        return result
+
+    def _run(self) -> EvaluationResult:
         # More than once only if an env raised, or an episode was lost after the other envs had stopped
         while self.queue.pending or self.suspects or self.culprits:
             others: list[int] = []
@@ -757,16 +768,29 @@ def _record(
         success = episode_return >= reward_threshold
     elif info.get("is_success") is not None:
         success = bool(info["is_success"])
-    options = spec.options or {}
+    # An env of the user's may mean other things by these names
+    task_id, init_state_id = (
+        next((n for n in (_integer(said.get(name)) for said in (info, spec.options or {})) if n is not None), -1)
+        for name in ("task_id", "init_state_id")
+    )
+    category, perturbation = (
+        text if isinstance(text, str) else None for text in (info.get("category"), info.get("perturbation"))
+    )
     return EpisodeRecord(
-        task_id=int(info.get("task_id", options.get("task_id", -1))),
-        init_state_id=int(info.get("init_state_id", options.get("init_state_id", -1))),
+        task_id=task_id,
+        init_state_id=init_state_id,
         success=success,
         steps=steps,
         reward=episode_return,
         seed=spec.seed,
-        **{name: info.get(name) for name in ("category", "perturbation", "difficulty")},
+        category=category,
+        perturbation=perturbation,
+        difficulty=_integer(info.get("difficulty")),
     )
+
+
+def _integer(value: Any) -> int | None:
+    return int(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else None
 
 
 def _render(env: VecEnv, slot: int) -> np.ndarray:

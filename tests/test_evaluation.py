@@ -15,7 +15,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
+from toys import vec
 
 from opd_gym.envs.workers.vec_env import WorkerVecEnv
 from opd_gym.envs.wrappers import EpisodeControl
@@ -196,6 +197,70 @@ def test_evaluating_again_with_the_same_envs_and_then_training_on_them() -> None
     for _ in range(5):
         _, _, _, infos = env.step(np.ones(3, dtype=np.int64))
     assert not any(info.get("frozen") for info in infos)
+
+
+@pytest.mark.parametrize("cls", [DummyVecEnv, WorkerVecEnv])
+def test_whoever_uses_the_env_next_finds_it_playing(cls: Any) -> None:
+    """A model of Stable-Baselines3 goes on without a reset; envs that stand still would give it reward 0 for ever."""
+    env = make(3, cls)
+    try:
+        evaluate_success(Always(1), env, eval_episodes([0], 4), progress=False)
+        assert env.get_attr("frozen") == [False] * 3 and env.get_attr("episode_tag") == [None] * 3
+        ended = 0
+        for _ in range(110):  # what nobody announces takes 102 steps
+            _, _, dones, infos = env.step(np.ones((3,), dtype=np.int64))
+            ended += int(dones.sum())
+            assert not any("frozen" in info for info in infos)
+        assert ended == 3
+    finally:
+        env.close()
+
+
+def test_a_vec_normalize_stays_as_it_is_and_returns_are_the_envs() -> None:
+    env = VecNormalize(vec(2, env="Pendulum-v1"))
+    env.reset()
+    for _ in range(50):
+        env.step(np.ones((2, 1), np.float32))
+    mean, count = env.obs_rms.mean.copy(), env.obs_rms.count
+
+    class Nothing:
+        def predict(self, observation: Any, **_: Any) -> Any:
+            assert np.abs(observation).max() <= 10.0
+            return np.zeros((len(observation), 1), np.float32), None
+
+    found = evaluate_success(Nothing(), env, [EpisodeSpec(seed=i) for i in range(3)], progress=False)
+    expected = []
+    for seed in range(3):
+        plain = gym.make("Pendulum-v1")
+        plain.reset(seed=seed)
+        expected.append(sum(float(plain.step(np.zeros(1, np.float32))[1]) for _ in range(200)))
+    assert found.mean_reward == pytest.approx(np.mean(expected), rel=1e-4)
+    assert env.training and env.norm_reward
+    assert np.array_equal(env.obs_rms.mean, mean) and env.obs_rms.count == count
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"difficulty": np.int64(2), "perturbation": np.float32(0.5)}, {"difficulty": 2, "perturbation": None}),
+        ({"difficulty": "hard", "category": 3}, {"difficulty": None, "category": None}),
+        ({"task_id": "pick", "init_state_id": True}, {"task_id": 7, "init_state_id": -1}),
+        ({"task_id": np.int32(4), "frozen": True}, {"task_id": 4}),
+    ],
+)
+def test_an_env_may_mean_other_things_by_our_names(
+    info: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    class Own(Countdown):
+        def step(self, action: Any) -> Any:
+            *rest, _ = super().step(action)
+            return *rest, {"is_success": True, **info}
+
+    env = DummyVecEnv([lambda: EpisodeControl(Own())])
+    result = evaluate_success(Always(1), env, [EpisodeSpec(seed=0, options={"task_id": 7})], progress=False)
+    result.save(tmp_path / "result.json")
+    (episode,) = EvaluationResult.load(tmp_path / "result.json").episodes
+    assert {name: getattr(episode, name) for name in expected} == expected
 
 
 def test_a_seed_of_the_vec_env_does_not_win() -> None:

@@ -6,11 +6,13 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from toys import TINY_BODY, Match, Robot, parameters, vec
 
 from opd_gym.algorithms.grpo import GRPO
+from opd_gym.envs.make import make_vec
 from opd_gym.envs.wrappers import ActionChunk, ActionTokens, EpisodeControl
 
 SMALL = dict(group_size=4, n_groups=2, learning_rate=1e-3, device="cpu", seed=0)
@@ -158,6 +160,47 @@ def test_returns_are_the_outcome_where_success_is_unknown():
     returns = np.array([len(t) for t in members], dtype=float)
     expected = (len(trajectory) - returns.mean()) / (returns.std(ddof=1) + 1e-6)
     assert np.allclose(buffer.advantages[trajectory], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_run_that_is_stopped_leaves_its_envs_to_others(interrupt, workers):
+    """Some were told to stand still after their episode; Stable-Baselines3's evaluate_policy would wait for ever."""
+
+    class Stop(BaseCallback):
+        def _on_step(self):
+            if interrupt and self.num_timesteps >= 6:
+                raise KeyboardInterrupt
+            return self.num_timesteps < 6
+
+    env = make_vec("CartPole-v1", 2, n_workers=2) if workers else vec(2, env="CartPole-v1")
+    model = GRPO("MlpPolicy", env, **{**SMALL, "group_size": 2, "n_groups": 1}, temperature=1.0)
+    try:
+        if interrupt:
+            with pytest.raises(KeyboardInterrupt):
+                model.learn(1000, callback=Stop())
+        else:
+            model.learn(1000, callback=Stop())
+        rewards, _ = evaluate_policy(model, env, 4, warn=False, return_episode_rewards=True)
+        assert len(rewards) == 4
+        env.seed(7)
+        env.reset()
+        ended = sum(env.step(np.ones(2, dtype=np.int64))[2].astype(int) for _ in range(30))
+        assert (ended > 0).all()
+        model.learn(1)
+    finally:
+        env.close()
+
+
+def test_envs_that_lose_every_episode_end_the_run():
+    class Lost(Match):
+        def step(self, action):
+            obs, reward, *_ = super().step(action)
+            return obs, reward, False, True, {"episode_lost": True}
+
+    model = GRPO("MlpPolicy", vec(2, env=Lost), **SMALL)
+    with pytest.raises(RuntimeError, match="all episodes of 10 iterations in a row were lost"):
+        model.learn(1000)
 
 
 class TellsOfSuccessAlone(gym.Env):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
@@ -581,7 +581,7 @@ def test_training_goes_on_after_an_evaluation_on_the_training_env():
     model = OPD("MlpPolicy", vec(2), teacher="expert", n_steps=8, gradient_steps=1, seed=0)
     model.learn(16)
     evaluate_success(model, model.env, [EpisodeSpec(seed=i) for i in range(3)], progress=False)
-    assert any(model.env.get_attr("frozen"))
+    assert not any(model.env.get_attr("frozen")), "for whoever uses it next"
     model.learn(32, reset_num_timesteps=False)
     assert not any(model.env.get_attr("frozen")) and model._n_finished > 4
     assert model.rollout_buffer.token_mask[model.rollout_buffer.valid_rows()].all()
@@ -600,6 +600,31 @@ def test_an_evaluation_in_the_middle_of_a_rollout_is_noticed():
     model = OPD("MlpPolicy", vec(2), teacher="expert", n_steps=8, seed=0)
     with pytest.raises(RuntimeError, match="env of its own"):
         model.learn(64, callback=EveryNTimesteps(4, Evaluate()))
+
+
+def test_an_evaluation_by_stable_baselines3_in_the_middle_is_noticed_too():
+    """It resets the envs and leaves them playing: labels would be those of other states."""
+    model = OPD("MlpPolicy", vec(2), teacher="expert", n_steps=8, seed=0)
+    with pytest.raises(RuntimeError, match="env of its own"):
+        model.learn(64, callback=EvalCallback(model.get_env(), n_eval_episodes=2, eval_freq=4, warn=False))
+    model.learn(64)
+
+
+def test_an_evaluation_by_stable_baselines3_between_two_trainings_begins_new_episodes():
+    class Labels(OPD):
+        """Labels of the rollout that are not the expert's for the observation beside them."""
+
+        def _end_rollout(self):
+            buffer = self.rollout_buffer
+            self.wrong = int((buffer.teacher_actions[:, 0] != buffer.observations.argmax(-1)).sum())
+            super()._end_rollout()
+
+    model = Labels("MlpPolicy", vec(2), teacher="expert", n_steps=8, seed=0, device="cpu")
+    model.learn(16)
+    for _ in range(2):
+        evaluate_policy(model, model.get_env(), 3, warn=False)
+        model.learn(16, reset_num_timesteps=False)
+        assert model.wrong == 0
 
 
 class LosesEveryOther(Match):

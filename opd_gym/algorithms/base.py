@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -29,7 +30,7 @@ from opd_gym.algorithms.common import PolicyAlgorithm, check_hyperparams, set_st
 from opd_gym.algorithms.randomness import set_rng_states
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
-from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce
+from opd_gym.episodes import Dispatcher, EpisodeSpec, can_announce, release
 from opd_gym.observations import join_obs, obs_rows
 from opd_gym.tokens import env_actions, sample_tokens
 
@@ -50,6 +51,7 @@ class _Decisions:
     :param token_log_probs: Log-probabilities of the tokens, (len(envs), T)
     :param labels: Labels of a privileged teacher, (len(envs), T), or None
     :param standing_still: Whether the env plays no episode
+    :param tags: Tags of the episodes, see :meth:`opd_gym.episodes.Dispatcher.tag`
     :param group_ids: Group of the episode, -1 for none
     :param episode_ids: Episode
     """
@@ -60,6 +62,7 @@ class _Decisions:
     token_log_probs: th.Tensor
     labels: np.ndarray | None
     standing_still: np.ndarray
+    tags: list[tuple[int, int] | None]
     group_ids: np.ndarray
     episode_ids: np.ndarray
 
@@ -189,9 +192,11 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("This model has no env: load it with load(path, env=env), or call set_env(env), first.")
-        if self._last_obs is not None and can_announce(self.env) and any(self.env.get_attr("frozen")):
-            # An evaluation on this env has left its slots standing still
-            self._last_obs = None
+        if self._last_obs is not None and can_announce(self.env):
+            told = [self._episodes.tag(index) for index in range(self.n_envs)]
+            if any(self.env.get_attr("frozen")) or self.env.get_attr("episode_tag") != told:
+                # An evaluation has played other episodes on this env
+                self._last_obs = None
         resets = reset_num_timesteps or self._last_obs is None
         if reset_num_timesteps:
             self.num_env_steps = 0
@@ -344,6 +349,12 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         complete = False
         try:
             complete = self._collect_rows(env, callback, rollout_buffer, n_rollout_steps)
+            if not complete:
+                release(env)
+        except KeyboardInterrupt:
+            with suppress(Exception):
+                release(env)
+            raise
         finally:
             if not complete:
                 # Envs are somewhere in the middle of a step: the next learn() starts with a reset
@@ -362,6 +373,16 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         # The update follows, with no callback
         self._between_iterations = True
         return True
+
+    def _check_played(self, infos: list[dict[str, Any]], tags: list[tuple[int, int] | None]) -> None:
+        """Observations and labels of a rollout belong to the episodes that the envs were told to play."""
+        if not self._episodes.controlled:
+            return
+        if any(info["episode_tag"] != tag for info, tag in zip(infos, tags, strict=True) if "episode_tag" in info):
+            raise RuntimeError(
+                "An env plays another episode than it was told to: the training env was used for something else, an "
+                "evaluation for instance, in the middle of learn(). Give the evaluation an env of its own."
+            )
 
     def _rescore(self, rows: np.ndarray, batch_size: int) -> None:
         """
@@ -447,11 +468,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             values, token_log_probs = (
                 th.cat([getattr(decisions, name) for decisions in row]) for name in ("values", "token_log_probs")
             )
-            if any(info.get("frozen") and not still for info, still in zip(infos, standing_still, strict=True)):
-                raise RuntimeError(
-                    "An env stands still that should be playing: the training env was used for something else, an "
-                    "evaluation for instance, in the middle of learn(). Give the evaluation an env of its own."
-                )
+            self._check_played(infos, [tag for decisions in row for tag in decisions.tags])
             # A decision that was not carried out: nothing is learned from it, and it is not counted
             void = standing_still | np.array([bool(info.get("episode_lost")) for info in infos])
             for info in infos:
@@ -547,6 +564,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             token_log_probs,
             labels=self._label_step(envs),
             standing_still=standing_still,
+            tags=[self._episodes.tag(int(index)) for index in envs],
             group_ids=np.array([-1 if episode is None else episode.group for episode in playing]),
             episode_ids=self._episodes.numbers[envs],
         )

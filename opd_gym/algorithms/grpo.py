@@ -24,6 +24,9 @@ from opd_gym.algorithms.losses import (
 from opd_gym.checks import check_at_least, check_flag
 from opd_gym.episodes import EpisodeSpec, can_announce
 
+# After so many iterations in a row whose episodes were all lost, the env is broken
+MAX_WITHOUT_EPISODES = 10
+
 
 class GRPO(RolloutAlgorithm):
     """
@@ -130,6 +133,7 @@ class GRPO(RolloutAlgorithm):
         # Once an episode has said whether it succeeded, outcomes are successes for good: an env that says so of solved
         # episodes alone would have some iterations learn from returns
         self._reports_success = False
+        self._n_without_episodes = 0
         self._warned_of_outcomes = False
         super().__init__(
             policy,
@@ -205,6 +209,12 @@ class GRPO(RolloutAlgorithm):
         trajectories = np.split(rows, np.flatnonzero(np.diff(buffer.episode_ids[rows])) + 1)
         trajectories = [t for t in trajectories if len(t) and int(buffer.episode_ids[t[0]]) not in self._lost_episodes]
         self._trajectories = []
+        self._n_without_episodes = 0 if trajectories else self._n_without_episodes + 1
+        if self._n_without_episodes >= MAX_WITHOUT_EPISODES:
+            raise RuntimeError(
+                f"GRPO: all episodes of {self._n_without_episodes} iterations in a row were lost "
+                '(info["episode_lost"]), so there is nothing to learn from. Play one in a DummyVecEnv to see why.'
+            )
         if not trajectories:
             return
         groups = np.array([buffer.group_ids[trajectory[0]] for trajectory in trajectories])

@@ -13,12 +13,13 @@ from gymnasium.wrappers import NormalizeObservation
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.randomness import preserved_rng
 from opd_gym.algorithms.teachers import PolicyTeacher, Teacher
 from opd_gym.envs.make import env_id_of
 from opd_gym.envs.registration import CHUNK_SIZES, bare_id
+from opd_gym.episodes import own_rewards
 from opd_gym.tokens import env_actions, is_autoregressive
 
 # How many episodes a teacher plays before it teaches, and how many steps of each env they may take
@@ -71,18 +72,14 @@ class Trial:
 
 @contextmanager
 def _preserved_env(env: VecEnv) -> Iterator[None]:
-    slots, vec_normalize = env.unwrapped, unwrap_vec_normalize(env)
+    slots = env.unwrapped
     # What the next reset is to be given
     seeds, options = list(slots._seeds), list(slots._options)
-    if vec_normalize is not None:
-        training, norm_reward = vec_normalize.training, vec_normalize.norm_reward
-        vec_normalize.training = vec_normalize.norm_reward = False
     try:
-        yield
+        with own_rewards(env):
+            yield
     finally:
         slots._seeds, slots._options = seeds, options
-        if vec_normalize is not None:
-            vec_normalize.training, vec_normalize.norm_reward = training, norm_reward
 
 
 def try_teacher(

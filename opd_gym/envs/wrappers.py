@@ -307,6 +307,8 @@ class EpisodeControl(_ExpertThrough):
         self._freeze_next = False
         self._frozen = False
         self._draws_end = False
+        # Released while it stood still: nobody has begun an episode
+        self._unbegun = False
         self._tag: Any = None
         self._obs: Any = None
         self._actions: list[Any] = []
@@ -315,6 +317,11 @@ class EpisodeControl(_ExpertThrough):
     def frozen(self) -> bool:
         """Whether this env stands still."""
         return self._frozen
+
+    @property
+    def episode_tag(self) -> Any:
+        """Tag of the present episode; None if nobody has announced it."""
+        return None if self._frozen else self._tag
 
     def set_next_reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None, tag: Any = None, frozen: bool = False
@@ -329,6 +336,14 @@ class EpisodeControl(_ExpertThrough):
         """
         self._next = (seed, options, tag)
         self._freeze_next = frozen
+
+    def release(self) -> None:
+        """
+        Take back what was announced, for whoever uses the env next and announces nothing. If it stands still, an
+        episode begins with the next step, unless it is reset before.
+        """
+        self._next, self._freeze_next, self._tag = None, False, None
+        self._unbegun, self._frozen = self._unbegun or self._frozen, False
 
     def draw_end(self, wanted: bool = True) -> None:
         """
@@ -349,13 +364,14 @@ class EpisodeControl(_ExpertThrough):
         return self.reset()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset; an explicit ``seed`` or ``options`` wins over the announced one."""
-        if self._freeze_next:
+        """Reset; an explicit ``seed`` or ``options`` wins over the announced one, and a seed over a freeze."""
+        self._unbegun = False
+        if self._freeze_next and seed is None:
             if self._obs is None:  # never reset: something has to be shown while it stands still
                 self._obs, _ = self.env.reset(seed=seed, options=options)
             self._frozen, self._freeze_next = True, False
             return self._obs, {"frozen": True, "episode_tag": None}
-        self._frozen = False
+        self._frozen = self._freeze_next = False
         if self._next is not None:
             next_seed, next_options, self._tag = self._next
             seed = next_seed if seed is None else seed
@@ -397,6 +413,8 @@ class EpisodeControl(_ExpertThrough):
         """As the wrapped env's; a no-op while frozen."""
         if self._frozen:
             return self._obs, 0.0, False, False, {"frozen": True, "episode_tag": None}
+        if self._unbegun:
+            self.reset()
         if len(self._actions) <= MAX_REPLAYED:
             self._actions.append(np.array(action))
         self._obs, reward, terminated, truncated, info = self.env.step(action)

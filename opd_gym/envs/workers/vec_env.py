@@ -634,7 +634,20 @@ class WorkerVecEnv(VecEnv):
             return self._ask("settle", None, indices)
         for index in self._indices(indices):
             self._begin_after_loss(index)
-        return self._ask("env_method", (method_name, method_args, method_kwargs), indices)
+        answers = self._ask("env_method", (method_name, method_args, method_kwargs), indices)
+        if method_name == "release":
+            for index in self._indices(indices):
+                self._forget_announcements(index)
+        return answers
+
+    def _forget_announcements(self, index: int) -> None:
+        """What an env that was released has been told, a worker in its place is not told again."""
+        self._announced[index] = None
+        if (playing := self._playing[index]) is not None and playing.frozen:
+            self._playing[index] = None
+        for request in (self._lost[index], self._steps[index]):
+            if request is not None:
+                request.announcement = None
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         return self._ask("is_wrapped", wrapper_class, indices)
