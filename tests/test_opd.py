@@ -570,6 +570,21 @@ def test_bad_arguments_are_refused(kwargs, message):
         OPD("MlpPolicy", vec(1), **{"teacher": "expert", **kwargs})
 
 
+@pytest.mark.parametrize("algorithm", [OPD, GRPO, PPO])
+def test_a_student_with_memory_is_refused(algorithm):
+    from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+
+    kwargs = {"teacher": "expert"} if algorithm is OPD else {}
+    with pytest.raises(ValueError, match=f"{algorithm.__name__} does not train recurrent policies.*VecFrameStack"):
+        algorithm(RecurrentActorCriticPolicy, vec(2), device="cpu", **kwargs)
+
+
+def test_an_augmentation_of_pictures_needs_some():
+    with pytest.raises(ValueError, match="augmentation='random_shift' shifts pictures, and there are none in Box"):
+        OPD("MlpPolicy", vec(2), teacher="expert", augmentation="random_shift", device="cpu")
+    OPD("MultiInputPolicy", vec(2, dict_obs=True), teacher="expert", augmentation="random_shift", device="cpu")
+
+
 def test_unknown_policy():
     with pytest.raises(ValueError, match="expected one of .*VLAPolicy"):
         OPD("Transformer", vec(1), teacher="expert")

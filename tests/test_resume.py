@@ -1,5 +1,6 @@
 """A training that was interrupted and resumed is the one that was not, to the bit."""
 
+import io
 import os
 import signal
 
@@ -170,6 +171,35 @@ def test_a_save_at_a_signal_does_not_wait_for_a_worker_that_hangs(tmp_path):
         assert resumed(OPD, tmp_path, again, 70).num_timesteps >= 70
     finally:
         env.close(), again.close()
+
+
+def test_a_seed_that_is_given_after_loading_is_meant(tmp_path):
+    """Otherwise three continuations with three seeds would be one."""
+    OPD("MlpPolicy", vec(2), "expert", n_steps=16, device="cpu", seed=0).learn(64).save(tmp_path / "model")
+
+    def go_on(later=None, **given):
+        model = OPD.load(tmp_path / "model", env=vec(2), device="cpu", **given)
+        if later is not None:
+            model.set_random_seed(later)
+        return parameters(model.learn(64, reset_num_timesteps=False))
+
+    ways = [{}, {"seed": 1}, {"seed": 2}, {"later": 1}, {"later": 3}]
+    found = [go_on(**way) for way in ways]
+    assert th.equal(found[0], go_on()) and th.equal(found[1], go_on(seed=1)) and th.equal(found[3], found[1])
+    for i, j in ((0, 1), (0, 2), (1, 2), (0, 4), (1, 4)):
+        assert not th.equal(found[i], found[j]), (ways[i], ways[j])
+
+
+def test_a_model_in_memory_goes_on_as_one_in_a_file(tmp_path):
+    model = OPD("MlpPolicy", vec(2), "expert", n_steps=16, state_replay=False, device="cpu", seed=0).learn(64)
+    memory = io.BytesIO()
+    model.save(memory)
+    model.save(tmp_path / "model")
+    continued = []
+    for file in (memory, tmp_path / "model"):
+        loaded = OPD.load(file, env=vec(2), device="cpu")
+        continued.append(parameters(loaded.learn(64, reset_num_timesteps=False)))
+    assert th.equal(*continued)
 
 
 def test_learning_anew_begins_anew(tmp_path):

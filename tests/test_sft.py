@@ -269,6 +269,68 @@ def test_clear_errors(hdf5_file):
         SFT("NoPolicy", demonstrations=hdf5_file)
 
 
+def learned_by(space, actions, action_space=None):
+    env = DummyVecEnv([lambda: SpaceOnly(space)])
+    observations = np.zeros((len(actions), 3), np.float32)
+    data = Demonstrations(observations, np.asarray(actions), action_space=action_space)
+    return SFT("MlpPolicy", env, demonstrations=data, device="cpu")
+
+
+class SpaceOnly(gym.Env):
+    """Never stepped."""
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)
+
+    def __init__(self, space):
+        self.action_space = space
+
+
+@pytest.mark.parametrize(
+    ("space", "actions", "match"),
+    [
+        (spaces.Discrete(2), [0.2, 0.9], "whole numbers, got for instance 0.2. Are they probabilities"),
+        (spaces.MultiDiscrete([2, 3]), [[0, 1], [1, 1.5]], "whole numbers, got for instance 1.5"),
+        (spaces.MultiBinary(2), [[0, 1], [0.7, 1]], "whole numbers, got for instance 0.7"),
+        (spaces.MultiBinary(2), [[0, 1], [2, 1]], "reach from 0 to 2, outside MultiBinary"),
+        (
+            spaces.Box(-1, 1, (1,)),
+            [[-2.0], [2.0], [1.5]],
+            r"100% .* dimension 0 lie outside of \[-1, 1\], the bounds of",
+        ),
+    ],
+)
+def test_actions_that_are_none_of_the_env_are_refused(space, actions, match):
+    with pytest.raises(ValueError, match=match):
+        learned_by(space, actions)
+
+
+def test_actions_at_the_edge():
+    torques = np.linspace(-1.2, 1.2, 100)[:, None]
+    with pytest.warns(UserWarning, match=r"16% .* lie outside of \[-1, 1\], the bounds of the action space"):
+        learned_by(spaces.Box(-1, 1, (1,)), torques)
+    # True and False
+    for space, actions in ((spaces.Discrete(2), [True, False]), (spaces.MultiBinary(2), [[True, False], [True, True]])):
+        model = learned_by(space, actions, space)
+        model.learn(1)
+        assert model._actions.dtype == np.int64 and np.array_equal(model._actions.ravel(), np.ravel(actions))
+    with pytest.raises(ValueError, match="pass action_space"):
+        SFT("MlpPolicy", demonstrations=Demonstrations(np.zeros((2, 3), np.float32), np.array([True, False])))
+
+
+def test_pictures_from_0_to_1_would_be_divided_by_255_again():
+    space = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+    pictures, actions = np.random.default_rng(0).integers(0, 256, (4, 3, 36, 36), dtype=np.uint8), np.arange(4) % 2
+
+    def learn(observations):
+        data = Demonstrations(observations, actions, observation_space=space, action_space=spaces.Discrete(2))
+        return SFT("CnnPolicy", demonstrations=data, device="cpu").learn(1)
+
+    learn(pictures)
+    learn(pictures.astype(np.float32))  # which Stable-Baselines3 divides by 255 as well
+    with pytest.raises(ValueError, match="float32 from 0 to 1, the policy expects pictures from 0 to 255"):
+        learn((pictures / 255).astype(np.float32))
+
+
 def test_nan_is_refused(hdf5_file):
     model = SFT("VLAPolicy", demonstrations=hdf5_file, chunk_size=2, batch_size=2, **VLA)
     with th.no_grad():

@@ -230,7 +230,7 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
                 self._last_obs = self.env.reset()  # type: ignore[assignment]
         if resets and so_far is None:
             self._episodes.all_begun()
-        if interrupted is not None:
+        if interrupted is not None and "rng" in interrupted:
             set_rng_states(interrupted["rng"])
         return result
 
@@ -242,6 +242,10 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         # The frames before the last one are not known to an env that plays an episode again
         fits = len(so_far["playing"]) == self.n_envs and not is_vecenv_wrapped(self.env, VecFrameStack)
         return so_far if fits else None
+
+    def _begin_anew(self, seed: int | None) -> None:
+        super()._begin_anew(seed)
+        self._episode_rng = np.random.default_rng(seed)
 
     def iteration_begun(self) -> dict[str, Any]:
         """

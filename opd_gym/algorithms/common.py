@@ -25,6 +25,7 @@ from stable_baselines3.common.policies import (
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecNormalize
@@ -34,7 +35,7 @@ from opd_gym.algorithms.buffers import micro_batches, random_shift
 from opd_gym.algorithms.losses import Metrics, weighted_mean
 from opd_gym.algorithms.randomness import rng_states
 from opd_gym.algorithms.teacher_inputs import check_action_spaces
-from opd_gym.checks import check_at_least, check_range, check_schedule, check_seed
+from opd_gym.checks import check_at_least, check_range, check_schedule, check_seed, did_you_mean
 from opd_gym.envs.make import env_id_of, prepare_env, with_action_dim
 from opd_gym.files import replacing
 from opd_gym.policies.loading import Start, check_device, find_vec_normalize, read_vec_normalize, start_from
@@ -102,6 +103,16 @@ def set_statistics(env: VecNormalize | None, statistics: Mapping[str, Any] | Non
         for target, source in pairs:
             for attribute, content in vars(source).items():
                 setattr(target, attribute, deepcopy(content))
+
+
+def has_images(space: spaces.Space) -> bool:
+    """
+    :param space: Space of observations
+    :return: Whether it is an image, or a Dict with one
+    """
+    if isinstance(space, spaces.Dict):
+        return any(map(has_images, space.spaces.values()))
+    return is_image_space(space)
 
 
 def check_augmentation(augmentation: str | None) -> None:
@@ -180,6 +191,12 @@ def _not_finite_in(name: str, values: Any) -> list[str]:
     if isinstance(values, dict):
         return [found for key, value in values.items() for found in _not_finite_in(f"{name}[{key!r}]", value)]
     return [] if bool(th.isfinite(th.as_tensor(values)).all()) else [name]
+
+
+def _zip_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A file whose name may go without its ``.zip``."""
+    file = pathlib.Path(path)
+    return file if file.exists() or file.suffix == ".zip" else file.with_name(f"{file.name}.zip")
 
 
 class DecisionProgressBar(ProgressBarCallback):
@@ -269,6 +286,10 @@ class PolicyAlgorithm(BaseAlgorithm):
     policy: ActorCriticPolicy
     # What a saved model needs to go on as if it had not been interrupted
     _interrupted: dict[str, Any] | None = None
+    # A seed that is set from now on is meant for what follows
+    _loaded: bool = False
+    # Arguments that a loaded model keeps as they were
+    _fixed_arguments: ClassVar[tuple[str, ...]] = ("weight_decay",)
     _start_state: Start | None = None
     max_grad_norm: float
     _n_updates: int
@@ -356,7 +377,19 @@ class PolicyAlgorithm(BaseAlgorithm):
 
         :param seed: The seed; Python's generator takes no integer of NumPy's
         """
-        super().set_random_seed(ranks.rank_seed(None if seed is None else int(seed)))
+        seed = ranks.rank_seed(None if seed is None else int(seed))
+        super().set_random_seed(seed)
+        if self._loaded:
+            self._begin_anew(seed)
+
+    def _begin_anew(self, seed: int | None) -> None:
+        """
+        Go on after loading with a seed of its own, and not with the random numbers that would have come.
+
+        :param seed: The seed of this rank
+        """
+        if self._interrupted is not None:
+            self._interrupted = {key: value for key, value in self._interrupted.items() if key != "rng"}
 
     def set_logger(self, logger: Logger) -> None:
         """
@@ -373,6 +406,17 @@ class PolicyAlgorithm(BaseAlgorithm):
 
     def _policy_is_built(self) -> None:
         """Load the weights that it starts from, and keep arguments that build it where its checkpoint is gone."""
+        if hasattr(self.policy, "lstm_actor"):
+            raise ValueError(
+                f"{type(self).__name__} does not train recurrent policies such as {type(self.policy).__name__}. Use "
+                "one without memory, for instance MlpPolicy; VecFrameStack shows it several observations at once."
+            )
+        augmentation = getattr(self, "augmentation", None)
+        if augmentation is not None and not has_images(self.observation_space):
+            raise ValueError(
+                f"augmentation={augmentation!r} shifts pictures, and there are none in {self.observation_space}: leave "
+                "it out."
+            )
         if self._start_state is not None:
             start, self._start_state = self._start_state, None
             try:
@@ -612,20 +656,53 @@ class PolicyAlgorithm(BaseAlgorithm):
         :param exclude: Names of parameters that should be excluded in addition to the default ones
         :param include: Names of parameters that might be excluded but should be included anyway
         """
-        if not isinstance(path, (str, os.PathLike)):
-            super().save(path, exclude=exclude, include=include)
-            return
-        if not ranks.is_main():
+        is_name = isinstance(path, (str, os.PathLike))
+        if is_name and not ranks.is_main():
             return
         self._interrupted = self._interruption()
-        target = pathlib.Path(path)
-        if target.suffix == "":
-            target = target.with_name(f"{target.name}.zip")
         try:
-            with replacing(target) as temporary:
-                super().save(temporary, exclude=exclude, include=include)
+            if isinstance(path, (str, os.PathLike)):
+                target = pathlib.Path(path)
+                with replacing(target if target.suffix else target.with_name(f"{target.name}.zip")) as temporary:
+                    super().save(temporary, exclude=exclude, include=include)
+            else:
+                super().save(path, exclude=exclude, include=include)
         finally:
             self._interrupted = None
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_loaded"]
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | os.PathLike[str] | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Take the parameters of a saved model. Of one that another algorithm saved the policy alone: settings and state
+        of its optimizer are of its own loss.
+
+        :param load_path_or_dict: The zip, or what ``get_parameters()`` gave
+        :param exact_match: Whether the file has to have all parameters of this model, and no others
+        :param device: Device on which the code should run
+        :raises ValueError: It holds no policy, or another one
+        """
+        if isinstance(load_path_or_dict, (str, os.PathLike)):
+            path = _zip_path(load_path_or_dict)
+            if self._own_argument not in read_attributes(path, keys=(self._own_argument,)):
+                _, found, _ = load_from_zip_file(path, load_data=False, device=device)
+                if "policy" not in found:
+                    raise ValueError(
+                        f"{path} holds no policy: expected what a Stable-Baselines3 model's save() writes."
+                    )
+                try:
+                    self.policy.load_state_dict(found["policy"], strict=exact_match)  # type: ignore[arg-type]
+                except RuntimeError as error:
+                    raise ValueError(f"The weights of {path} do not fit the policy: {error}") from error
+                return
+            load_path_or_dict = path
+        super().set_parameters(load_path_or_dict, exact_match, device)  # type: ignore[arg-type]
 
     def _interruption(self) -> dict[str, Any] | None:
         """
@@ -646,6 +723,22 @@ class PolicyAlgorithm(BaseAlgorithm):
         for name in ("rollout_buffer", "replay_buffer"):
             if getattr(self, name, None) is not None:
                 getattr(self, name).device = self.device
+
+    @classmethod
+    def _check_changes(cls, path: Any, kwargs: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        """What is to be other than in a file has to be something that a model has, and that can still be changed."""
+        arguments = {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
+        for name in kwargs:
+            if name in cls._fixed_arguments:
+                raise ValueError(
+                    f"{name} of a model that is loaded cannot be changed. To begin with its weights, create a "
+                    f"{cls.__name__} with {name}={kwargs[name]!r} and policy_kwargs={{'checkpoint': {str(path)!r}}}."
+                )
+            if name not in data and name not in arguments:
+                raise ValueError(
+                    f"{cls.__name__}.load() knows no {name}. {did_you_mean(name, {*data, *arguments})}Expected an "
+                    f"argument of {cls.__name__}."
+                )
 
     @classmethod
     def load(
@@ -676,22 +769,20 @@ class PolicyAlgorithm(BaseAlgorithm):
         :raises ValueError: It is not the zip of a model of this algorithm, holds code such as a learning rate that is a
             function, has damaged weights, or does not fit the env
         """
-        file: Any = path
-        if isinstance(path, (str, os.PathLike)):
-            file = pathlib.Path(path)
-            if not file.exists() and file.suffix != ".zip":
-                file = file.with_name(f"{file.name}.zip")
+        file: Any = _zip_path(path) if isinstance(path, (str, os.PathLike)) else path
         data = read_attributes(file, custom_objects, trust=trust)
         if not data:
             raise ValueError(f"{path} has no attributes of a model: expected what save() writes.")
         if cls._own_argument not in data:
             raise ValueError(
                 f"{path} was not saved by {cls.__name__}: it has no `{cls._own_argument}`. Load it with the algorithm "
-                f"that did. To begin with its weights, create the {cls.__name__} and call its set_parameters(path)."
+                f"that did. To begin with its weights, create the {cls.__name__} with policy_kwargs={{'checkpoint': "
+                f"{str(path)!r}}}."
             )
         if isinstance(data.get("teacher_kwargs"), dict):
             # Whether to trust is not for the file to say
             data["teacher_kwargs"] = {**data["teacher_kwargs"], "trust": trust}
+        cls._check_changes(path, kwargs, data)
         if not isinstance(file, pathlib.Path):
             file.seek(0)
         prepared: Any = env
@@ -703,6 +794,9 @@ class PolicyAlgorithm(BaseAlgorithm):
             # With all attributes as custom objects Stable-Baselines3 unpickles nothing
             read_on = "cpu" if sharded else device
             model = super().load(file, prepared, read_on, data, print_system_info, force_reset, **kwargs)
+            model._loaded = True
+            if "seed" in kwargs:
+                model.set_random_seed(kwargs["seed"])
             if sharded:
                 model._leave_optimizer_behind(device)
             return model

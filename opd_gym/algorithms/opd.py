@@ -14,10 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 
@@ -28,6 +26,7 @@ from opd_gym.algorithms.common import (
     accumulate_gradients,
     augment,
     check_augmentation,
+    has_images,
     policy_kwargs_over,
     zoo_hyperparams,
 )
@@ -61,16 +60,6 @@ UPDATES_PER_DECISION = 0.25
 # What `learning_rate="auto"` means, for observations with and without images. Small networks on numbers begin at random
 # weights and want more (benchmarks/gymnasium_envs.py)
 LEARNING_RATE_OF_IMAGES, LEARNING_RATE_OF_NUMBERS = 5e-4, 3e-3
-
-
-def has_images(space: spaces.Space) -> bool:
-    """
-    :param space: Space of observations
-    :return: Whether it is an image, or a Dict with one
-    """
-    if isinstance(space, spaces.Dict):
-        return any(map(has_images, space.spaces.values()))
-    return is_image_space(space)
 
 
 class OPD(RolloutAlgorithm):
@@ -141,6 +130,7 @@ class OPD(RolloutAlgorithm):
     learns_from_rewards = False
 
     _own_argument = "divergence"
+    _fixed_arguments = ("weight_decay", "estimator")
 
     @zoo_hyperparams
     def __init__(

@@ -32,6 +32,7 @@ from opd_gym.algorithms.losses import masked_mean, smoothed_labels
 from opd_gym.algorithms.randomness import set_rng_states
 from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.demonstrations import Demonstrations, PathLike
+from opd_gym.demonstrations.dataset import check_within
 from opd_gym.observations import obs_rows
 from opd_gym.policies.loading import checkpoint_settings
 from opd_gym.tokens import CategoricalTokens, TokenView
@@ -115,6 +116,13 @@ class SFTLoss:
             table = smoothed_labels(n_bins, self.label_smoothing)
             self._targets = th.as_tensor(table, dtype=th.float32, device=log_probs.device)
         return self._targets
+
+
+def _n_values(space: spaces.Space) -> Any:
+    """Numbers of values of a discrete action."""
+    if isinstance(space, spaces.MultiBinary):
+        return 2
+    return space.nvec.ravel() if isinstance(space, spaces.MultiDiscrete) else space.n  # type: ignore[attr-defined]
 
 
 class GradientStepProgressBar(BaseCallback):
@@ -348,6 +356,13 @@ class SFT(PolicyAlgorithm):
             shape: tuple[int, ...] = arrays[key].shape[1:]
             if is_image_space(space) and self._needs_transpose(shape, space):
                 shape = (shape[-1], *shape[:-1])
+            array = arrays[key]
+            if is_image_space(space) and np.issubdtype(array.dtype, np.floating) and array.max() <= 1.0:
+                raise ValueError(
+                    f"`{key}` of the demonstrations has {array.dtype} from {array.min():.3g} to {array.max():.3g}, the "
+                    "policy expects pictures from 0 to 255, which it divides by 255 itself. Multiply by 255 and "
+                    "convert them to uint8."
+                )
             if shape != space.shape:
                 raise ValueError(
                     f"`{key}` of the demonstrations has shape {arrays[key].shape[1:]}, the policy expects "
@@ -373,12 +388,22 @@ class SFT(PolicyAlgorithm):
         actions = data.actions.reshape(len(data), -1)
         if actions.shape[1] != max(1, int(np.prod(space.shape or (1,)))):
             raise ValueError(f"Demonstrated actions have shape {data.actions.shape[1:]}, the action space is {space}.")
-        if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
-            bins = space.n if isinstance(space, spaces.Discrete) else space.nvec
-            if np.any(actions < 0) or np.any(actions >= bins):
+        if not isinstance(space, spaces.Box):
+            actions = actions.astype(np.int64) if actions.dtype == bool else actions
+            if np.any(actions < 0) or np.any(actions >= _n_values(space)):
                 raise ValueError(
                     f"Demonstrated actions reach from {actions.min()} to {actions.max()}, outside {space}."
                 )
+            if np.any(actions != np.floor(actions)):
+                raise ValueError(
+                    f"Demonstrated actions of {space} have to be whole numbers, got for instance "
+                    f"{actions[actions != np.floor(actions)][0]:.3g}. Are they probabilities?"
+                )
+        else:
+            check_within(
+                actions, space.low.ravel(), space.high.ravel(), "the bounds of the action space",
+                "Wrap the env as the one in which they were recorded, or rescale them.",
+            )  # fmt: skip
         if isinstance(space, spaces.Box) and self.policy.squash_output:
             # Saturated actions have no finite pre-image under the tanh
             actions = np.clip(self.policy.scale_action(actions), -1.0 + 1e-6, 1.0 - 1e-6)
@@ -532,7 +557,7 @@ class SFT(PolicyAlgorithm):
                 total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
             )
             interrupted, self._interrupted = self._interrupted, None
-            if interrupted is not None and not reset_num_timesteps and ranks.world_size() == 1:
+            if interrupted is not None and "rng" in interrupted and not reset_num_timesteps and ranks.world_size() == 1:
                 set_rng_states(interrupted["rng"])
             callback.on_training_start(locals(), globals())
             self._follow_callbacks()

@@ -207,8 +207,9 @@ def _load_to_resume(
     if "demonstrations" in algorithm_parameters(cls):
         load_kwargs["demonstrations"] = kwargs.get("demonstrations")
     model = cls.load(path, env=env, device=args.device, trust=args.trust, **load_kwargs)
-    # Loading seeds the generators as at the start; the noise of the first iterations should not come again.
-    model.set_random_seed(((args.seed or 0) + model.num_timesteps) % 2**32)
+    if getattr(model, "_interrupted", None) is None:
+        # Loading seeds the generators as at the start; the noise of the first iterations should not come again
+        model.set_random_seed(((args.seed or 0) + model.num_timesteps) % 2**32)
     statistics = find_vec_normalize(path, bare_id(args.env))
     if statistics is not None and model.get_vec_normalize_env() is not None:
         saved = statistics_of(read_vec_normalize(statistics, args.trust))

@@ -28,6 +28,31 @@ from opd_gym.tokens import check_starts
 WARN_OUTSIDE, REFUSE_OUTSIDE = 0.05, 0.5
 
 
+def check_within(actions: np.ndarray, low: np.ndarray, high: np.ndarray, what: str, remedy: str) -> None:
+    """
+    :param actions: demonstrated actions ``(N, D)``
+    :param low: least sensible value of each dimension ``(D,)``
+    :param high: largest one
+    :param what: what lies between them, for the message
+    :param remedy: what to do
+    :raises ValueError: most actions of a dimension lie outside; a warning from 5 % on
+    """
+    bounded = np.isfinite(low) & np.isfinite(high)
+    slack = np.where(bounded, high - low, 0.0) / 255 + 1e-6
+    outside = ((actions < low - slack) | (actions > high + slack)).mean(axis=0)
+    worst = int(outside.argmax())
+    if outside[worst] <= WARN_OUTSIDE:
+        return
+    text = (
+        f"{outside[worst]:.0%} of the demonstrated actions in dimension {worst} lie outside of [{low[worst]:.3g}, "
+        f"{high[worst]:.3g}], {what}: they reach from {actions[:, worst].min():.3g} to "
+        f"{actions[:, worst].max():.3g}. {remedy}"
+    )
+    if outside[worst] > REFUSE_OUTSIDE:
+        raise ValueError(text)
+    warnings.warn(text, stacklevel=4)
+
+
 class Demonstrations:
     """
     Observations with the demonstrated actions, one row per time step (or decision).
@@ -236,6 +261,10 @@ class Demonstrations:
             return self._action_space
         if self.is_chunked:
             return spaces.Box(-1.0, 1.0, self.actions.shape[1:], np.float32)
+        if self.actions.dtype == bool:
+            raise ValueError(
+                "Demonstrated actions are True or False, which may be Discrete(2) or MultiBinary: pass action_space."
+            )
         if np.issubdtype(self.actions.dtype, np.integer) and self.actions.ndim == 1:
             return spaces.Discrete(int(self.actions.max()) + 1)
         if np.issubdtype(self.actions.dtype, np.integer):
@@ -259,22 +288,15 @@ class Demonstrations:
         given = statistics or {"q01": -np.ones(n_dims), "q99": np.ones(n_dims)}
         low, high, mask = normalisation_bounds(given, n_dims)
         low, high = np.where(mask, low, -1.0), np.where(mask, high, 1.0)
-        slack = (high - low) / 255 + 1e-6
-        rows = self.actions.reshape(-1, n_dims)
-        outside = ((rows < low - slack) | (rows > high + slack)).mean(axis=0)
         if given.get("gripper"):
-            outside[-1] = 0.0  # only its sign counts
-        worst = int(outside.argmax())
-        if outside[worst] <= WARN_OUTSIDE:
-            return
-        text = (
-            f"{outside[worst]:.0%} of the demonstrated actions in dimension {worst} lie outside of [{low[worst]:.3g}, "
-            f"{high[worst]:.3g}], the range of the tokens: they reach from {rows[:, worst].min():.3g} to "
-            f"{rows[:, worst].max():.3g}. Use the statistics of these demonstrations."
+            low[-1], high[-1] = -np.inf, np.inf  # only its sign counts
+        check_within(
+            self.actions.reshape(-1, n_dims),
+            low,
+            high,
+            "the range of the tokens",
+            "Use the statistics of these demonstrations.",
         )
-        if outside[worst] > REFUSE_OUTSIDE:
-            raise ValueError(text)
-        warnings.warn(text, stacklevel=3)
 
     def token_mask(self) -> np.ndarray | None:
         """

@@ -286,7 +286,11 @@ def start_from(
             "they have to be of the same class."
         )
     del kwargs["checkpoint"]
-    return {**(data.get("policy_kwargs") or {}), **kwargs}, Start(path, data["action_space"], state, trust)
+    # The optimizer is the algorithm's affair
+    built = {
+        name: value for name, value in (data.get("policy_kwargs") or {}).items() if not name.startswith("optimizer")
+    }
+    return {**built, **kwargs}, Start(path, data["action_space"], state, trust)
 
 
 def _read_zip(
