@@ -41,7 +41,10 @@ $(foreach seed,$(SEEDS),$(foreach name,$(STUDIES),$(foreach change,$($(name)),\
     $(eval $(call run,$(subst $(colon),_,$(change)),opd,$(ENV),$(seed),--n-timesteps $(DECISIONS) --hyperparams $(subst +, ,$(change)) \
         $(with_$(lastword $(subst $(colon), ,$(firstword $(subst +, ,$(change)))))))))))
 
+LABELS = $(foreach n,2 4 8,-l 'group_size_$(n)/*=groups of $(n)') -l 'state_replay_false/*=without replay' \
+    $(foreach n,10 20 80,-l 'gradient_steps_$(n)/*=$(n) gradient steps an iteration') \
+    $(foreach n,2 4,-l 'teacher_interval_$(n)/*=teacher asked every $(n) decisions') -l 'teacher_kwargs.dtype_bfloat16/*=teacher in bfloat16'
 report:
 	$(call reported,--title "Objectives of OPD on LIBERO-Object" --reference "reverse KL" -l 'temperature_0.05/*=reverse KL' \
 	    -l 'divergence_forward_kl/*=forward KL' -l 'divergence_jsd/*=JSD' -l 'divergence_hard_ce/*=hard CE' -l 'estimator_sampled/*=sampled' \
-        -l 'estimator_sampled+*=sampled at temperature 1')
+        -l 'estimator_sampled+*=sampled at temperature 1' $(LABELS))
