@@ -53,8 +53,8 @@ def test_the_readmes_program_runs_as_a_script(tmp_path):
     (tmp_path / "program.py").write_text(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], encoding="utf-8")
     result = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["program.py", "student_after_opd.zip"]
-    model = OPD.load(tmp_path / "student_after_opd", device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["program.py", "student.zip"]
+    model = OPD.load(tmp_path / "student", device="cpu")
     assert model.num_timesteps == 128 and model._n_updates == model.gradient_steps
     # The settings of the zoo, and another student than before
     assert sorted(model.observation_space["agentview"].shape) == [3, 64, 64]
