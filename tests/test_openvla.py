@@ -967,9 +967,9 @@ def test_opd_on_libero(libero, hub, sft, tmp_path):
         model.env.close()
 
 
-def test_a_policy_of_liberos_own_demonstrations_trains_at_their_pace(hub, tmp_path, monkeypatch):
+def test_a_policy_of_liberos_own_demonstrations_trains_at_their_pace(tmp_path, monkeypatch):
     """People take up to 193 steps for an episode of LIBERO-Spatial; the zoo's 112 are for students of the expert."""
-    student = str(tiny.write_checkpoint(hub / "student" / SFT))
+    student = str(tiny.write_checkpoint(tmp_path / SFT))
     complete_checkpoint(student, image_size=[64, 64])
 
     def horizon(env_id, checkpoint, *given):
@@ -1000,9 +1000,9 @@ def test_a_policy_of_liberos_own_demonstrations_trains_at_their_pace(hub, tmp_pa
 
 
 @pytest.mark.libero
-def test_a_checkpoint_is_evaluated_in_half_precision(libero, hub, monkeypatch):
+def test_a_checkpoint_is_evaluated_in_half_precision(libero, tmp_path, monkeypatch):
     """Of 7 billion weights a GPU of 24 GB holds 15 GB, and not 30."""
-    student = tiny.write_checkpoint(hub / "student" / SFT)
+    student = tiny.write_checkpoint(tmp_path / SFT)
     complete_checkpoint(student, image_size=[64, 64])
 
     class Played(Exception):
