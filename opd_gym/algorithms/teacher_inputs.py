@@ -143,8 +143,7 @@ def check_action_spaces(
     :param whose: What errors call the first
     :param other: What errors call the second
     """
-    remedy = f"Both must act in the same space: train one of them again, or wrap the env as it was for {whose}."
-    remedy = remedy.replace("The teacher", "the teacher")
+    remedy = "Both must act in the same space: train one of them again, or wrap the env as it was for the first."
     differ = f"{whose}'s action space is {teacher}, {other}'s {student}. {remedy}"
     if type(teacher) is not type(student):
         raise ValueError(differ)
