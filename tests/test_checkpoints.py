@@ -162,6 +162,8 @@ def test_the_command_line_normalises_for_such_a_student(tmp_path):
     result = train(args)
     assert result.model.get_vec_normalize_env().obs_rms.count > 1000.0
     assert complete_hyperparams(args)["normalize"]["clip_obs"] == 10.0
+    of_rewards, _ = behind_vec_normalize(tmp_path / "rewards", norm_obs=False)
+    assert "normalize" not in complete_hyperparams(replace(args, student=str(of_rewards)))
     given = complete_hyperparams(replace(args, hyperparams=["normalize:false"]))
     assert given["normalize"] is False, "what the user says wins"
 

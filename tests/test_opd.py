@@ -235,7 +235,7 @@ def test_a_new_teacher_labels_replayed_states_anew(dict_obs, tmp_path):
     with th.no_grad():
         for one in (first, second):
             one.action_net.weight *= 500.0  # they disagree
-    model = OPD(name, vec(2, dict_obs=dict_obs), teacher=first, **FAST).learn(128)
+    model = OPD(name, vec(2, dict_obs=dict_obs), teacher=first, micro_batch_size=7, **FAST).learn(128)
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "states.npz")
     n_states, was = model.replay_buffer.size, labels(model)
@@ -251,8 +251,13 @@ def test_a_new_teacher_labels_replayed_states_anew(dict_obs, tmp_path):
         model.learn(64, reset_num_timesteps=False)
     assert th.equal(labels(model)[:n_states], was), "those of the same teacher stay as they are"
     model = go_on(second)
+    asked, get_distribution = [], second.get_distribution
+    second.get_distribution = lambda obs: (
+        asked.append(len(next(iter(obs.values())) if dict_obs else obs)) or (get_distribution(obs))
+    )
     with pytest.warns(UserWarning, match=f"The {n_states} states to replay were labelled by another teacher"):
         model.learn(64, reset_num_timesteps=False)
+    assert sum(asked) >= n_states and max(asked) == 7, "no more than the memory is for"
     states = model.replay_buffer.states(np.arange(n_states))
     with th.no_grad():
         expected = second.get_distribution(states.observations).distribution.logits

@@ -656,17 +656,16 @@ class PolicyAlgorithm(BaseAlgorithm):
         :param exclude: Names of parameters that should be excluded in addition to the default ones
         :param include: Names of parameters that might be excluded but should be included anyway
         """
-        is_name = isinstance(path, (str, os.PathLike))
-        if is_name and not ranks.is_main():
+        target = pathlib.Path(path) if isinstance(path, (str, os.PathLike)) else None
+        if target is not None and not ranks.is_main():
             return
         self._interrupted = self._interruption()
         try:
-            if isinstance(path, (str, os.PathLike)):
-                target = pathlib.Path(path)
-                with replacing(target if target.suffix else target.with_name(f"{target.name}.zip")) as temporary:
-                    super().save(temporary, exclude=exclude, include=include)
-            else:
+            if target is None:
                 super().save(path, exclude=exclude, include=include)
+                return
+            with replacing(target if target.suffix else target.with_name(f"{target.name}.zip")) as temporary:
+                super().save(temporary, exclude=exclude, include=include)
         finally:
             self._interrupted = None
 

@@ -330,27 +330,28 @@ class OPD(RolloutAlgorithm):
             return
         probed = np.unique(np.linspace(0, replay.size - 1, PROBED_STATES).astype(int))
         states = replay.states(probed)
-        before = self.token_spec.from_flat(states.distributions)
-        divergence = token_divergence(self._teacher_of_replay(states), before)
-        if float(masked_mean(divergence, states.masks)) < SAME_TEACHER:
+        asked = th.cat([flat.to(self.device) for _, flat in self._labels_of_replay(probed)])
+        now, before = map(self.token_spec.from_flat, (asked, states.distributions))
+        if float(masked_mean(token_divergence(now, before), states.masks)) < SAME_TEACHER:
             return
         warnings.warn(
             f"The {replay.size} states to replay were labelled by another teacher. This one labels them anew.",
             stacklevel=2,
         )
-        size = self.micro_batch_size or self.batch_size
-        for start in range(0, replay.size, size):
-            rows = np.arange(start, min(start + size, replay.size))
-            replay.distributions[rows] = self._teacher_of_replay(replay.states(rows)).flatten().cpu().numpy()
+        for rows, flat in self._labels_of_replay(np.arange(replay.size)):
+            replay.distributions[rows] = flat.cpu().numpy()
 
-    def _teacher_of_replay(self, states: ReplayedStates) -> TokenView:
-        assert self._teacher is not None
-        n = len(states.masks)
-        labels = th.full((n, self.rollout_buffer.label_size), th.nan, device=self.device)
-        view = self._teacher.ask(states.observations, labels, states.actions)()
-        check_finite(view)
-        check_answer(view, self.token_spec, n)
-        return view
+    def _labels_of_replay(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, th.Tensor]]:
+        """Some replayed states, so many at a time as the memory is for, and what the teacher says of them."""
+        assert self._teacher is not None and self.replay_buffer is not None
+        size = self.micro_batch_size or self.batch_size
+        for part in np.split(rows, range(size, len(rows), size)):
+            states = self.replay_buffer.states(part)
+            labels = th.full((len(part), self.rollout_buffer.label_size), th.nan, device=self.device)
+            view = self._teacher.ask(states.observations, labels, states.actions)()
+            check_finite(view)
+            check_answer(view, self.token_spec, len(part))
+            yield part, view.flatten()
 
     # ------------------------------------------------------------------------------------------------------ rollout
 

@@ -334,8 +334,10 @@ def complete_hyperparams(args: TrainArgs, overrides: Mapping[str, Any] | None = 
         student = resolve_checkpoint(policy_kwargs["checkpoint"])
         file = find_vec_normalize(student, bare_id(args.env)) if student.is_file() else None
         if file is not None and values.get("normalize") is None:
-            # For the student to see in this run what it saw where it was trained
-            values["normalize"] = vec_normalize_arguments(read_vec_normalize(file, args.trust))
+            found = read_vec_normalize(file, args.trust)
+            if found.norm_obs:
+                # For the student to see in this run what it saw where it was trained
+                values["normalize"] = vec_normalize_arguments(found)
         policy_kwargs["checkpoint"] = lasting_name(policy_kwargs["checkpoint"])
     if "horizon" not in (given_here.get("env_kwargs") or {}):
         values = without_training_horizon(args.env, values, checkpoint_settings(policy_kwargs, args.trust))
