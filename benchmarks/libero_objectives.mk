@@ -5,6 +5,7 @@
 #
 #   make -f benchmarks/libero_objectives.mk -j2                    60 runs of 2,000 decisions, by a rough count five hours on two cores
 #   make -f benchmarks/libero_objectives.mk divergence SEEDS=0
+#   make -f benchmarks/libero_objectives.mk paper
 #   make -f benchmarks/libero_objectives.mk report
 DECISIONS ?= 2000
 EPISODES ?= 200
@@ -41,10 +42,16 @@ $(foreach seed,$(SEEDS),$(foreach name,$(STUDIES),$(foreach change,$($(name)),\
     $(eval $(call run,$(subst $(colon),_,$(change)),opd,$(ENV),$(seed),--n-timesteps $(DECISIONS) --hyperparams $(subst +, ,$(change)) \
         $(with_$(lastword $(subst $(colon), ,$(firstword $(subst +, ,$(change)))))))))))
 
+# Twenty times as long, for as many gradient steps as the exact divergence has of 1,000 decisions
+.PHONY: paper
+paper: $(RUNS)/paper/seed0/opd/$(ENV)_1/evaluation.json
+$(RUNS)/paper/seed0/opd/$(ENV)_1/policy/config.json:
+	$(call train,$(RUNS)/paper/seed0,opd,$(ENV),--seed 0 --n-timesteps 40000 --hyperparams estimator:sampled temperature:1.0 learning_rate:1e-4 $(with_sampled))
+
 LABELS = $(foreach n,2 4 8,-l 'group_size_$(n)/*=groups of $(n)') -l 'state_replay_false/*=without replay' \
     $(foreach n,10 20 80,-l 'gradient_steps_$(n)/*=$(n) gradient steps an iteration') \
     $(foreach n,2 4,-l 'teacher_interval_$(n)/*=teacher asked every $(n) decisions') -l 'teacher_kwargs.dtype_bfloat16/*=teacher in bfloat16'
 report:
 	$(call reported,--title "Objectives of OPD on LIBERO-Object" --reference "reverse KL" -l 'temperature_0.05/*=reverse KL' \
 	    -l 'divergence_forward_kl/*=forward KL' -l 'divergence_jsd/*=JSD' -l 'divergence_hard_ce/*=hard CE' -l 'estimator_sampled/*=sampled' \
-        -l 'estimator_sampled+*=sampled at temperature 1' $(LABELS))
+        -l 'estimator_sampled+*=sampled at temperature 1' -l 'paper/*=sampled at temperature 1 and twenty times as long' $(LABELS))
