@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.common import PolicyAlgorithm
 from opd_gym.demonstrations import Episode, write_demonstrations
+from opd_gym.evaluation import EvaluationResult
 from opd_gym.policies import body
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,3 +163,26 @@ def test_python_blocks_run(block: Block, short: None, tmp_path: Path, monkeypatc
 def test_few_blocks_are_not_run() -> None:
     assert len(BLOCKS) > 20
     assert len([block for block in BLOCKS if block.not_run]) <= MOST_NOT_RUN
+
+
+def intervals(text: str) -> set[tuple[float, ...]]:
+    """Success and its 95 % interval: "41.6 % (37.4 to 46.0)", "| 41.6 % | 37.4 to 46.0 %" or "41.6 % [37.4, 46.0]"."""
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.findall(rf"{number} %(?:\*\*)? (?:\(|\| |\[){number}(?: to |, ){number}", text)
+    values = {tuple(map(float, numbers)) for numbers in found}
+    return {(success, low, high) for success, low, high in values if low <= success <= high}
+
+
+def test_intervals_are_those_of_results() -> None:
+    """Success that is published with an interval is that of committed results, and not of older ones."""
+    results = ROOT / "benchmarks" / "results"
+    measured = {found for path in results.rglob("*.md") for found in intervals(path.read_text(encoding="utf-8"))}
+    # Each seed of RoboTwin has a student and a teacher of its own
+    for path in results.glob("robotwin_*/**/evaluation.json"):
+        evaluation = EvaluationResult.load(path)
+        measured.add(tuple(round(100 * share, 1) for share in (evaluation.success_rate, *evaluation.interval)))
+    # But for what an example prints
+    pages = [path for path in PAGES if path.name != "examples.md"]
+    published = {(path.name, *found) for path in pages for found in intervals(plain(path))}
+    assert len(published) > 100
+    assert not {found for found in published if found[1:] not in measured}
