@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.algorithms.common import PolicyAlgorithm
 from opd_gym.demonstrations import Episode, write_demonstrations
-from opd_gym.evaluation import EvaluationResult
+from opd_gym.evaluation import EvaluationResult, mcnemar
 from opd_gym.policies import body
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,3 +186,17 @@ def test_intervals_are_those_of_results() -> None:
     published = {(path.name, *found) for path in pages for found in intervals(plain(path))}
     assert len(published) > 100
     assert not {found for found in published if found[1:] not in measured}
+
+
+@pytest.mark.parametrize("page", ["results.md", "grpo.md"])
+def test_paired_tests_are_those_of_results(page: str) -> None:
+    """A test that is published as "gained, lost, p" has the numbers of a committed table, and their p."""
+    tables = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks" / "results").rglob("*.md")]
+    measured = {found for text in tables for found in re.findall(r"\| (\d+) \| (\d+) \| \d[\d.e-]* \|\n", text)}
+    p_value = r"(\d\.\d+|\de-\d+|1)(?![\d.])"
+    published = re.findall(rf"(?<![\d,.])(\d+), (\d+), {p_value}", plain(DOCS / page))
+    assert len(published) > 5
+    for gained, lost, p in published:
+        assert (gained, lost) in measured
+        exact = mcnemar(int(gained), int(lost))
+        assert float(p) in {round(exact, 2), float(f"{exact:.1g}")}
