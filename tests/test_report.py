@@ -273,9 +273,81 @@ def test_a_label_that_other_runs_have_for_a_name_is_told(tmp_path):
     run(tmp_path / "b", "grpo", 1, [0.1, 0.5], evaluation(7))
     policies = find_policies([tmp_path], {"b/*": "opd"})
     assert [policy.label for policy in policies] == ["opd"]
-    assert policies[0].notes == [f"without a label this is the name of a/opd/{ENV}_1/ too, which counts here."]
-    for labels in ({"b/*": "GRPO"}, {"*": "opd"}):
-        assert not any(policy.notes for policy in find_policies([tmp_path], labels))
+    assert policies[0].notes[1:] == [f"without a label this is the name of a/opd/{ENV}_1/ too, which counts here."]
+    assert not any(policy.notes for policy in find_policies([tmp_path], {"b/*": "GRPO"}))
+
+
+def test_a_label_for_more_than_seeds_is_told(tmp_path):
+    for seed, divergence in enumerate(("jsd", "reverse_kl")):
+        run(tmp_path, "opd", seed, [0.1, 0.5], evaluation(5), divergence=divergence, learning_rate=0.1 + seed)
+    (policy,) = find_policies([tmp_path], {"*": "OPD"})
+    assert policy.notes == ["its seeds differ in divergence, learning_rate."]
+    run(tmp_path, "grpo", 2, [0.1, 0.5], evaluation(7))
+    (policy,) = find_policies([tmp_path], {"*": "OPD"})
+    assert policy.notes == ["its seeds are of different algorithms: grpo, opd."]
+
+
+def test_a_seed_that_was_not_evaluated_is_told(results, capsys):
+    (results / "opd" / f"{ENV}_2" / "evaluation.json").unlink()
+    (opd,) = (policy for policy in find_policies([results], {}) if policy.label == "opd")
+    assert opd.notes == [
+        f"seed 1 (opd/{ENV}_2/) has no evaluation.json: its training counts, but not its success and costs."
+    ]
+    # Where none was, nothing is shown of the others either
+    (results / "opd" / f"{ENV}_1" / "evaluation.json").unlink()
+    assert not any(policy.notes for policy in find_policies([results], {}))
+    # What cannot be told from a run that never began is not left out in silence
+    (results / "opd" / f"{ENV}_1" / "config.yml").unlink()
+    assert len(next(policy for policy in find_policies([results], {}) if policy.label == "opd").curves) == 1
+    assert capsys.readouterr().err == f"opd/{ENV}_1/ is left out: its config.yml is missing.\n"
+
+
+def test_labels_are_of_paths_as_they_are_given_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder, k in (("lr[1e-4]", 2), ("lr[1e-3]", 8)):
+        run(Path(folder), "opd", 0, [0.1, 0.5], evaluation(k))
+    labels = {"lr[1e-4]/*": "small", "lr[1e-3]/*": "large"}
+    for folders in ([Path()], [Path("lr[1e-4]"), Path("lr[1e-3]")], [Path("lr[1e-4]/opd"), Path("lr[1e-3]"), Path()]):
+        found = {policy.label: policy.score()[0] for policy in find_policies(folders, labels)}
+        assert found == {"small": 0.2, "large": 0.8}
+    # And where nothing is at such a path, what is
+    (both,) = find_policies([Path("lr[1e-4]"), Path("lr[1e-3]")], {"lr/*": "x"})
+    assert f"there is lr[1e-3]/opd/{ENV}_1/, lr[1e-4]/opd/{ENV}_1/." in capsys.readouterr().err
+    assert both.notes[0].startswith(f"seed 0 is there more than once, in lr[1e-3]/opd/{ENV}_1/ too")
+
+
+def test_success_of_a_short_window_is_not_that_of_others(results):
+    path = results / "opd" / f"{ENV}_1" / "config.yml"
+    path.write_text(f"{path.read_text()}stats_window_size: 10\n")
+    (opd,) = (policy for policy in find_policies([results], {"opd/*": "opd"}) if policy.label == "opd")
+    assert opd.notes[0] == f"success of seed 0 (opd/{ENV}_1/) in training is of its last 10 episodes."
+    reached = opd.reached(0.5, "time/env_steps")
+    assert math.isnan(reached["0"]) and reached["1"] == 4000
+
+
+def test_what_pictures_and_groups_lack_is_told_once(results, capsys):
+    page(
+        results,
+        "--tasks",
+        "none=77",
+        "-l",
+        "opd/*=\N{CJK UNIFIED IDEOGRAPH-6A5F}",
+        "--pictures",
+        results.parent / "png",
+    )
+    told = capsys.readouterr().err
+    assert "--tasks none: nobody was evaluated in one of these tasks." in told
+    assert told.count("\N{CJK UNIFIED IDEOGRAPH-6A5F}") == 1 and "UserWarning" not in told
+
+
+def test_lost_episodes_are_of_the_env_of_the_others(tmp_path):
+    result = evaluation(5)
+    result.lost.append(LostEpisode(0, 77, None, "killed"))
+    result.save(tmp_path / "a.json")
+    (policy,) = find_policies([tmp_path], {})
+    assert len(policy.results["0"].lost) == 1
+    alone = Policy("b", ENV, results={"0": EvaluationResult([], lost=result.lost)})
+    assert overview([alone])[1] == ["b", "all episodes were lost"]
 
 
 def test_a_seed_that_is_there_twice_and_a_run_that_is_not_finished_are_told(tmp_path, capsys):
@@ -352,6 +424,10 @@ def test_kept_copies(results, tmp_path, capsys):
 def test_page(results, tmp_path, capsys, monkeypatch):
     (results / "opd.gif").write_bytes(b"GIF89a")
     (results / "run").mkdir()
+    # Not of what was trained on
+    for file in ("meta/info.json", "videos/observation.images.image/file-000.mp4"):
+        (results / "demos" / file).parent.mkdir(parents=True)
+        (results / "demos" / file).write_text("{}")
     for name in ("after.gif", "after.mp4"):  # the same film
         (results / "run" / name).write_bytes(b"a film")
     monkeypatch.chdir(tmp_path)
@@ -454,18 +530,24 @@ def test_refused(results, tmp_path, capsys):
         ([str(results), "--before", "opd=-1,nan"], "NAME=ENV_STEPS,MINUTES"),
         ([str(results), "--keep", str(results / "kept")], "Name another folder"),
         ([str(results), "--keep", str(results.parent)], "Name another folder"),
-        ([str(results), "--markdown", str(results / "x.json")], "another suffix"),
-        ([str(results), "--markdown", str(tmp_path / "page.html")], "Name two files"),
+        ([str(results), "--markdown", str(results / "x.json")], "ends with .md"),
+        ([str(results), "--markdown", str(tmp_path / "page.html")], "ends with .md"),
         ([str(results), "--tasks", "a=0", "--tasks", "a=1"], "--tasks a=... is given twice"),
         ([str(results), "--label", "a=x", "--label", "a=y"], "--label a=... is given twice"),
         ([str(results), "--label", "a=x\ny"], "cannot be printed"),
     ):
         assert main(["report", *words, "-o", str(tmp_path / "page.html")]) == 2
         assert told in capsys.readouterr().err
+    weights = results / "opd" / f"{ENV}_1" / "model.zip"
+    assert main(["report", str(results), "-o", str(weights)]) == 2
+    assert "ends with .html" in capsys.readouterr().err and weights.read_text() == "large"
     assert not (tmp_path / "page.html").exists()
     # An experiment that is not finished has a report as well
     find_policies([results], {"typo/*": "student", "eval/*": "teacher"})
-    assert capsys.readouterr().err == "--label typo/*=student: nothing is found at such a path.\n"
+    assert capsys.readouterr().err == (
+        f"--label typo/*=student: nothing is found at such a path; there is eval/teacher.json, grpo/{ENV}_1/, "
+        f"grpo/{ENV}_2/, opd/{ENV}_1/, opd/{ENV}_2/.\n"
+    )
     assert np.isnan(Policy("x", ENV).score()[0])
     (results / "grpo" / f"{ENV}_1" / "evaluation.json").write_text("{")
     with pytest.raises(ValueError, match=r"evaluation\.json is not the result of an evaluation.*or is damaged"):
@@ -648,11 +730,14 @@ def test_means_over_seeds():
 
 def test_a_goal_is_a_share_of_what_the_table_shows():
     teacher = Policy("teacher", ENV, results={"0": evaluation(10), "1": evaluation(50, n=100)})
-    assert details([teacher], teacher)[0][-1] == "env steps to 68 % (90 % of teacher)"
-    nobody = Policy("nobody", ENV, results={"0": evaluation(0)})
-    assert details([nobody], nobody)[0][-1] == "minutes"
     curve = [{"time/env_steps": 1000.0, "time/episodes": 60.0, "rollout/success_rate": 0.9}]
-    assert details([Policy("short", ENV, curves={"0": curve}), teacher], teacher)[1][-1] == "fewer than 100 episodes"
+    short = Policy("short", ENV, curves={"0": curve})
+    table = details([short, teacher], teacher)
+    assert [row[-1] for row in table] == ["env steps to 68 % (90 % of teacher)", "fewer than 100 episodes", ""]
+    nobody = Policy("nobody", ENV, results={"0": evaluation(0)})
+    assert details([short, nobody], nobody)[0][-1] == "env steps"
+    # Columns in which nobody has anything are left out
+    assert details([nobody], nobody)[0] == ["policy", "success", "95 % interval", "episodes"]
 
 
 def test_returns_are_shown_beside_success_and_small_ones_in_three_digits():
@@ -660,7 +745,7 @@ def test_returns_are_shown_beside_success_and_small_ones_in_three_digits():
     policy = Policy("ppo", "Some-v0", results={"0": EvaluationResult(solved)})
     rows = details([policy], None)
     low, high = ttest_1samp([0.012, 0.014], 0.0).confidence_interval(0.95)
-    assert rows[0][4] == "mean return" and rows[1][4] == f"0.013 [{low:.3g}, {high:.3g}]"
+    assert rows[0][3] == "mean return" and rows[1][3] == f"0.013 [{low:.3g}, {high:.3g}]"
     mixed = Policy("x", "Some-v0", results={"0": EvaluationResult([replace(e, success=None) for e in solved])})
     assert details([policy, mixed], None)[0][1] == "success or mean return"
     # A run that has no evaluation yet is measured by whatever the others are
@@ -668,12 +753,11 @@ def test_returns_are_shown_beside_success_and_small_ones_in_three_digits():
     # Where a return is no number, or infinite, there is no mean, and success is shown all the same
     for value, shown in ((math.nan, ""), (math.inf, "inf")):
         broken = EvaluationResult([replace(solved[0], reward=value), solved[1]])
-        assert details([Policy("x", "Some-v0", results={"0": broken})], None)[1][1:5] == [
-            "0.0 %",
-            "0.0 to 65.8 %",
-            "",
-            shown,
+        table = details([Policy("x", "Some-v0", results={"0": broken})], None)
+        assert [*table[1][1:3], dict(zip(*table, strict=True)).get("mean return", "")] == [
+            *("0.0 %", "0.0 to 65.8 %", shown)
         ]
+        assert draw([Policy("x", "Some-v0", results={"0": broken})], "time/env_steps") is None
     # Returns that are equal but for rounding have no interval of negative length
     equal = EvaluationResult([EpisodeRecord(-1, -1, None, 10, 27.57, seed) for seed in range(3)])
     rows = [{"time/env_steps": 10.0 * n, "rollout/ep_rew_mean": 27.57} for n in (1, 2)]
@@ -711,6 +795,9 @@ def test_a_page_is_the_same_again_and_all_its_pictures_can_be_seen(results):
 
 def test_markdown_begins_nothing_of_its_own():
     assert markdown([["a|b"], ["<script>\nx"]]) == "| a\\|b |\n| --- |\n| &lt;script> x |\n"
+    assert markdown([["a\\|b"], ["*x* [y](z) [1, 2]"]]).splitlines()[::2] == [
+        *("| a\\\\\\|b |", r"| \*x\* [y]\(z) [1, 2] |")
+    ]
 
 
 def test_kept_copies_of_a_run_that_was_trained_again(results, tmp_path, capsys):

@@ -10,8 +10,19 @@ from typing import Any, TypeVar
 
 from opd_gym.cli.options import Report
 from opd_gym.cli.report.copies import copies, films, keep
-from opd_gym.cli.report.pictures import AXES, LEARNING, cost_before, draw, draw_groups, draw_learning, png, styles, svg
-from opd_gym.cli.report.policies import ENV_STEPS, SECONDS
+from opd_gym.cli.report.pictures import (
+    AXES,
+    LEARNING,
+    cost_before,
+    draw,
+    draw_groups,
+    draw_learning,
+    png,
+    styles,
+    svg,
+    tell_missing_glyphs,
+)
+from opd_gym.cli.report.policies import ENV_STEPS, SECONDS, evaluated_tasks
 from opd_gym.cli.report.reading import find_policies
 from opd_gym.cli.report.tables import (
     by_group,
@@ -30,13 +41,15 @@ from opd_gym.files import replacing, write_atomic
 TEMPLATE = Path(__file__).with_name("page.html")
 # No benchmark has more
 MAX_TASKS = 100_000
-# Files that a report reads end so: a page of that name could replace one
-INPUTS = (".json", ".csv", ".yml", ".txt", ".mp4", ".gif")
+# What may be written over: a page of another suffix could replace what it is made from, or weights
+SUFFIXES = {"--output": (".html", ".htm"), "--markdown": (".md", ".markdown")}
+# Of more films a page is slow to open
+MOST_FILM_BYTES = 20 * 2**20
 CURVES = (
-    "Lines: training episodes, mean of the seeds; bands: lowest and highest seed. Diamonds: held-out episodes "
-    "afterwards, with their 95 % interval. Dashed: policies without a curve."
+    "Lines: training episodes, mean of the seeds, as far as all of them go; bands: lowest and highest seed. Diamonds: "
+    "held-out episodes afterwards, with their 95 % interval. Dashed: policies without a curve."
 )
-SEEDS = "Lines: mean of the seeds; bands: lowest and highest seed."
+SEEDS = "Lines: mean of the seeds, as far as all of them go; bands: lowest and highest seed."
 GROUPS = "Held-out episodes. Diamonds: mean of the seeds with its 95 % intervals; dots: seeds."
 
 T = TypeVar("T")
@@ -69,6 +82,11 @@ def report(args: Report) -> None:
     known = {*names, *(f"{policy.label}@{policy.env_id}" for policy in policies)}
     for name in sorted(before.keys() - known):
         print(f"--before {name}: nothing is called that; there is {', '.join(sorted(known))}.", file=sys.stderr)
+    played = {task for policy in policies for task in evaluated_tasks(policy.pooled)}
+    for name, tasks in groups.items():
+        if played and not played & set(tasks):
+            print(f"--tasks {name}: nobody was evaluated in one of these tasks.", file=sys.stderr)
+    tell_missing_glyphs(names)
     looks = styles(names)
     sections: list[dict[str, Any]] = []
     pictures: dict[str, bytes] = {}
@@ -105,12 +123,16 @@ def report(args: Report) -> None:
         commands = [(policy.label, command) for policy in here for command in policy.commands]
         sections.append({"env": env_id, "figures": drawings, "tables": tables, "commands": commands})
     summary, remarks, versions = overview(policies), notes(policies, args.reference), mixed_versions(policies)
+    shown_films = films(args.results)
+    size = sum(len(film["data"]) for film in shown_films)
+    if size > MOST_FILM_BYTES:
+        print(f"The page holds {len(shown_films)} films of {size / 2**20:,.0f} MB in all.", file=sys.stderr)
     page = Environment(autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
     html = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=args.title,
         overview=summary,
         sections=sections,
-        films=films(args.results),
+        films=shown_films,
         versions=versions,
         notes=remarks,
         most=max(len(section["figures"]) for section in sections) or 1,
@@ -135,12 +157,10 @@ def report(args: Report) -> None:
 
 
 def _check_outputs(args: Report) -> None:
-    """Nothing that is read may be written over, and nothing twice."""
+    """Nothing that is read may be written over."""
     for option, path in (("--output", args.output), ("--markdown", args.markdown)):
-        if path is not None and path.suffix in INPUTS:
-            raise ValueError(f"{option} {path}: what is reported has such names. Give it another suffix, .html or .md.")
-    if args.markdown is not None and args.markdown.resolve() == args.output.resolve():
-        raise ValueError(f"--output and --markdown are both {args.output}. Name two files.")
+        if path is not None and path.suffix.lower() not in SUFFIXES[option]:
+            raise ValueError(f"{option} {path}: expected a name that ends with {SUFFIXES[option][0]}.")
     for folder in args.results:
         if args.keep is not None:
             source, target = folder.resolve(), args.keep.resolve()

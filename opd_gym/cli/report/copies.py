@@ -28,7 +28,7 @@ def films(folders: Iterable[Path]) -> list[dict[str, str]]:
     order = list(FILMS)
     chosen: dict[Path, tuple[str, Path]] = {}
     for folder in folders:
-        found = [path for path in visible_files(folder) if path.suffix in FILMS]
+        found = _films_in(visible_files(folder))
         for path in sorted(found, key=lambda path: (path.with_suffix(""), order.index(path.suffix))):
             chosen.setdefault(path.resolve().with_suffix(""), (shown(path.with_suffix(""), folder), path))
     return [
@@ -41,6 +41,13 @@ def films(folders: Iterable[Path]) -> list[dict[str, str]]:
     ]
 
 
+def _films_in(files: Iterable[Path]) -> list[Path]:
+    """Films, but for those of a data set of LeRobot's, which are what was trained on."""
+    found = [path for path in files if path.suffix in FILMS]
+    data_sets = {above for path in found for above in path.parents if (above / "meta" / "info.json").is_file()}
+    return [path for path in found if not data_sets & set(path.parents)]
+
+
 def copies(folders: Iterable[Path], target: Path) -> dict[Path, Path]:
     """
     :param folders: what is reported
@@ -51,10 +58,12 @@ def copies(folders: Iterable[Path], target: Path) -> dict[Path, Path]:
     found: dict[Path, Path] = {}
     for folder in folders:
         runs = run_dirs(folder)
-        for path in [folder] if folder.is_file() else visible_files(folder):
+        files = [folder] if folder.is_file() else visible_files(folder)
+        shown_films = set(_films_in(files))
+        for path in files:
             inside = Path(path.name) if path == folder else path.relative_to(folder)
             # A folder may lie in another one that is given
-            if _is_read(path, runs) and path.resolve() not in found.values():
+            if (path in shown_films or _is_read(path, runs)) and path.resolve() not in found.values():
                 if target / inside in found:
                     raise ValueError(
                         f"--keep: {found[target / inside]} and {path} would both be {target / inside}. Report the "
@@ -67,8 +76,6 @@ def copies(folders: Iterable[Path], target: Path) -> dict[Path, Path]:
 def _is_read(path: Path, runs: Sequence[Path]) -> bool:
     """Whether a report is made from it: of a run not what lies in its folders, such as weights."""
     run = next((run for run in runs if path.is_relative_to(run)), None)
-    if path.suffix in FILMS:
-        return True
     if run is not None:
         return path.parent == run and (path.name in KEPT or PROGRESS.fullmatch(path.name) is not None)
     return path.suffix == ".json" and means_to_be_evaluation(path)
@@ -95,7 +102,7 @@ def keep(files: Mapping[Path, Path], target: Path) -> None:
     copied = {place.parent for place in files if place.name == "args.yml"}
     runs, left = run_dirs(target), []
     for path in visible_files(target):
-        if path not in files and _is_read(path, runs):
+        if path not in files and (path.suffix in FILMS or _is_read(path, runs)):
             if path.parent in copied and PROGRESS.fullmatch(path.name):
                 path.unlink()
             else:

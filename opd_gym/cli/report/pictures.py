@@ -6,8 +6,11 @@ import io
 import math
 import re
 import statistics
+import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +75,8 @@ def draw(
     """
     looks = looks or styles([policy.label for policy in policies])
     runs = [rows for policy in policies for rows in policy.curves.values()]
+    if not any(runs):
+        return None
     key = SUCCESS if any(SUCCESS in row for rows in runs for row in rows) else RETURN
     label, unit = AXES[column]
     success = key == SUCCESS
@@ -161,6 +166,20 @@ def draw_groups(
     axis.set_xlim(-2, 102)
     _legend(figure)
     return figure
+
+
+def tell_missing_glyphs(labels: Sequence[str]) -> None:
+    """
+    Say once which letters the pictures will lack, where matplotlib would warn of each in each picture.
+
+    :param labels: names of policies
+    """
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    missing = "".join(sorted({letter for label in labels for letter in label if ord(letter) not in known}))
+    if missing:
+        print(f"The pictures show boxes for {missing}, which their font lacks. The tables have them.", file=sys.stderr)
 
 
 def _name(text: str) -> str:
@@ -277,7 +296,7 @@ def svg(figure: Figure, name: str) -> str:
     from matplotlib import rc_context
 
     file = io.StringIO()
-    with rc_context({"svg.hashsalt": name}):
+    with rc_context({"svg.hashsalt": name}), _quiet_font():
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     return re.sub(r'((?:id|xlink:href)="#?|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
@@ -289,5 +308,14 @@ def png(figure: Figure) -> bytes:
     :return: the content of a PNG file
     """
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=130)
+    with _quiet_font():
+        figure.savefig(file, format="png", dpi=130)
     return file.getvalue()
+
+
+@contextmanager
+def _quiet_font() -> Iterator[None]:
+    """See :func:`tell_missing_glyphs`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield

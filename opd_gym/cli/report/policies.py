@@ -28,6 +28,7 @@ class Policy:
     :param commands: the commands of its runs
     :param notes: sentences about what its numbers do not show
     :param unfinished: seeds whose training has not ended
+    :param windows: seed -> number of episodes that success in training is averaged over
     :param seeded: whether its seeds are of a training: those of another policy with the same numbers belong to them
     """
 
@@ -38,6 +39,7 @@ class Policy:
     commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unfinished: set[str] = field(default_factory=set)
+    windows: dict[str, int] = field(default_factory=dict)
     seeded: bool = False
 
     @property
@@ -73,7 +75,10 @@ class Policy:
         for seed in seeds:
             if any(math.isnan(outcome(task, judged)) for task in parts[seed].per_task().values()):
                 what = "does not say of each task what was solved, as others do" if judged else "has returns of NaN"
-                raise ValueError(f"The evaluation of {self.label} on {self.env_id} with seed {seed} {what}.")
+                raise ValueError(
+                    f"The evaluation of {self.label} on {self.env_id} with seed {seed} {what}. Evaluate it again, or "
+                    "move it away."
+                )
         pooled = EvaluationResult([episode for result in results for episode in result.episodes])
         low, high = pooled.interval if judged else t_interval([episode.reward for episode in pooled.episodes])
         if len(results) == 1:
@@ -109,13 +114,14 @@ class Policy:
         :param goal: success rate
         :param column: of ``progress.csv``
         :return: for each seed that plays while it trains its value where success over the last :data:`WINDOW` episodes
-            first was at the goal; None where it has not been, NaN where there were never so many episodes
+            first was at the goal; None where it has not been, NaN where it was never that of so many
         """
         found: dict[str, float | None] = {}
         for seed, rows in self.curves.items():
             there = [row for row in rows if SUCCESS in row and column in row]
             if there:
-                whole = [row for row in there if row.get("time/episodes", WINDOW) >= WINDOW]
+                enough = self.windows.get(seed, WINDOW) >= WINDOW
+                whole = [row for row in there if enough and row.get("time/episodes", WINDOW) >= WINDOW]
                 # 0.9 of 0.8 is a little more than 0.72
                 at = next((row[column] for row in whole if row[SUCCESS] >= goal - 1e-9), None)
                 found[seed] = at if whole else math.nan

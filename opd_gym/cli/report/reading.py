@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from opd_gym.cli.report.policies import Policy
+from opd_gym.cli.report.policies import WINDOW, Policy
 from opd_gym.cli.runs import progress_files, read_progress
 from opd_gym.cli.train import read_args, read_mapping
 from opd_gym.envs.registration import bare_id
@@ -28,6 +28,9 @@ INCIDENTAL = (
     *("n_timesteps", "n_workers", "worker_timeout", "ray"),
 )
 
+# So many paths, or settings, are named in a line
+MOST_SHOWN = 10
+
 
 @dataclass
 class _Found:
@@ -35,7 +38,9 @@ class _Found:
     A run, or an evaluation without one.
 
     :param file: the run's directory, or the file of the evaluation
-    :param path: the same below the folder that was given, for labels and notes
+    :param path: the same below the folder that was given, for labels and notes; as it was given where another one has
+        that path too
+    :param paths: all that a label may call it: below each of the folders that were given, and as it was given
     :param name: the algorithm, or the stem of the file without its seed
     :param env_id: environment id; empty if nothing says it
     :param seed: of the training
@@ -47,10 +52,12 @@ class _Found:
     :param notes: what its numbers do not show
     :param total: timesteps that it was to have
     :param seeded: whether ``seed`` is that of a training
+    :param window: number of episodes that success in training is averaged over
     """
 
     file: Path
     path: str
+    paths: frozenset[str]
     name: str
     env_id: str
     seed: str
@@ -62,6 +69,7 @@ class _Found:
     notes: list[str] = field(default_factory=list)
     total: float | None = None
     seeded: bool = True
+    window: int = WINDOW
 
     @property
     def done(self) -> float:
@@ -78,6 +86,14 @@ class _Found:
         """Whether it was trained here; otherwise it is an evaluation alone."""
         return self.file.is_dir()
 
+    def matches(self, pattern: str) -> bool:
+        """
+        :param pattern: of a label
+        :return: whether it is found there; brackets may be a part of the name as well
+        """
+        plain = pattern.replace("[", "[[]")
+        return any(fnmatch(path, pattern) or fnmatch(path, plain) for path in self.paths)
+
 
 def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Policy]:
     """
@@ -86,7 +102,8 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
     after all that differ. Evaluations outside of a run, ``NAME_seed0.json``, are named after their files.
 
     :param folders: runs, evaluations, or folders that hold some
-    :param labels: pattern of a path below its folder -> name of what is there; the first match counts
+    :param labels: pattern of a path, below its folder or as it was given -> name of what is there; the first match
+        counts
     :return: the policies, in the order of ``labels`` and then of their paths, runs first
     :raises ValueError: there is nothing in a folder, or a file of a run is damaged
     :raises OSError: there is no such folder, or something in it cannot be read
@@ -97,7 +114,13 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
     every.sort(key=lambda item: (not item.is_run, os.path.abspath(item.file) != str(item.file.resolve())))
     of_runs = {item.file.resolve() / EVALUATION_FILE for item in every if item.is_run}
     unique = {(item.file.resolve(), item.env_id): item for item in reversed(every)}
+    for item in every:
+        unique[item.file.resolve(), item.env_id].paths |= item.paths
     found = [item for item in reversed(unique.values()) if item.file.resolve() not in of_runs]
+    places = {path: {item.file.resolve() for item in found if item.path == path} for path in {i.path for i in found}}
+    for item in found:
+        if len(places[item.path]) > 1:
+            item.path = f"{item.file.as_posix()}{'/' * item.is_run}"
     _name_envs(found)
     _tell_apart(found)
     settings: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -114,10 +137,11 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
         usual = common[item.name, item.env_id] if item.is_run else {}
         told = [key for key in sorted(usual) if usual[key] != [item.settings.get(key)]]
         if told:
-            label += f" ({', '.join(f'{key}={item.settings.get(key)}' for key in told)})"
+            values = (f"{key}={item.settings[key]}" if key in item.settings else f"no {key}" for key in told)
+            label += f" ({', '.join(values)})"
         number = len(labels)
         for i, (pattern, text) in enumerate(labels.items()):
-            if fnmatch(item.path, pattern):
+            if item.matches(pattern):
                 number, label = i, text
                 break
         else:
@@ -136,18 +160,25 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
             policy.unfinished.add(seed)
         if item.rows:
             policy.curves[seed] = item.rows
+            policy.windows[seed] = item.window
         if item.result is not None:
             policy.results[seed] = item.result
         if item.command:
             policy.commands.append(item.command)
     for pattern, text in labels.items():
-        if not any(fnmatch(item.path, pattern) for item in found):
+        if not any(item.matches(pattern) for item in found):
             # Of an experiment that is not finished, or a slip
-            print(f"--label {pattern}={text}: nothing is found at such a path.", file=sys.stderr)
+            there = sorted({item.path for item in found})
+            more = f" and {len(there) - MOST_SHOWN} more" * (len(there) > MOST_SHOWN)
+            print(
+                f"--label {pattern}={text}: nothing is found at such a path; there is "
+                f"{', '.join(there[:MOST_SHOWN])}{more}.",
+                file=sys.stderr,
+            )
         elif text not in order:
             print(f"--label {pattern}={text}: what is there has its name from a label before.", file=sys.stderr)
     for key, items in members.items():
-        policies[key].notes += _differing(items)
+        policies[key].notes += [*_differing(items), *_not_evaluated(items)]
     for key in unlabelled.keys() & {(env_id, text) for env_id, _ in policies for text in labels.values()}:
         paths = ", ".join(unlabelled[key])
         policies[key].notes.append(f"without a label this is the name of {paths} too, which counts here.")
@@ -162,10 +193,30 @@ def _differing(items: Sequence[_Found]) -> list[str]:
     if len(totals) > 1:
         shown = ", ".join(f"{total:,.0f}" for total in sorted(totals))
         found.append(f"its seeds were trained for different numbers of timesteps: {shown}.")
-    for key in NOTED:
-        if len({json.dumps(item.noted.get(key), default=str) for item in runs}) > 1:
-            found.append(f"its seeds differ in {key}.")
+    algorithms = sorted({item.name for item in runs})
+    if len(algorithms) > 1:
+        found.append(f"its seeds are of different algorithms: {', '.join(algorithms)}.")
+    # A label may stand for runs of different settings. Algorithms have others anyway
+    keys = {key for item in runs for key in item.settings} if len(algorithms) == 1 else set()
+    every = [{**item.settings, **item.noted} for item in runs]
+    told = [
+        key for key in (*NOTED, *sorted(keys)) if len({json.dumps(each.get(key), default=str) for each in every}) > 1
+    ]
+    if told:
+        more = f" and {len(told) - MOST_SHOWN} more settings" * (len(told) > MOST_SHOWN)
+        found.append(f"its seeds differ in {', '.join(told[:MOST_SHOWN])}{more}.")
     return found
+
+
+def _not_evaluated(items: Sequence[_Found]) -> list[str]:
+    """Finished seeds that are in the curve and not in its success: they may have been the bad ones."""
+    if not any(item.result is not None for item in items):
+        return []
+    return [
+        f"seed {item.seed} ({item.path}) has no {EVALUATION_FILE}: its training counts, but not its success and costs."
+        for item in items
+        if item.rows and item.result is None and not item.unfinished
+    ]
 
 
 def _usual(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -206,22 +257,32 @@ def _find(folder: Path) -> list[_Found]:
     runs = run_dirs(folder)
     for run in runs:
         args = read_args(run)
+        where = f"{folder.absolute().name if run == folder else shown(run, folder)}/"
         if not (run / "config.yml").is_file():
-            continue  # killed before it began
+            # Or it was killed before it began
+            if progress_files(run) or (run / EVALUATION_FILE).exists():
+                _leave_out(where, "its config.yml is missing")
+            continue
         config = _flat(read_mapping(run / "config.yml"))
         command = run / "command.txt"
-        where = f"{folder.absolute().name if run == folder else shown(run, folder)}/"
-        item = _Found(run, where, args.algo, bare_id(args.env), str(args.seed or 0))
+        paths = frozenset({where, f"{run.as_posix()}/"})
+        item = _Found(run, where, paths, args.algo, bare_id(args.env), str(args.seed or 0))
         item.settings = {key: value for key, value in config.items() if not _is_incidental(key)}
         item.noted = {key: value for key, value in config.items() if key in NOTED}
         item.rows = read_progress(run)
         item.command = command.read_text(encoding="utf-8", errors="replace").strip() if command.is_file() else ""
+        window = config.get("stats_window_size", WINDOW)
+        if isinstance(window, int) and window != WINDOW and item.rows:
+            item.window = window
+            item.notes.append(
+                f"success of seed {item.seed} ({item.path}) in training is of its last {window} episodes."
+            )
         total = config.get("n_timesteps")
         item.total = total if isinstance(total, (int, float)) else None
         if item.unfinished:
             item.notes.append(
                 f"seed {item.seed} ({item.path}) has {item.done:,.0f} of its {total:,} timesteps: its costs and its "
-                "curve end there, and beside finished seeds both are left out."
+                "curve end there, and beside finished seeds both are left out; success counts where it was evaluated."
             )
         # `opd-gym eval` may have played other envs as well
         parts = _by_env(_evaluation(run / EVALUATION_FILE, certain=True), item.env_id)
@@ -244,7 +305,8 @@ def _find(folder: Path) -> list[_Found]:
         seed = re.fullmatch(r"(.+)_seed(\d+)", path.stem)
         for env_id, part in _by_env(_evaluation(path, certain=given), "").items():
             name, number = (seed[1], seed[2]) if seed else (path.stem, "0")
-            found.append(_Found(path, text, name, env_id, number, result=part, seeded=seed is not None))
+            paths = frozenset({text, path.as_posix()})
+            found.append(_Found(path, text, paths, name, env_id, number, result=part, seeded=seed is not None))
     if not found and not folder.exists():
         raise FileNotFoundError(f"There is no {folder}.")
     if not found:
@@ -288,9 +350,15 @@ def means_to_be_evaluation(path: Path) -> bool:
 
 
 def _by_env(result: EvaluationResult | None, env_id: str) -> dict[str, EvaluationResult]:
-    """The parts of an evaluation, whose episodes name their env from now on: ``env_id`` where they do not say."""
+    """
+    The parts of an evaluation, whose episodes name their env from now on: ``env_id`` where they do not say, or the only
+    one that others of them name.
+    """
     parts: dict[str, EvaluationResult] = {}
     every: list[Any] = [] if result is None else [*result.episodes, *result.lost]
+    named_envs = {episode.env_id for episode in every} - {None, ""}
+    if not env_id and len(named_envs) == 1:
+        (env_id,) = named_envs
     for episode in every:
         named = replace(episode, env_id=bare_id(episode.env_id or env_id))
         part = parts.get(named.env_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +67,7 @@ def _bounds(low: float, high: float, judged: bool) -> str:
 
 
 def _p(p: float) -> str:
-    return "<1e-300" if p == 0.0 else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+    return "<1e-300" if p == 0.0 else f"{p:.3f}" if p >= 0.00095 else f"{p:.0e}"
 
 
 def overview(policies: Sequence[Policy]) -> Table:
@@ -78,8 +79,11 @@ def overview(policies: Sequence[Policy]) -> Table:
     cells: dict[str, dict[str, str]] = {}
     for policy in policies:
         if policy.results:
+            n_seeds = sum(bool(result.episodes) for result in policy.results.values())
             cells.setdefault(policy.label, {})[policy.env_id] = (
-                f"{with_interval(*policy.score(), policy.judged)} \N{MULTIPLICATION SIGN}{len(policy.results)}"
+                f"{with_interval(*policy.score(), policy.judged)} \N{MULTIPLICATION SIGN}{n_seeds}"
+                if n_seeds
+                else "all episodes were lost"
             )
     return [["", *envs], *([label, *(row.get(env, "") for env in envs)] for label, row in cells.items())]
 
@@ -89,7 +93,8 @@ def details(policies: Sequence[Policy], reference: Policy | None) -> Table:
     :param policies: of one env
     :param reference: whose success the training is measured by
     :return: one row a policy: success (or mean return), its interval, each seed, the mean return where it says more
-        than success, episodes, the cost of training, and the env steps to :data:`SHARE` of the reference's success
+        than success, episodes, the cost of training, and the env steps to :data:`SHARE` of the reference's success;
+        without columns in which nobody has anything
     """
     kinds = {policy.judged for policy in policies if policy.results} or {True}
     header = ["policy", "success or mean return" if len(kinds) > 1 else "success" if True in kinds else "mean return"]
@@ -113,13 +118,20 @@ def details(policies: Sequence[Policy], reference: Policy | None) -> Table:
             ", ".join(each) if len(each) > 1 else "",
             *([_mean_return(policy)] if returns else []),
             str(len(pooled.episodes) or "") + (f" and {len(pooled.lost)} lost" if pooled.lost else ""),
-            *(f"{value / unit:,.0f}" if value is not None else "" for value, unit in costs),
+            *("" if value is None else _cost(value / unit) for value, unit in costs),
         ]
         if goal > 0.0:
             reached = {} if policy is reference else policy.reached(goal, ENV_STEPS)
             row.append(", ".join(_reached(at, seed in policy.unfinished) for seed, at in reached.items()))
         rows.append(row)
-    return rows
+    filled = [any(column) for column in zip(*rows[1:], strict=True)]
+    # Its success is looked for
+    filled[:3] = [True] * 3
+    return [[cell for cell, there in zip(row, filled, strict=True) if there] for row in rows] if rows[1:] else rows
+
+
+def _cost(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1.0 or value == 0.0 else f"{value:.1g}"
 
 
 def _mean_return(policy: Policy) -> str:
@@ -370,4 +382,5 @@ def escaped(text: str) -> str:
     :param text: a cell, or a line
     :return: the same in Markdown, where it begins no cell, line or HTML of its own
     """
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").splitlines())
+    text = re.sub(r"[\\|*`]|(?<=])\(", r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;"))
+    return " ".join(text.splitlines())
