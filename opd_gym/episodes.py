@@ -65,10 +65,13 @@ class Dispatcher:
     def announce_first(self) -> None:
         """Announce the first episode of every env, before the vectorised env is reset."""
         if self.controlled:
-            # A seed that was given to the vectorised env would win over the announced one
-            self.env.unwrapped._reset_seeds()
+            seeds: list[int | None] = self.env.unwrapped._seeds
             for index in range(self.env.num_envs):
                 self._announce_next(index)
+                announced = self._announced[index]
+                if announced is None or announced.seed is not None:
+                    # A seed that was given to the vectorised env would win over the announced one, and over a freeze
+                    seeds[index] = None
 
     def so_far(self) -> dict[str, Any] | None:
         """

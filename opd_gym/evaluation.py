@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
+import operator
 import os
 import warnings
 from collections import defaultdict
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.checks import check_at_least, check_fields
@@ -56,7 +59,7 @@ class EpisodeRecord:
     :param init_state_id: initial state, -1 where it was sampled or the environment has none
     :param success: whether the task was solved; None where the env does not say
     :param steps: actions executed
-    :param reward: sum of rewards
+    :param reward: sum of rewards, as ``Monitor`` counts it where there is one
     :param seed: seed of the reset, None if it was left to the environment
     :param category: what was perturbed: a category of LIBERO-Plus ("camera") or a perturbation of LIBERO-PRO ("swap");
         None for nothing
@@ -247,28 +250,42 @@ class EvaluationResult:
         Compare with a result of the same episodes. This says more than comparing two intervals. Episodes that one of
         the two has lost are left out. Warns where the two were played with different versions.
 
-        :param other: result of the same tasks, initial states and seeds, in the same order if one is there twice; that
-            the envs were alike (horizon, pictures) is up to the caller
+        :param other: result of the same tasks, initial states and seeds, in the same order if one is there twice, and
+            of the same env as far as both name it; that the envs were alike (horizon, pictures) is up to the caller
         :return: episodes that only this one solved, episodes that only the other solved, and the p-value of
             :func:`mcnemar`
         :raises ValueError: if the episodes are not the same, there is none, or nothing says which they are
         """
-        lost = {(e.env_id, e.task_id, e.init_state_id, e.seed) for e in (*self.lost, *other.lost)}
-        own, others = ([e for e in r.episodes if (e.env_id, *e.key) not in lost] for r in (self, other))
-        keys, other_keys = ([e.key for e in episodes] for episodes in (own, others))
+        # A result from Python may not name its env
+        env_ids = {e.env_id for r in (self, other) for e in r.episodes} | {
+            e.env_id for r in (self, other) for e in r.lost
+        }
+        named = None not in env_ids
+        lost = {(e.env_id if named else None, e.task_id, e.init_state_id, e.seed) for e in (*self.lost, *other.lost)}
+
+        def key_of(episode: EpisodeRecord) -> tuple[Any, ...]:
+            return (episode.env_id if named else None, *episode.key)
+
+        def is_lost(episode: EpisodeRecord) -> bool:
+            env_id, *_, seed = key_of(episode)
+            # Only the end of an episode may say which task it was
+            return key_of(episode) in lost or (seed is not None and (env_id, -1, -1, seed) in lost)
+
+        own, others = ([e for e in r.episodes if not is_lost(e)] for r in (self, other))
+        keys, other_keys = ([key_of(e) for e in episodes] for episodes in (own, others))
         if len(set(keys)) == len(keys) == len(other_keys) and set(keys) == set(other_keys):
-            by_key = {episode.key: episode for episode in others}
+            by_key = {key_of(episode): episode for episode in others}
             others = [by_key[key] for key in keys]
         elif keys != other_keys:
             raise ValueError(
-                "A paired comparison expects results of the same episodes; these differ in their tasks, initial "
+                "A paired comparison expects results of the same episodes; these differ in their envs, tasks, initial "
                 f"states, seeds or number ({len(keys)} and {len(other_keys)})."
             )
         if not keys:
             raise ValueError("A paired comparison expects an episode that both have, and there is none.")
         if any(episode.success is None for episode in (*own, *others)):
             raise ValueError("A paired comparison expects to know which episodes were solved, and these do not say.")
-        if any(seed is None and state < 0 for _, state, seed in keys):
+        if any(seed is None and state < 0 for *_, state, seed in keys):
             raise ValueError(
                 "A paired comparison expects episodes with an initial state or a seed; these were left to the "
                 "environment, so that nothing says which belong together."
@@ -306,8 +323,14 @@ class EvaluationResult:
         if set(categories) - {None}:
             rows = [("all", self), *_category_rows(self)]
             return self._table(title or "perturbation", rows, categories.get(None)) + self._below()
-        tasks = self.per("env_id") if len(self.per("env_id")) > 1 else self.per_task()
-        named = [(str(task), result) for task, result in tasks.items()] if len(tasks) > 1 else []
+        env_ids = {episode.env_id for episode in self.episodes} | {loss.env_id for loss in self.lost}
+        field_name = "env_id" if len(env_ids) > 1 else "task_id"
+        tasks = self.per_task() if field_name == "task_id" else self.per(field_name)
+        # Of one all episodes may have been lost
+        gone = {getattr(loss, field_name) for loss in self.lost} - tasks.keys()
+        tasks |= {task: EvaluationResult([]) for task in gone}
+        order = sorted(tasks) if field_name == "task_id" else list(tasks)
+        named = [(str(task), tasks[task]) for task in order] if len(tasks) > 1 else []
         return self._table(title or "task", [*named, ("all", self)], None) + self._below()
 
     def _below(self) -> str:
@@ -337,9 +360,10 @@ class EvaluationResult:
             n = len(result.episodes)
             mean_steps = result.env_steps / n if n else math.nan
             row = [name]
-            row += [f"{100 * result.success_rate:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"] if judged else []
-            row += [f"{result.mean_reward:.2f} +/- {result.std_reward:.2f}"] if returns else []
-            row += [str(n), f"{mean_steps:.0f}"]
+            shown = [f"{100 * result.success_rate:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"]
+            row += (shown if result.n_judged else ["", ""]) if judged else []
+            row += [f"{result.mean_reward:.2f} +/- {result.std_reward:.2f}" if n else ""] if returns else []
+            row += [str(n), f"{mean_steps:.0f}" if n else ""]
             if reference is not None:
                 compared = any(episode.category is not None for episode in result.episodes) and name != "all"
                 if compared and result.n_judged and reference.n_judged:
@@ -422,14 +446,18 @@ def eval_episodes(
     """
     Reset specs for a suite of tasks.
 
-    :param task_ids: tasks
+    :param task_ids: tasks, each once
     :param n_per_task: episodes of each task
     :param init_states: "eval" for the first ``n_per_task`` official initial states (of which LIBERO's classic suites
         have 50), a sequence of their ids to go through, or "sampled" for states drawn from the seeds
         ``seed, seed + 1, ...`` (the same ones for every task)
     :param seed: first seed of the episodes
     :return: one spec an episode, task by task
+    :raises ValueError: a task or an initial state is there twice, or there are too few of them
     """
+    tasks = [operator.index(task) for task in task_ids]
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"Expected each task once, got {tasks}: its episodes would be played again and count twice.")
     check_at_least(1, n_per_task=n_per_task)
     check_at_least(0, seed=seed)
     ids: list[int]
@@ -440,13 +468,13 @@ def eval_episodes(
     elif isinstance(init_states, str):
         raise ValueError(f'init_states must be "eval", "sampled" or ids of official states, got {init_states!r}.')
     else:
-        given = [int(i) for i in init_states]
-        if len(set(given)) < n_per_task:
+        given = [operator.index(i) for i in init_states]
+        if len(set(given)) < len(given) or len(given) < n_per_task:
             raise ValueError(f"{n_per_task} episodes a task need as many different initial states, got {given}.")
         ids = given[:n_per_task]
     return [
-        EpisodeSpec(seed=seed + i, options={"task_id": int(task), "init_state_id": init_state})
-        for task in task_ids
+        EpisodeSpec(seed=seed + i, options={"task_id": task, "init_state_id": init_state})
+        for task in tasks
         for i, init_state in enumerate(ids)
     ]
 
@@ -504,15 +532,17 @@ def evaluate_success(
     :param episodes: reset specs, see :class:`EpisodeSpec` and :func:`eval_episodes`
     :param deterministic: most likely actions instead of samples
     :param progress: show a progress bar
-    :param reward_threshold: for envs without ``info["is_success"]``: an episode that reaches this return is a success
+    :param reward_threshold: where ``info["is_success"]`` is missing, an episode that reaches this return is a success
     :param record: number of episodes to record, or their positions; needs an env with ``render_mode="rgb_array"``
     :param temperature: sample at this temperature, as OPD and GRPO do while they collect; ``deterministic`` does not
         count then. Samples are drawn by PyTorch: ``torch.manual_seed`` before it makes them the same
     :return: the result
     :raises RuntimeError: all episodes were lost
     :raises ValueError: the policy is recurrent, the envs are not wrapped so, there is nothing to record, or the policy
-        cannot be sampled at a temperature
+        cannot be sampled, or not at a temperature
     """
+    if temperature is None and not deterministic:
+        _check_samples(model)
     if hasattr(getattr(model, "policy", model), "lstm_actor"):
         raise ValueError(
             "The policy is recurrent (RecurrentPPO), and here each decision is asked for without what came before: its "
@@ -587,7 +617,9 @@ class _Evaluation:
         self.dispatcher = Dispatcher(env, self.queue.take)
         self.steps, self.returns = [0] * env.num_envs, [0.0] * env.num_envs
         # What an env that stands still is sent
-        self.idle_actions = np.stack([np.asarray(env.action_space.sample()) for _ in range(env.num_envs)])
+        idle = copy.deepcopy(env.action_space)  # whose random numbers are the env's, or its model's
+        idle.seed(0)
+        self.idle_actions = np.stack([np.asarray(idle.sample()) for _ in range(env.num_envs)])
 
     def run(self) -> EvaluationResult:
         try:
@@ -763,11 +795,12 @@ def _progress_bar(total: int, enabled: bool) -> Any:
 def _record(
     spec: EpisodeSpec, info: Mapping[str, Any], steps: int, episode_return: float, reward_threshold: float | None
 ) -> EpisodeRecord:
-    success: bool | None = None
-    if reward_threshold is not None:
-        success = episode_return >= reward_threshold
-    elif info.get("is_success") is not None:
-        success = bool(info["is_success"])
+    monitored = (info.get("episode") or {}).get("r")
+    if monitored is not None and not math.isnan(monitored):
+        episode_return = float(monitored)  # vectorised envs hand on rewards in single precision
+    success = _solved(info.get("is_success"))
+    if success is None and reward_threshold is not None and not math.isnan(episode_return):
+        success = episode_return >= reward_threshold or math.isclose(episode_return, reward_threshold, rel_tol=1e-6)
     # An env of the user's may mean other things by these names
     task_id, init_state_id = (
         next((n for n in (_integer(said.get(name)) for said in (info, spec.options or {})) if n is not None), -1)
@@ -787,6 +820,32 @@ def _record(
         perturbation=perturbation,
         difficulty=_integer(info.get("difficulty")),
     )
+
+
+def _solved(value: Any) -> bool | None:
+    """What an env says of success; NaN says nothing."""
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or np.size(value) != 1:
+        raise ValueError(f'info["is_success"] is to be True or False, got {value!r}.')
+    said = np.asarray(value).item()
+    return None if isinstance(said, float) and math.isnan(said) else bool(said)
+
+
+def _check_samples(model: Predictor) -> None:
+    """A policy of Stable-Baselines3 whose actions are no samples would be evaluated as if they were."""
+    policy = getattr(model, "policy", model)
+    if getattr(policy, "use_sde", False) or getattr(getattr(policy, "actor", None), "use_sde", False):
+        raise ValueError(
+            "State-dependent exploration draws its noise once a rollout, which no rollout is here: evaluate the most "
+            "likely actions (deterministic=True)."
+        )
+    samples = isinstance(policy, ActorCriticPolicy) or hasattr(getattr(policy, "actor", None), "action_dist")
+    if isinstance(policy, BasePolicy) and not samples:
+        raise ValueError(
+            f"{type(policy).__name__} has nothing to sample, its actions are always the best ones: evaluate these "
+            "(deterministic=True)."
+        )
 
 
 def _integer(value: Any) -> int | None:

@@ -3,12 +3,14 @@
 import gc
 import json
 import weakref
+from dataclasses import replace
 
 import h5py
 import numpy as np
 import pytest
 from gymnasium import spaces
 
+from opd_gym import make_vec
 from opd_gym.actions import decode_tokens
 from opd_gym.cli.demos import record_demonstrations
 from opd_gym.cli.options import TrainArgs
@@ -356,6 +358,14 @@ def test_recording_what_a_format_has_no_place_for(tmp_path, option, match):
         record_demonstrations("LiberoObject-v0", tmp_path, **option)
 
 
+def test_an_id_of_one_task_has_no_other(tmp_path):
+    with pytest.raises(ValueError, match=r"has the tasks \[3\], and --task-ids names \[0\]"):
+        record_demonstrations("LiberoObjectTask3-v0", tmp_path, task_ids=[0, 3])
+    with pytest.raises(ValueError, match="is task 3 alone, and task_ids is \\(0,\\)"):
+        make_vec("LiberoObjectTask3-v0", env_kwargs={"task_ids": (0,)})
+    make_vec("LiberoObjectTask3-v0", env_kwargs={"task_ids": [3]}).close()
+
+
 def test_numbers_that_are_not_finite_are_no_labels():
     for array in (np.array([[0.0], [np.nan]]), np.array([[np.inf], [0.0]])):
         with pytest.raises(ValueError, match="actions has"):
@@ -438,8 +448,33 @@ def test_decisions_with_chunk_labels(tmp_path):
     np.testing.assert_allclose(data.actions, labelled.action_chunks)
     assert data.mask.all()
     assert Demonstrations.from_hdf5(tmp_path / "x.hdf5", chunk_size=5).actions.shape == (4, 5, 7)
+    with pytest.raises(ValueError, match="action_offset=1 is for labels that are the actions which follow"):
+        Demonstrations.from_hdf5(tmp_path / "x.hdf5", action_offset=1)
     with pytest.raises(ValueError, match="chunks of 8 actions, chunk_size is 9"):
         Demonstrations.from_hdf5(tmp_path / "x.hdf5", chunk_size=9)
+
+
+def test_what_is_named_twice_counts_once(tmp_path):
+    path = tmp_path / "in" / "x_demo.hdf5"
+    path.parent.mkdir()
+    write_demonstrations(path, [episode()], INSTRUCTION)
+    (tmp_path / "link").symlink_to(path.parent)
+    assert len(Demonstrations.from_hdf5([tmp_path, path, path, tmp_path / "link"])) == 4
+    # Of both kinds: which was meant?
+    for folder, match in ((tmp_path, "Name each"), (tmp_path / "sets", "holds some. Name each: .*lerobot")):
+        info = folder / "lerobot" / "meta" / "info.json"
+        info.parent.mkdir(parents=True)
+        info.write_text("{}")
+        with pytest.raises((ValueError, FileNotFoundError), match=match):
+            Demonstrations.from_hdf5(folder)
+
+
+def test_attributes_are_those_of_python(tmp_path):
+    demonstration = episode()
+    demonstration.attrs["seed"] = 7
+    write_demonstrations(tmp_path / "x.hdf5", [demonstration], INSTRUCTION)
+    (read,) = read_demonstrations(tmp_path / "x.hdf5")
+    assert type(read.attrs["seed"]) is int and read.attrs["seed"] == 7
 
 
 def test_episodes_are_written_one_by_one(tmp_path):
@@ -568,6 +603,16 @@ def test_an_episode_of_a_policy():
     for step, action in zip(steps, found.actions, strict=True):
         begin = max(t for t in asked if t <= step)
         np.testing.assert_allclose(action, begin + (step - begin) * 0.01, rtol=1e-6)
+
+
+def test_arrays_that_are_no_labels():
+    for actions in (np.array(["left", "right"]), np.array([1j, 2j])):
+        with pytest.raises(ValueError, match="expected numbers"):
+            Demonstrations(np.zeros((2, 3)), actions)
+    flat = Demonstrations(np.zeros((2, 3)), np.zeros((2, 4)), mask=[[True, False, True, True]] * 2)
+    assert flat.token_mask().tolist() == [[True, False, True, True]] * 2
+    with pytest.raises(ValueError, match="leaves no action of an episode of 4"):
+        Demonstrations.from_episodes([replace(episode(), instruction="x")], action_offset=4)
 
 
 def test_plain_arrays():

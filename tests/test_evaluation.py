@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import sb3_contrib
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import DQN, PPO
+from stable_baselines3 import DQN, PPO, SAC, TD3
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 from toys import vec
@@ -25,6 +26,7 @@ from opd_gym.evaluation import (
     EpisodeRecord,
     EpisodeSpec,
     EvaluationResult,
+    LostEpisode,
     difference_interval,
     eval_episodes,
     evaluate_success,
@@ -263,6 +265,59 @@ def test_an_env_may_mean_other_things_by_our_names(
     assert {name: getattr(episode, name) for name in expected} == expected
 
 
+class OneStep(gym.Env):
+    """What it says of success, and a reward that single precision does not have."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2)
+
+    def __init__(self, said: Any = None, reward: float = 0.7) -> None:
+        self.said, self.reward = said, reward
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return np.zeros(3, np.float32), self.reward, True, False, {} if self.said is None else {"is_success": self.said}
+
+
+@pytest.mark.parametrize(
+    ("said", "reward", "threshold", "expected"),
+    [
+        (True, 0.0, 10.0, True),  # what the env says comes before any return
+        (np.array([False]), 0.7, 0.7, False),
+        (None, 0.7, 0.7, True),
+        (None, 0.7, 0.70001, False),
+        (float("nan"), 0.7, None, None),
+        (None, float("nan"), 0.7, None),
+    ],
+)
+@pytest.mark.parametrize("wrapper", [Monitor, lambda env: env])
+def test_what_counts_as_success(said: Any, reward: float, threshold: float, expected: Any, wrapper: Any) -> None:
+    env = DummyVecEnv([lambda: EpisodeControl(wrapper(OneStep(said, reward)))])
+    result = evaluate_success(Always(), env, [{"seed": 0}], progress=False, reward_threshold=threshold)
+    assert result.episodes[0].success is expected
+    if wrapper is Monitor and not math.isnan(reward):
+        assert result.mean_reward == reward
+
+
+def test_a_word_is_no_success() -> None:
+    env = DummyVecEnv([lambda: EpisodeControl(OneStep("False"))])
+    with pytest.raises(ValueError, match="True or False, got 'False'"):
+        evaluate_success(Always(), env, [{"seed": 0}], progress=False)
+
+
+def test_episodes_without_a_seed_are_those_of_the_vec_envs_seed() -> None:
+    def lengths(seed: int) -> list[int]:
+        env = DummyVecEnv([lambda: EpisodeControl(Monitor(gym.make("CartPole-v1")))] * 2)
+        env.seed(seed)
+        specs: list[Any] = [{}] * 6
+        result = evaluate_success(Always(), env, specs, progress=False, reward_threshold=9.0)
+        return [episode.steps for episode in result.episodes]
+
+    assert lengths(0) == lengths(0) != lengths(1)
+
+
 def test_a_seed_of_the_vec_env_does_not_win() -> None:
     env = DummyVecEnv([lambda: EpisodeControl(Monitor(gym.make("CartPole-v1")))])
     specs = [EpisodeSpec(seed=seed) for seed in (5, 6)]
@@ -352,6 +407,31 @@ def test_who_cannot_be_sampled_at_a_temperature() -> None:
         evaluate_success(PPO("MlpPolicy", noisy, use_sde=True), noisy, specs, progress=False, temperature=0.5)
 
 
+def test_what_has_no_samples_is_not_said_to_be_sampled() -> None:
+    env = DummyVecEnv([lambda: EpisodeControl(Monitor(Target(spaces.Box(-1, 1, (2,), np.float32))))])
+    countable = make(1)
+    for model, own, message in (
+        (DQN("MlpPolicy", countable), countable, "DQNPolicy has nothing to sample"),
+        (TD3("MlpPolicy", env).policy, env, "TD3Policy has nothing to sample"),
+        (PPO("MlpPolicy", env, use_sde=True), env, "noise once a rollout"),
+        (SAC("MlpPolicy", env, use_sde=True), env, "noise once a rollout"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_success(model, own, [{"seed": 0}], deterministic=False, progress=False)
+        assert evaluate_success(model, own, [{"seed": 0}], progress=False).temperature is None
+    result = evaluate_success(SAC("MlpPolicy", env), env, [{"seed": 0}], deterministic=False, progress=False)
+    assert result.temperature == 1.0
+
+
+def test_an_evaluation_draws_no_action_from_the_env() -> None:
+    env = make(3)
+    env.action_space.seed(0)
+    expected = [env.action_space.sample() for _ in range(8)]
+    env.action_space.seed(0)
+    evaluate_success(Always(), env, eval_episodes([0], 1), progress=False)
+    assert [env.action_space.sample() for _ in range(8)] == expected
+
+
 def test_recording() -> None:
     env = make(2, render_mode="rgb_array")
     env.render_mode = "rgb_array"
@@ -419,6 +499,11 @@ def test_eval_episodes() -> None:
         EpisodeSpec(1_000_000, {"task_id": 3, "init_state_id": 0}),
         EpisodeSpec(1_000_001, {"task_id": 3, "init_state_id": 1}),
     ]
+    for tasks, states in (([3, 3], "eval"), ([3], [1, 1, 2])):
+        with pytest.raises(ValueError, match="once|different initial states"):
+            eval_episodes(tasks, 2, init_states=states)
+    with pytest.raises(TypeError):
+        eval_episodes([3], 1, init_states=[1.7])  # type: ignore[list-item]
     sampled = eval_episodes([3, 4], 2, init_states="sampled", seed=7)
     assert [(spec.seed, spec.options) for spec in sampled[1:3]] == [
         (8, {"task_id": 3, "init_state_id": -1}),
@@ -498,6 +583,13 @@ def test_table_by_perturbation(tmp_path: Any) -> None:
     assert EvaluationResult.load(tmp_path / "result.json") == result
 
 
+def test_a_task_of_which_everything_was_lost_has_a_row() -> None:
+    episodes = [EpisodeRecord(0, i, True, 10, 1.0, seed=i) for i in range(2)]
+    rows = EvaluationResult(episodes, lost=[LostEpisode(1, 0, 0, "killed")]).to_markdown().splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:5]] == ["| 0", "| 1", "| all"]
+    assert rows[3] == "| 1 |  |  | 0 |  |"
+
+
 def test_difference_interval() -> None:
     """Newcombe (1998), Statistics in Medicine 17, table II, method 10."""
     assert difference_interval(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=1e-4)
@@ -524,6 +616,15 @@ def test_paired_results() -> None:
     assert "The env says of 2 of 10 episodes whether they were solved." in partly.to_markdown()
     with pytest.raises(ValueError, match="know which episodes were solved"):
         partly.paired(partly)
+    # Of two envs, in whatever order; one that is not named is taken for the other's
+    a, b = (EvaluationResult([replace(e, env_id=env) for e in first.episodes]) for env in "AB")
+    with pytest.raises(ValueError, match="differ in their envs"):
+        a.paired(b)
+    assert EvaluationResult(a.episodes + b.episodes).paired(EvaluationResult(b.episodes + a.episodes)) == (0, 0, 1.0)
+    assert a.paired(second) == first.paired(second)
+    # What was lost before its env said which task it was
+    lost = EvaluationResult(second.episodes[1:], lost=[LostEpisode(-1, -1, 0, "killed")])
+    assert first.paired(lost)[:2] == (8, 0)
     nameless = EvaluationResult([EpisodeRecord(0, -1, True, 10, 0.0) for _ in range(3)])
     with pytest.raises(ValueError, match="an initial state or a seed"):
         nameless.paired(nameless)

@@ -234,6 +234,32 @@ no_picture = set_column("observation.images.image", lambda cells: [{"bytes": b"x
 infinite = set_column("action", lambda rows: [[np.inf] * 7] * len(rows))
 joints = set_column("observation.state", lambda rows: [[0.5] * 8] * len(rows))
 unknown_task = set_column("task_index", lambda rows: [7] * len(rows))
+
+
+def described(change):
+    def apply(folder):
+        import pyarrow.parquet as pq
+
+        path = folder / "meta/episodes/chunk-000/file-000.parquet"
+        pq.write_table(change(pq.read_table(path)), path)
+
+    return apply
+
+
+def called_alike(folder):
+    info = json.loads((folder / "meta/info.json").read_text())
+    features = info["features"]
+    features["observation.image2"] = features["observation.images.image2"]
+    change_info(folder, features=features)
+
+
+def twice(table):
+    import pyarrow as pa
+
+    return pa.concat_tables([table, table])
+
+
+half_of_it, all_of_it_twice = described(lambda table: table.slice(1)), described(twice)
 a_frame_less = changed_rows(lambda table: table.slice(1))
 
 
@@ -253,6 +279,9 @@ a_frame_less = changed_rows(lambda table: table.slice(1))
         (joints, 'layout="plain"'),
         (unknown_task, "tasks"),
         (a_frame_less, "4 of its frames, expected 5"),
+        (half_of_it, "Expected each once"),
+        (all_of_it_twice, "Expected each once"),
+        (lambda folder: change_info(folder, total_episodes=9), "says 9"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -331,6 +331,62 @@ def test_pictures_from_0_to_1_would_be_divided_by_255_again():
         learn((pictures / 255).astype(np.float32))
 
 
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda pictures: pictures.astype(np.uint16) * 200, "uint16 from 0 to 51000"),
+        (lambda pictures: (pictures / 100.0 - 1.0).astype(np.float32), "pictures from 0 to 255"),
+        (lambda pictures: pictures > 100, "bool"),
+    ],
+)
+def test_pictures_of_another_kind_are_refused(make, match):
+    space = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 3, 36, 36), dtype=np.uint8)
+    data = Demonstrations(make(pictures), np.arange(4) % 2, observation_space=space, action_space=spaces.Discrete(2))
+    with pytest.raises(ValueError, match=match):
+        SFT("CnnPolicy", demonstrations=data, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("space", "observations", "match"),
+    [
+        (spaces.Discrete(3), np.array([0, 1, 3, 2]), "whole numbers in Discrete"),
+        (spaces.Discrete(3), np.array([0.0, 0.5, 1.0, 2.0]), "whole numbers in Discrete"),
+    ],
+)
+def test_observations_that_the_env_cannot_show_are_refused(space, observations, match):
+    data = Demonstrations(observations, np.arange(4) % 2, observation_space=space, action_space=spaces.Discrete(2))
+    with pytest.raises(ValueError, match=match):
+        SFT("MlpPolicy", demonstrations=data, device="cpu")
+
+
+def test_observations_beyond_the_bounds_are_told():
+    space, observations = spaces.Box(-1, 1, (2,), np.float32), np.full((4, 2), 1e6, np.float32)
+    data = Demonstrations(observations, np.arange(4) % 2, observation_space=space, action_space=spaces.Discrete(2))
+    with pytest.warns(UserWarning, match="Scale them as the env does"):
+        SFT("MlpPolicy", demonstrations=data, device="cpu")
+
+
+def test_chunks_of_another_arm_are_refused():
+    class Chunks(gym.Env):
+        observation_space = spaces.Box(-1, 1, (3,), np.float32)
+
+        def __init__(self, action_space):
+            self.action_space = action_space
+            if isinstance(action_space, spaces.MultiDiscrete):
+                self.action_dim = 4
+
+    data = Demonstrations(np.zeros((5, 3), np.float32), np.zeros((5, 4, 2), np.float32))
+    for space in (spaces.MultiDiscrete([16] * 8), spaces.Box(-1, 1, (2, 4), np.float32)):
+        with pytest.raises(ValueError, match="Demonstrated actions have shape|have 2 dimensions, those of the env 4"):
+            SFT("MlpPolicy", DummyVecEnv([lambda space=space: Chunks(space)]), data, device="cpu")
+
+
+def test_padding_that_nobody_has_marked_is_told(hdf5_file):
+    with pytest.warns(UserWarning, match="mask_padding=True leaves nothing out"):
+        SFT("VLAPolicy", demonstrations=hdf5_file, chunk_size=2, mask_padding=True, **VLA)
+
+
 def test_nan_is_refused(hdf5_file):
     model = SFT("VLAPolicy", demonstrations=hdf5_file, chunk_size=2, batch_size=2, **VLA)
     with th.no_grad():

@@ -934,6 +934,14 @@ def test_a_run_is_played_in_its_own_env(teacher: Path, tmp_path: Path, capsys: p
     capsys.readouterr()
     assert main([*played, "--checkpoint", str(run), "--task-ids", "3"]) == 2
     assert "no tasks" in capsys.readouterr().err
+    # A slip in the last of several envs is found before the first is played
+    (tmp_path / "out.json").unlink()
+    ids = [*played, "--checkpoint", str(run), "--env", "CartPole-v1", "Cartpole-v1"]
+    assert main(ids) == 2
+    assert "Cartpole" in (told := capsys.readouterr().err) and "What came before" not in told
+    # And what cannot be known before costs no result that is there
+    assert main([*ids[:-1], "Acrobot-v1"]) == 2
+    assert "What came before Acrobot-v1:\n\nCartPole-v1: 0.0 % [0.0, 56.2] (0/3)" in capsys.readouterr().err
 
 
 def test_of_a_benchmark_the_tasks_and_the_horizon_of_training_do_not_count(tmp_path: Path) -> None:

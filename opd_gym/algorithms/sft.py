@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,6 +124,26 @@ def _n_values(space: spaces.Space) -> Any:
     if isinstance(space, spaces.MultiBinary):
         return 2
     return space.nvec.ravel() if isinstance(space, spaces.MultiDiscrete) else space.n  # type: ignore[attr-defined]
+
+
+def _check_values(key: str, array: np.ndarray, space: spaces.Space) -> None:
+    """
+    :raises ValueError: observations that the env cannot show: other pictures than from 0 to 255, or other whole numbers
+        than a discrete space has; a warning where most lie outside the bounds of a Box
+    """
+    there = f"{array.dtype} from {array.min():.5g} to {array.max():.5g}"
+    told = f"`{key}` of the demonstrations has {there}, the policy expects"
+    if is_image_space(space):
+        if array.dtype == bool or array.min() < 0 or array.max() > 255:
+            raise ValueError(f"{told} pictures from 0 to 255. Convert them to uint8.")
+    elif isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        if np.any(array < 0) or np.any(array >= _n_values(space)) or np.any(array != np.floor(array)):
+            raise ValueError(f"{told} whole numbers in {space}.")
+    elif isinstance(space, spaces.Box) and array.shape[1:] == space.shape and array.dtype.kind in "iuf":
+        outside = ((array < space.low - 1e-3) | (array > space.high + 1e-3)).mean(axis=0)
+        if outside.size and outside.max() > 0.5:
+            # Not all envs keep to the bounds that they name
+            warnings.warn(f"{told} {space}. Scale them as the env does.", stacklevel=4)
 
 
 class GradientStepProgressBar(BaseCallback):
@@ -310,10 +331,23 @@ class SFT(PolicyAlgorithm):
                 kwargs["image_size"] = shape[1:] if is_image_space_channels_first(box) else shape[:2]  # type: ignore[arg-type]
             if "instruction" in space.spaces:
                 kwargs["instruction_length"] = int(np.prod(space["instruction"].shape or (1,)))
-        if isinstance(getattr(self, "action_space", None), spaces.MultiDiscrete) and self.env is not None:
-            action_dim = self.env.get_attr("action_dim")[0] if self.env.has_attr("action_dim") else 7
-            kwargs["chunk_size"] = max(1, len(self.action_space.nvec) // action_dim)  # type: ignore[attr-defined]
+        acts = getattr(self, "action_space", None)
+        if isinstance(acts, spaces.MultiDiscrete) and self.env is not None:
+            # An env of others' tokens may not say so; LIBERO's actions, and most arms', have 7
+            action_dim = self._action_dim or 7
+            if len(acts.nvec) % action_dim == 0:
+                kwargs["chunk_size"] = len(acts.nvec) // action_dim
+        elif isinstance(acts, spaces.Box) and self.env is not None:
+            # Of chunks, or single actions
+            kwargs["chunk_size"] = acts.shape[0] if len(acts.shape) == 2 else 1
         return Demonstrations.from_hdf5(paths, n_demos=self.n_demos, **{**kwargs, **(self.demonstration_kwargs or {})})
+
+    @property
+    def _action_dim(self) -> int | None:
+        """Number of dimensions of an action, if an env of tokens says it."""
+        if self.env is None or not self.env.has_attr("action_dim"):
+            return None
+        return int(self.env.get_attr("action_dim", indices=0)[0])
 
     def set_demonstrations(self, demonstrations: PathLike | Sequence[PathLike] | Demonstrations) -> None:
         """
@@ -325,6 +359,12 @@ class SFT(PolicyAlgorithm):
         self._check_observations(data)
         actions = self._encode(data)
         mask = data.token_mask() if self.mask_padding else None
+        if self.mask_padding and (mask is None or mask.all()):
+            warnings.warn(
+                "mask_padding=True leaves nothing out: the demonstrations do not say what of their labels is padding "
+                "(those that hold action_chunks, as opd-gym demos writes them, never do).",
+                stacklevel=2,
+            )
         numbers = np.arange(len(data))
         self._validation_rows = numbers[:0]
         if self.validation_fraction > 0.0:
@@ -357,6 +397,7 @@ class SFT(PolicyAlgorithm):
             if is_image_space(space) and self._needs_transpose(shape, space):
                 shape = (shape[-1], *shape[:-1])
             array = arrays[key]
+            _check_values(key, array, space)
             if is_image_space(space) and np.issubdtype(array.dtype, np.floating) and array.max() <= 1.0:
                 raise ValueError(
                     f"`{key}` of the demonstrations has {array.dtype} from {array.min():.3g} to {array.max():.3g}, the "
@@ -379,12 +420,20 @@ class SFT(PolicyAlgorithm):
         space = self.action_space
         if data.is_chunked and isinstance(space, spaces.MultiDiscrete):
             n_tokens = int(np.prod(data.actions.shape[1:]))
+            if self._action_dim not in (None, data.actions.shape[2]):
+                raise ValueError(
+                    f"The demonstrated actions have {data.actions.shape[2]} dimensions, those of the env "
+                    f"{self._action_dim}."
+                )
             if n_tokens != len(space.nvec):
                 raise ValueError(
                     f"The demonstrations are chunks of {data.actions.shape[1]} actions with {data.actions.shape[2]} "
                     f"dimensions, {n_tokens} tokens; the policy has {len(space.nvec)} tokens. Set chunk_size to match."
                 )
             return data.tokens(int(space.nvec[0]), getattr(self.policy, "statistics", None))
+        shape = space.shape or ()
+        if data.actions.ndim == 3 and len(shape) == 2 and data.actions.shape[1:] != shape:
+            raise ValueError(f"Demonstrated actions have shape {data.actions.shape[1:]}, the action space is {space}.")
         actions = data.actions.reshape(len(data), -1)
         if actions.shape[1] != max(1, int(np.prod(space.shape or (1,)))):
             raise ValueError(f"Demonstrated actions have shape {data.actions.shape[1:]}, the action space is {space}.")

@@ -118,6 +118,9 @@ def record_demonstrations(
     env = outer.unwrapped
     assert isinstance(env, LiberoEnv)
     tasks = list(task_ids) if task_ids else env.task_ids
+    unknown = sorted(set(tasks) - set(env.task_ids))
+    if unknown:
+        raise ValueError(f"{env_id} has the tasks {env.task_ids}, and --task-ids names {unknown}.")
     bar = tqdm(total=len(tasks) * episodes_per_task, desc="recording", unit="episode", disable=not progress)
 
     def record(task_id: int) -> Iterator[Episode]:

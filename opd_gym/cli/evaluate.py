@@ -169,7 +169,16 @@ def run(args: Eval | Enjoy) -> int:
     if film:
         results = play(env_ids[0])
     else:
-        played = [(bare_id(env_id), play(env_id)[0]) for env_id in env_ids]
+        for env_id in env_ids:
+            default_threshold(env_id)  # a slip in the last one is told before the others are played
+        played: list[tuple[str, EvaluationResult]] = []
+        for env_id in env_ids:
+            try:
+                played.append((bare_id(env_id), play(env_id)[0]))
+            except Exception:
+                if played:
+                    print(f"What came before {env_id}:\n", *(f"{o}: {r}" for o, r in played), sep="\n", file=sys.stderr)
+                raise
         episodes = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.episodes]
         lost = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.lost]
         last = played[-1][1]

@@ -189,11 +189,11 @@ class Play(Options):
     :param n_envs: parallel envs
     :param stochastic: sample actions instead of taking the most likely
     :param temperature: sample them at this temperature, as in training
-    :param reward_threshold: for envs that say nothing about success
+    :param reward_threshold: return that counts as success where the env says nothing about it
     :param max_lost: episodes that may be lost with their worker; the exit status is 1 if there are more
     :param env_kwargs: for instance visuals:exact horizon:400
     :param param: the same one at a time, spelt as in training: -P env_kwargs.visuals=exact
-    :param seed: seed of the envs and of sampled actions
+    :param seed: seed of sampled actions; the episodes are held-out ones and stay the same
     :param device: "auto", "cpu", "cuda", ...
     :param dtype: of a VLA's weights and computations; default: float32, or as its zip says
     :param trust: open checkpoints even where they hold code, which then runs

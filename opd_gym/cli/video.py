@@ -18,7 +18,7 @@ def check_film(path: str | os.PathLike[str]) -> None:
     :raises ValueError: neither an MP4 nor a GIF, by the suffix
     :raises ImportError: imageio is not installed
     """
-    if Path(path).suffix not in (".mp4", ".gif"):
+    if Path(path).suffix.lower() not in (".mp4", ".gif"):
         raise ValueError(f"A film is an .mp4 or a .gif, got {Path(path).name!r}.")
     try:
         import imageio.v2  # noqa: F401
@@ -40,10 +40,12 @@ def write_video(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps:
     check_film(path)
     if not frames:
         raise ValueError("There is no picture to make a film of: no episode was recorded.")
+    if len({frame.shape for frame in frames}) > 1:
+        raise ValueError(f"The pictures of a film have one size, these have {sorted({f.shape[:2] for f in frames})}.")
     import imageio.v2 as imageio
 
     with replacing(path) as temporary:
-        if path.suffix == ".gif":
+        if path.suffix.lower() == ".gif":
             imageio.mimsave(temporary, list(frames), duration=1000.0 / fps, loop=0)
         else:
             # H.264 with 4:2:0 needs even sides; without macro_block_size=1 imageio would stretch the pictures to 16.

@@ -67,8 +67,8 @@ class Demonstrations:
     :param episodes: ``(N,)`` number of the episode of each row; by default each row is its own
     :param observation_space: by default inferred from the arrays
     :param action_space: by default inferred from the arrays; pass it for actions that are not chunks
-    :raises ValueError: no rows, arrays of different lengths, numbers that are NaN or infinite, or a space that does not
-        count from 0
+    :raises ValueError: no rows, arrays of different lengths, what is no number, NaN or infinite, or a space that does
+        not count from 0
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Demonstrations:
     ):
         self.observations = dict(observations) if isinstance(observations, Mapping) else np.asarray(observations)
         self.actions = np.asarray(actions)
-        self.mask = mask
+        self.mask = mask = None if mask is None else np.asarray(mask, dtype=bool)
         for name, space in (("observation", observation_space), ("action", action_space)):
             if space is not None:
                 check_starts(f"demonstrations' {name} space", space)
@@ -92,6 +92,8 @@ class Demonstrations:
         for name, array in [*arrays.items(), ("episodes", self.episodes), ("actions", self.actions)]:
             if len(array) != n:
                 raise ValueError(f"{name} has {len(array)} rows, there are {n} actions.")
+            if np.asarray(array).dtype.kind not in "biuf":
+                raise ValueError(f"{name} has type {np.asarray(array).dtype}, expected numbers.")
             check_finite(name, np.asarray(array))
         if n == 0:
             raise ValueError("There are no demonstrations.")
@@ -118,7 +120,8 @@ class Demonstrations:
         :param stride: keep one of every ``stride`` time steps (episodes with ``action_chunks`` are kept whole)
         :param action_offset: the label of the observation at t starts with the action at t + offset. LIBERO's official
             files hold the observation AFTER each action: there 1 is exact, and 0 is common practice
-        :raises ValueError: no episodes, or episodes of different shapes
+        :raises ValueError: no episodes, episodes of different shapes, or an ``action_offset`` where labels are chunks
+            of their own, or that is as long as an episode
         """
         size = image_size if image_size is None or isinstance(image_size, Sequence) else (image_size, image_size)
         if size is not None and len(size) != 2:
@@ -302,7 +305,9 @@ class Demonstrations:
         """
         :return: boolean ``(N, K * D)``, False where a token is padding beyond the end of its episode
         """
-        return None if self.mask is None else np.repeat(self.mask, self.actions.shape[2], axis=1)
+        if self.mask is None or self.actions.ndim == 2:
+            return self.mask
+        return np.repeat(self.mask, self.actions.shape[2], axis=1)
 
     def __getitem__(self, indices: np.ndarray | slice) -> Demonstrations:
         """
@@ -359,6 +364,13 @@ class Demonstrations:
 
 def _chunk_labels(episode: Episode, chunk_size: int, action_offset: int) -> tuple[np.ndarray, np.ndarray]:
     n = len(episode.actions)
+    if action_offset and episode.action_chunks is not None:
+        raise ValueError(
+            f"action_offset={action_offset} is for labels that are the actions which follow; the file's are chunks of "
+            "their own (action_chunks). Leave it out."
+        )
+    if action_offset >= n:
+        raise ValueError(f"action_offset={action_offset} leaves no action of an episode of {n}.")
     if episode.action_chunks is not None:
         if episode.action_chunks.shape[1] < chunk_size:
             raise ValueError(

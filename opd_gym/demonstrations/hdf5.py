@@ -320,11 +320,16 @@ def _read_episode(data: h5py.Group, name: str, cameras: Sequence[str] | None, in
             actions,
             instruction=instruction,
             success=bool((rewards is None or rewards[-1] > 0) if success is None else success),
-            attrs={key: value.decode() if isinstance(value, bytes) else value for key, value in attrs.items()},
+            attrs={key: _plain(value) for key, value in attrs.items()},
             **optional,
         )
     except ValueError as error:
         raise ValueError(f"{demo.name}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as Python has it: Gymnasium takes no seed of NumPy's."""
+    return value.decode() if isinstance(value, bytes) else value.item() if isinstance(value, np.generic) else value
 
 
 def read_demonstrations(
@@ -356,7 +361,10 @@ def read_demonstrations(
 def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
     """
     :param paths: HDF5 files or directories of them, or data sets of LeRobot's
-    :return: the files, in the order given, directories sorted by name; a data set of LeRobot's is one of them
+    :return: the files, in the order given, directories sorted by name, each once; a data set of LeRobot's is one of
+        them
+    :raises FileNotFoundError: a directory has none
+    :raises ValueError: none is given, or a directory has files of both kinds
     """
     files: list[Path] = []
     for item in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
@@ -364,6 +372,13 @@ def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
         if path.is_dir() and not (path / LEROBOT_INFO).is_file():
             named = (p for p in path.rglob("*") if p.suffix in (".hdf5", ".h5") and not p.name.startswith("."))
             inside = sorted(p for p in named if not p.is_dir())
+            sets = sorted(str(info.parent.parent) for info in path.rglob(LEROBOT_INFO))
+            if sets and inside:
+                raise ValueError(f"{path} holds HDF5 files, and data sets of LeRobot's: {', '.join(sets)}. Name each.")
+            if sets:
+                raise FileNotFoundError(
+                    f"{path} is no data set of LeRobot's, it holds some. Name each: {', '.join(sets)}."
+                )
             if not inside:
                 raise FileNotFoundError(f"No .hdf5 files in {path}, and no {LEROBOT_INFO} of LeRobot's.")
             files += inside
@@ -371,7 +386,8 @@ def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
             files.append(path)
     if not files:
         raise ValueError("No demonstration files given.")
-    return files
+    # One that is named twice, or lies in a folder that is named as well, would count twice
+    return list({path.resolve(): path for path in reversed(files)}.values())[::-1]
 
 
 def was_recorded(path: PathLike, env_args: Mapping[str, Any]) -> bool:

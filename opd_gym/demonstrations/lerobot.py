@@ -107,6 +107,13 @@ def _names_of(features: Mapping[str, Any], layout: str | None, given: Mapping[st
         names = {} if libero is None or layout == "plain" else libero
         layout = layout or ("libero" if names else "plain")
         cameras = {feature: camera for camera, feature in names.items()}
+        called = Counter(cameras.get(key, _camera(key)) for key in pictures)
+        twice = [key for key in pictures if called[cameras.get(key, _camera(key))] > 1]
+        if twice:
+            raise ValueError(
+                f"{' and '.join(twice)} would both be called {_camera(twice[0])!r}. Say which feature is which camera: "
+                'features={"agentview": ..., "proprio": ..., "actions": ...}.'
+            )
         names = {
             **{cameras.get(key, _camera(key)): key for key in pictures},
             "proprio": next((key for key in ("observation.state", "state") if key in features), "observation.state"),
@@ -187,7 +194,7 @@ def _read_tasks(folder: Path) -> dict[int, str]:
     return {int(row["task_index"]): str(row[name]) for row in table.select(["task_index", name]).to_pylist()}
 
 
-def _read_episodes(folder: Path, videos: Sequence[str]) -> list[dict[str, Any]]:
+def _read_episodes(folder: Path, videos: Sequence[str], total: Any) -> list[dict[str, Any]]:
     """One row an episode: its number, length and tasks, and in which files it lies."""
     columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
     columns += [f"videos/{key}/{name}" for key in videos for name in ("chunk_index", "file_index", "from_timestamp")]
@@ -198,7 +205,14 @@ def _read_episodes(folder: Path, videos: Sequence[str]) -> list[dict[str, Any]]:
     for row in rows:
         if any(value is None for value in row.values()):
             raise ValueError(f"{folder}/meta/episodes leaves something open of an episode: {row}.")
-    return sorted(rows, key=lambda row: int(row["episode_index"]))
+    rows.sort(key=lambda row: int(row["episode_index"]))
+    numbers = [int(row["episode_index"]) for row in rows]
+    if numbers != list(range(len(rows))) or total not in (None, len(rows)):
+        raise ValueError(
+            f"{folder}/meta/episodes describes {len(rows)} episodes, {numbers[0]} to {numbers[-1]}, and "
+            f"{LEROBOT_INFO} says {total}. Expected each once, numbered from 0: the data set is not complete."
+        )
+    return rows
 
 
 def _choose(rows: Sequence[dict[str, Any]], n_demos: int | None) -> list[dict[str, Any]]:
@@ -319,7 +333,7 @@ def read_lerobot(
     if len(videos) < len(pictures):
         _pillow()
     tasks = _read_tasks(folder)
-    for row in _choose(_read_episodes(folder, videos), n_demos):
+    for row in _choose(_read_episodes(folder, videos, info.get("total_episodes")), n_demos):
         with reading(f"Episode {row['episode_index']} of {folder}"):
             episode = _read_episode(folder, info, row, names, pictures, videos, tasks, instruction)
         yield episode

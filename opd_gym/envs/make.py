@@ -82,10 +82,14 @@ def env_layers(
     :param env_kwargs: see :func:`make_env_fn`, as for the arguments that follow
     :return: keyword arguments of the env itself; the size of the chunks of an ``ActionChunk`` around it, 0 for none;
         and whether there is an ``ActionTokens``
-    :raises ValueError: two different sizes of a chunk
+    :raises ValueError: two different sizes of a chunk, or other tasks than that of the id
     """
     known = CHUNK_SIZES.get(bare_id(env_id), 0)
     kwargs = dict(env_kwargs or {})
+    own_tasks = LIBERO_IDS.get(bare_id(env_id), {}).get("task_ids")
+    given = kwargs.get("task_ids")
+    if own_tasks is not None and given is not None and given not in (own_tasks, list(own_tasks)):
+        raise ValueError(f"{env_id} is task {own_tasks[0]} alone, and task_ids is {given}. Use the id of the suite.")
     if bare_id(env_id) in ROBOTWIN_IDS:
         own = kwargs.get("chunk_size")
         if own is not None and chunk_size not in (None, own):

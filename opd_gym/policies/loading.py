@@ -130,6 +130,8 @@ def load_policy(
     try:
         policy = policy_class(data["observation_space"], data["action_space"], **kwargs)
         policy.load_state_dict(state)
+        if getattr(policy, "use_sde", False):
+            policy.reset_noise()  # which was drawn before the weights were there
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # damaged attributes raise anything
