@@ -413,12 +413,18 @@ def test_a_teacher_that_dies_again_and_again_ends_the_run(cluster, teacher, monk
     model = learn(teacher, ray={"address": "auto", "timeout": 60.0})
     start = _Service._start
 
+    def kill(actor):
+        ray.kill(actor)
+        with pytest.raises(ray.exceptions.RayActorError):  # until then it might still answer
+            while True:
+                ray.get(actor.__ray_ready__.remote(), timeout=60.0)
+
     def start_and_kill(self):
         start(self)
-        ray.kill(self.actor)
+        kill(self.actor)
 
     monkeypatch.setattr(_Service, "_start", start_and_kill)
-    ray.kill(actor_of(model))
+    kill(actor_of(model))
     with pytest.raises(RuntimeError, match="(?s)The teacher's actor .* died.* 3 times in a row without an answer"):
         model.learn(64)
 
