@@ -796,8 +796,9 @@ def _record(
     spec: EpisodeSpec, info: Mapping[str, Any], steps: int, episode_return: float, reward_threshold: float | None
 ) -> EpisodeRecord:
     monitored = (info.get("episode") or {}).get("r")
-    if monitored is not None and not math.isnan(monitored):
-        episode_return = float(monitored)  # vectorised envs hand on rewards in single precision
+    # Vectorised envs hand on rewards in single precision; Monitor keeps all of it, to six decimals
+    if monitored is not None and abs(monitored) > 1.0:
+        episode_return = float(monitored)
     success = _solved(info.get("is_success"))
     if success is None and reward_threshold is not None and not math.isnan(episode_return):
         success = episode_return >= reward_threshold or math.isclose(episode_return, reward_threshold, rel_tol=1e-6)

@@ -297,8 +297,11 @@ def test_what_counts_as_success(said: Any, reward: float, threshold: float, expe
     env = DummyVecEnv([lambda: EpisodeControl(wrapper(OneStep(said, reward)))])
     result = evaluate_success(Always(), env, [{"seed": 0}], progress=False, reward_threshold=threshold)
     assert result.episodes[0].success is expected
-    if wrapper is Monitor and not math.isnan(reward):
-        assert result.mean_reward == reward
+    assert result.mean_reward == pytest.approx(reward, nan_ok=True)
+    # Which single precision does not have
+    many = DummyVecEnv([lambda: EpisodeControl(wrapper(OneStep(said, 16777217.0)))])
+    returned = evaluate_success(Always(), many, [{"seed": 0}], progress=False).mean_reward
+    assert returned == 16777216.0 + (wrapper is Monitor)
 
 
 def test_a_word_is_no_success() -> None:
