@@ -23,7 +23,7 @@ SAMPLED = $(RUNS)/faster/% $(RUNS)/more_steps/% $(RUNS)/greedier/% $(RUNS)/suite
 $(SAMPLED): EVAL = --init-states sampled --seed 700
 $(SAMPLED): EPISODES = 100
 $(RUNS)/suites/seed0/%: EPISODES = 500
-$(RUNS)/shorter/% $(RUNS)/greedy/% $(RUNS)/larger_rollouts/%: EVAL = --init-states sampled --seed 700
+$(RUNS)/shorter/% $(RUNS)/greedy/% $(RUNS)/larger_rollouts/% $(RUNS)/steps_80/%: EVAL = --init-states sampled --seed 700
 $(RUNS)/longer/% $(RUNS)/short_goal/%: EPISODES = 500
 
 $(eval $(call run,before,opd,$(ENV),0,--n-timesteps 4000 --hyperparams $(BEFORE)))
@@ -54,6 +54,9 @@ $(eval $(call run,greedy,opd,LiberoGoal-v0,10,--n-timesteps 4000 --hyperparams $
 # Four times as many decisions an iteration, with as many gradient steps a decision: the first updates see more than the states of ten episodes
 $(foreach suite,Spatial Goal,\
     $(eval $(call run,larger_rollouts,opd,Libero$(suite)-v0,10,--n-timesteps 4000 --hyperparams $(filter-out n_steps:% gradient_steps:%,$(ZOO)) n_steps:256 gradient_steps:160 env_kwargs.horizon:112)))
+# Twice the gradient steps, which is worth more than anything else in libero_objectives.mk
+$(foreach suite,Spatial Goal,\
+    $(eval $(call run,steps_80,opd,Libero$(suite)-v0,10,--n-timesteps 4000 --hyperparams $(filter-out gradient_steps:%,$(ZOO)) gradient_steps:80 env_kwargs.horizon:112)))
 $(foreach seed,0 1,$(eval $(call run,short_goal,opd,LiberoGoal-v0,$(seed),--n-timesteps 4000 --hyperparams $(ZOO) $(GOAL_BY_TASK))))
 all: $(RUNS)/shorter/goal_official_states.json $(RUNS)/short_goal/goal_sampled_states.json
 $(RUNS)/shorter/goal_official_states.json: | $(RUNS)/shorter/seed10/opd/LiberoGoal-v0_1/policy/config.json
@@ -70,7 +73,7 @@ report:
 	    -l 'smaller_batches/*=smaller batches on sampled states' -l 'shorter/*.json=episodes of 112 steps on official states' \
 	    -l 'shorter/*=episodes of 112 steps on sampled states' \
 	    -l 'larger_rollouts/*=episodes of 112 steps and 512 decisions an iteration on sampled states' \
-    -l 'greedy/*=temperature 0.001 and episodes of 112 steps on sampled states' -l 'longer/*/opd/*=before the shorter episodes' -l 'longer/*/grpo/*=GRPO before the shorter episodes' \
+    -l 'steps_80/*=episodes of 112 steps and twice the gradient steps on sampled states' -l 'greedy/*=temperature 0.001 and episodes of 112 steps on sampled states' -l 'longer/*/opd/*=before the shorter episodes' -l 'longer/*/grpo/*=GRPO before the shorter episodes' \
 	    -l 'short_goal/*.json=112 steps in nine tasks and 300 in one on sampled states' \
 	    -l 'short_goal/*=112 steps in nine tasks and 300 in one')
 
@@ -88,7 +91,7 @@ pairs = $(SUITES_RUNS)/$(1)/seed0/opd/$(2)_1/evaluation.json $(RUNS)/longer/seed
     $(RUNS)/longer/seed0/grpo/$(2)_1/evaluation.json $(SUITES_RUNS)/$(1)/student.json
 PAIRS = $(RUNS)/shorter/seed10/opd/LiberoSpatial-v0_1/evaluation.json $(RUNS)/suites/spatial_sampled_states.json \
     $(RUNS)/shorter/seed10/opd/LiberoGoal-v0_1/evaluation.json $(RUNS)/greedier/seed10/opd/LiberoGoal-v0_1/evaluation.json \
-    $(foreach env,LiberoSpatial-v0 LiberoGoal-v0,$(RUNS)/larger_rollouts/seed10/opd/$(env)_1/evaluation.json $(RUNS)/shorter/seed10/opd/$(env)_1/evaluation.json) \
+    $(foreach change,larger_rollouts steps_80,$(foreach env,LiberoSpatial-v0 LiberoGoal-v0,$(RUNS)/$(change)/seed10/opd/$(env)_1/evaluation.json $(RUNS)/shorter/seed10/opd/$(env)_1/evaluation.json)) \
     $(RUNS)/greedy/seed10/opd/LiberoGoal-v0_1/evaluation.json $(RUNS)/shorter/seed10/opd/LiberoGoal-v0_1/evaluation.json \
     $(call pairs,spatial,LiberoSpatial-v0) $(call pairs,goal,LiberoGoal-v0)
 $(SUITES_RUNS)/%:
