@@ -2,7 +2,7 @@
 # libero_suites_12000.mk made it and its teacher.
 #
 #   make -f benchmarks/libero_suites.mk                      everything, one thing after another; by a rough count twenty hours on two cores
-#   make -f benchmarks/libero_suites.mk -j2 object SEEDS=0   one suite, one seed, two things at once
+#   make -f benchmarks/libero_suites.mk -j2 object SEEDS=0 FURTHER=   one suite, one seed, two things at once
 #   make -f benchmarks/libero_suites.mk -n spatial           print the commands
 #
 # Run it from the root of the repository, after ./quickstart or ./test has made .venv. Stop it at any time: it goes on where
@@ -75,6 +75,11 @@ $(call train,$(RUNS)/$(1)/seed$(3)/warm_start,opd,$(2),--seed $(3) --n-timesteps
 endef
 
 $(foreach name,$(SUITES),$(eval $(call suite,$(name),$(ENV_$(name)))))
+
+# On LIBERO-Object five seeds of OPD and GRPO
+FURTHER ?= $(filter-out $(SEEDS),3 4)
+object: $(foreach seed,$(FURTHER),$(foreach algo,opd grpo,$(RUNS)/object/seed$(seed)/$(algo)/$(ENV_object)_1/evaluation.json))
+$(foreach seed,$(FURTHER),$(eval $(call runs,object,$(ENV_object),$(seed))))
 
 # LIBERO-Long's episodes are two to three times as long as the others', so 4,000 decisions are few of them: OPD with three times as many
 10: $(foreach seed,$(SEEDS),$(RUNS)/10/seed$(seed)/longer/opd/$(ENV_10)_1/evaluation.json)
