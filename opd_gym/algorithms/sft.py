@@ -131,13 +131,16 @@ def _check_values(key: str, array: np.ndarray, space: spaces.Space) -> None:
     :raises ValueError: observations that the env cannot show: other pictures than from 0 to 255, or other whole numbers
         than a discrete space has; a warning where most lie outside the bounds of a Box
     """
+    if not array.size:
+        return
     there = f"{array.dtype} from {array.min():.5g} to {array.max():.5g}"
     told = f"`{key}` of the demonstrations has {there}, the policy expects"
     if is_image_space(space):
         if array.dtype == bool or array.min() < 0 or array.max() > 255:
             raise ValueError(f"{told} pictures from 0 to 255. Convert them to uint8.")
     elif isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
-        if np.any(array < 0) or np.any(array >= _n_values(space)) or np.any(array != np.floor(array)):
+        values = array.reshape(len(array), -1)
+        if np.any(values < 0) or np.any(values >= _n_values(space)) or np.any(values != np.floor(values)):
             raise ValueError(f"{told} whole numbers in {space}.")
     elif isinstance(space, spaces.Box) and array.shape[1:] == space.shape and array.dtype.kind in "iuf":
         outside = ((array < space.low - 1e-3) | (array > space.high + 1e-3)).mean(axis=0)
@@ -397,7 +400,6 @@ class SFT(PolicyAlgorithm):
             if is_image_space(space) and self._needs_transpose(shape, space):
                 shape = (shape[-1], *shape[:-1])
             array = arrays[key]
-            _check_values(key, array, space)
             if is_image_space(space) and np.issubdtype(array.dtype, np.floating) and array.max() <= 1.0:
                 raise ValueError(
                     f"`{key}` of the demonstrations has {array.dtype} from {array.min():.3g} to {array.max():.3g}, the "
@@ -409,6 +411,7 @@ class SFT(PolicyAlgorithm):
                     f"`{key}` of the demonstrations has shape {arrays[key].shape[1:]}, the policy expects "
                     f"{space.shape}. Pass image_size or chunk_size, or read the demonstrations with the env's."
                 )
+            _check_values(key, array, space)
 
     @staticmethod
     def _needs_transpose(shape: tuple[int, ...], space: spaces.Space) -> bool:

@@ -88,7 +88,7 @@ def env_layers(
     kwargs = dict(env_kwargs or {})
     own_tasks = LIBERO_IDS.get(bare_id(env_id), {}).get("task_ids")
     given = kwargs.get("task_ids")
-    if own_tasks is not None and given is not None and given not in (own_tasks, list(own_tasks)):
+    if own_tasks is not None and given is not None and list(given) != list(own_tasks):
         raise ValueError(f"{env_id} is task {own_tasks[0]} alone, and task_ids is {given}. Use the id of the suite.")
     if bare_id(env_id) in ROBOTWIN_IDS:
         own = kwargs.get("chunk_size")
