@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from opd_gym.checks import check_at_least, check_fields
@@ -59,7 +59,7 @@ class EpisodeRecord:
     :param init_state_id: initial state, -1 where it was sampled or the environment has none
     :param success: whether the task was solved; None where the env does not say
     :param steps: actions executed
-    :param reward: sum of rewards, as ``Monitor`` counts it where there is one
+    :param reward: sum of rewards, in ``Monitor``'s precision where there is one
     :param seed: seed of the reset, None if it was left to the environment
     :param category: what was perturbed: a category of LIBERO-Plus ("camera") or a perturbation of LIBERO-PRO ("swap");
         None for nothing
@@ -795,10 +795,10 @@ def _progress_bar(total: int, enabled: bool) -> Any:
 def _record(
     spec: EpisodeSpec, info: Mapping[str, Any], steps: int, episode_return: float, reward_threshold: float | None
 ) -> EpisodeRecord:
-    monitored = (info.get("episode") or {}).get("r")
     # Vectorised envs hand on rewards in single precision; Monitor keeps all of it, to six decimals
-    if monitored is not None and abs(monitored) > 1.0:
-        episode_return = float(monitored)
+    monitored = info["episode"].get("r") if isinstance(info.get("episode"), Mapping) else None
+    if isinstance(monitored, (int, float)) and abs(monitored) > 1.0:
+        episode_return = float(monitored) if math.isclose(monitored, episode_return, rel_tol=1e-3) else episode_return
     success = _solved(info.get("is_success"))
     if success is None and reward_threshold is not None and not math.isnan(episode_return):
         success = episode_return >= reward_threshold or math.isclose(episode_return, reward_threshold, rel_tol=1e-6)
@@ -841,7 +841,8 @@ def _check_samples(model: Predictor) -> None:
             "State-dependent exploration draws its noise once a rollout, which no rollout is here: evaluate the most "
             "likely actions (deterministic=True)."
         )
-    samples = isinstance(policy, ActorCriticPolicy) or hasattr(getattr(policy, "actor", None), "action_dist")
+    # MaskablePPO's policy is no ActorCriticPolicy, and SAC's samples in its actor
+    samples = any(hasattr(part, "action_dist") for part in (policy, getattr(policy, "actor", None)))
     if isinstance(policy, BasePolicy) and not samples:
         raise ValueError(
             f"{type(policy).__name__} has nothing to sample, its actions are always the best ones: evaluate these "

@@ -248,6 +248,8 @@ def test_a_vec_normalize_stays_as_it_is_and_returns_are_the_envs() -> None:
         ({"difficulty": "hard", "category": 3}, {"difficulty": None, "category": None}),
         ({"task_id": "pick", "init_state_id": True}, {"task_id": 7, "init_state_id": -1}),
         ({"task_id": np.int32(4), "frozen": True}, {"task_id": 4}),
+        ({"episode": 3}, {"task_id": 7, "reward": 0.0}),
+        ({"episode": {"r": 99.0}}, {"reward": 0.0}),
     ],
 )
 def test_an_env_may_mean_other_things_by_our_names(
@@ -422,8 +424,10 @@ def test_what_has_no_samples_is_not_said_to_be_sampled() -> None:
         with pytest.raises(ValueError, match=message):
             evaluate_success(model, own, [{"seed": 0}], deterministic=False, progress=False)
         assert evaluate_success(model, own, [{"seed": 0}], progress=False).temperature is None
-    result = evaluate_success(SAC("MlpPolicy", env), env, [{"seed": 0}], deterministic=False, progress=False)
-    assert result.temperature == 1.0
+    maskable = sb3_contrib.MaskablePPO("MlpPolicy", countable)
+    for samples, own in ((SAC("MlpPolicy", env), env), (maskable, countable), (maskable.policy, countable)):
+        result = evaluate_success(samples, own, [{"seed": 0}], deterministic=False, progress=False)  # type: ignore[arg-type]
+        assert result.temperature == 1.0
 
 
 def test_an_evaluation_draws_no_action_from_the_env() -> None:

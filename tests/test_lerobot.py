@@ -246,13 +246,6 @@ def described(change):
     return apply
 
 
-def called_alike(folder):
-    info = json.loads((folder / "meta/info.json").read_text())
-    features = info["features"]
-    features["observation.image2"] = features["observation.images.image2"]
-    change_info(folder, features=features)
-
-
 def twice(table):
     import pyarrow as pa
 
@@ -290,6 +283,14 @@ def test_what_is_wrong_is_named(tmp_path, change, match):
     change(folder)
     with pytest.raises(ValueError, match=match):
         list(read_lerobot(folder))
+
+
+def test_cameras_of_one_name_are_told(tmp_path):
+    folder = copied(tmp_path)
+    features = json.loads((folder / "meta/info.json").read_text())["features"]
+    change_info(folder, features={**features, "observation.image2": features["observation.images.image2"]})
+    with pytest.raises(ValueError, match=r"observation.images.image2 and observation.image2 would be called the same"):
+        next(read_lerobot(folder, layout="plain"))
 
 
 def test_videos_that_do_not_fit(tmp_path):

@@ -33,7 +33,7 @@ from opd_gym.algorithms.losses import masked_mean, smoothed_labels
 from opd_gym.algorithms.randomness import set_rng_states
 from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.demonstrations import Demonstrations, PathLike
-from opd_gym.demonstrations.dataset import check_within
+from opd_gym.demonstrations.dataset import REFUSE_OUTSIDE, check_within, share_outside
 from opd_gym.observations import obs_rows
 from opd_gym.policies.loading import checkpoint_settings
 from opd_gym.tokens import CategoricalTokens, TokenView
@@ -142,9 +142,9 @@ def _check_values(key: str, array: np.ndarray, space: spaces.Space) -> None:
         values = array.reshape(len(array), -1)
         if np.any(values < 0) or np.any(values >= _n_values(space)) or np.any(values != np.floor(values)):
             raise ValueError(f"{told} whole numbers in {space}.")
-    elif isinstance(space, spaces.Box) and array.shape[1:] == space.shape and array.dtype.kind in "iuf":
-        outside = ((array < space.low - 1e-3) | (array > space.high + 1e-3)).mean(axis=0)
-        if outside.size and outside.max() > 0.5:
+    elif isinstance(space, spaces.Box):
+        outside = share_outside(array.reshape(len(array), -1), space.low.ravel(), space.high.ravel())
+        if outside.max() > REFUSE_OUTSIDE:
             # Not all envs keep to the bounds that they name
             warnings.warn(f"{told} {space}. Scale them as the env does.", stacklevel=4)
 

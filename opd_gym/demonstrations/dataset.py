@@ -28,6 +28,18 @@ from opd_gym.tokens import check_starts
 WARN_OUTSIDE, REFUSE_OUTSIDE = 0.05, 0.5
 
 
+def share_outside(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """
+    :param values: numbers ``(N, D)``
+    :param low: least sensible value of each dimension ``(D,)``
+    :param high: largest one
+    :return: share of each dimension's values beyond them, but for a 255th of the range ``(D,)``
+    """
+    bounded = np.isfinite(low) & np.isfinite(high)
+    slack = np.where(bounded, high - low, 0.0) / 255 + 1e-6
+    return ((values < low - slack) | (values > high + slack)).mean(axis=0)
+
+
 def check_within(actions: np.ndarray, low: np.ndarray, high: np.ndarray, what: str, remedy: str) -> None:
     """
     :param actions: demonstrated actions ``(N, D)``
@@ -37,9 +49,7 @@ def check_within(actions: np.ndarray, low: np.ndarray, high: np.ndarray, what: s
     :param remedy: what to do
     :raises ValueError: most actions of a dimension lie outside; a warning from 5 % on
     """
-    bounded = np.isfinite(low) & np.isfinite(high)
-    slack = np.where(bounded, high - low, 0.0) / 255 + 1e-6
-    outside = ((actions < low - slack) | (actions > high + slack)).mean(axis=0)
+    outside = share_outside(actions, low, high)
     worst = int(outside.argmax())
     if outside[worst] <= WARN_OUTSIDE:
         return

@@ -370,9 +370,10 @@ def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
     for item in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = Path(item).expanduser()
         if path.is_dir() and not (path / LEROBOT_INFO).is_file():
-            named = (p for p in path.rglob("*") if p.suffix in (".hdf5", ".h5") and not p.name.startswith("."))
-            inside = sorted(p for p in named if not p.is_dir())
-            sets = sorted(str(info.parent.parent) for info in path.rglob(LEROBOT_INFO))
+            every = sorted(path.rglob("*"))
+            named = (p for p in every if p.suffix in (".hdf5", ".h5") and not p.name.startswith("."))
+            inside = [p for p in named if not p.is_dir()]
+            sets = [str(p.parent.parent) for p in every if p.as_posix().endswith(f"/{LEROBOT_INFO}")]
             if sets and inside:
                 raise ValueError(f"{path} holds HDF5 files, and data sets of LeRobot's: {', '.join(sets)}. Name each.")
             if sets:

@@ -107,15 +107,15 @@ def _names_of(features: Mapping[str, Any], layout: str | None, given: Mapping[st
         names = {} if libero is None or layout == "plain" else libero
         layout = layout or ("libero" if names else "plain")
         cameras = {feature: camera for camera, feature in names.items()}
-        called = Counter(cameras.get(key, _camera(key)) for key in pictures)
-        twice = [key for key in pictures if called[cameras.get(key, _camera(key))] > 1]
+        called = {key: cameras.get(key, _camera(key)) for key in pictures}
+        twice = [key for key in pictures if list(called.values()).count(called[key]) > 1]
         if twice:
             raise ValueError(
-                f"{' and '.join(twice)} would both be called {_camera(twice[0])!r}. Say which feature is which camera: "
+                f"{' and '.join(twice)} would be called the same, {called[twice[0]]!r}. Say which is which: "
                 'features={"agentview": ..., "proprio": ..., "actions": ...}.'
             )
         names = {
-            **{cameras.get(key, _camera(key)): key for key in pictures},
+            **{camera: key for key, camera in called.items()},
             "proprio": next((key for key in ("observation.state", "state") if key in features), "observation.state"),
             "actions": next((key for key in ("action", "actions") if key in features), "action"),
         }

@@ -117,7 +117,9 @@ def find_policies(folders: Iterable[Path], labels: Mapping[str, str]) -> list[Po
     for item in every:
         unique[item.file.resolve(), item.env_id].paths |= item.paths
     found = [item for item in reversed(unique.values()) if item.file.resolve() not in of_runs]
-    places = {path: {item.file.resolve() for item in found if item.path == path} for path in {i.path for i in found}}
+    places: dict[str, set[Path]] = {}
+    for item in found:
+        places.setdefault(item.path, set()).add(item.file.resolve())
     for item in found:
         if len(places[item.path]) > 1:
             item.path = f"{item.file.as_posix()}{'/' * item.is_run}"
