@@ -499,7 +499,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--teachers", nargs="+", default=[recipe.name for recipe in RECIPES], metavar="ENV-ALGO")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--n-envs", type=int, default=1, help="number of envs of every method")
     parser.add_argument("--steps", type=int, help="env steps; without it, those of the env in BUDGETS")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of OPD, all else default")
@@ -531,10 +531,16 @@ def run_all(args: argparse.Namespace, settings: dict[str, Any]) -> None:
         for recipe in (recipes[name] for name in args.teachers):
             teacher, model = trained(recipe, args.work)
             path = args.output / f"{recipe.name}.json"
+            played = returns(model, recipe.env)
             if not path.exists():
                 cost = json.loads(teacher.with_suffix(".json").read_text())
-                record = {"teacher": recipe.name, "method": "teacher", **cost}
-                write_results(path, {**record, "returns": returns(model, recipe.env)})
+                write_results(path, {"teacher": recipe.name, "method": "teacher", **cost, "returns": played})
+            elif json.loads(path.read_text(encoding="utf-8"))["returns"] != played:
+                # Trained anew, on another machine or with other versions: its students belong to other results
+                raise SystemExit(
+                    f"{teacher} is not the teacher of {path}: it plays other returns. Keep its students apart, with "
+                    "--output, or delete that file and the runs beside it to make all of them again."
+                )
             for seed in args.seeds:
                 # Each method is first as often as any other
                 turn = seed % max(len(methods), 1)
