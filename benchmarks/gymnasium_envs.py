@@ -12,7 +12,7 @@ the folder to be called ``site-packages``.) ::
     PYTHONPATH=SIDE/site-packages python benchmarks/gymnasium_envs.py --work ~/teachers --methods opd --set group_size=1
     python benchmarks/gymnasium_envs.py --report                                       # table and picture only
 
-Hopper and HalfCheetah have not been run yet. Teachers are trained once and kept in ``--work``. Each run writes one JSON
+HalfCheetah has not been run yet. Teachers are trained once and kept in ``--work``. Each run writes one JSON
 file, and is skipped where that is there.
 """
 
