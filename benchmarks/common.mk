@@ -33,6 +33,9 @@ only = $(if $(TASKS_$(1)),env_kwargs.task_ids:[$(subst $(space),$(comma),$(TASKS
 # What the zoo had of GRPO for LIBERO before libero_grpo.mk's sweep
 EIGHT_GROUPS = group_size:8 n_groups:8 trajectories_per_batch:32 n_epochs:4 learning_rate:1e-4 temperature:0.3
 
+# The last rollout, seen once as it is
+AS_IN_THE_PAPER = state_replay:false gradient_steps:auto augmentation:null
+
 # $(call counted,FOLDER,N ...): what the demonstrations in it had cost, beside the results; the first N of each task as well
 define counted
 	python benchmarks/count_demonstrations.py $(RUNS)/$(1) -o $(OUT)/$(1).json

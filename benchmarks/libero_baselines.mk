@@ -1,18 +1,19 @@
-# Two more rivals of OPD: PPO with as many decisions on LIBERO-Object, and GRPO that goes on from OPD's policies of LIBERO-Spatial
-# and -Goal, where the teacher leaves most to gain, with as many decisions again. OPD to the paper's letter (estimator) and DAgger
-# with hard labels (divergence: hard_ce, the teacher's most probable tokens in the student's states) are in libero_objectives.mk,
-# settings of GRPO in libero_grpo.mk. The committed run of GRPO has the zoo's setting of that time, EIGHT_GROUPS in common.mk.
+# More rivals of OPD. On LIBERO-Object and -Goal PPO with as many decisions, at the zoo's temperature of 1 and at GRPO's of 0.3. GRPO
+# that goes on from OPD's policies of LIBERO-Spatial and -Goal, where the teacher leaves most to gain, with as many decisions again.
+# On Goal OPD to the paper's letter (sampled) and DAgger with hard labels (dagger: the teacher's most probable tokens in the
+# student's states), which libero_objectives.mk has of Object; settings of GRPO are in libero_grpo.mk. The committed run of GRPO has
+# the zoo's setting of that time, EIGHT_GROUPS in common.mk.
 #
-#   make -f benchmarks/libero_baselines.mk -j2     9 runs after those of libero_suites.mk, by a rough count an hour and a half on two cores
-#   make -f benchmarks/libero_baselines.mk ppo SEEDS=0
+#   make -f benchmarks/libero_baselines.mk -j2     24 runs after those of libero_suites.mk, by a rough count four hours on two cores
+#   make -f benchmarks/libero_baselines.mk dagger SEEDS=0
 #   make -f benchmarks/libero_baselines.mk report
 include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 
 SEEDS ?= 0 1 2
 OPD = runs/libero_suites
-.PHONY: ppo opd_then_grpo
-ppo: $(foreach seed,$(SEEDS),$(RUNS)/ppo/seed$(seed)/ppo/LiberoObject-v0_1/evaluation.json $(RUNS)/opd/object/seed$(seed)/opd/LiberoObject-v0_1.json)
-all: ppo opd_then_grpo
+RIVALS = dagger sampled ppo ppo_0.3 opd_then_grpo
+.PHONY: $(RIVALS)
+all: $(RIVALS)
 
 $(OPD)/%.json:
 	$(MAKE) -f benchmarks/libero_suites.mk $@
@@ -27,10 +28,21 @@ $(call run,opd_then_grpo,grpo,$(2),$(3),--n-timesteps 4000 --student $(OPD)/$(1)
 $(RUNS)/opd_then_grpo/seed$(3)/grpo/$(2)_1/policy/config.json: | $(OPD)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json
 endef
 
+# $(call rival,VARIANT,ALGORITHM,SUITE,SEED,HYPERPARAMETERS)
+define rival
+$(1): $(RUNS)/$(1)/seed$(4)/$(2)/$(ENV_$(3))_1/evaluation.json $(RUNS)/opd/$(3)/seed$(4)/opd/$(ENV_$(3))_1.json
+$(call run,$(1),$(2),$(ENV_$(3)),$(4),--n-timesteps 4000 --student libero-$(3)-student $(5))
+endef
+
 $(foreach seed,$(SEEDS),\
-    $(eval $(call run,ppo,ppo,LiberoObject-v0,$(seed),--n-timesteps 4000))\
+    $(eval $(call rival,dagger,opd,goal,$(seed),--hyperparams divergence:hard_ce))\
+    $(eval $(call rival,sampled,opd,goal,$(seed),--hyperparams estimator:sampled temperature:1.0 learning_rate:1e-4 $(AS_IN_THE_PAPER)))\
+    $(foreach suite,object goal,\
+        $(eval $(call rival,ppo,ppo,$(suite),$(seed)))\
+        $(eval $(call rival,ppo_0.3,ppo,$(suite),$(seed),--hyperparams temperature:0.3)))\
     $(eval $(call further,spatial,LiberoSpatial-v0,$(seed)))\
     $(eval $(call further,goal,LiberoGoal-v0,$(seed))))
 
 report:
-	$(call reported,--title "More rivals of OPD on LIBERO" --reference OPD -l 'opd/*=OPD' -l 'ppo/*=PPO' -l 'opd_then_grpo/*=OPD then GRPO')
+	$(call reported,--title "More rivals of OPD on LIBERO" --reference OPD -l 'opd/*=OPD' -l 'dagger/*=DAgger' -l 'sampled/*=sampled at temperature 1' \
+	    -l 'ppo/*=PPO' -l 'ppo_0.3/*=PPO at temperature 0.3' -l 'opd_then_grpo/*=OPD then GRPO')

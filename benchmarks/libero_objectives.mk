@@ -22,7 +22,7 @@ divergence = divergence:forward_kl divergence:jsd divergence:hard_ce
 # The paper's letter: sampled tokens of the last rollout, seen once. At a temperature of 0.05 log-probabilities are twenty times
 # farther apart, and so are gradients; hence once more with actions as the policy has them, and smaller steps. + is "and"
 estimator = estimator:sampled estimator:sampled+temperature:1.0+learning_rate:1e-4
-with_sampled = state_replay:false gradient_steps:auto augmentation:null
+with_sampled = $(AS_IN_THE_PAPER)
 group_size = group_size:2 group_size:4 group_size:8
 state_replay = state_replay:false
 with_false = gradient_steps:auto
