@@ -47,7 +47,7 @@ from stable_baselines3.common.policies import BasePolicy
 from tqdm import tqdm
 
 from opd_gym import OPD
-from opd_gym.cli.report.policies import t_interval
+from opd_gym.cli.report.policies import t_interval, welch
 from opd_gym.files import write_atomic
 from opd_gym.untrusted import parse_yaml
 from opd_gym.versions import write_results
@@ -396,12 +396,13 @@ def label_of(record: dict[str, Any]) -> str:
 
 def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, Any]]) -> str:
     """
-    Markdown table, one row for each teacher and method.
+    Markdown tables: one row for each teacher and method, and Welch's t test between OPD and each other method.
 
     :param teachers: Records of the teachers, by name
     :param records: One a run
-    :return: the table
+    :return: the tables
     """
+    compared = []
     lines = [
         "# OPD, DAgger and BC on Gymnasium envs",
         "",
@@ -415,6 +416,7 @@ def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, 
     ]
     for name, teacher in teachers.items():
         of_teacher = [r for r in records if r["teacher"] == name]
+        of_opd = [float(np.mean(r["returns"])) for r in of_teacher if label_of(r) == LABELS["opd"]]
         for label in dict.fromkeys(map(label_of, of_teacher)):
             runs = [r for r in of_teacher if label_of(r) == label]
             means = [float(np.mean(r["returns"])) for r in runs]
@@ -429,6 +431,14 @@ def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, 
                 f"{np.mean(means):.1f} | {interval} | {steps:.0f} | {updates:.0f} | {cpu_s:.1f} | "
                 f"{ratio} |"
             )
+            if (test := welch(of_opd, means)) is not None and label != LABELS["opd"]:
+                compared.append(
+                    f"| {name} | {label} | {np.mean(of_opd) - np.mean(means):.1f} | {test[0]:.1f} to {test[1]:.1f} | "
+                    f"{test[2]:.2g} |"
+                )
+    if compared:
+        lines += ["", "Means over the seeds, of OPD less those of another method, by Welch's t test:", ""]
+        lines += ["| teacher | method | difference | 95 % interval | p |", "|---|---|---|---|---|", *compared]
     return "\n".join(lines) + "\n"
 
 

@@ -193,13 +193,18 @@ def test_students_of_gymnasium_envs_beside_their_teacher(tmp_path, monkeypatch):
     mean = f"{np.mean(record['returns']):.1f}"
     assert rows[0][4:8] == [mean, "", "64", "16"]
     assert (tmp_path / "results.png").stat().st_size > 0
+    assert "Welch" not in (tmp_path / "results.md").read_text()
+    gymnasium_envs.main([*arguments, "--methods", "opd", "--seeds", "1", "--steps", "64"])
+    gymnasium_envs.main([*arguments, "--methods", "opd", "--seeds", "1", "--steps", "64", "--set", "group_size=1"])
+    (test,) = [row for row in cells((tmp_path / "results.md").read_text(), "Thrusters-PPO") if len(row) == 5]
+    assert test[1] == "OPD, group_size=1" and 0.0 < float(test[4]) <= 1.0
     # The teacher of the next seeds, trained anew where its zip was lost, has to be the same
     teacher = json.loads((tmp_path / "Thrusters-PPO.json").read_text())
     teacher["returns"][0] += 1.0
     (tmp_path / "Thrusters-PPO.json").write_text(json.dumps(teacher))
     with pytest.raises(SystemExit, match="is not the teacher of .*Thrusters-PPO.json"):
-        gymnasium_envs.main([*arguments, "--methods", "opd", "--seeds", "1", "--steps", "64"])
-    assert not (tmp_path / "Thrusters-PPO_opd_seed1.json").exists()
+        gymnasium_envs.main([*arguments, "--methods", "opd", "--seeds", "2", "--steps", "64"])
+    assert not (tmp_path / "Thrusters-PPO_opd_seed2.json").exists()
 
 
 def test_a_part_that_fails_on_a_gpu_machine_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):

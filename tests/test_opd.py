@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+    EveryNTimesteps,
+)
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
@@ -608,8 +614,6 @@ def test_training_goes_on_after_an_evaluation_on_the_training_env():
 
 
 def test_an_evaluation_in_the_middle_of_a_rollout_is_noticed():
-    from stable_baselines3.common.callbacks import EveryNTimesteps
-
     from opd_gym.evaluation import EpisodeSpec, evaluate_success
 
     class Evaluate(BaseCallback):
@@ -624,10 +628,34 @@ def test_an_evaluation_in_the_middle_of_a_rollout_is_noticed():
 
 def test_an_evaluation_by_stable_baselines3_in_the_middle_is_noticed_too():
     """It resets the envs and leaves them playing: labels would be those of other states."""
+
+    class Evaluate(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 4:
+                evaluate_policy(self.model, self.model.get_env(), 2, warn=False)
+            return True
+
     model = OPD("MlpPolicy", vec(2), teacher="expert", n_steps=8, seed=0)
     with pytest.raises(RuntimeError, match="env of its own"):
-        model.learn(64, callback=EvalCallback(model.get_env(), n_eval_episodes=2, eval_freq=4, warn=False))
+        model.learn(64, callback=Evaluate())
     model.learn(64)
+
+
+def test_an_eval_callback_on_the_training_env_is_refused():
+    """It would reset what is being trained on: OPD would notice, GRPO could wait for ever."""
+    venv = vec(2)
+    model = OPD("MlpPolicy", venv, teacher="expert", n_steps=8, seed=0)
+    evaluation = EvalCallback(VecNormalize(venv, training=False), n_eval_episodes=2, eval_freq=4, warn=False)
+    for callback in (evaluation, [evaluation], CallbackList([EveryNTimesteps(4, evaluation)])):
+        with pytest.raises(ValueError, match="env of its own"):
+            model.learn(64, callback=callback)
+    own = EvalCallback(vec(1), n_eval_episodes=2, eval_freq=4, warn=False)
+    assert model.learn(64, callback=[own]).num_timesteps == 64 and own.n_calls
+
+    single = Match()
+    model = OPD("MlpPolicy", single, teacher="expert", n_steps=8, seed=0)
+    with pytest.raises(ValueError, match="env of its own"):
+        model.learn(64, callback=EvalCallback(single, eval_freq=4, warn=False))
 
 
 def test_an_evaluation_by_stable_baselines3_between_two_trainings_begins_new_episodes():

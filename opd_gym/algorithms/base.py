@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -65,6 +66,25 @@ class _Decisions:
     tags: list[tuple[int, int] | None]
     group_ids: np.ndarray
     episode_ids: np.ndarray
+
+
+def _callbacks(callback: Any) -> Iterator[BaseCallback]:
+    """A callback, or the callbacks of a list, and those that they call."""
+    called: Any
+    if isinstance(callback, BaseCallback):
+        yield callback
+        called = [getattr(callback, name, None) for name in ("callbacks", "callback", "callback_on_new_best")]
+    else:
+        called = callback if isinstance(callback, (list, tuple)) else []
+    for each in called:
+        yield from _callbacks(each)
+
+
+def _simulators(env: Any) -> set[int]:
+    """Which objects are stepped in the end; two envs that share one disturb each other."""
+    if not isinstance(env, (gym.Env, VecEnv)):
+        return set()
+    return {id(env.unwrapped), *(id(each.unwrapped) for each in getattr(env.unwrapped, "envs", ()))}
 
 
 class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
@@ -192,6 +212,12 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("This model has no env: load it with load(path, env=env), or call set_env(env), first.")
+        for each in _callbacks(callback):
+            if not _simulators(self.env).isdisjoint(_simulators(getattr(each, "eval_env", None))):
+                raise ValueError(
+                    f"{type(each).__name__} evaluates on the env that is trained on, in the middle of its episodes, "
+                    "which nobody would go on with. Give the evaluation an env of its own."
+                )
         if self._last_obs is not None and can_announce(self.env):
             told = [self._episodes.tag(index) for index in range(self.n_envs)]
             if any(self.env.get_attr("frozen")) or self.env.get_attr("episode_tag") != told:
