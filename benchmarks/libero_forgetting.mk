@@ -1,8 +1,8 @@
 # What is forgotten: post-training on six tasks of LIBERO-Object, success on these and on the other four, and on LIBERO-PRO's
-# perturbed tasks, before and after. Student and teacher are the zoo's; all have as many decisions as in libero_suites.mk. GRPO's
-# committed run has the zoo's setting of that time, EIGHT_GROUPS in common.mk.
+# perturbed tasks, before and after. Student and teacher are the zoo's; all have as many decisions as in libero_suites.mk.
 #
 #   make -f benchmarks/libero_forgetting.mk -j2    9 runs, by a rough count three hours on two cores
+#   make -f benchmarks/libero_forgetting.mk eight_groups
 #   make -f benchmarks/libero_forgetting.mk report
 include $(dir $(firstword $(MAKEFILE_LIST)))common.mk
 
@@ -22,6 +22,12 @@ $(foreach seed,$(SEEDS),$(eval $(call run,sft,sft,$(ENV),$(seed),--n-timesteps 1
 	    --student libero-object-student --hyperparams $(SFT))))
 $(foreach seed,$(SEEDS),$(eval $(RUNS)/sft/seed$(seed)/sft/$(ENV)_1/policy/config.json: | $(RUNS)/demos/done))
 
+# GRPO with what the zoo had before
+.PHONY: eight_groups
+eight_groups: $(RUNS)/grpo_eight_groups/seed0/grpo/$(ENV)_1/evaluation.json
+$(RUNS)/grpo_eight_groups/seed0/grpo/$(ENV)_1/policy/config.json:
+	$(call train,$(RUNS)/grpo_eight_groups/seed0,grpo,$(ENV),--n-timesteps 4000 --hyperparams $(EIGHT_GROUPS) $(call only,seen))
+
 # Before and after, all ten tasks; and on LIBERO-PRO's, in files of their own
 all: $(RUNS)/student.json $(RUNS)/perturbed/student.json
 $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft,$(eval all: $(RUNS)/perturbed/$(algo)_seed$(seed).json)))
@@ -37,7 +43,7 @@ $(RUNS)/perturbed/$(1)_seed$(2).json: | $(RUNS)/$(1)/seed$(2)/$(1)/$(ENV)_1/poli
 endef
 $(foreach seed,$(SEEDS),$(foreach algo,opd grpo sft,$(eval $(call perturbed,$(algo),$(seed)))))
 
-LABELS = --tasks 'trained on=0-5' --tasks 'not trained on=6-9' -l 'student.json=student' -l 'sft/*=SFT' -l 'grpo/*=GRPO' -l 'opd/*=OPD' \
+LABELS = --tasks 'trained on=0-5' --tasks 'not trained on=6-9' -l 'student.json=student' -l 'sft/*=SFT' -l 'grpo/*=GRPO' -l 'grpo_eight_groups/*=GRPO with eight groups' -l 'opd/*=OPD' \
     -l 'perturbed/student*=student' -l 'perturbed/sft*=SFT' -l 'perturbed/grpo*=GRPO' -l 'perturbed/opd*=OPD'
 report:
 	$(call reported,--title "Forgetting on LIBERO-Object" --reference student $(LABELS))
