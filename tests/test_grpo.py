@@ -192,6 +192,20 @@ def test_a_run_that_is_stopped_leaves_its_envs_to_others(interrupt, workers):
         env.close()
 
 
+def test_an_evaluation_in_envs_that_stand_still_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr("opd_gym.envs.wrappers.MAX_STEPS_FROZEN", 100)
+
+    class Evaluate(BaseCallback):
+        def _on_step(self):
+            evaluate_policy(self.model, self.model.get_env(), 1, warn=False)
+            return True
+
+    # One episode for each env: all are to stand still afterwards
+    model = GRPO("MlpPolicy", vec(4), group_size=4, n_groups=1, seed=0, device="cpu")
+    with pytest.raises(RuntimeError, match=r"stood still for 100 steps.*env of its own"):
+        model.learn(64, callback=Evaluate())
+
+
 def test_envs_that_lose_every_episode_end_the_run():
     class Lost(Match):
         def step(self, action):

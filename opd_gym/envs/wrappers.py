@@ -288,6 +288,8 @@ class PrivilegedObservation(gym.ObservationWrapper):
 
 # An episode is played again if it is no longer than this: some never end, and their actions take memory
 MAX_REPLAYED = 20_000
+# Far longer than two episodes of others, which is how long an env has to wait for its next one
+MAX_STEPS_FROZEN = 100_000
 
 
 class EpisodeControl(_ExpertThrough):
@@ -306,6 +308,7 @@ class EpisodeControl(_ExpertThrough):
         self._next: tuple[int | None, dict[str, Any] | None, Any] | None = None
         self._freeze_next = False
         self._frozen = False
+        self._steps_frozen = 0
         self._draws_end = False
         # Released while it stood still: nobody has begun an episode
         self._unbegun = False
@@ -369,7 +372,7 @@ class EpisodeControl(_ExpertThrough):
         if self._freeze_next and seed is None:
             if self._obs is None:  # never reset: something has to be shown while it stands still
                 self._obs, _ = self.env.reset(seed=seed, options=options)
-            self._frozen, self._freeze_next = True, False
+            self._frozen, self._freeze_next, self._steps_frozen = True, False, 0
             return self._obs, {"frozen": True, "episode_tag": None}
         self._frozen = self._freeze_next = False
         if self._next is not None:
@@ -410,8 +413,18 @@ class EpisodeControl(_ExpertThrough):
         return _checksum(self._obs) == checksum
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
-        """As the wrapped env's; a no-op while frozen."""
+        """
+        As the wrapped env's; a no-op while frozen.
+
+        :raises RuntimeError: it has been frozen for ``MAX_STEPS_FROZEN`` steps
+        """
         if self._frozen:
+            self._steps_frozen += 1
+            if self._steps_frozen > MAX_STEPS_FROZEN:
+                raise RuntimeError(
+                    f"This env has stood still for {MAX_STEPS_FROZEN} steps. Either the episode of another never ends, "
+                    "or an evaluation has reset this one in the middle of learn(): give the evaluation an env of its own."
+                )
             return self._obs, 0.0, False, False, {"frozen": True, "episode_tag": None}
         if self._unbegun:
             self.reset()
