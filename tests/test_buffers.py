@@ -141,18 +141,24 @@ def test_state_replay_in_parts(tmp_path):
     # A model that was saved before the last states: they are visited again
     earlier = make()
     assert earlier.load_from(tmp_path, 2000) == []
-    assert earlier.n_added == 2000 and names() == ["0-1000.npz", "1000-1400.npz", "1400-2000.npz"]
+    assert earlier.n_added == 2000 and names() == ["0-1000.npz", "1000-1400.npz", "1400-2600.npz"], "as they are"
     assert np.bincount(earlier.observations[:, 0].astype(int)).tolist() == [0, 500, 400, 600]
     for value in (4, 5):
         add(earlier, value, 600)
         earlier.save_to(tmp_path)
-    # The first thousand are long forgotten
-    assert names() == ["1000-1400.npz", "1400-2000.npz", "2000-2600.npz", "2600-3200.npz"]
+    # Those of the time after it are written anew, and the first thousand are long forgotten
+    assert names() == ["1000-1400.npz", "1400-2600.npz", "2600-3200.npz"]
+    final = make()
+    assert final.load_from(tmp_path, 3200) == []
+    np.testing.assert_array_equal(final.observations, earlier.observations)
     # A part that is damaged is named, and the others are still there
-    (tmp_path / "2000-2600.npz").write_bytes(b"PK")
+    (tmp_path / "1400-2600.npz").write_bytes(b"PK")
     last = make()
     (error,) = last.load_from(tmp_path, 3200)
-    assert "2000-2600.npz" in error and last.size == last.n_added == 1500 and names() == ["0-1500.npz"]
+    assert "1400-2600.npz" in error and last.size == last.n_added == 1000
+    add(last, 7, 500)
+    last.save_to(tmp_path)
+    assert names() == ["0-1500.npz"]
     # Whoever neither wrote nor read them would leave his own out
     stranger = make()
     add(stranger, 6, 10)
@@ -161,6 +167,64 @@ def test_state_replay_in_parts(tmp_path):
     again = make()
     assert again.load_from(tmp_path, 1500) == []
     np.testing.assert_array_equal(again.observations, last.observations)
+    (tmp_path / "0-1500.npz").unlink()
+    assert again.load_from(tmp_path, 1500) == [
+        f"{tmp_path} has 0 of the 1500 states that this model replayed when it was saved."
+    ]
+
+
+def test_a_state_replay_that_forgets_more_than_is_saved_at_once_comes_back_as_it_was(tmp_path):
+    spec = token_spec(ACTIONS)
+    replay = StateReplay(150, PLAIN, spec, "cpu")
+    for value in range(3):
+        replay.add(observe(PLAIN, 200, value), np.full((200, 12), -1.5), np.ones((200, 3)))
+        replay.save_to(tmp_path / "states")
+    replay.save(tmp_path / "states.npz")
+    for path in ("states", "states.npz"):
+        loaded = StateReplay(150, PLAIN, spec, "cpu")
+        if path == "states":
+            assert loaded.load_from(tmp_path / path, 600, replay.identity) == []
+        else:
+            loaded.load(tmp_path / path)
+        assert (loaded.n_added, loaded.size) == (600, 150)
+        np.testing.assert_array_equal(loaded.observations[:150], replay.observations[:150])
+
+
+def test_a_folder_of_states_of_another_model_stays_as_it_is(tmp_path):
+    spec = token_spec(ACTIONS)
+
+    def make(n, value):
+        replay = StateReplay(1500, PLAIN, spec, "cpu")
+        if n:
+            replay.add(observe(PLAIN, n, value), np.full((n, 12), -1.5), np.ones((n, 3)))
+        return replay
+
+    make(500, 1).save_to(tmp_path / "theirs")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    other = make(100, 2)
+    other.save_to(tmp_path / "own")
+    # A new model, and one that was saved with 100 states of its own
+    for until, identity in ((0, None), (100, other.identity)):
+        replay = make(until, 2)
+        assert replay.load_from(tmp_path / "theirs", until, identity) == []
+        assert replay.size == 500 and (replay.observations[:500] == 1).all()
+        with pytest.raises(ValueError, match="another replay"):
+            replay.save_to(tmp_path / "theirs")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()} == before
+
+
+def test_states_of_other_observations_are_refused_and_change_nothing(tmp_path):
+    spec = token_spec(ACTIONS)
+    other = StateReplay(100, spaces.Box(-1.0, 1.0, (5,), np.float32), spec, "cpu")
+    other.add(np.zeros((7, 5), np.float32), np.full((7, 12), -1.5), np.ones((7, 3)))
+    other.save(tmp_path / "other.npz")
+    replay = StateReplay(100, PLAIN, spec, "cpu")
+    replay.add(observe(PLAIN, 10, 3), np.full((10, 12), -1.5), np.ones((10, 3)))
+    with pytest.raises(ValueError, match="other observations: expected .* got \\(5,\\) float32"):
+        replay.load(tmp_path / "other.npz")
+    with pytest.raises(ValueError):
+        replay.add(np.zeros((7, 5), np.float32), np.full((7, 12), -1.5), np.ones((7, 3)))
+    assert (replay.size, replay.n_added) == (10, 10) and (replay.states(np.arange(10)).observations == 3).all()
 
 
 def test_state_replay_keeps_actions_where_asked_to(tmp_path):

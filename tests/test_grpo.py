@@ -206,6 +206,12 @@ def test_an_evaluation_in_envs_that_stand_still_does_not_wait_for_ever(monkeypat
         model.learn(64, callback=Evaluate())
 
 
+def test_another_env_has_to_be_one_whose_episodes_can_be_chosen():
+    model = GRPO("MlpPolicy", vec(2), group_size=2, n_groups=2, seed=0, device="cpu")
+    with pytest.raises(ValueError, match="EpisodeControl"):
+        model.set_env(DummyVecEnv([Match] * 2))
+
+
 def test_envs_that_lose_every_episode_end_the_run():
     class Lost(Match):
         def step(self, action):

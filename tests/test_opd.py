@@ -212,6 +212,28 @@ def test_a_live_teacher_is_not_saved(tmp_path):
     OPD.load(tmp_path / "model", env="CartPole-v1", teacher=cartpole_teacher()).learn(32)
 
 
+def test_a_live_teacher_that_load_was_given_is_not_saved_either(tmp_path, monkeypatch):
+    cartpole_teacher().save(tmp_path / "teacher")
+    OPD("MlpPolicy", "CartPole-v1", teacher=tmp_path / "teacher.zip", **FAST).save(tmp_path / "model")
+    OPD.load(tmp_path / "model", env="CartPole-v1", teacher=cartpole_teacher()).learn(32).save(tmp_path / "live")
+    with pytest.raises(ValueError, match="saved with a live teacher"):
+        OPD.load(tmp_path / "live", env="CartPole-v1").learn(32)
+    # And a path is one for every working directory
+    monkeypatch.chdir(tmp_path)
+    OPD.load("live", env="CartPole-v1", teacher="teacher.zip").learn(32).save("named")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    OPD.load(tmp_path / "named", env="CartPole-v1").learn(32)
+
+
+def test_a_teacher_that_shares_weights_with_the_student_is_refused():
+    teacher = PPO("MlpPolicy", "CartPole-v1", device="cpu")
+    model = OPD("MlpPolicy", "CartPole-v1", teacher=teacher, **FAST)
+    model.policy.mlp_extractor = teacher.policy.mlp_extractor
+    with pytest.raises(ValueError, match="share weights"):
+        model.learn(32)
+
+
 def test_the_zoos_teacher_takes_nobodys_place(tmp_path, monkeypatch):
     cartpole_teacher().save(tmp_path / "zoo")
     monkeypatch.setattr(teachers, "find_teacher", lambda env_id: tmp_path / "zoo.zip")

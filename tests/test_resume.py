@@ -224,3 +224,81 @@ def test_an_episode_that_never_ends_takes_no_more_memory(monkeypatch):
         again.set_next_reset(seed=1, tag=(0, 0))
         again.reset()
         assert again.replay({tag: (actions, checksum)}) == (n == 5)
+
+
+@pytest.mark.parametrize("case", ["opd", "grpo", "ppo"])
+def test_a_copy_of_a_model_that_was_only_loaded_goes_on_as_the_first(case, tmp_path):
+    cls, kwargs = CASES[case]
+    whole = cls("MlpPolicy", vec(2), **COMMON, **kwargs).learn(70, callback=SavesOnce(tmp_path, 3))
+    copy = cls.load(tmp_path / "model", env=vec(2), device="cpu")
+    copy.save(tmp_path / "copy")
+    for name in ("model", "copy"):
+        model = copy if name == "model" else cls.load(tmp_path / name, env=vec(2), device="cpu")
+        if case == "opd":
+            model.load_replay_buffer(tmp_path / "states.npz")
+        model.learn(70 - model.num_timesteps, reset_num_timesteps=False)
+        assert th.equal(parameters(model), parameters(whole))
+
+
+def test_a_seed_that_is_set_after_the_construction_is_that_of_the_episodes_too():
+    def weights(set_seed):
+        model = PPO("MlpPolicy", vec(2), n_steps=7, batch_size=8, device="cpu")
+        set_seed(model)
+        model.policy.load_state_dict(state)
+        return parameters(model.learn(28))
+
+    state = PPO("MlpPolicy", vec(2), seed=0, device="cpu").policy.state_dict()
+    one, two, other = (weights(lambda model, seed=seed: model.set_random_seed(seed)) for seed in (5, 5, 6))
+    assert th.equal(one, two) and not th.equal(one, other)
+
+
+def test_validation_stays_validation_where_no_seed_was_given(tmp_path):
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1.0, 1.0, size=(200, 4)).astype(np.float32)
+    space = spaces.Box(-1.0, 1.0, (4,), np.float32)
+    data = Demonstrations(
+        obs, (obs[:, 2] > 0).astype(np.int64), episodes=np.repeat(np.arange(20), 10), observation_space=space,
+        action_space=spaces.Discrete(2),
+    )  # fmt: skip
+    model = SFT("MlpPolicy", demonstrations=data, validation_fraction=0.3, device="cpu").learn(4)
+    model.save(tmp_path / "model")
+    loaded = SFT.load(tmp_path / "model", demonstrations=data, device="cpu")
+    np.testing.assert_array_equal(loaded._validation_rows, model._validation_rows)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("opd", dict(gradient_steps=0), "gradient_steps must be at least 1"),
+        ("opd", dict(divergence="forward"), "divergence to be one of"),
+        ("opd", dict(augmentation="random_shft"), "augmentation to be one of"),
+        ("opd", dict(policy="CnnPolicy"), "policy of a model that is loaded cannot be changed"),
+        ("opd", dict(stats_window_size=0), "stats_window_size must be at least 1"),
+        ("sampled", dict(state_replay=True), "on-policy"),
+        ("sampled", dict(divergence="forward_kl"), "reverse KL"),
+        ("grpo", dict(group_size=1), "group_size must be at least 2"),
+        ("grpo", dict(clip_range=lambda progress: 0.2), "a number and no schedule"),
+        ("ppo", dict(ratio="tokens"), "ratio to be"),
+        ("ppo_sde", dict(temperature=0.3), "noise"),
+    ],
+)
+def test_what_a_constructor_refuses_load_refuses(case, change, message, tmp_path):
+    cls, kwargs = CASES[case]
+    env = vec(2, kind="box") if case == "ppo_sde" else vec(2)
+    cls("MlpPolicy", env, **COMMON, **kwargs).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        cls.load(tmp_path / "model", env=env, device="cpu", **change)
+
+
+def test_as_many_episodes_are_reported_as_load_was_told(tmp_path):
+    PPO("MlpPolicy", vec(2), n_steps=7, batch_size=8, device="cpu", seed=0).learn(56).save(tmp_path / "model")
+    model = PPO.load(tmp_path / "model", env=vec(2), device="cpu", stats_window_size=3)
+    for reset in (False, True):
+        model.learn(56, reset_num_timesteps=reset)
+        assert len(model.ep_info_buffer) == model.ep_info_buffer.maxlen == 3
+
+
+@pytest.mark.parametrize("cls", [OPD, GRPO, PPO])
+def test_a_model_of_nothing_is_refused(cls):
+    with pytest.raises(ValueError, match="needs an env"):
+        cls("MlpPolicy", None)

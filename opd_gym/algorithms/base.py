@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from opd_gym import ranks
 from opd_gym.algorithms.buffers import TeacherRolloutBuffer, outcome_of_step
-from opd_gym.algorithms.common import PolicyAlgorithm, check_hyperparams, set_statistics, statistics_of
+from opd_gym.algorithms.common import PolicyAlgorithm, set_statistics, statistics_of
 from opd_gym.algorithms.randomness import set_rng_states
 from opd_gym.envs.workers.pipeline import Pipeline
 from opd_gym.envs.wrappers import EpisodeControl
@@ -134,10 +134,10 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         _init_setup_model: bool = True,
         **kwargs: Any,
     ):
-        if kwargs.get("use_sde") and temperature != 1.0:
-            raise ValueError("State-dependent exploration has its own noise: use temperature=1.0 with use_sde=True.")
-        env, policy_kwargs = self._prepare(policy, env, policy_kwargs, verbose, seed)
         self.temperature = temperature
+        self.use_sde = bool(kwargs.get("use_sde"))
+        self._check_settings()
+        env, policy_kwargs = self._prepare(policy, env, policy_kwargs, verbose, seed)
         self.group_size = group_size
         self.num_env_steps = 0
         self._n_iterations, self._timesteps_before = 0, 0
@@ -145,7 +145,8 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
         self._lost_episodes: set[int] = set()
         self._statistics: ranks.SharedStatistics | None = None
         self._between_iterations = True
-        self._episode_rng = np.random.default_rng(seed)
+        self._episode_rng: np.random.Generator
+        self._seed_episodes(seed)
         no_critic = dict(gamma=0.99, gae_lambda=0.95, ent_coef=0.0, vf_coef=0.0, use_sde=False, sde_sample_freq=-1)
         super().__init__(
             policy,
@@ -173,8 +174,18 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
             env = DummyVecEnv([lambda: controlled])
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if getattr(self, "use_sde", False) and self.temperature != 1.0:
+            raise ValueError("State-dependent exploration has its own noise: use temperature=1.0 with use_sde=True.")
+
+    def _check_env_given(self) -> None:
+        if getattr(self, "observation_space", None) is None:
+            raise ValueError(f"{type(self).__name__} needs an env: an id, an env, or a vectorised env.")
+
     def _setup_model(self) -> None:
-        check_hyperparams(vars(self))  # load() does not go through __init__
+        self._check_settings()  # load() does not go through __init__
+        self._check_env_given()
         if not ranks.is_main():
             # The episodes of each rank are its own, also where all load the generator that the first one saved
             self._episode_rng = np.random.default_rng((int(self._episode_rng.integers(MAX_SEED)), ranks.rank()))
@@ -271,6 +282,12 @@ class RolloutAlgorithm(PolicyAlgorithm, OnPolicyAlgorithm):
 
     def _begin_anew(self, seed: int | None) -> None:
         super()._begin_anew(seed)
+        self._seed_episodes(seed)
+
+    def _seed_episodes(self, seed: int | None) -> None:
+        if seed is None:
+            # From NumPy's generator, which a script may have seeded itself
+            seed = int(np.random.randint(MAX_SEED))
         self._episode_rng = np.random.default_rng(seed)
 
     def iteration_begun(self) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import uuid
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,6 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.utils import get_device
 
-from opd_gym import ranks
 from opd_gym.checks import check_at_least_one, check_range
 from opd_gym.files import replacing
 from opd_gym.observations import map_obs
@@ -354,8 +355,11 @@ class StateReplay:
         self.size = 0
         #: Number of all states that were ever added, forgotten ones included; state ``i`` lies in row ``i % capacity``
         self.n_added = 0
-        # The folder whose files are this replay
+        #: Whose states these are: a folder of another replay is not written to
+        self.identity = uuid.uuid4().hex
+        # The folder whose files are this replay, and those of them that are not, to be removed by the next save
         self._folder: pathlib.Path | None = None
+        self._stale: set[pathlib.Path] = set()
         self._allocate(min(capacity, 1024))
 
     @staticmethod
@@ -405,19 +409,20 @@ class StateReplay:
         """
         if self.store_actions and actions is None:
             raise ValueError("This state replay keeps the student's tokens: pass actions.")
-        self.n_added += len(masks)
+        n_added = self.n_added + len(masks)
         keep = slice(max(len(masks) - self.capacity, 0), None)
         observations = map_obs(lambda array: array[keep], observations)
         distributions, masks = distributions[keep], masks[keep]
         n = len(masks)
-        self._grow(min(self.n_added, self.capacity))
-        rows = np.arange(self.n_added - n, self.n_added) % self.capacity
+        self._grow(min(n_added, self.capacity))
+        rows = np.arange(n_added - n, n_added) % self.capacity
         store_obs(self.observations, rows, observations)
         self.distributions[rows] = distributions
         self.masks[rows] = masks > 0
         if self.store_actions and actions is not None:
             self.actions[rows] = actions[keep]
-        self.size = min(self.size + n, self.capacity)
+        # Last: what could not be stored is not counted
+        self.n_added, self.size = n_added, min(self.size + n, self.capacity)
 
     def sample(self, batch_size: int) -> ReplayedStates:
         """
@@ -453,21 +458,23 @@ class StateReplay:
         observations = self.observations if isinstance(self.observations, dict) else {"": self.observations}
         arrays = {f"obs/{key}": array[rows] for key, array in observations.items()}
         arrays |= {"distributions": self.distributions[rows], "masks": self.masks[rows], "first": np.array(first)}
-        arrays["raw"] = np.array(self.raw)
+        arrays |= {"raw": np.array(self.raw), "replay": np.array(self.identity)}
         if self.store_actions:
             arrays["actions"] = self.actions[rows]
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
-    def load(self, path: str | os.PathLike[str], until: int | None = None) -> None:
+    def load(self, path: str | os.PathLike[str], until: int | None = None, since: int = 0) -> None:
         """
-        Add the states of a file that :meth:`save` wrote.
+        Add the states of a file that :meth:`save` wrote. To a replay that has none they come in their old places.
 
         :param path: File to read
         :param until: Leave out the states after so many of the replay that was saved; None: none
+        :param since: Leave out the states before so many of them
+        :raises ValueError: They are of another kind than this replay's, or the file is damaged; nothing was added
         """
         try:
-            self._load(path, until)
+            self._load(path, until, since)
         except FileNotFoundError:
             raise
         except Exception as error:  # a damaged file raises anything
@@ -475,9 +482,16 @@ class StateReplay:
                 raise
             raise ValueError(f"{path} is not a file of replayed states, or is damaged: {error}.") from error
 
-    def _load(self, path: str | os.PathLike[str], until: int | None) -> None:
+    def _load(self, path: str | os.PathLike[str], until: int | None, since: int) -> None:
         with np.load(path) as arrays:
             found = {name[len("obs/") :]: arrays[name] for name in arrays.files if name.startswith("obs/")}
+            own = self.observations if isinstance(self.observations, dict) else {"": self.observations}
+            got, expected = ({key: (a.shape[1:], a.dtype) for key, a in each.items()} for each in (found, own))
+            if got != expected:
+                raise ValueError(
+                    f"The state replay in {path} holds other observations: expected {_described(expected)}, "
+                    f"got {_described(got)}."
+                )
             observations: ObsArray = found if isinstance(self.observations, dict) else found[""]
             if arrays["distributions"].shape[1] != self.spec.flat_size:
                 raise ValueError(
@@ -485,20 +499,23 @@ class StateReplay:
                     f"this model needs {self.spec.flat_size}: it belongs to another action space."
                 )
             if bool(arrays["raw"] if "raw" in arrays.files else False) != self.raw:
-                theirs, own = ("after", "before") if self.raw else ("before", "after")
+                seen, keeps = ("after", "before") if self.raw else ("before", "after")
                 raise ValueError(
-                    f"The state replay in {path} holds observations {theirs} a VecNormalize, this model keeps them "
-                    f"{own} it."
+                    f"The state replay in {path} holds observations {seen} a VecNormalize, this model keeps them "
+                    f"{keeps} it."
                 )
             if self.store_actions and "actions" not in arrays.files:
                 raise ValueError(
                     f"The state replay in {path} holds no tokens of the student, which an autoregressive student "
                     "needs: it belongs to a student with parallel decoding."
                 )
-            end = len(arrays["masks"]) if until is None else max(until - int(arrays["first"]), 0)
-            actions = arrays["actions"][:end] if self.store_actions else None
-            observations = map_obs(lambda array: array[:end], observations)
-            self.add(observations, arrays["distributions"][:end], arrays["masks"][:end], actions)
+            first = int(arrays["first"])
+            rows = slice(max(since - first, 0), None if until is None else max(until - first, 0))
+            actions = arrays["actions"][rows] if self.store_actions else None
+            distributions, masks = arrays["distributions"][rows], arrays["masks"][rows]
+        if not self.size:
+            self.n_added = max(first, since)
+        self.add(map_obs(lambda array: array[rows], observations), distributions, masks, actions)
 
     def save_to(self, folder: pathlib.Path) -> None:
         """
@@ -510,48 +527,60 @@ class StateReplay:
         """
         files = _parts(folder)
         if files and folder.resolve() != self._folder:
-            raise ValueError(
-                f"{folder} holds the states of another replay. Load them first (load_replay_buffer), or name another "
-                "folder."
-            )
+            raise ValueError(f"{folder} holds the states of another replay. Name another folder.")
         self._folder = folder.resolve()
-        saved = files[-1][1] if files else 0
+        kept = [end for _, end, path in files if path not in self._stale]
+        saved = max(kept, default=0)
+        written = folder / f"{max(saved, self.n_added - self.size)}-{self.n_added}.npz"
         if saved < self.n_added:
-            self.save(folder / f"{max(saved, self.n_added - self.size)}-{self.n_added}.npz", saved)
+            self.save(written, saved)
         for _, end, path in files:
             # Not those that the model before this one may be resumed with
-            if end <= saved - self.capacity:
+            if end <= saved - self.capacity or path in self._stale - {written}:
                 path.unlink(missing_ok=True)
+        self._stale = set()
 
-    def load_from(self, folder: pathlib.Path, until: int) -> list[str]:
+    def load_from(self, folder: pathlib.Path, until: int, identity: str | None = None) -> list[str]:
         """
-        Take over the states of a folder that :meth:`save_to` wrote, each in its old place.
+        Take over the states of a folder that :meth:`save_to` wrote, each in its old place, instead of those that are
+        here. The folder stays as it is until the next :meth:`save_to`, which goes on with it if it is the model's own.
 
         :param folder: Folder
-        :param until: How many had been added when the model was saved: later ones are removed, they come again
-        :return: What could not be read, and why; those states are gone
+        :param until: How many had been added when the model was saved, 0 for a model that was not: later ones are left
+            out, and removed by the next save, because they come again. Of another replay's folder all are taken
+        :param identity: ``identity`` of the replay whose states the model was saved with; None: not known
+        :return: What is missing, and why
         """
-        errors = []
-        self._folder = folder.resolve()
+        missing = []
         parts = _parts(folder)
-        begin = min((first for first, _, _ in parts), default=0)
-        # States are forgotten only where there is no room, so if none is missing there are as many as fit
-        self.size, self.n_added = 0, begin if until - begin >= self.capacity else 0
+        theirs = _identity_of(parts)
+        own = until > 0 and (None in (theirs, identity) or theirs == identity)
+        if own:
+            self.identity = identity or theirs or self.identity
+            self._folder = folder.resolve()
+        else:
+            until = max((end for _, end, _ in parts), default=0)
+            self._folder = None
+        self.size = self.n_added = 0
         for first, _, path in parts:
             if first < until:
+                if self.n_added < first <= until - self.capacity:
+                    # What lies between was forgotten before it was saved
+                    self.size, self.n_added = 0, first
                 try:
-                    self.load(path, until)
+                    self.load(path, until, self.n_added)
                 except (OSError, ValueError) as error:
-                    errors.append(str(error))
-        incomplete = self.n_added != until
+                    missing.append(f"{error} Its states are not replayed.")
+        incomplete = self.n_added != until or self.size < min(until, self.capacity)
         if incomplete:
             self._close_gaps()
-        wrong = [path for _, end, path in parts if incomplete or end > until]
-        for path in wrong if ranks.is_main() else ():
-            path.unlink(missing_ok=True)
-        if wrong and ranks.is_main():
-            self.save_to(folder)
-        return errors
+            if not missing:
+                missing.append(
+                    f"{folder} has {self.size} of the {min(until, self.capacity)} states that this model replayed when "
+                    "it was saved."
+                )
+        self._stale = {path for _, end, path in parts if own and (incomplete or end > until)}
+        return missing
 
     def _close_gaps(self) -> None:
         """Number the states anew, from 0."""
@@ -566,6 +595,18 @@ def _parts(folder: pathlib.Path) -> list[tuple[int, int, pathlib.Path]]:
     """Files of a folder that :meth:`StateReplay.save_to` wrote: number of the first state, of the one after, path."""
     names = (re.fullmatch(r"(\d+)-(\d+)\.npz", path.name) for path in folder.glob("*.npz"))
     return sorted((int(name[1]), int(name[2]), folder / name[0]) for name in names if name)
+
+
+def _identity_of(parts: list[tuple[int, int, pathlib.Path]]) -> str | None:
+    """Of the replay that wrote the files of a folder; None where no file says so."""
+    for _, _, path in reversed(parts):
+        with suppress(Exception), np.load(path) as arrays:  # a damaged file raises anything
+            return str(arrays["replay"])
+    return None
+
+
+def _described(observations: dict[str, tuple[tuple[int, ...], np.dtype]]) -> str:
+    return ", ".join(f"{key} {shape} {dtype}".strip() for key, (shape, dtype) in observations.items())
 
 
 def _token_dtype(spec: TokenSpec) -> type[np.generic]:

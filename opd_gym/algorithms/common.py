@@ -7,6 +7,7 @@ import inspect
 import io
 import os
 import pathlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -289,7 +290,7 @@ class PolicyAlgorithm(BaseAlgorithm):
     # A seed that is set from now on is meant for what follows
     _loaded: bool = False
     # Arguments that a loaded model keeps as they were
-    _fixed_arguments: ClassVar[tuple[str, ...]] = ("weight_decay",)
+    _fixed_arguments: ClassVar[tuple[str, ...]] = ("policy", "weight_decay")
     _start_state: Start | None = None
     max_grad_norm: float
     _n_updates: int
@@ -379,12 +380,12 @@ class PolicyAlgorithm(BaseAlgorithm):
         """
         seed = ranks.rank_seed(None if seed is None else int(seed))
         super().set_random_seed(seed)
-        if self._loaded:
+        if getattr(self, "policy", None) is not None:  # not while the model is set up
             self._begin_anew(seed)
 
     def _begin_anew(self, seed: int | None) -> None:
         """
-        Go on after loading with a seed of its own, and not with the random numbers that would have come.
+        Go on with a seed of its own, and not with the random numbers that would have come.
 
         :param seed: The seed of this rank
         """
@@ -659,7 +660,9 @@ class PolicyAlgorithm(BaseAlgorithm):
         target = pathlib.Path(path) if isinstance(path, (str, os.PathLike)) else None
         if target is not None and not ranks.is_main():
             return
-        self._interrupted = self._interruption()
+        # A model that was loaded and not trained is saved as it was found
+        pending = self._interrupted
+        self._interrupted = self._interruption() if pending is None else pending
         try:
             if target is None:
                 super().save(path, exclude=exclude, include=include)
@@ -667,7 +670,7 @@ class PolicyAlgorithm(BaseAlgorithm):
             with replacing(target if target.suffix else target.with_name(f"{target.name}.zip")) as temporary:
                 super().save(temporary, exclude=exclude, include=include)
         finally:
-            self._interrupted = None
+            self._interrupted = pending
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_loaded"]
@@ -739,6 +742,25 @@ class PolicyAlgorithm(BaseAlgorithm):
                     f"argument of {cls.__name__}."
                 )
 
+    def _keep_episodes(self, n: int) -> None:
+        """
+        Report the mean of other than the last 100 episodes.
+
+        :param n: How many
+        """
+        check_hyperparams({"stats_window_size": n})
+        self._stats_window_size = n
+        for name in ("ep_info_buffer", "ep_success_buffer"):
+            if getattr(self, name) is not None:
+                setattr(self, name, deque(getattr(self, name), maxlen=n))
+
+    def _check_settings(self) -> None:
+        """
+        Hook: refuse settings that make no sense, in the constructor and again when ``load()`` has changed some. Not all
+        are there when it is called for the first time.
+        """
+        check_hyperparams(vars(self))
+
     @classmethod
     def load(
         cls: type[SelfPolicyAlgorithm],
@@ -782,6 +804,8 @@ class PolicyAlgorithm(BaseAlgorithm):
             # Whether to trust is not for the file to say
             data["teacher_kwargs"] = {**data["teacher_kwargs"], "trust": trust}
         cls._check_changes(path, kwargs, data)
+        # Under another name in the model
+        n_kept = kwargs.pop("stats_window_size", None)
         if not isinstance(file, pathlib.Path):
             file.seek(0)
         prepared: Any = env
@@ -794,6 +818,8 @@ class PolicyAlgorithm(BaseAlgorithm):
             read_on = "cpu" if sharded else device
             model = super().load(file, prepared, read_on, data, print_system_info, force_reset, **kwargs)
             model._loaded = True
+            if n_kept is not None:
+                model._keep_episodes(n_kept)
             if "seed" in kwargs:
                 model.set_random_seed(kwargs["seed"])
             if sharded:

@@ -108,14 +108,6 @@ class GRPO(RolloutAlgorithm):
                 f"GRPO takes whole trajectories: write trajectories_per_batch={batch_size} instead of "
                 f"batch_size={batch_size}, which meant the same. batch_size counts decisions, in all other algorithms."
             )
-        check_flag(recompute_log_probs=recompute_log_probs)
-        check_at_least(2, group_size=group_size)  # an episode is compared with its group
-        if dynamic_sampling is not None and not (
-            np.shape(dynamic_sampling) == (2,) and 0.0 <= dynamic_sampling[0] <= dynamic_sampling[1] <= 1.0
-        ):
-            raise ValueError(
-                f"Expected dynamic_sampling to be (low, high) within [0, 1] or None, got {dynamic_sampling}."
-            )
         self.n_groups = n_groups
         self.trajectories_per_batch = trajectories_per_batch
         self.micro_batch_size = micro_batch_size
@@ -124,6 +116,8 @@ class GRPO(RolloutAlgorithm):
         self.clip_range_high = clip_range_high
         self.dynamic_sampling = dynamic_sampling
         self.recompute_log_probs = recompute_log_probs
+        self.group_size = group_size
+        self._check_settings()
         self._queue: deque[EpisodeSpec] = deque()
         self._first_group = 0
         # Of the groups that are queued and not begun
@@ -151,19 +145,46 @@ class GRPO(RolloutAlgorithm):
             device=device,
             _init_setup_model=False,
         )
-        if self.env is not None and not can_announce(self.env):
-            raise ValueError(
-                "GRPO starts groups of episodes from the same state, which needs every env of the vectorised env "
-                "wrapped in opd_gym.envs.wrappers.EpisodeControl. Build it with opd_gym.make_vec(env_id, n_envs), or "
-                "with make_vec_env(env_id, n_envs, wrapper_class=EpisodeControl)."
-            )
+        if self.env is not None:
+            self._check_env()
         if _init_setup_model:
             self._setup_model()
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        check_flag(recompute_log_probs=self.recompute_log_probs)
+        check_at_least(2, group_size=self.group_size)  # an episode is compared with its group
+        limits = self.dynamic_sampling
+        if limits is not None and not (np.shape(limits) == (2,) and 0.0 <= limits[0] <= limits[1] <= 1.0):
+            raise ValueError(f"Expected dynamic_sampling to be (low, high) within [0, 1] or None, got {limits}.")
+        for name in ("clip_range", "clip_range_high"):
+            if callable(getattr(self, name)):
+                raise ValueError(f"{name} of GRPO is a number and no schedule, got {getattr(self, name)!r:.80}.")
 
     def _setup_model(self) -> None:
         super()._setup_model()
         # What models saved by version 0.1 call it
         self.trajectories_per_batch = self.__dict__.pop("batch_size", self.trajectories_per_batch)
+
+    def _check_env(self) -> None:
+        assert self.env is not None
+        if not can_announce(self.env):
+            raise ValueError(
+                "GRPO starts groups of episodes from the same state, which needs every env of the vectorised env "
+                "wrapped in opd_gym.envs.wrappers.EpisodeControl. Build it with opd_gym.make_vec(env_id, n_envs), or "
+                "with make_vec_env(env_id, n_envs, wrapper_class=EpisodeControl)."
+            )
+
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """
+        Set the environment to go on with.
+
+        :param env: The environment; an id or a raw env is wrapped as in the constructor
+        :param force_reset: Force a reset before training
+        :raises ValueError: Its episodes cannot be chosen (``EpisodeControl``)
+        """
+        super().set_env(env, force_reset)
+        self._check_env()
 
     # ------------------------------------------------------------------------------------------------------ rollout
 

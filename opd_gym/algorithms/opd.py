@@ -130,7 +130,7 @@ class OPD(RolloutAlgorithm):
     learns_from_rewards = False
 
     _own_argument = "divergence"
-    _fixed_arguments = ("weight_decay", "estimator")
+    _fixed_arguments = ("policy", "weight_decay", "estimator")
 
     @zoo_hyperparams
     def __init__(
@@ -162,34 +162,7 @@ class OPD(RolloutAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        if divergence not in DIVERGENCES:
-            raise ValueError(f"Expected divergence to be one of {DIVERGENCES}, got {divergence!r}.")
-        if estimator not in ("exact", "sampled"):
-            raise ValueError(f'Expected estimator to be "exact" or "sampled", got {estimator!r}.')
-        check_augmentation(augmentation)
-        if gradient_steps != "auto":
-            if gradient_steps is None or isinstance(gradient_steps, str):
-                raise ValueError(f'Expected gradient_steps to be a number or "auto", got {gradient_steps!r}.')
-            check_at_least_one(gradient_steps=gradient_steps)
-        if estimator == "sampled":
-            if divergence != "reverse_kl":
-                raise ValueError(
-                    f'estimator="sampled" scores the student\'s own samples, which estimates the reverse KL; got '
-                    f'divergence={divergence!r}. Use estimator="exact" for it.'
-                )
-            if state_replay:
-                raise ValueError(
-                    'estimator="sampled" is on-policy: old states come with actions of an old student. Use '
-                    'state_replay=False, or estimator="exact".'
-                )
-            if augmentation is not None:
-                raise ValueError(
-                    'estimator="sampled" scores the observations that were acted on: use augmentation=None.'
-                )
-        if not isinstance(state_replay, bool):
-            check_at_least(0, state_replay=state_replay)
-        named = isinstance(teacher, (str, os.PathLike)) and teacher != "expert"
-        self.teacher = lasting_name(teacher) if named else teacher
+        self.teacher = teacher
         self.teacher_kwargs = teacher_kwargs or {}
         self.teacher_interval = teacher_interval
         self.batch_size = batch_size
@@ -200,16 +173,18 @@ class OPD(RolloutAlgorithm):
         self.gradient_steps = gradient_steps
         self.n_epochs = n_epochs
         self.augmentation = augmentation
+        self._check_settings()
         self.replay_buffer: StateReplay | None = None
         # Observations of the rollout before a VecNormalize, one of each step
         self._raw_obs: list[Any] = []
         self._teacher: Teacher | None = None
         # A zip does not hold a live teacher, and no other is to take its place unasked
-        self._live_teacher = not (teacher is None or isinstance(teacher, (str, os.PathLike)))
+        self._live_teacher = False
         self._n_eval_episodes: int | None = None
         self._teacher_seconds = 0.0
         # States that were added to the replay so far: a saved model says which of those beside it are its own
         self._n_states = 0
+        self._replay_identity: str | None = None
         super().__init__(
             policy,
             env,
@@ -231,7 +206,36 @@ class OPD(RolloutAlgorithm):
             self._setup_model()
             self._setup_teacher()
 
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"Expected divergence to be one of {DIVERGENCES}, got {self.divergence!r}.")
+        if self.estimator not in ("exact", "sampled"):
+            raise ValueError(f'Expected estimator to be "exact" or "sampled", got {self.estimator!r}.')
+        check_augmentation(self.augmentation)
+        if self.gradient_steps != "auto":
+            if self.gradient_steps is None or isinstance(self.gradient_steps, str):
+                raise ValueError(f'Expected gradient_steps to be a number or "auto", got {self.gradient_steps!r}.')
+            check_at_least_one(gradient_steps=self.gradient_steps)
+        if not isinstance(self.state_replay, bool):
+            check_at_least(0, state_replay=self.state_replay)
+        if self.estimator == "exact":
+            return
+        if self.divergence != "reverse_kl":
+            raise ValueError(
+                f'estimator="sampled" scores the student\'s own samples, which estimates the reverse KL; got '
+                f'divergence={self.divergence!r}. Use estimator="exact" for it.'
+            )
+        if self.state_replay:
+            raise ValueError(
+                'estimator="sampled" is on-policy: old states come with actions of an old student. Use '
+                'state_replay=False, or estimator="exact".'
+            )
+        if self.augmentation is not None:
+            raise ValueError('estimator="sampled" scores the observations that were acted on: use augmentation=None.')
+
     def _setup_model(self) -> None:
+        self._check_env_given()
         if self.learning_rate == "auto":
             images = has_images(self.observation_space)
             self.learning_rate = LEARNING_RATE_OF_IMAGES if images else LEARNING_RATE_OF_NUMBERS
@@ -262,9 +266,14 @@ class OPD(RolloutAlgorithm):
                 f"This {type(self).__name__} was saved with a live teacher, which the file does not hold. Pass it "
                 f"again, {type(self).__name__}.load(path, env=env, teacher=...), or the name of another one."
             )
+        if self.teacher is not None:
+            # Again, because load() may have brought another one
+            self._live_teacher = not isinstance(self.teacher, (str, os.PathLike))
+            if not self._live_teacher and self.teacher != "expert":
+                self.teacher = lasting_name(self.teacher)  # type: ignore[arg-type]
         if self.teacher is self.policy:
             raise ValueError("The teacher is the student's own policy: there is nothing to distil. Give a frozen copy.")
-        kwargs = dict(self.teacher_kwargs)
+        kwargs = dict(self.teacher_kwargs or {})
         self._n_eval_episodes = kwargs.pop("n_eval_episodes", None)
         check_at_least(0, n_eval_episodes=self._n_eval_episodes)
         remote = kwargs.get("ray") is not None
@@ -303,6 +312,11 @@ class OPD(RolloutAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self._teacher is None and self.env is not None:
             self._setup_teacher()
+        theirs = getattr(self._teacher, "policy", None)
+        if isinstance(theirs, th.nn.Module) and not {*map(id, theirs.parameters())}.isdisjoint(
+            map(id, self.policy.parameters())
+        ):
+            raise ValueError("The teacher and the student share weights, which would train both. Give a frozen copy.")
         self._teacher_seconds = 0.0
         results = {}
         # Between episodes, and before the student has learnt of it
@@ -411,7 +425,7 @@ class OPD(RolloutAlgorithm):
             self.replay_buffer.add(
                 observations, buffer.teacher_distributions[rows], buffer.token_mask[rows], buffer.actions[rows]
             )
-            self._n_states = self.replay_buffer.n_added
+            self._n_states, self._replay_identity = self.replay_buffer.n_added, self.replay_buffer.identity
 
     def _label_rollout(self) -> None:
         assert self._teacher is not None
@@ -569,10 +583,12 @@ class OPD(RolloutAlgorithm):
 
     def load_replay_buffer(self, path: str | os.PathLike[str], truncate_last_traj: bool = True) -> None:
         """
-        Add the states of a file that :meth:`save_replay_buffer` wrote, or take over those of a folder.
+        Add the states of a file that :meth:`save_replay_buffer` wrote, or take over those of a folder, in place of what
+        is replayed so far.
 
-        :param path: File or folder to read. In a folder, states that were added after this model was saved are removed,
-            and what is damaged is named in a warning
+        :param path: File or folder to read. Of its own folder a model takes the states that it had when it was saved;
+            its next ``save_replay_buffer()`` goes on with the folder and removes later ones. Of another model's folder
+            it takes all, and saves them elsewhere. What is missing or damaged is named in a warning
         :param truncate_last_traj: Of Stable-Baselines3, which rl-zoo3 passes; states are kept one by one
         """
         del truncate_last_traj
@@ -581,6 +597,7 @@ class OPD(RolloutAlgorithm):
         path = pathlib.Path(path)
         if not path.is_dir():
             self.replay_buffer.load(path)
-            return
-        for error in self.replay_buffer.load_from(path, self._n_states):
-            warnings.warn(f"{error} Its states are not replayed.", stacklevel=2)
+        else:
+            for missing in self.replay_buffer.load_from(path, self._n_states, self._replay_identity):
+                warnings.warn(missing, stacklevel=2)
+        self._n_states, self._replay_identity = self.replay_buffer.n_added, self.replay_buffer.identity

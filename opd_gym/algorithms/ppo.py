@@ -116,11 +116,6 @@ class PPO(RolloutAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        check_flag(recompute_log_probs=recompute_log_probs)
-        if ratio not in ("auto", "joint", "token"):
-            raise ValueError(f'Expected ratio to be "auto", "joint" or "token", got {ratio!r}.')
-        if normalize_advantage and batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2 with normalize_advantage, got {batch_size}.")
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.recompute_log_probs = recompute_log_probs
@@ -130,6 +125,7 @@ class PPO(RolloutAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.ratio = ratio
         self.target_kl = target_kl
+        self._check_settings()
         super().__init__(
             policy,
             env,
@@ -152,12 +148,22 @@ class PPO(RolloutAlgorithm):
             _init_setup_model=_init_setup_model,
         )
 
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        check_flag(recompute_log_probs=self.recompute_log_probs)
+        if self.ratio not in ("auto", "joint", "token"):
+            raise ValueError(f'Expected ratio to be "auto", "joint" or "token", got {self.ratio!r}.')
+        if self.normalize_advantage and self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 with normalize_advantage, got {self.batch_size}.")
+
     def _setup_model(self) -> None:
         super()._setup_model()
         if getattr(self.policy, "value_net", self) is None:
             raise ValueError(
                 'PPO learns a critic: pass policy_kwargs={"value_head": True}, or use GRPO, which needs none.'
             )
+        if self.normalize_advantage and self.n_steps * self.n_envs == 1:
+            raise ValueError("One decision has no normalised advantage: raise n_steps or the number of envs.")
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)

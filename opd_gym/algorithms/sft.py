@@ -26,12 +26,11 @@ from opd_gym.algorithms.common import (
     accumulate_gradients,
     augment,
     check_augmentation,
-    check_hyperparams,
     zoo_hyperparams,
 )
 from opd_gym.algorithms.losses import masked_mean, smoothed_labels
 from opd_gym.algorithms.randomness import set_rng_states
-from opd_gym.checks import check_at_least_one, check_range
+from opd_gym.checks import check_at_least_one, check_flag, check_range
 from opd_gym.demonstrations import Demonstrations, PathLike
 from opd_gym.demonstrations.dataset import REFUSE_OUTSIDE, check_within, share_outside
 from opd_gym.observations import obs_rows
@@ -242,9 +241,9 @@ class SFT(PolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        check_augmentation(augmentation)
-        if lr_decay not in ("cosine", "constant"):
-            raise ValueError(f'Expected lr_decay to be "cosine" or "constant", got {lr_decay!r}.')
+        self.augmentation = augmentation
+        self.lr_decay = lr_decay
+        self._check_settings()
         env, policy_kwargs = self._prepare(policy, env, policy_kwargs, verbose, seed)
         super().__init__(
             policy,
@@ -259,12 +258,10 @@ class SFT(PolicyAlgorithm):
             seed=seed,
         )
         self.max_grad_norm = max_grad_norm
-        self.lr_decay = lr_decay
         self.warmup_steps = warmup_steps
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.label_smoothing = label_smoothing
-        self.augmentation = augmentation
         self.mask_padding = mask_padding
         self.n_demos = n_demos
         self.chunk_size = chunk_size
@@ -276,6 +273,7 @@ class SFT(PolicyAlgorithm):
         self.demonstrations: Any = demonstrations
         self._training_rows = self._validation_rows = np.zeros(0, dtype=np.int64)
         self._n_updates = 0
+        self._split_seed: int | None = None
         if _init_setup_model:
             if demonstrations is None and env is None:
                 raise ValueError(
@@ -286,9 +284,16 @@ class SFT(PolicyAlgorithm):
 
     # ------------------------------------------------------------------------------------------------------ set-up
 
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        check_flag(mask_padding=getattr(self, "mask_padding", None))
+        check_augmentation(self.augmentation)
+        if self.lr_decay not in ("cosine", "constant"):
+            raise ValueError(f'Expected lr_decay to be "cosine" or "constant", got {self.lr_decay!r}.')
+
     def _setup_model(self) -> None:
         # Again, because a loaded model gets its settings after __init__
-        check_hyperparams(vars(self))
+        self._check_settings()
         self._setup_lr_schedule()
         self.loss = SFTLoss(self.label_smoothing)
         normalises = self.get_vec_normalize_env()
@@ -371,7 +376,10 @@ class SFT(PolicyAlgorithm):
         numbers = np.arange(len(data))
         self._validation_rows = numbers[:0]
         if self.validation_fraction > 0.0:
-            training, validation = data.split_rows(self.validation_fraction, self.seed)
+            if self._split_seed is None:
+                # Kept in the zip: a run that goes on must not train on what it has validated on
+                self._split_seed = int(np.random.randint(2**31)) if self.seed is None else self.seed
+            training, validation = data.split_rows(self.validation_fraction, self._split_seed)
             numbers, self._validation_rows = training, validation
         self._training_rows = numbers
         self._actions = actions

@@ -423,7 +423,7 @@ class EpisodeControl(_ExpertThrough):
             if self._steps_frozen > MAX_STEPS_FROZEN:
                 raise RuntimeError(
                     f"This env has stood still for {MAX_STEPS_FROZEN} steps. Either the episode of another never ends, "
-                    "or an evaluation has reset this one in the middle of learn(): give the evaluation an env of its own."
+                    "or an evaluation has reset this one in the middle of learn(): give that an env of its own."
                 )
             return self._obs, 0.0, False, False, {"frozen": True, "episode_tag": None}
         if self._unbegun:
