@@ -101,7 +101,8 @@ class OPD(RolloutAlgorithm):
         None: with the exact estimator, and not with the sampled one. Behind a ``VecNormalize`` raw observations are
         kept, and normalised as new ones are
     :param gradient_steps: Minibatches per iteration, with state replay; "auto": one for every four labelled decisions
-        of the rollout, so that the number of updates depends on the decisions alone
+        of the rollout, and at least one; so the number of updates depends on the decisions alone where a rollout has a
+        multiple of four
     :param n_epochs: Passes over the rollout per iteration, with the exact estimator and no state replay
     :param temperature: Temperature of the student's actions while it collects. The sampled estimator compares student
         and teacher at this temperature (the actions must be the policy's own), the exact one at temperature 1
