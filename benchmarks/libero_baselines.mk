@@ -17,20 +17,23 @@ all: $(RIVALS)
 
 $(OPD)/%.json:
 	$(MAKE) -f benchmarks/libero_suites.mk $@
-# What they are measured by
-$(RUNS)/opd/%.json: | $(OPD)/%/evaluation.json
-	mkdir -p $(@D) && cp $| $@
+# What they are measured by. $(call measure,SUITE,SEED)
+define measure
+$(RUNS)/opd/$(1)_seed$(2).json: | $(OPD)/$(1)/seed$(2)/opd/$(ENV_$(1))_1/evaluation.json
+	mkdir -p $$(@D) && cp $$| $$@
+endef
+$(foreach seed,$(SEEDS),$(foreach suite,object spatial goal,$(eval $(call measure,$(suite),$(seed)))))
 
 # $(call further,SUITE,ENV,SEED)
 define further
-opd_then_grpo: $(RUNS)/opd_then_grpo/seed$(3)/grpo/$(2)_1/evaluation.json $(RUNS)/opd/$(1)/seed$(3)/opd/$(2)_1.json
+opd_then_grpo: $(RUNS)/opd_then_grpo/seed$(3)/grpo/$(2)_1/evaluation.json $(RUNS)/opd/$(1)_seed$(3).json
 $(call run,opd_then_grpo,grpo,$(2),$(3),--n-timesteps 4000 --student $(OPD)/$(1)/seed$(3)/opd/$(2)_1/policy)
 $(RUNS)/opd_then_grpo/seed$(3)/grpo/$(2)_1/policy/config.json: | $(OPD)/$(1)/seed$(3)/opd/$(2)_1/policy/config.json
 endef
 
 # $(call rival,VARIANT,ALGORITHM,SUITE,SEED,HYPERPARAMETERS)
 define rival
-$(1): $(RUNS)/$(1)/seed$(4)/$(2)/$(ENV_$(3))_1/evaluation.json $(RUNS)/opd/$(3)/seed$(4)/opd/$(ENV_$(3))_1.json
+$(1): $(RUNS)/$(1)/seed$(4)/$(2)/$(ENV_$(3))_1/evaluation.json $(RUNS)/opd/$(3)_seed$(4).json
 $(call run,$(1),$(2),$(ENV_$(3)),$(4),--n-timesteps 4000 --student libero-$(3)-student $(5))
 endef
 
