@@ -206,6 +206,11 @@ def test_an_evaluation_in_envs_that_stand_still_does_not_wait_for_ever(monkeypat
         model.learn(64, callback=Evaluate())
 
 
+def test_a_schedule_of_the_clip_range_is_refused():
+    with pytest.raises(ValueError, match="clip_range of GRPO is a number and no schedule"):
+        GRPO("MlpPolicy", vec(2), clip_range=lambda progress: 0.2 * progress, device="cpu")
+
+
 def test_another_env_has_to_be_one_whose_episodes_can_be_chosen():
     model = GRPO("MlpPolicy", vec(2), group_size=2, n_groups=2, seed=0, device="cpu")
     with pytest.raises(ValueError, match="EpisodeControl"):

@@ -277,7 +277,6 @@ def test_validation_stays_validation_where_no_seed_was_given(tmp_path):
         ("sampled", dict(state_replay=True), "on-policy"),
         ("sampled", dict(divergence="forward_kl"), "reverse KL"),
         ("grpo", dict(group_size=1), "group_size must be at least 2"),
-        ("grpo", dict(clip_range=lambda progress: 0.2), "a number and no schedule"),
         ("ppo", dict(ratio="tokens"), "ratio to be"),
         ("ppo_sde", dict(temperature=0.3), "noise"),
     ],

@@ -118,6 +118,10 @@ class GRPO(RolloutAlgorithm):
         self.recompute_log_probs = recompute_log_probs
         self.group_size = group_size
         self._check_settings()
+        # Here alone: rl-zoo3 loads every model that it shows with a function in its place
+        for name, value in (("clip_range", clip_range), ("clip_range_high", clip_range_high)):
+            if callable(value):
+                raise ValueError(f"{name} of GRPO is a number and no schedule, got {value!r:.80}.")
         self._queue: deque[EpisodeSpec] = deque()
         self._first_group = 0
         # Of the groups that are queued and not begun
@@ -157,9 +161,6 @@ class GRPO(RolloutAlgorithm):
         limits = self.dynamic_sampling
         if limits is not None and not (np.shape(limits) == (2,) and 0.0 <= limits[0] <= limits[1] <= 1.0):
             raise ValueError(f"Expected dynamic_sampling to be (low, high) within [0, 1] or None, got {limits}.")
-        for name in ("clip_range", "clip_range_high"):
-            if callable(getattr(self, name)):
-                raise ValueError(f"{name} of GRPO is a number and no schedule, got {getattr(self, name)!r:.80}.")
 
     def _setup_model(self) -> None:
         super()._setup_model()
