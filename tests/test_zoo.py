@@ -899,6 +899,41 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on(
     assert opd_gym.OPD.load(tmp_path / "model.zip").num_timesteps == 32
 
 
+def test_a_finished_run_without_its_checkpoints_does_not_begin_anew(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(teacher, tmp_path, "-n", "32", "--hyperparams", *SMALL) == 0
+    run = tmp_path / "opd" / "CartPole-v1_1"
+    for path in run_checkpoints(run):
+        path.unlink()
+    before = (run / "model.zip").read_bytes()
+    assert main(["train", "--resume", str(run), "--no-progress"]) == 2
+    assert "no checkpoint to go on from" in capsys.readouterr().err
+    assert (run / "model.zip").read_bytes() == before
+
+
+def test_results_take_the_place_of_results_alone(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["eval", "--env", "CartPole-v1", "--checkpoint", str(teacher), "--episodes", "1", "--no-progress", "-o"]
+    before = teacher.read_bytes()
+    assert main([*command, str(teacher)]) == 2 and "holds no results" in capsys.readouterr().err
+    assert teacher.read_bytes() == before
+    path = tmp_path / "results.json"
+    path.touch()
+    for _ in range(2):
+        assert main([*command, str(path)]) == 0
+    path.unlink()
+    # And they are there before anything is told to a pipe that may be closed
+
+    def closed(self: EvaluationResult, title: str = "") -> str:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(EvaluationResult, "to_markdown", closed)
+    assert main([*command, str(path)]) != 0
+    assert len(EvaluationResult.load(path).episodes) == 1
+
+
 def test_a_configuration_that_was_changed(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where the teacher lies may change; what the saved model has as it was is refused, not ignored."""
     assert _train(teacher, tmp_path, "-n", "64", "--hyperparams", *SMALL) == 0

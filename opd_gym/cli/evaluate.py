@@ -65,6 +65,8 @@ def run(args: Eval | Enjoy) -> int:
     film = isinstance(args, Enjoy)
     if isinstance(args, Enjoy):
         check_film(args.output)
+    elif args.output is not None:
+        _check_replaces_results(Path(args.output))
     if args.stochastic and args.temperature is not None:
         raise ValueError("--stochastic is --temperature 1: give one of them.")
     device = get_device(check_device(args.device))
@@ -183,6 +185,9 @@ def run(args: Eval | Enjoy) -> int:
         lost = [replace(episode, env_id=env_id) for env_id, result in played for episode in result.lost]
         last = played[-1][1]
         results = [EvaluationResult(episodes, versions=last.versions, lost=lost, temperature=last.temperature)]
+    if not isinstance(args, Enjoy) and args.output is not None:
+        # Before anything is printed: a pipe may be closed
+        results[0].save(args.output)
     for name, path, result in zip(names, paths, results, strict=True):
         print(result.to_markdown("" if len(results) == 1 else f"{name}, by task"))
         others = differences(read_versions(path), result.versions)
@@ -197,7 +202,6 @@ def run(args: Eval | Enjoy) -> int:
             frames = [frame for pair in pairs for frame in pair]
         print(f"Film: {write_video(args.output, frames, args.fps)}")
     elif args.output is not None:
-        results[0].save(args.output)
         print(f"Every episode: {args.output}")
     n_lost = max(len(result.lost) for result in results)
     if n_lost > args.max_lost:
@@ -209,3 +213,12 @@ def run(args: Eval | Enjoy) -> int:
         )
         return 1
     return 0
+
+
+def _check_replaces_results(path: Path) -> None:
+    """Results take the place of older ones, and of nothing else: the name of a checkpoint is soon written there."""
+    if path.is_file() and path.stat().st_size:
+        try:
+            EvaluationResult.load(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is there and holds no results. Name another file for them.") from error

@@ -451,6 +451,11 @@ def _train(args: TrainArgs, resume: Path | None, held: ExitStack) -> TrainResult
     saved = newest_intact(run_checkpoints(resume)) if resume is not None else None
     changed = [] if resume is None or saved is None else changes(resume, values)
     if resume is not None and saved is None:
+        if (resume / "model.zip").exists():
+            raise ValueError(
+                f"{resume} has a model.zip and no checkpoint to go on from: its training would begin anew and replace "
+                f"what it ended with. To begin with that, start another run: --student {resume / 'model.zip'}."
+            )
         # Of a first checkpoint that was never finished
         shutil.rmtree(resume / "checkpoints" / STATES_FOLDER, ignore_errors=True)
     source = saved or start
