@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,6 +220,8 @@ def write_model_folder(
     is_vla = hasattr(policy, "save_checkpoint")
     _check_nothing_left(directory, result, is_vla or model.get_vec_normalize_env())
     if is_vla:
+        # Older weights of a VLA are replaced
+        _check_no_other_weights(directory, (), ("*.zip",))
         policy.save_checkpoint(directory, dtype=dtype)
     else:
         _check_no_dtype(policy, dtype)
@@ -271,10 +273,12 @@ def write_folder(
             raise ValueError(f"{path} is published as it is. Convert it first: opd-gym export --dtype ...")
         about: dict[str, Any] = _of_config(read_checkpoint_config(path)[1])
         _check_nothing_left(directory, result, True)
+        files = {file.name: file for pattern in HUB_FILES for file in path.glob(pattern) if file.name[0] != "."}
+        _check_no_other_weights(directory, files)
         directory.mkdir(parents=True, exist_ok=True)
-        for file in sorted({file for pattern in HUB_FILES for file in path.glob(pattern)}):
-            if not file.name.startswith("."):
-                shutil.copyfile(file, directory / file.name)
+        for name in sorted(files):
+            with replacing(directory / name) as temporary:
+                shutil.copyfile(files[name], temporary)
     else:
         from opd_gym.policies.loading import find_vec_normalize, load_policy
         from opd_gym.untrusted import read_attributes
@@ -286,6 +290,8 @@ def write_folder(
         facts["timesteps"] = f"{saved['num_timesteps']:,}" if saved.get("num_timesteps") else None
         if hasattr(policy, "save_checkpoint"):
             _check_nothing_left(directory, result, True)
+            # Older weights of a VLA are replaced
+            _check_no_other_weights(directory, (), ("*.zip",))
             policy.save_checkpoint(directory, dtype=dtype)
         else:
             _check_no_dtype(policy, dtype)
@@ -315,6 +321,19 @@ def _check_nothing_left(directory: Path, result: EvaluationResult | None, statis
             )
 
 
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*checkpoint.pt", "*.zip")
+
+
+def _check_no_other_weights(directory: Path, own: Iterable[str], kinds: Iterable[str] = _WEIGHTS) -> None:
+    """Refuse a folder with weights that stay beside this policy's, and may be loaded instead of them."""
+    left = sorted({file.name for kind in kinds for file in directory.glob(kind)} - set(own))
+    if left:
+        raise ValueError(
+            f"{directory} has weights of another policy, which would stay beside those of this one: {', '.join(left)}. "
+            "Name an empty folder, or remove them."
+        )
+
+
 def _check_no_dtype(policy: Any, dtype: th.dtype | None) -> None:
     if dtype is not None:
         raise ValueError(f"Only a VLA can be stored in another dtype, and this is a {type(policy).__name__}.")
@@ -322,6 +341,7 @@ def _check_no_dtype(policy: Any, dtype: th.dtype | None) -> None:
 
 def _copy_zip(source: Path, target: Path) -> None:
     """The zip of a model without the paths of this machine that it holds."""
+    _check_no_other_weights(target.parent, (target.name,))
     with zipfile.ZipFile(source) as archive, replacing(target) as temporary, zipfile.ZipFile(temporary, "w") as copy:
         for item in archive.infolist():
             content = archive.read(item)
@@ -410,19 +430,29 @@ def pull(repo_id: str, directory: str | os.PathLike[str], revision: str | None =
     :param revision: branch, tag or commit; None for the newest
     :return: the directory
     :raises ConnectionError: the hub cannot be reached, or has no such repository
+    :raises ValueError: the folder has weights that the repository has not
     """
     _check_repo_id(repo_id)
     try:
         # Where the hub cannot be asked, snapshot_download() takes a folder that is there for what was to be fetched
-        commit = HfApi().model_info(repo_id, revision=revision).sha
+        found = HfApi().model_info(repo_id, revision=revision)
+        commit, files = found.sha, [sibling.rfilename for sibling in found.siblings or ()]
+    except Exception as error:
+        raise _not_given(repo_id, error) from error
+    _check_no_other_weights(Path(directory), files)
+    try:
         return Path(
             snapshot_download(
                 repo_id, revision=commit, local_dir=Path(directory), allow_patterns=[*HUB_FILES, CARD_FILE]
             )
         )
-    except Exception as error:  # as in upload()
-        reason = next(iter(str(error).splitlines()), "")
-        raise ConnectionError(
-            f"The Hugging Face hub does not give {repo_id} ({type(error).__name__}: {reason}). Without a network: run "
-            f"`hf download {repo_id} --local-dir <directory>` on a machine that has one, and copy the directory."
-        ) from error
+    except Exception as error:
+        raise _not_given(repo_id, error) from error
+
+
+def _not_given(repo_id: str, error: Exception) -> ConnectionError:  # as in upload()
+    reason = next(iter(str(error).splitlines()), "")
+    return ConnectionError(
+        f"The Hugging Face hub does not give {repo_id} ({type(error).__name__}: {reason}). Without a network: run "
+        f"`hf download {repo_id} --local-dir <directory>` on a machine that has one, and copy the directory."
+    )

@@ -145,6 +145,19 @@ def test_push_a_checkpoint(tmp_path, capsys):
     assert card.data.pipeline_tag == "robotics" and "| action tokens | 8 actions of 7 dimensions" in card.content
 
 
+def test_weights_of_another_policy_are_not_published_along(run, tmp_path, capsys):
+    push = ["hub", "push", "libero-object-student", "somebody/student", "-f"]
+    for name in ("model-00001-of-00002.safetensors", "old.zip", "model.safetensors.index.json"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(b"{}")
+        for command in ([*push, str(folder)], ["hub", "push", str(run), "somebody/cart", "-f", str(folder)]):
+            assert main(command) == 2 and f"beside those of this one: {name}" in capsys.readouterr().err
+        assert [path.name for path in folder.iterdir()] == [name]
+    for _ in range(2):
+        assert main([*push, str(tmp_path / "again")]) == 0
+
+
 class Hub:
     """What is used of HfApi, in a folder."""
 
@@ -157,7 +170,10 @@ class Hub:
         self.private[repo_id] = private
 
     def model_info(self, repo_id, revision):
-        return type("Info", (), {"sha": "1" * 40})
+        files = [path.name for path in (self.root / repo_id).iterdir()]
+        return type(
+            "Info", (), {"sha": "1" * 40, "siblings": [type("File", (), {"rfilename": name}) for name in files]}
+        )
 
     def upload_folder(self, repo_id, folder_path, commit_message):
         for path in Path(folder_path).iterdir():
@@ -169,7 +185,7 @@ def test_there_and_back(run, tmp_path, monkeypatch, capsys):
     from huggingface_hub.utils import filter_repo_objects
 
     def snapshot_download(repo_id, revision, local_dir, allow_patterns):
-        local_dir.mkdir()
+        local_dir.mkdir(exist_ok=True)
         assert revision == "1" * 40
         names = [path.name for path in (Hub.root / repo_id).iterdir()]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns):
@@ -184,6 +200,12 @@ def test_there_and_back(run, tmp_path, monkeypatch, capsys):
     assert Hub.private == {"somebody/cart": True}
     (Hub.root / "somebody/cart/modeling.py").write_text("raise SystemExit")  # code of others stays where it is
     assert main(["hub", "pull", "somebody/cart", "-o", str(tmp_path / "here")]) == 0
+    # Once more it replaces its own files, and no other weights are left beside them
+    assert main(["hub", "pull", "somebody/cart", "-o", str(tmp_path / "here")]) == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/model.safetensors").write_bytes(b"")
+    assert main(["hub", "pull", "somebody/cart", "-o", str(tmp_path / "other")]) == 2
+    assert "weights of another policy" in capsys.readouterr().err
     names = {path.name for path in (tmp_path / "here").iterdir()}
     assert names == {"README.md", "cart.zip", "evaluation.json", "versions.json"} and "*.py" not in HUB_FILES
     words = ["--env", "CartPole-v1", "--checkpoint", str(tmp_path / "here"), "--episodes", "1", "--no-progress"]
