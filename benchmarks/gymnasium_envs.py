@@ -431,7 +431,7 @@ def results_md(teachers: dict[str, dict[str, Any]], records: Sequence[dict[str, 
                 f"{np.mean(means):.1f} | {interval} | {steps:.0f} | {updates:.0f} | {cpu_s:.1f} | "
                 f"{ratio} |"
             )
-            if (test := welch(of_opd, means)) is not None and label != LABELS["opd"]:
+            if label != LABELS["opd"] and (test := welch(of_opd, means)) is not None:
                 compared.append(
                     f"| {name} | {label} | {np.mean(of_opd) - np.mean(means):.1f} | {test[0]:.1f} to {test[1]:.1f} | "
                     f"{test[2]:.2g} |"

@@ -450,7 +450,8 @@ def pull(repo_id: str, directory: str | os.PathLike[str], revision: str | None =
         raise _not_given(repo_id, error) from error
 
 
-def _not_given(repo_id: str, error: Exception) -> ConnectionError:  # as in upload()
+def _not_given(repo_id: str, error: Exception) -> ConnectionError:
+    # As in upload()
     reason = next(iter(str(error).splitlines()), "")
     return ConnectionError(
         f"The Hugging Face hub does not give {repo_id} ({type(error).__name__}: {reason}). Without a network: run "

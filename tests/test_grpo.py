@@ -215,6 +215,7 @@ def test_another_env_has_to_be_one_whose_episodes_can_be_chosen():
     model = GRPO("MlpPolicy", vec(2), group_size=2, n_groups=2, seed=0, device="cpu")
     with pytest.raises(ValueError, match="EpisodeControl"):
         model.set_env(DummyVecEnv([Match] * 2))
+    assert model.learn(8).num_timesteps >= 8, "the one that it had"
 
 
 def test_envs_that_lose_every_episode_end_the_run():

@@ -287,8 +287,6 @@ class PolicyAlgorithm(BaseAlgorithm):
     policy: ActorCriticPolicy
     # What a saved model needs to go on as if it had not been interrupted
     _interrupted: dict[str, Any] | None = None
-    # A seed that is set from now on is meant for what follows
-    _loaded: bool = False
     # Arguments that a loaded model keeps as they were
     _fixed_arguments: ClassVar[tuple[str, ...]] = ("policy", "weight_decay")
     _start_state: Start | None = None
@@ -672,9 +670,6 @@ class PolicyAlgorithm(BaseAlgorithm):
         finally:
             self._interrupted = pending
 
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_loaded"]
-
     def set_parameters(
         self,
         load_path_or_dict: str | os.PathLike[str] | dict[str, Any],
@@ -817,7 +812,6 @@ class PolicyAlgorithm(BaseAlgorithm):
             # With all attributes as custom objects Stable-Baselines3 unpickles nothing
             read_on = "cpu" if sharded else device
             model = super().load(file, prepared, read_on, data, print_system_info, force_reset, **kwargs)
-            model._loaded = True
             if n_kept is not None:
                 model._keep_episodes(n_kept)
             if "seed" in kwargs:

@@ -184,8 +184,14 @@ class GRPO(RolloutAlgorithm):
         :param force_reset: Force a reset before training
         :raises ValueError: Its episodes cannot be chosen (``EpisodeControl``)
         """
+        previous = self.env
         super().set_env(env, force_reset)
-        self._check_env()
+        try:
+            self._check_env()
+        except ValueError:
+            # Its iterations would never end
+            self.env = previous
+            raise
 
     # ------------------------------------------------------------------------------------------------------ rollout
 
